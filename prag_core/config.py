@@ -1,0 +1,210 @@
+"""The one configuration: a YAML file, dotted overrides, and nothing that is not named here.
+
+Machine facts (paths, devices, batch sizes, actors) and science (recipes) stand in one file for the user, but
+only the science enters a fingerprint: see `prag_core.recipe`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prag_core.errors import ConfigError
+from prag_core.records import Mode, Weights
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Columns(_Strict):
+    """The names under which a corpus file keeps a passage's id, title and text."""
+
+    id: str = "id"
+    title: str = "title"
+    text: str = "text"
+
+
+class CorpusConfig(_Strict):
+    """What is read, and how it becomes passages."""
+
+    path: str = Field(description="A file, a folder of files, a glob, or any fsspec URL of one.")
+    format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
+    columns: Columns = Columns()
+    limit: int | None = Field(None, ge=1, description="Read only the first so many records.")
+    max_words: int = Field(200, ge=20, description="Longer texts are split at sentence ends.")
+    max_record_bytes: int = Field(1_000_000, ge=1_000, description="Longer records are rejected.")
+
+
+class ModelConfig(_Strict):
+    """The frozen base model: a name or a path as transformers takes them, or a packaged model's name."""
+
+    name: str = "smollm2-135m-instruct"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EndpointConfig(_Strict):
+    """An OpenAI-compatible endpoint. The key itself is read from the environment, never from a file."""
+
+    url: str = "http://127.0.0.1:8000/v1"
+    model: str = "default"
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(16, ge=1)
+    timeout_s: float = Field(60.0, gt=0)
+    retries: int = Field(5, ge=0)
+
+
+class AugmentConfig(_Strict):
+    """How each passage is rewritten, asked about and answered."""
+
+    generator: Literal["transformers", "openai", "none"] = Field(
+        "transformers", description="'none' takes what `import_file` has and rejects the rest."
+    )
+    strategy: Literal["paper", "small"] = "small"
+    import_file: str | None = Field(None, description="Augmentations made elsewhere; they come first.")
+    model: str | None = Field(None, description="The augmenting model; the base model when absent.")
+    endpoint: EndpointConfig = EndpointConfig()
+    pairs: int = Field(3, ge=1, description="Question-answer pairs wanted a passage.")
+    rewrites: int = Field(1, ge=0)
+    attempts: int = Field(3, ge=1, description="Tries at a passage before it is accepted short or rejected.")
+    seed: int = 0
+
+
+class TrainConfig(_Strict):
+    """Which recipe trains the adapters; the other fields override single settings of it."""
+
+    recipe: str = "small"
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    epochs: int | None = Field(None, ge=1)
+    examples: Literal["paper", "closed_book"] | None = None
+    eos: bool | None = None
+    max_tokens: int | None = Field(None, ge=32)
+    seed: int | None = None
+
+
+class IndexConfig(_Strict):
+    """BM25 over the stored corpus."""
+
+    k1: float = Field(0.9, ge=0)
+    b: float = Field(0.4, ge=0, le=1)
+
+
+class AnswerConfig(_Strict):
+    """How a question is answered when the request does not say."""
+
+    mode: Mode = "combine"
+    top_k: int = Field(3, ge=1, le=20)
+    weights: Weights = "sum"
+    max_new_tokens: int = Field(32, ge=1, le=1024)
+    batch_size: int = Field(16, ge=1, description="Questions answered in one forward pass.")
+
+
+class RunConfig(_Strict):
+    """Where and how the job runs: machine facts, which never enter a fingerprint."""
+
+    profile: Literal["laptop", "gpu", "cluster"] = "laptop"
+    augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
+    train_batch: int = Field(8, ge=1, description="Adapters trained and committed together.")
+    tokens_per_step: int = Field(4096, ge=64, description="Token budget of one training step.")
+    max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
+
+
+class Config(_Strict):
+    """The whole configuration of a run."""
+
+    store: str = Field(description="A folder or an fsspec URL that holds everything the run makes.")
+    corpus: CorpusConfig
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    index: IndexConfig = IndexConfig()
+    answer: AnswerConfig = AnswerConfig()
+    run: RunConfig = RunConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply dotted overrides such as `train.epochs=4`.
+
+    Relative paths in the file (`store`, `corpus.path`, `augment.import_file`) stay relative to the working
+    directory, as on the command line.
+
+    Raises:
+        ConfigError: for a missing file, broken YAML, an unknown key (with the nearest right one) or a wrong
+            value; the message carries the key's dotted path.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file", "copy examples/demo.yaml and edit it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}", "mend the line that the message names") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds no settings", "it must be a YAML mapping; see examples/demo.yaml")
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], origin: str = "configuration") -> Config:
+    """Check plain values against the schema; see `load_config` for what it raises."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """Return the YAML text of a configuration, defaults included, as a run keeps it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted.strip():
+        raise ConfigError(f"override {override!r} is not KEY=VALUE", "write it as train.epochs=4")
+    *parents, last = dotted.strip().split(".")
+    node = data
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {name!r} holds no settings", "see examples/demo.yaml")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from None
+
+
+def _explain(item: Any, origin: str) -> str:
+    location = tuple(str(part) for part in item["loc"])
+    dotted = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else ""
+        return f"{origin}: unknown key {dotted}\n  → {hint or 'known here: ' + ', '.join(siblings)}"
+    if item["type"] == "missing":
+        return f"{origin}: {dotted} is required\n  → add it; see examples/demo.yaml"
+    return f"{origin}: {dotted} = {item.get('input')!r}: {item['msg']}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in location:
+        annotation = model.model_fields[name].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,72 @@
+"""Every error this project raises on purpose: each says what went wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class PragError(Exception):
+    """Base of all expected errors. `message` says what happened, `remedy` what to do next.
+
+    Instances pickle, so that a Ray worker's error reaches the driver as it was raised.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(PragError):
+    """A configuration file, key, value or recipe name is wrong."""
+
+    exit_code = 2
+
+
+class InputError(PragError):
+    """An input file is missing, empty, unreadable or lacks what its format requires."""
+
+    exit_code = 3
+
+
+class ModelError(PragError):
+    """A base model cannot be found or loaded, or has not the modules that a recipe wants."""
+
+    exit_code = 4
+
+
+class StoreError(PragError):
+    """The store cannot be read or written, or was made for something else."""
+
+    exit_code = 5
+
+
+class AdapterError(StoreError):
+    """One adapter's bytes are missing, truncated, altered or do not fit the model."""
+
+
+class ConflictError(StoreError):
+    """Somebody else changed the same object first; nothing of this write is visible."""
+
+    exit_code = 6
+
+
+class RetrievalError(PragError):
+    """The Lucene index or the Java machine under it cannot be used."""
+
+    exit_code = 7
+
+
+class GenerationError(PragError):
+    """A generator (local model or endpoint) failed after its bounded retries."""
+
+    exit_code = 8
+
+
+class BudgetError(PragError):
+    """More passages were rejected than the run's failure budget allows."""
+
+    exit_code = 9

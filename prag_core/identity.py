@@ -1,0 +1,70 @@
+"""What makes two things the same: passage keys, canonical JSON and fingerprints.
+
+Identity is content, never position: a passage keeps its key when its file is shuffled, and a recipe keeps its
+fingerprint when a machine, a batch size or a path changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KEY_BYTES = 16
+FINGERPRINT_BYTES = 8
+
+
+def normalize(text: str) -> str:
+    """NFC-normalize `text` and fold every run of white space into one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def passage_key(title: str, text: str) -> str:
+    """Return the key of a passage: 32 hexadecimal digits of its normalized title and text."""
+    # The separator cannot survive `normalize`, so no title can run into a text.
+    joined = f"{normalize(title)}\n{normalize(text)}"
+    return hashlib.blake2b(joined.encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces.
+
+    Raises:
+        TypeError: for anything whose text could differ between runs (sets, objects, non-string keys).
+        ValueError: for a float that JSON has no word for (NaN, infinities).
+    """
+    return json.dumps(_stable(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _stable(value: Any, path: str) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path} is {value}, which has no canonical JSON")
+        # 4.0 and 4 mean the same setting; YAML users write either.
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _stable(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{path} has the key {key!r}; canonical JSON takes string keys only")
+        return {key: _stable(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_stable(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{path} is a {type(value).__name__}, which has no canonical JSON")
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hexadecimal digits that name `value` by its canonical JSON."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """Return the checksum of stored bytes: 32 hexadecimal digits of BLAKE2b."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()

