@@ -1,0 +1,57 @@
+"""From an augmentation to the token sequences that one adapter is trained on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prag_core.prompts import ANSWER_PREFIX, answer_messages, answer_target, passage_text
+from prag_core.recipe import TrainRecipe
+from prag_core.records import Augmentation, Passage, QAPair
+
+
+def question_ids(tokenizer: Any, question: str, passages: Sequence[str] = ()) -> list[int]:
+    """Return the token ids that ask a question and open the assistant's turn, as training and answering do."""
+    text = tokenizer.apply_chat_template(
+        answer_messages(question, passages), tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def answer_prefix_ids(tokenizer: Any) -> list[int]:
+    """Return the token ids of the words that each answer in training begins with."""
+    ids: list[int] = tokenizer.encode(ANSWER_PREFIX, add_special_tokens=False)
+    return ids
+
+
+def training_examples(
+    tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
+) -> list[list[int]]:
+    """Return the training examples of a passage, in the order in which they are trained, one step each.
+
+    `paper` gives the paper's examples (section 3.2 and the authors' code): the first half of the questions,
+    rounded up, with the passage and then with each rewrite; the others without. Where an augmentation has no
+    rewrite, the passage stands in for it. `closed_book` adds each question without any passage, the way in
+    which it will be asked. Each example is truncated to `recipe.max_tokens` tokens.
+    """
+    examples = []
+    for pair, context in _plan(passage, augmentation, recipe):
+        ids = question_ids(tokenizer, pair.question, [context] if context else [])
+        ids += tokenizer.encode(answer_target(pair.answer), add_special_tokens=False)
+        if recipe.eos:
+            ids.append(tokenizer.eos_token_id)
+        examples.append(ids[: recipe.max_tokens])
+    return examples
+
+
+def _plan(
+    passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
+) -> Iterator[tuple[QAPair, str | None]]:
+    text = passage_text(passage)
+    contexts = [text, *(augmentation.rewrites or (text,))]
+    half = (len(augmentation.pairs) + 1) // 2
+    yield from itertools.product(augmentation.pairs[:half], contexts)
+    closed = augmentation.pairs if recipe.examples == "closed_book" else augmentation.pairs[half:]
+    yield from ((pair, None) for pair in closed)

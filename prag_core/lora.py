@@ -1,0 +1,214 @@
+"""LoRA factors outside the model: their shapes, their start, and their injection row by row.
+
+An adapter's factors are arguments of a forward pass, never state of the model. For row i of a batch and one
+adapted module, `y = W x + B_i (w_i ⊙ (A_i x))`: two batched products, in which `A_i` and `B_i` may hold one
+adapter (training) or several side by side (answering), since a sum of adapters is one adapter of the summed
+rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`, exactly (design, section 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prag_core.errors import AdapterError, ModelError
+from prag_core.recipe import TrainRecipe
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """The shapes of an adapter for one base model: `layers` × `targets`, each with (inputs, outputs).
+
+    An adapter is a mapping of `<target>.A` to a tensor `[layers, rank, inputs]` and of `<target>.B` to a tensor
+    `[layers, outputs, rank]`, unscaled. `scale` (alpha / rank) multiplies B·A wherever it is used, and only there.
+    """
+
+    rank: int
+    scale: float
+    layers: tuple[int, ...]
+    targets: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Return the shape of each tensor of an adapter, by name, in sorted order."""
+        shapes = {}
+        for target, (inputs, outputs) in sorted(zip(self.targets, self.shapes, strict=True)):
+            shapes[f"{target}.A"] = (len(self.layers), self.rank, inputs)
+            shapes[f"{target}.B"] = (len(self.layers), outputs, self.rank)
+        return shapes
+
+    @property
+    def parameters(self) -> int:
+        """The number of values in one adapter."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes.values())
+
+
+Factors = Mapping[str, Tensor]
+
+
+def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
+    """Find the modules of `model` that a recipe adapts, and the layout of its adapters.
+
+    Raises:
+        ModelError: when a target is missing in a layer, is no linear layer, or differs in shape between layers.
+            An adapter that matches nothing would be silent otherwise.
+    """
+    modules: dict[tuple[int, str], nn.Linear] = {}
+    seen = set()
+    for name, module in model.named_modules():
+        match = _LAYER.search(name)
+        if match is None or not isinstance(module, nn.Linear):
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        seen.add(leaf)
+        if leaf in recipe.targets:
+            modules[int(match.group(1)), leaf] = module
+    layers = tuple(sorted({layer for layer, _ in modules}))
+    missing = [t for t in recipe.targets if any((layer, t) not in modules for layer in layers or [0])]
+    if missing:
+        raise ModelError(
+            f"the base model has no linear module {', '.join(missing)} in each layer; it has {sorted(seen)}",
+            "choose a model with gated feed-forward layers, or other targets in the recipe",
+        )
+    shapes = []
+    for target in recipe.targets:
+        found = {(modules[layer, target].in_features, modules[layer, target].out_features) for layer in layers}
+        if len(found) > 1:
+            raise ModelError(f"{target} has other shapes in other layers: {sorted(found)}", "choose another model")
+        shapes.append(found.pop())
+    return LoraLayout(recipe.rank, recipe.scale, layers, recipe.targets, tuple(shapes)), modules
+
+
+def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:
+    """Return the fp32 factors that every adapter of a recipe starts from: A Kaiming-uniform as in PEFT, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, shape in layout.tensor_shapes.items():
+        factors[name] = torch.zeros(shape)
+        if name.endswith(".A"):
+            bound = 1 / math.sqrt(shape[-1])  # kaiming_uniform_ with a = √5
+            factors[name].uniform_(-bound, bound, generator=generator)
+    return factors
+
+
+def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
+    """Check that an adapter has each tensor of the layout, in its shape, and finite.
+
+    Raises:
+        AdapterError: naming the adapter and the first tensor that does not fit.
+    """
+    expected = layout.tensor_shapes
+    if set(factors) != set(expected):
+        raise AdapterError(f"adapter {key}: has tensors {sorted(factors)}, the layout wants {sorted(expected)}")
+    for name, shape in expected.items():
+        if tuple(factors[name].shape) != shape:
+            raise AdapterError(
+                f"adapter {key}: {name} has shape {tuple(factors[name].shape)}, the layout wants {shape}"
+            )
+        if not bool(torch.isfinite(factors[name]).all()):
+            raise AdapterError(f"adapter {key}: {name} holds values that are not finite")
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapters of each row of one batch.
+
+    `factors` maps (layer, target) to A `[R, q, inputs]` and B `[R, outputs, q]`, where q is the summed rank of a
+    row; `weights` is `[R, q]` and carries both the weight of each adapter and the layout's scale.
+    """
+
+    factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+    weights: Tensor
+
+
+def stack_rows(
+    layout: LoraLayout,
+    rows: Sequence[Sequence[tuple[Factors, float]]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> RowAdapters | None:
+    """Lay the (adapter, weight) pairs of each row side by side; rows with fewer get zero slots.
+
+    Returns None when no row has an adapter: the bare model then runs as it is.
+    """
+    slots = max((len(row) for row in rows), default=0)
+    if slots == 0:
+        return None
+    weights = torch.zeros(len(rows), slots * layout.rank)
+    for i, row in enumerate(rows):
+        for j, (_, weight) in enumerate(row):
+            weights[i, j * layout.rank : (j + 1) * layout.rank] = weight * layout.scale
+    factors: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    for target in layout.targets:
+        a_shape, b_shape = layout.tensor_shapes[f"{target}.A"], layout.tensor_shapes[f"{target}.B"]
+        count, rank, inputs = a_shape
+        a = torch.zeros(count, len(rows), slots, rank, inputs, dtype=dtype)
+        b = torch.zeros(count, len(rows), b_shape[1], slots, rank, dtype=dtype)
+        for i, row in enumerate(rows):
+            for j, (adapter, _) in enumerate(row):
+                a[:, i, j] = adapter[f"{target}.A"]
+                b[:, i, :, j] = adapter[f"{target}.B"]
+        a = a.flatten(2, 3).to(device)
+        b = b.flatten(3, 4).to(device)
+        for position, layer in enumerate(layout.layers):
+            factors[layer, target] = (a[position], b[position])
+    return RowAdapters(factors, weights.to(device=device, dtype=dtype))
+
+
+class Injector:
+    """Adds the active rows' adapters to the outputs of a model's adapted modules.
+
+    The hooks are set once and hold no adapter; which adapters are active is the business of `active`, for the
+    calling thread or task alone. Without it the model computes what it always did.
+    """
+
+    def __init__(self, model: Any, recipe: TrainRecipe) -> None:
+        self.layout, modules = find_targets(model, recipe)
+        self._active: contextvars.ContextVar[RowAdapters | None] = contextvars.ContextVar("active", default=None)
+        self._handles = [
+            module.register_forward_hook(self._hook(place), prepend=True) for place, module in modules.items()
+        ]
+
+    @property
+    def modules(self) -> int:
+        """The number of adapted modules."""
+        return len(self._handles)
+
+    @contextlib.contextmanager
+    def active(self, rows: RowAdapters | None) -> Iterator[None]:
+        """Within this context, forward passes of as many rows as `rows` has use their adapters."""
+        token = self._active.set(rows)
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, place: tuple[int, str]) -> Any:
+        def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            rows = self._active.get()
+            if rows is None:
+                return None
+            a, b = rows.factors[place]
+            x = inputs[0]
+            middle = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
+            return torch.baddbmm(output, middle, b.to(x.dtype).transpose(1, 2))
+
+        return add_low_rank
