@@ -45,7 +45,9 @@ class ModelConfig(_Strict):
     """The frozen base model: a name or a path as transformers takes them, or a packaged model's name."""
 
     name: str = "smollm2-135m-instruct"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="'auto' is bfloat16 where the device multiplies it natively, else float32."
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

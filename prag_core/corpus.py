@@ -189,9 +189,7 @@ def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
                 yield from pieces
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         what = str(error) or type(error).__name__
-        raise InputError(
-            f"{path}: cannot be read: {what}", "the file is missing or damaged: get it again"
-        ) from error
+        raise InputError(f"{path}: cannot be read: {what}", "the file is missing or damaged: get it again") from error
 
 
 def split_text(text: str, max_words: int) -> list[str]:
@@ -202,9 +200,7 @@ def split_text(text: str, max_words: int) -> list[str]:
     words = [match.start() for match in _WORD.finditer(text)]
     if len(words) <= max_words:
         return [text]
-    ends = (
-        m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 9, m.end())
-    )
+    ends = (m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 9, m.end()))
     sentences = sorted({0, len(words), *(bisect.bisect_left(words, end) for end in ends)})
     # 1. Where it may be cut, as numbers of words: at each sentence, and evenly within one over the limit.
     cuts = [0]

@@ -46,9 +46,7 @@ def training_examples(
     return examples
 
 
-def _plan(
-    passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
-) -> Iterator[tuple[QAPair, str | None]]:
+def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:
     text = passage_text(passage)
     contexts = [text, *(augmentation.rewrites or (text,))]
     half = (len(augmentation.pairs) + 1) // 2

@@ -92,6 +92,13 @@ class Recipe:
         """Return the recipe in full, as the store keeps it beside what it made."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Recipe:
+        """Return the recipe that `to_json` gave."""
+        train = {**document["train"], "targets": tuple(document["train"]["targets"])}
+        parts = {"augment": AugmentRecipe(**document["augment"]), "train": TrainRecipe(**train)}
+        return cls(**{**document, **parts})
+
 
 def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> AugmentRecipe:
     """Return the augment recipe that a configuration and an augmenting model make."""

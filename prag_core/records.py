@@ -70,7 +70,8 @@ class LedgerRow:
     """One adapter that exists: where its bytes lie, what they are, and how its training went.
 
     `augmentation` is the digest of the text it was trained on: another text, another adapter. `offset` and
-    `length` are the bytes of the adapter within `shard`; `checksum` is over those bytes.
+    `length` are the bytes of the adapter within `shard`; `checksum` is over those bytes. `created` is in seconds
+    since the epoch: of two rows of one key, the later one counts.
     """
 
     key: str
@@ -86,11 +87,15 @@ class LedgerRow:
     first_loss: float
     last_loss: float
     seconds: float
+    created: float
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """An input that a stage gave up on, and why. `source` is a file and line, or the passage's ids."""
+    """An input that a stage gave up on, and why. `source` is a file and line, or the passage's ids.
+
+    `recipe` is the fingerprint for which it was given up: another recipe tries again.
+    """
 
     stage: str
     reason: str
@@ -98,6 +103,7 @@ class Reject:
     source: str
     key: str = ""
     attempts: int = 1
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +175,7 @@ def schema(record: Hashable) -> pa.Schema:
 
 def to_table(record: type[T], rows: Iterable[T]) -> pa.Table:
     """Return `rows` as an Arrow table with the schema of `record`, also when there are none."""
-    return pa.Table.from_pylist(
-        [dataclasses.asdict(cast(Any, row)) for row in rows], schema=schema(cast(Any, record))
-    )
+    return pa.Table.from_pylist([dataclasses.asdict(cast(Any, row)) for row in rows], schema=schema(cast(Any, record)))
 
 
 def from_table(record: type[T], table: pa.Table) -> list[T]:
@@ -182,9 +186,7 @@ def from_table(record: type[T], table: pa.Table) -> list[T]:
 
 def from_dict(record: type[T], row: dict[str, Any]) -> T:
     """Build a record from the plain values that Arrow or JSON give."""
-    return record(
-        **{name: _revive(hint, row[name]) for name, hint in _hints(cast(Any, record)).items() if name in row}
-    )
+    return record(**{name: _revive(hint, row[name]) for name, hint in _hints(cast(Any, record)).items() if name in row})
 
 
 @functools.cache

@@ -275,8 +275,7 @@ class LuceneRetriever:
         # Half a surrogate pair is legal in a Python string and nowhere else.
         text = question[:MAX_QUESTION_CHARS].encode("utf-8", "replace").decode()
         return [
-            Hit(_passage(found.lucene_document.get("raw")), found.score)
-            for found in self._searcher.search(text, top_k)
+            Hit(_passage(found.lucene_document.get("raw")), found.score) for found in self._searcher.search(text, top_k)
         ]
 
 
@@ -355,9 +354,7 @@ def fetch_index(fs: AbstractFileSystem, root: str, id: str, cache_dir: Path) -> 
     return ready
 
 
-def open_index(
-    fs: AbstractFileSystem, root: str, id: str, cache_dir: Path, config: IndexConfig
-) -> LuceneRetriever:
+def open_index(fs: AbstractFileSystem, root: str, id: str, cache_dir: Path, config: IndexConfig) -> LuceneRetriever:
     """Fetch an index and open it for searching; see `fetch_index` and `LuceneRetriever` for what they raise."""
     return LuceneRetriever(fetch_index(fs, root, id, cache_dir), config.k1, config.b)
 
@@ -401,9 +398,7 @@ def _pack(directory: Path, packed: Path) -> None:
         for file in sorted(directory.iterdir()):
             if file.name != "write.lock":
                 # The builder's name and ids are nobody's business.
-                tar.add(
-                    file, file.name, filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False)
-                )
+                tar.add(file, file.name, filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> tuple[int, str]:

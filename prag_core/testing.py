@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prag_core.config import ModelConfig
+from prag_core.errors import GenerationError
+from prag_core.llm import Prompt
 from prag_core.models import BaseModel, load_base_model
 
 _CHAT_TEMPLATE = (
@@ -19,9 +21,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(
-    folder: Path, *, layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0
-) -> Path:
+def write_tiny_model(folder: Path, *, layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0) -> Path:
     """Write a random Llama of some ten thousand parameters, with a byte-level tokenizer, and return its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,16 +76,34 @@ def _byte_tokenizer() -> Any:
 
 
 class ScriptedGenerator:
-    """A generator that answers each prompt by a function of its text, and remembers the prompts it saw."""
+    """A generator that answers each prompt by a function of its text, and remembers the prompts it saw.
 
-    def __init__(self, reply: Callable[[str], str]) -> None:
+    It is a `Scorer` too: by `score` of two texts, or 0 (certain) for all. A reply may be an error.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[str], str | GenerationError],
+        score: Callable[[str, str], float] | None = None,
+    ) -> None:
         self.fingerprint = "scripted"
         self.prompts: list[str] = []
         self._reply = reply
+        self._score = score
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[str | GenerationError]:
         """Return the scripted reply to each prompt; the other arguments are accepted and ignored."""
-        self.prompts.extend(prompts)
-        return [self._reply(prompt) for prompt in prompts]
+        self.prompts.extend(prompt.text for prompt in prompts)
+        return [self._reply(prompt.text) for prompt in prompts]
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return the scripted score of each pair of texts."""
+        return [self._score(before, text) if self._score else 0.0 for before, text in pairs]

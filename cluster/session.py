@@ -1,0 +1,53 @@
+"""Starting and stopping Ray: the only place that calls `ray.init`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from cluster.resources import Profile
+
+# Ray asks Hugging Face nothing and tells nobody anything; the same holds for what runs in its workers.
+QUIET_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def ray_session(profile: Profile) -> Iterator[None]:
+    """Within this context Ray runs: the cluster that RAY_ADDRESS names, or one started here and stopped after.
+
+    Ray's own progress bars and start-up messages are off: the job reports its progress itself.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_ENV.items()})
+    import ray
+    import ray.data
+
+    passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
+    environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in QUIET_ENV}}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=environment, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            num_cpus=profile.logical_cpus,
+            object_store_memory=profile.object_store_bytes,
+            include_dashboard=False,
+            runtime_env=environment,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.default_hash_shuffle_parallelism = profile.partitions
+        # A step of training may take long, and no block moves meanwhile.
+        context.execution_no_progress_timeout_s = 4 * 3600
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,144 @@
+"""Augment stage: passages without an augmentation → augmentations, each stored as it is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow as pa
+import ray.data
+from rich.console import Console
+
+from cluster.resources import Profile
+from pipelines.outcomes import Outcome, Tally, follow, outcome_table
+from pipelines.report import StageReport
+from pipelines.tables import count_by_reason, read_table, rejected_keys, set_threads, without
+from prag_core.augment import augment
+from prag_core.augment_import import read_augmentations
+from prag_core.config import Config
+from prag_core.llm import Generator, TransformersGenerator
+from prag_core.llm_openai import OpenAIGenerator
+from prag_core.models import load_base_model, model_fingerprint, resolve_model
+from prag_core.recipe import AugmentRecipe, augment_recipe
+from prag_core.records import Augmentation, Passage, Reject, from_table
+from prag_core.store import Store, put_augmentations, put_rejects
+
+
+def generator_fingerprint(config: Config) -> str:
+    """Return the name of the model that augments: its weights' fingerprint, or an endpoint's model name."""
+    settings = config.augment
+    if settings.generator == "none":
+        return "none"
+    if settings.generator == "openai":
+        return f"openai:{settings.endpoint.model}"
+    return model_fingerprint(resolve_model(settings.model or config.model.name))
+
+
+def make_generator(config: Config) -> Generator:
+    """Open the generator that a configuration names."""
+    if config.augment.generator == "openai":
+        return OpenAIGenerator(config.augment.endpoint)
+    name = config.augment.model or config.model.name
+    return TransformersGenerator(load_base_model(config.model.model_copy(update={"name": name})))
+
+
+def recipe_of(config: Config) -> AugmentRecipe:
+    """Return the augment recipe of a configuration."""
+    return augment_recipe(config.augment, generator_fingerprint(config))
+
+
+def todo(store: Store, passages: ray.data.Dataset, recipe: AugmentRecipe, partitions: int) -> ray.data.Dataset:
+    """Return the passages that have neither an augmentation nor a reject for this recipe."""
+    done = read_table(store, f"augmentations/{recipe.fingerprint}", Augmentation, ["key"])
+    refused = rejected_keys(store, "augment", recipe.fingerprint)
+    return without(passages, [done, refused], ("key",), partitions)
+
+
+class AugmentPassages:
+    """The actor of this stage: holds the generator, and stores what it makes before it reports it."""
+
+    def __init__(self, config: Config, store: Store, recipe: AugmentRecipe, run: str, threads: int | None) -> None:
+        set_threads(threads)
+        self._config = config
+        self._store = store
+        self._recipe = recipe
+        self._run = run
+        self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+        self._generator: Generator | None = None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Augment a batch of passages; give back one outcome each."""
+        passages = from_table(Passage, table)
+        results: list[Augmentation | Reject] = []
+        lacking = []
+        for passage in passages:
+            found = self._imported.find(passage) if self._imported else None
+            if found is not None:
+                results.append(found)
+            else:
+                lacking.append(passage)
+        results += self._generate(lacking)
+        made = [result for result in results if isinstance(result, Augmentation)]
+        rejects = [replace(result, recipe=self._recipe.fingerprint) for result in results if isinstance(result, Reject)]
+        if made:
+            put_augmentations(self._store, self._recipe.fingerprint, made)
+        put_rejects(self._store, self._run, rejects)
+        return outcome_table(
+            [
+                *(Outcome(result.key, pairs=len(result.pairs), refused=result.refused) for result in made),
+                *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
+            ]
+        )
+
+    def _generate(self, passages: list[Passage]) -> list[Augmentation | Reject]:
+        if not passages:
+            return []
+        if self._config.augment.generator == "none":
+            detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
+            return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
+        if self._generator is None:  # a corpus whose augmentations are all imported needs no model
+            self._generator = make_generator(self._config)
+        return augment(passages, self._generator, self._recipe)
+
+
+def run_augment(
+    config: Config,
+    store: Store,
+    profile: Profile,
+    recipe: AugmentRecipe,
+    passages: ray.data.Dataset,
+    count: int,
+    run: str,
+    console: Console,
+) -> StageReport:
+    """Augment what is missing; see `todo`. In = done (now and earlier) + rejected (now and earlier)."""
+    tally = Tally()
+    # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
+    imported = read_augmentations(config.augment.import_file).rejects if config.augment.import_file else ()
+    put_rejects(store, run, imported)
+    missing = todo(store, passages, recipe, profile.partitions).materialize()
+    total = missing.count()
+    earlier = count_by_reason(store, "augment", recipe.fingerprint, passages, profile.partitions)
+    if total:
+        outcomes = missing.repartition(max(1, -(-total // config.run.augment_batch))).map_batches(
+            AugmentPassages,
+            batch_size=config.run.augment_batch,
+            batch_format="pyarrow",
+            fn_constructor_args=(config, store, recipe, run, profile.model_actors.threads),
+            **profile.pool(),
+        )
+        follow(outcomes, total, "augment", console, tally)
+    done_before = count - total - sum(earlier.values())
+    return StageReport(
+        stage="augment",
+        taken=count,
+        done=done_before + tally.done,
+        earlier=done_before,
+        rejected=dict(earlier + tally.rejected),
+        seconds=tally.seconds,
+        extra={
+            "pairs": {str(pairs): n for pairs, n in sorted(tally.pairs.items())},
+            "refused": dict(tally.refused),
+            "import_rejected": dict(Counter(reject.reason for reject in imported)),
+        },
+    )

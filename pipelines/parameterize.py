@@ -1,0 +1,142 @@
+"""Train stage: augmented passages without an adapter → adapters in shards, made to exist by the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import ray.data
+from rich.console import Console
+
+from cluster.resources import Profile
+from pipelines.outcomes import Outcome, Tally, follow, outcome_table
+from pipelines.report import StageReport
+from pipelines.tables import count_by_reason, read_table, rejected_keys, set_threads, without
+from prag_core.adapter_store import AdapterStore
+from prag_core.config import Config
+from prag_core.examples import training_examples
+from prag_core.models import load_base_model
+from prag_core.recipe import Recipe
+from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema, to_table
+from prag_core.store import Store, put_rejects
+from prag_core.trainer import Trainer, TrainingJob
+
+
+def augmented(store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int) -> ray.data.Dataset:
+    """Return each passage that has an augmentation, with it and its digest (column `augmentation`)."""
+    made = (
+        read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
+        .repartition(partitions, keys=["key"])
+        .map_batches(_one_each, batch_size=None, batch_format="pyarrow")
+    )
+    return passages.join(made, join_type="inner", on=("key",), num_partitions=partitions)
+
+
+def _one_each(table: pa.Table) -> pa.Table:
+    """Keep one augmentation a key and add its digest: a retried task may have stored a passage's twice."""
+    rows = from_table(Augmentation, table) if table.num_rows else []
+    chosen: dict[str, Augmentation] = {}
+    for row in sorted(rows, key=lambda row: (row.key, row.digest)):
+        chosen.setdefault(row.key, row)
+    kept = to_table(Augmentation, chosen.values()).select(["key", "rewrites", "pairs", "origin"])
+    return kept.append_column("augmentation", pa.array([row.digest for row in chosen.values()], pa.string()))
+
+
+def todo(store: Store, ready: ray.data.Dataset, recipe: Recipe, partitions: int) -> ray.data.Dataset:
+    """Return the augmented passages whose adapter, for this very augmentation, neither exists nor was rejected."""
+    ledger = read_table(store, f"adapters/{recipe.fingerprint}/ledger", LedgerRow, ["key", "augmentation"])
+    refused = rejected_keys(store, "train", recipe.fingerprint)
+    missing = without(ready, [ledger], ("key", "augmentation"), partitions)
+    return without(missing, [refused], ("key",), partitions)
+
+
+class TrainAdapters:
+    """The actor of this stage: holds the frozen model, trains a batch, commits its shard and ledger part."""
+
+    def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, threads: int | None) -> None:
+        set_threads(threads)
+        base = load_base_model(config.model, expected=recipe.base_model)
+        self._trainer = Trainer(base, recipe.train)
+        self._adapters = AdapterStore(store, recipe, self._trainer.layout)
+        self._tokenizer = base.tokenizer
+        self._tokens_per_step = config.run.tokens_per_step
+        self._run = run
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Train a batch of passages; give back one outcome each."""
+        recipe = self._adapters.recipe
+        digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
+        sources = {}
+        jobs = []
+        for passage, augmentation in _passages_and_augmentations(table):
+            examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
+            jobs.append(TrainingJob(passage.key, tuple(map(tuple, examples))))
+            sources[passage.key] = passage.sources[0]
+        trained = list(self._trainer.train(jobs, tokens_per_step=self._tokens_per_step))
+        good = [(adapter, digests[adapter.key]) for adapter in trained if adapter.factors is not None]
+        rejects = [
+            Reject(
+                stage="train",
+                reason="loss_not_finite",
+                detail=f"last loss {adapter.last_loss}; a lower train.learning_rate may help",
+                source=sources[adapter.key],
+                key=adapter.key,
+                recipe=recipe.fingerprint,
+            )
+            for adapter in trained
+            if adapter.factors is None
+        ]
+        rows = self._adapters.commit(good) if good else []
+        put_rejects(self._adapters.store, self._run, rejects)
+        yield outcome_table(
+            [
+                *(Outcome(row.key, bytes=row.length) for row in rows),
+                *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
+            ]
+        )
+
+
+def _passages_and_augmentations(table: pa.Table) -> Iterator[tuple[Passage, Augmentation]]:
+    passages = from_table(Passage, table)
+    defaults = Augmentation("", (), (), "")
+    for passage, row in zip(passages, table.select(["rewrites", "pairs", "origin"]).to_pylist(), strict=True):
+        plain = {"key": passage.key, **row, "refused": defaults.refused, "attempts": 1, "seconds": 0.0}
+        (augmentation,) = from_table(Augmentation, pa.Table.from_pylist([plain], schema=schema(Augmentation)))
+        yield passage, augmentation
+
+
+def run_train(
+    config: Config,
+    store: Store,
+    profile: Profile,
+    recipe: Recipe,
+    passages: ray.data.Dataset,
+    run: str,
+    console: Console,
+) -> StageReport:
+    """Train what is missing; see `todo`. Taken are the passages that have an augmentation."""
+    tally = Tally()
+    ready = augmented(store, passages, recipe.augment.fingerprint, profile.partitions).materialize()
+    count = ready.count()
+    missing = todo(store, ready, recipe, profile.partitions).materialize()
+    total = missing.count()
+    earlier = count_by_reason(store, "train", recipe.fingerprint, ready, profile.partitions)
+    if total:
+        outcomes = missing.repartition(max(1, -(-total // config.run.train_batch))).map_batches(
+            TrainAdapters,
+            batch_size=config.run.train_batch,
+            batch_format="pyarrow",
+            fn_constructor_args=(config, store, recipe, run, profile.model_actors.threads),
+            **profile.pool(),
+        )
+        follow(outcomes, total, "train", console, tally)
+    done_before = count - total - sum(earlier.values())
+    return StageReport(
+        stage="train",
+        taken=count,
+        done=done_before + tally.done,
+        earlier=done_before,
+        rejected=dict(earlier + tally.rejected),
+        seconds=tally.seconds,
+        bytes=tally.bytes,
+    )

@@ -1,0 +1,73 @@
+"""Between the store and Ray Data: reading stored tables, and what is not done yet."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from prag_core.records import Reject, schema
+from prag_core.store import Store
+
+TRANSIENT = "generation_failed"
+
+
+def read_table(store: Store, folder: str, record: type, columns: list[str] | None = None) -> ray.data.Dataset:
+    """Read the Parquet parts under a folder of the store; a dataset with the right columns even when there are none."""
+    wanted = schema(record)  # type: ignore[arg-type]
+    if columns is not None:
+        wanted = pa.schema([wanted.field(name) for name in columns])
+    parts = store.list(folder, ".parquet")
+    if not parts:
+        return ray.data.from_arrow(wanted.empty_table())
+    return ray.data.read_parquet(
+        [store.path(part) for part in parts],
+        filesystem=PyFileSystem(FSSpecHandler(store.fs)),
+        columns=wanted.names,
+    )
+
+
+def without(left: ray.data.Dataset, done: Iterable[ray.data.Dataset], on: tuple[str, ...], partitions: int) -> Any:
+    """Return the rows of `left` whose key is in none of the `done` datasets: what is missing is a join."""
+    for right in done:
+        left = left.join(right, join_type="left_anti", on=on, num_partitions=partitions)
+    return left
+
+
+def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset:
+    """Return the keys (and nothing else) that a stage gave up on for a recipe, in this run or an earlier one.
+
+    A failed generator is not the passage's fault: such rejects are tried again by the next run.
+    """
+    rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
+    return rows.map_batches(_of_recipe, batch_format="pyarrow", fn_kwargs={"recipe": recipe})
+
+
+def _of_recipe(table: pa.Table, recipe: str) -> pa.Table:
+    final = pc.not_equal(table["reason"], TRANSIENT)
+    return table.filter(pc.and_(pc.equal(table["recipe"], recipe), final)).select(["key"])
+
+
+def count_by_reason(store: Store, stage: str, recipe: str, of: ray.data.Dataset, partitions: int) -> Counter[str]:
+    """Count, by reason, the passages among `of` that a stage gave up on for a recipe in earlier runs."""
+    if not store.list(f"rejects/{stage}", ".parquet"):
+        return Counter()
+    rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
+    among = rows.join(of.select_columns(["key"]), join_type="inner", on=("key",), num_partitions=partitions)
+    reasons = {
+        row["key"]: row["reason"] for row in among.iter_rows() if row["recipe"] == recipe and row["reason"] != TRANSIENT
+    }
+    return Counter(reasons.values())
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use so many threads in this actor; None means all cores (Ray gives each actor one by default)."""
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)

@@ -1,0 +1,143 @@
+"""The adapters of one recipe in the store: shards, and the ledger that makes them exist."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+from torch import Tensor
+
+from prag_core.adapter_io import pack_shard, unpack_adapter
+from prag_core.errors import AdapterError, StoreError
+from prag_core.identity import checksum
+from prag_core.lora import LoraLayout
+from prag_core.recipe import Recipe, TrainRecipe
+from prag_core.records import LedgerRow, from_table, to_table
+from prag_core.store import Store
+from prag_core.trainer import TrainedAdapter
+
+
+class AdapterStore:
+    """The adapters of one recipe: shards, and the ledger that makes them exist."""
+
+    def __init__(self, store: Store, recipe: Recipe, layout: LoraLayout, dtype: str = "bfloat16") -> None:
+        self.store = store
+        self.recipe = recipe
+        self.layout = layout
+        self.dtype = dtype
+        self.folder = f"adapters/{recipe.fingerprint}"
+
+    def describe(self) -> None:
+        """Write the recipe and the layout in full beside what they make."""
+        name = f"{self.folder}/recipe.json"
+        if not self.store.exists(name):
+            self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
+
+    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]]) -> list[LedgerRow]:
+        """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
+
+        Raises:
+            AdapterError: when one does not fit the layout; nothing is stored then.
+        """
+        factors = [(a.key, a.factors) for a, _ in adapters if a.factors is not None]
+        metadata = {
+            "base_model": self.recipe.base_model,
+            "recipe": self.recipe.fingerprint,
+            "modules": str(len(self.layout.layers) * len(self.layout.targets)),
+        }
+        data, placed = pack_shard(self.layout, factors, self.dtype, metadata)
+        shard = f"{self.folder}/shards/{checksum(data)}.safetensors"
+        created = time.time()
+        rows = [
+            LedgerRow(
+                key=place.key,
+                recipe=self.recipe.fingerprint,
+                augmentation=digest,
+                shard=shard,
+                offset=place.offset,
+                length=place.length,
+                checksum=place.checksum,
+                dtype=self.dtype,
+                steps=adapter.steps,
+                tokens=adapter.tokens,
+                first_loss=adapter.first_loss,
+                last_loss=adapter.last_loss,
+                seconds=adapter.seconds,
+                created=created,
+            )
+            for place, (adapter, digest) in zip(placed, adapters, strict=True)
+        ]
+        self.store.put(shard, data)
+        self.store.put_table(f"{self.folder}/ledger", to_table(LedgerRow, rows))
+        return rows
+
+    def ledger_parts(self) -> list[str]:
+        """Return the names of the ledger parts that there are now."""
+        return self.store.list(f"{self.folder}/ledger", ".parquet")
+
+    def fetch(self, row: LedgerRow) -> dict[str, Tensor]:
+        """Return one adapter's factors by one ranged read, verified.
+
+        Raises:
+            AdapterError: when the shard is missing, cut short, altered, or not of this layout.
+        """
+        try:
+            data = self.store.get(row.shard, row.offset, row.offset + row.length)
+        except StoreError as error:
+            raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
+        return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
+
+
+def latest_rows(table: pa.Table) -> dict[str, int]:
+    """Return the position of each key's latest ledger row: a changed augmentation adds a row, it edits none."""
+    keys = table.column("key").to_pylist()
+    created = table.column("created").to_pylist()
+    latest: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        if key not in latest or created[position] > created[latest[key]]:
+            latest[key] = position
+    return latest
+
+
+class LedgerSource:
+    """Adapters by key, as the ledger parts of a snapshot name them."""
+
+    def __init__(self, adapters: AdapterStore, parts: Sequence[str]) -> None:
+        self._adapters = adapters
+        self._table = adapters.store.get_table(LedgerRow, parts)
+        self._positions = latest_rows(self._table)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._positions
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """Return the verified factors of a passage.
+
+        Raises:
+            AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
+        """
+        if key not in self._positions:
+            raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
+        return self._adapters.fetch(from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0])
+
+
+def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
+    """Return the adapters of a recipe by its fingerprint, and how they were trained.
+
+    Raises:
+        StoreError: when the recipe that must lie beside them is missing or another one.
+    """
+    document = store.get_json(f"adapters/{fingerprint}/recipe.json")
+    recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
+    if recipe.fingerprint != fingerprint:
+        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")
+    layout = LoraLayout(
+        rank=shape["rank"],
+        scale=shape["scale"],
+        layers=tuple(shape["layers"]),
+        targets=tuple(shape["targets"]),
+        shapes=tuple((inputs, outputs) for inputs, outputs in shape["shapes"]),
+    )
+    return AdapterStore(store, recipe, layout), recipe.train
