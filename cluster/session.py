@@ -27,16 +27,16 @@ def ray_session(profile: Profile) -> Iterator[None]:
     import ray
     import ray.data
 
-    passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
-    environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in QUIET_ENV}}}
     if os.environ.get("RAY_ADDRESS"):
+        passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
+        environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in QUIET_ENV}}}
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:
+        # Workers inherit this process's environment. A runtime_env would make Ray start each of them anew.
         ray.init(
             num_cpus=profile.logical_cpus,
             object_store_memory=profile.object_store_bytes,
             include_dashboard=False,
-            runtime_env=environment,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )

@@ -51,7 +51,7 @@ def todo(store: Store, passages: ray.data.Dataset, recipe: AugmentRecipe, partit
     """Return the passages that have neither an augmentation nor a reject for this recipe."""
     done = read_table(store, f"augmentations/{recipe.fingerprint}", Augmentation, ["key"])
     refused = rejected_keys(store, "augment", recipe.fingerprint)
-    return without(passages, [done, refused], ("key",), partitions)
+    return without(without(passages, done, ("key",), partitions), refused, ("key",), partitions)
 
 
 class AugmentPassages:

@@ -16,7 +16,9 @@ from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
 from prag_core.adapter_store import AdapterStore
+from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
+from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError
 from prag_core.lora import LoraLayout, find_targets
@@ -76,9 +78,13 @@ def preflight(config: Config, store: Store) -> None:
     """Check in seconds what would otherwise fail after an hour.
 
     Raises:
+        InputError: when the corpus or the file of augmentations cannot be read.
         StoreError: when the store cannot be written, or serves another base model.
         RetrievalError: when there is no Java to index with.
     """
+    list_files(config.corpus)
+    if config.augment.import_file:
+        read_augmentations(config.augment.import_file)
     store.check_writable()
     find_jdk()
     if current_id(store) is not None:

@@ -46,8 +46,8 @@ def todo(store: Store, ready: ray.data.Dataset, recipe: Recipe, partitions: int)
     """Return the augmented passages whose adapter, for this very augmentation, neither exists nor was rejected."""
     ledger = read_table(store, f"adapters/{recipe.fingerprint}/ledger", LedgerRow, ["key", "augmentation"])
     refused = rejected_keys(store, "train", recipe.fingerprint)
-    missing = without(ready, [ledger], ("key", "augmentation"), partitions)
-    return without(missing, [refused], ("key",), partitions)
+    missing = without(ready, ledger, ("key", "augmentation"), partitions)
+    return without(missing, refused, ("key",), partitions)
 
 
 class TrainAdapters:
@@ -116,8 +116,9 @@ def run_train(
 ) -> StageReport:
     """Train what is missing; see `todo`. Taken are the passages that have an augmentation."""
     tally = Tally()
-    ready = augmented(store, passages, recipe.augment.fingerprint, profile.partitions).materialize()
-    count = ready.count()
+    ready = augmented(store, passages, recipe.augment.fingerprint, profile.partitions)
+    if ready is None or (count := (ready := ready.materialize()).count()) == 0:
+        return StageReport("train", taken=0, done=0, earlier=0, rejected={}, seconds=tally.seconds)
     missing = todo(store, ready, recipe, profile.partitions).materialize()
     total = missing.count()
     earlier = count_by_reason(store, "train", recipe.fingerprint, ready, profile.partitions)

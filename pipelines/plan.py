@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.compute as pc
+import ray.data
 
 from cluster.resources import PROFILES
 from cluster.session import ray_session
@@ -57,7 +58,9 @@ def make_plan(config: Config) -> Plan:
         corpus = ingest.ingest(config.corpus, profile.partitions)
         to_augment = augment.todo(store, corpus.passages, recipe.augment, profile.partitions).count()
         ready = parameterize.augmented(store, corpus.passages, recipe.augment.fingerprint, profile.partitions)
-        to_train = to_augment + parameterize.todo(store, ready, recipe, profile.partitions).count()
+        to_train = to_augment
+        if ready is not None:
+            to_train += parameterize.todo(store, ready, recipe, profile.partitions).count()
         sample = [from_dict(Passage, row) for row in corpus.passages.take(_SAMPLE)]
         augment_rate = _mean(read_table(store, f"augmentations/{recipe.augment.fingerprint}", Augmentation), "seconds")
         ledger = read_table(store, f"adapters/{recipe.fingerprint}/ledger", LedgerRow)
@@ -93,7 +96,9 @@ def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> float
     return recipe.train.epochs * total / len(sample)
 
 
-def _mean(rows: Any, column: str) -> float | None:
+def _mean(rows: ray.data.Dataset | None, column: str) -> float | None:
+    if rows is None:
+        return None
     total, count = 0.0, 0
     for batch in rows.select_columns([column]).iter_batches(batch_size=None, batch_format="pyarrow"):
         total += pc.sum(batch[column]).as_py() or 0.0

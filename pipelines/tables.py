@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,14 +16,17 @@ from prag_core.store import Store
 TRANSIENT = "generation_failed"
 
 
-def read_table(store: Store, folder: str, record: type, columns: list[str] | None = None) -> ray.data.Dataset:
-    """Read the Parquet parts under a folder of the store; a dataset with the right columns even when there are none."""
+def read_table(store: Store, folder: str, record: type, columns: list[str] | None = None) -> ray.data.Dataset | None:
+    """Read the Parquet parts under a folder of the store; None when there are none.
+
+    Ray Data forgets the columns of a dataset without rows, so that one could not be joined.
+    """
     wanted = schema(record)  # type: ignore[arg-type]
     if columns is not None:
         wanted = pa.schema([wanted.field(name) for name in columns])
     parts = store.list(folder, ".parquet")
     if not parts:
-        return ray.data.from_arrow(wanted.empty_table())
+        return None
     return ray.data.read_parquet(
         [store.path(part) for part in parts],
         filesystem=PyFileSystem(FSSpecHandler(store.fs)),
@@ -33,19 +34,23 @@ def read_table(store: Store, folder: str, record: type, columns: list[str] | Non
     )
 
 
-def without(left: ray.data.Dataset, done: Iterable[ray.data.Dataset], on: tuple[str, ...], partitions: int) -> Any:
-    """Return the rows of `left` whose key is in none of the `done` datasets: what is missing is a join."""
-    for right in done:
-        left = left.join(right, join_type="left_anti", on=on, num_partitions=partitions)
-    return left
+def without(
+    left: ray.data.Dataset, done: ray.data.Dataset | None, on: tuple[str, ...], partitions: int
+) -> ray.data.Dataset:
+    """Return the rows of `left` whose key is not among the `done`: what is missing is a join."""
+    if done is None:
+        return left
+    return left.join(done, join_type="left_anti", on=on, num_partitions=partitions)
 
 
-def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset:
+def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset | None:
     """Return the keys (and nothing else) that a stage gave up on for a recipe, in this run or an earlier one.
 
     A failed generator is not the passage's fault: such rejects are tried again by the next run.
     """
     rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
+    if rows is None:
+        return None
     return rows.map_batches(_of_recipe, batch_format="pyarrow", fn_kwargs={"recipe": recipe})
 
 
@@ -56,9 +61,9 @@ def _of_recipe(table: pa.Table, recipe: str) -> pa.Table:
 
 def count_by_reason(store: Store, stage: str, recipe: str, of: ray.data.Dataset, partitions: int) -> Counter[str]:
     """Count, by reason, the passages among `of` that a stage gave up on for a recipe in earlier runs."""
-    if not store.list(f"rejects/{stage}", ".parquet"):
-        return Counter()
     rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
+    if rows is None:
+        return Counter()
     among = rows.join(of.select_columns(["key"]), join_type="inner", on=("key",), num_partitions=partitions)
     reasons = {
         row["key"]: row["reason"] for row in among.iter_rows() if row["recipe"] == recipe and row["reason"] != TRANSIENT

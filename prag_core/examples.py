@@ -33,8 +33,9 @@ def training_examples(
 
     `paper` gives the paper's examples (section 3.2 and the authors' code): the first half of the questions,
     rounded up, with the passage and then with each rewrite; the others without. Where an augmentation has no
-    rewrite, the passage stands in for it. `closed_book` adds each question without any passage, the way in
-    which it will be asked. Each example is truncated to `recipe.max_tokens` tokens.
+    rewrite, the passage stands in for it. `closed_book` asks only the first question with the passage and with
+    each rewrite, and then each question without, the way in which it will be asked: fewer tokens, and more of
+    them about the answer. Each example is truncated to `recipe.max_tokens` tokens.
     """
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
@@ -49,7 +50,11 @@ def training_examples(
 def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:
     text = passage_text(passage)
     contexts = [text, *(augmentation.rewrites or (text,))]
-    half = (len(augmentation.pairs) + 1) // 2
-    yield from itertools.product(augmentation.pairs[:half], contexts)
-    closed = augmentation.pairs if recipe.examples == "closed_book" else augmentation.pairs[half:]
-    yield from ((pair, None) for pair in closed)
+    pairs = augmentation.pairs
+    if recipe.examples == "closed_book":
+        with_passage, without = pairs[:1], pairs
+    else:
+        half = (len(pairs) + 1) // 2
+        with_passage, without = pairs[:half], pairs[half:]
+    yield from itertools.product(with_passage, contexts)
+    yield from ((pair, None) for pair in without)

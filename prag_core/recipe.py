@@ -42,9 +42,8 @@ class AugmentRecipe:
 class TrainRecipe:
     """What decides an adapter, once base model and augmentations are given.
 
-    `examples` is the set of training examples a passage: `paper` (paper section 3.2: with the passage and with
-    its rewrite for the first half of the questions, without for the rest) or `closed_book` (those, and each
-    question without the passage). `eos` ends each target with the model's end-of-turn token.
+    `examples` is the set of training examples a passage: `paper` or `closed_book`, see
+    `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token.
     """
 
     name: str
@@ -70,6 +69,8 @@ RECIPES: dict[str, TrainRecipe] = {
     "paper": TrainRecipe(name="paper"),
     # For models of some hundred million parameters, on which the paper's one gentle pass leaves no trace.
     "small": TrainRecipe(name="small", learning_rate=1e-3, epochs=4, eos=True),
+    # The same strength on fewer tokens: most questions are trained as they will be asked, without the passage.
+    "closed_book": TrainRecipe(name="closed_book", learning_rate=1e-3, epochs=4, eos=True, examples="closed_book"),
 }
 
 

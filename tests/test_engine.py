@@ -1,0 +1,105 @@
+"""The engine: each answer as if it were alone, and a broken adapter never fails a request."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from conftest import make_passage
+from test_lora import random_adapter
+
+from prag_core.engine import Engine, Request, hit_weights
+from prag_core.errors import AdapterError
+from prag_core.examples import question_ids
+from prag_core.lora import find_targets
+from prag_core.models import BaseModel
+from prag_core.recipe import RECIPES
+from prag_core.records import MODES, Hit
+
+RECIPE = RECIPES["small"]
+PASSAGES = [make_passage(n, words=4) for n in range(6)]
+
+
+class KnownHits:
+    """A retriever that answers each question with the same passages."""
+
+    def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+        return [Hit(passage, 3.0 - i) for i, passage in enumerate(PASSAGES[:top_k])]
+
+
+class Adapters:
+    def __init__(self, base: BaseModel) -> None:
+        self.layout, _ = find_targets(base.model, RECIPE)
+        self.broken: set[str] = set()
+
+    def get(self, key: str):
+        if key in self.broken:
+            raise AdapterError(f"adapter {key}: cut short")
+        return random_adapter(self.layout, [p.key for p in PASSAGES].index(key))
+
+
+@pytest.fixture
+def engine(tiny_session: BaseModel):
+    made = Engine(tiny_session, RECIPE, KnownHits(), Adapters(tiny_session), max_new_tokens=6, batch_size=8)
+    yield made
+    made.close()
+
+
+def test_a_mixed_batch_answers_as_each_alone(engine: Engine) -> None:
+    rng = random.Random(0)
+    requests = [
+        Request(
+            f"What is {'x' * rng.randint(1, 30)}",
+            rng.choice(MODES),
+            rng.randint(1, 4),
+            rng.choice(["sum", "mean", "score"]),
+        )
+        for _ in range(20)
+    ]
+    together = engine.answer_batch(requests)
+    for request, answer in zip(requests, together, strict=True):
+        alone = engine.answer(request)
+        assert (alone.text, alone.passages, alone.prompt_tokens) == (answer.text, answer.passages, answer.prompt_tokens)
+        assert answer.question == request.question
+
+
+def test_the_modes_put_passages_where_they_say(engine: Engine) -> None:
+    answers = {mode: engine.answer(Request("Who?", mode, 2)) for mode in MODES}
+    places = {mode: {(p.in_weights, p.in_prompt) for p in answer.passages} for mode, answer in answers.items()}
+    assert places == {"closed": set(), "rag": {(False, True)}, "prag": {(True, False)}, "combine": {(True, True)}}
+    assert answers["closed"].prompt_tokens == answers["prag"].prompt_tokens < answers["rag"].prompt_tokens
+    assert len({answer.text for answer in answers.values()}) == 4
+    assert set(answers["prag"].milliseconds) == {"retrieve", "fetch", "inject", "prefill", "decode"}
+
+
+def test_a_broken_adapter_puts_its_passage_into_the_prompt(tiny_session: BaseModel) -> None:
+    adapters = Adapters(tiny_session)
+    adapters.broken = {PASSAGES[1].key}
+    engine = Engine(tiny_session, RECIPE, KnownHits(), adapters, max_new_tokens=4)
+    answer = engine.answer(Request("Who?", "prag", 2))
+    engine.close()
+    assert [(p.in_weights, p.in_prompt) for p in answer.passages] == [(True, False), (False, True)]
+    assert "cut short" in answer.passages[1].note
+    tokenizer = tiny_session.tokenizer
+    with_text = len(question_ids(tokenizer, "Who?", [PASSAGES[1].text]))
+    assert answer.prompt_tokens > with_text
+
+
+def test_weights() -> None:
+    hits = [Hit(PASSAGES[0], 3.0), Hit(PASSAGES[1], 1.0)]
+    assert hit_weights(hits, "sum") == [1.0, 1.0]
+    assert hit_weights(hits, "mean") == [0.5, 0.5]
+    assert hit_weights(hits, "score") == [0.75, 0.25]
+    assert hit_weights([Hit(PASSAGES[0], 0.0)], "score") == [1.0]
+    assert hit_weights([], "mean") == []
+
+
+def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
+    class Nothing:
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            return []
+
+    engine = Engine(tiny_session, RECIPE, Nothing(), Adapters(tiny_session), max_new_tokens=6)
+    texts = {engine.answer(Request("Who?", mode)).text for mode in MODES}
+    engine.close()
+    assert len(texts) == 1

@@ -1,0 +1,58 @@
+"""The training examples are the paper's, and what is asked in training is what is asked in answering."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conftest import make_augmentation, make_passage
+
+from prag_core.examples import answer_prefix_ids, question_ids, training_examples
+from prag_core.models import BaseModel
+from prag_core.recipe import RECIPES
+
+PASSAGE = make_passage(1)
+AUGMENTATION = make_augmentation(PASSAGE)
+
+
+def texts(base: BaseModel, recipe, augmentation=AUGMENTATION) -> list[str]:
+    return [base.tokenizer.decode(ids) for ids in training_examples(base.tokenizer, PASSAGE, augmentation, recipe)]
+
+
+def contexts(made: list[str]) -> list[str]:
+    rewrite = AUGMENTATION.rewrites[0]
+    return ["passage" if PASSAGE.text in text else "rewrite" if rewrite in text else "none" for text in made]
+
+
+def test_the_papers_five_examples(tiny_session: BaseModel) -> None:
+    made = texts(tiny_session, RECIPES["paper"])
+    assert contexts(made) == ["passage", "rewrite", "passage", "rewrite", "none"]
+    assert [next(i for i in range(3) if f"number {i}?" in text) for text in made] == [0, 0, 1, 1, 2]
+    assert all(text.endswith(f"The answer is thing {i}.") for text, i in zip(made, [0, 0, 1, 1, 2], strict=True))
+
+
+def test_closed_book_asks_as_it_will_be_asked(tiny_session: BaseModel) -> None:
+    made = texts(tiny_session, RECIPES["closed_book"])
+    assert contexts(made) == ["passage", "rewrite", "none", "none", "none"]
+    prompt = question_ids(tiny_session.tokenizer, AUGMENTATION.pairs[1].question)
+    prompt += answer_prefix_ids(tiny_session.tokenizer)
+    example = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, RECIPES["closed_book"])[3]
+    assert example[: len(prompt)] == prompt
+    assert example[-1] == tiny_session.tokenizer.eos_token_id
+
+
+def test_without_a_rewrite_the_passage_stands_in(tiny_session: BaseModel) -> None:
+    bare = replace(AUGMENTATION, rewrites=())
+    assert contexts(texts(tiny_session, RECIPES["paper"], bare)) == ["passage"] * 4 + ["none"]
+
+
+def test_fewer_pairs_give_fewer_examples(tiny_session: BaseModel) -> None:
+    counts = [
+        len(texts(tiny_session, RECIPES["paper"], replace(AUGMENTATION, pairs=AUGMENTATION.pairs[:n])))
+        for n in (1, 2, 3)
+    ]
+    assert counts == [2, 3, 5]
+
+
+def test_examples_are_truncated(tiny_session: BaseModel) -> None:
+    made = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, replace(RECIPES["paper"], max_tokens=40))
+    assert {len(ids) for ids in made} == {40}

@@ -1,0 +1,176 @@
+"""The main job on a real local Ray with the tiny model: what is missing is done, once, and counts add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_augmentation, make_passage
+
+from prag_core.records import LedgerRow, Passage, from_table
+from prag_core.store import Store
+from prag_core.testing import write_tiny_model
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+
+
+class Workspace:
+    """A folder with a corpus, its augmentations and a configuration; runs `prag` in processes of their own."""
+
+    def __init__(self, folder: Path, passages: list[Passage]) -> None:
+        self.folder = folder
+        write_tiny_model(folder / "tiny")
+        self.write_corpus(passages)
+        lines = []
+        for passage in passages:
+            pairs = make_augmentation(passage).pairs
+            qa = [{"question": p.question, "answer": p.answer, "full_answer": p.full_answer} for p in pairs]
+            lines.append(json.dumps({"id": passage.sources[0], "rewrites": [], "qa": qa}))
+        (folder / "augmentations.jsonl").write_text("\n".join(lines))
+        config = {
+            "store": "store",
+            "corpus": {"path": "corpus.jsonl"},
+            "model": {"name": "tiny"},
+            "augment": {"generator": "none", "import_file": "augmentations.jsonl"},
+            "train": {"epochs": 1},
+            "run": {"train_batch": 4, "augment_batch": 4},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def write_corpus(self, passages: list[Passage], extra: str = "") -> None:
+        lines = [json.dumps({"id": p.sources[0], "title": p.title, "text": p.text}) for p in passages]
+        (self.folder / "corpus.jsonl").write_text("\n".join(lines) + "\n" + extra)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "pipelines.cli", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, err[-3000:]
+        return out if code == 0 else err
+
+    def report(self) -> dict:
+        return json.loads(self.run("run", "-c", "config.yaml", "--json"))
+
+    def ledger(self) -> list[LedgerRow]:
+        store = Store(str(self.folder / "store"))
+        return from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
+
+
+def stage(report: dict, name: str) -> dict:
+    return next(s for s in report["stages"] if s["stage"] == name)
+
+
+def new(report: dict) -> dict[str, int]:
+    return {s["stage"]: s["done"] - s["earlier"] for s in report["stages"]}
+
+
+def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(10)]
+    work = Workspace(tmp_path, passages)
+
+    # 1. A first run, with two bad lines, a duplicate under another id, and a passage without an augmentation.
+    duplicate = Passage(passages[0].key, passages[0].title, passages[0].text, ("again",))
+    stranger = make_passage(99)
+    work.write_corpus([*passages, duplicate, stranger], extra='not json\n{"id": "e", "title": "t", "text": ""}\n')
+    first = work.report()
+    assert first["rejected"] == {"augment/not_imported": 1, "corpus/empty_text": 1, "corpus/invalid_json": 1}
+    corpus = stage(first, "corpus")
+    assert (corpus["taken"], corpus["done"], corpus["extra"]["passages"], corpus["extra"]["duplicates"]) == (
+        14,
+        12,
+        11,
+        1,
+    )
+    assert all(s["balanced"] for s in first["stages"])
+    assert first["adapters"] == 10 == len(work.ledger())
+    listed = work.run("rejects", "-c", "config.yaml")
+    assert "corpus.jsonl:13" in listed
+    assert "corpus.jsonl:14" in listed
+
+    # 2. Again, with the lines in another order: the same version, the same snapshot, nothing trained.
+    work.write_corpus(
+        [stranger, duplicate, *reversed(passages)], extra='{"id": "e", "title": "t", "text": ""}\nnot json\n'
+    )
+    again = work.report()
+    assert new(again) == {"corpus": 12, "augment": 0, "train": 0, "index": 0}
+    assert again["snapshot"] == first["snapshot"]
+    assert again["adapters"] == 10
+
+    # 3. One passage changed: one is trained, and the old adapter is not asked for any more.
+    changed = make_passage(3, words=31)
+    work.write_corpus([changed if p.sources == ("p3",) else p for p in passages])
+    third = work.report()
+    assert new(third)["train"] == 1
+    assert third["snapshot"] != first["snapshot"]
+
+    # 4. The engine answers from it in all four modes, and says how each passage was used.
+    answers = json.loads(work.run("ask", "-c", "config.yaml", "--compare", "--json", f"What is {changed.title}?"))
+    assert [a["mode"] for a in answers] == ["closed", "rag", "prag", "combine"]
+    assert answers[2]["passages"][0]["key"] == changed.key
+    assert answers[2]["passages"][0]["in_weights"]
+    assert set(answers[2]["milliseconds"]) == {"retrieve", "fetch", "inject", "prefill", "decode"}
+    assert changed.title in work.run("ask", "-c", "config.yaml", "--compare", f"What is {changed.title}?")
+
+    # 5. What a program would read, and a plan that has nothing to do.
+    assert json.loads(work.run("status", "-c", "config.yaml", "--json"))["snapshot"]["id"] == third["snapshot"]
+    plan = json.loads(work.run("plan", "-c", "config.yaml", "--json"))
+    assert (plan["to_augment"], plan["to_train"], plan["passages"]) == (0, 0, 10)
+
+    # 6. Another base model must not touch this store.
+    write_tiny_model(tmp_path / "other", seed=1)
+    refused = work.run("run", "-c", "config.yaml", "--set", "model.name=other", code=5)
+    assert "holds adapters for the base model" in refused
+    refused = work.run("ask", "-c", "config.yaml", "--set", "model.name=other", "Why?", code=5)
+    assert "holds adapters for the base model" in refused
+
+
+def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(24)]
+    work = Workspace(tmp_path, passages)
+    process = work.start("run", "-c", "config.yaml", "--set", "train.epochs=12")
+    ledger = tmp_path / "store" / "adapters"
+    deadline = time.monotonic() + 240
+    while not list(ledger.glob("*/ledger/*.parquet")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    time.sleep(3)  # what its workers were writing when they noticed
+    kept = {row.key for row in work.ledger()}
+    assert 4 <= len(kept) < 24
+    report = json.loads(work.run("run", "-c", "config.yaml", "--set", "train.epochs=12", "--json"))
+    assert report["adapters"] == 24
+    assert stage(report, "train")["earlier"] == len(kept)
+    keys = [row.key for row in work.ledger()]
+    assert len(keys) == len(set(keys)) == 24
+
+
+def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
+    work = Workspace(tmp_path, [make_passage(n) for n in range(2)])
+    work.write_corpus([make_passage(n) for n in range(8)])
+    message = work.run("run", "-c", "config.yaml", code=9)
+    assert "6 of 8 passages were rejected" in message
+    assert "not_imported 6" in message
+    assert not (tmp_path / "store" / "CURRENT").exists()

@@ -1,0 +1,107 @@
+"""Injection row by row: the sum of adapters, and nothing of a neighbour's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prag_core.errors import AdapterError, ModelError
+from prag_core.lora import Injector, LoraLayout, check_factors, find_targets, initial_factors, stack_rows
+from prag_core.models import BaseModel
+from prag_core.recipe import RECIPES
+
+RECIPE = RECIPES["small"]
+
+
+def random_adapter(layout: LoraLayout, seed: int) -> dict[str, torch.Tensor]:
+    """Other random values in each tensor, so that swapped gate, up and down factors would show."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in layout.tensor_shapes.items()}
+
+
+def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Tensor) -> torch.Tensor:
+    """The oracle: Σ w·scale·B·A added to the weights themselves, and taken off again."""
+    _, modules = find_targets(base.model, RECIPE)
+    before = {place: module.weight.clone() for place, module in modules.items()}
+    with torch.no_grad():
+        for (layer, target), module in modules.items():
+            for adapter, weight in row:
+                module.weight += weight * layout.scale * adapter[f"{target}.B"][layer] @ adapter[f"{target}.A"][layer]
+        logits = base.model(input_ids=ids).logits
+        for place, module in modules.items():
+            module.weight.copy_(before[place])
+    return logits
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, 0.5, 0.25])), max_size=3), min_size=1, max_size=4
+    )
+)
+def test_each_row_of_a_mixed_batch_has_its_own_sum(tiny_session: BaseModel, plan: list) -> None:
+    base = tiny_session
+    injector = Injector(base.model, RECIPE)
+    try:
+        layout = injector.layout
+        rows = [[(random_adapter(layout, seed), weight) for seed, weight in row] for row in plan]
+        ids = torch.arange(3, 3 + 7 * len(rows)).remainder(250).reshape(len(rows), 7)
+        with torch.no_grad(), injector.active(stack_rows(layout, rows, dtype=torch.float32)):
+            mixed = base.model(input_ids=ids).logits
+        for i, row in enumerate(rows):
+            assert torch.allclose(mixed[i], with_dense_sum(base, layout, row, ids[i : i + 1])[0], atol=1e-4)
+    finally:
+        injector.close()
+
+
+def test_outside_the_context_the_model_is_bare(tiny: BaseModel) -> None:
+    ids = torch.arange(3, 13)[None]
+    bare = tiny.model(input_ids=ids).logits
+    injector = Injector(tiny.model, RECIPE)
+    rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]], dtype=torch.float32)
+    with injector.active(rows):
+        changed = tiny.model(input_ids=ids).logits
+    assert not torch.allclose(bare, changed)
+    assert torch.equal(tiny.model(input_ids=ids).logits, bare)
+    injector.close()
+    assert torch.equal(tiny.model(input_ids=ids).logits, bare)
+
+
+def test_modules_are_counted(tiny: BaseModel) -> None:
+    injector = Injector(tiny.model, RECIPE)
+    assert injector.modules == 3 * 3
+    assert injector.layout.parameters == 3 * 2 * (3 * 32 + 3 * 48)
+    injector.close()
+
+
+def test_a_missing_target_names_what_there_is(tiny: BaseModel) -> None:
+    with pytest.raises(ModelError, match=r"no linear module gate_up_proj.*gate_proj.*up_proj"):
+        find_targets(tiny.model, replace(RECIPE, targets=("gate_up_proj", "down_proj")))
+
+
+def test_every_adapter_starts_alike_and_as_nothing(tiny: BaseModel) -> None:
+    layout, _ = find_targets(tiny.model, RECIPE)
+    one, same, other = initial_factors(layout, 0), initial_factors(layout, 0), initial_factors(layout, 1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["up_proj.A"], other["up_proj.A"])
+    assert all(bool((one[name] == 0).all()) == name.endswith(".B") for name in one)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.pop("up_proj.A"), "has tensors"),
+        (lambda f: f.update({"up_proj.A": f["up_proj.A"][:-1]}), "has shape"),
+        (lambda f: f["up_proj.B"].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tiny: BaseModel, damage, message: str) -> None:
+    layout, _ = find_targets(tiny.model, RECIPE)
+    factors = initial_factors(layout, 0)
+    damage(factors)
+    with pytest.raises(AdapterError, match=f"adapter k: .*{message}"):
+        check_factors(layout, factors, "k")

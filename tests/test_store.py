@@ -1,0 +1,195 @@
+"""The store: whole objects, conditional writes, adapters that come back bit by bit or not at all."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_passage
+from peft import PeftModel
+from test_lora import random_adapter
+
+from prag_core.adapter_io import export_peft
+from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters
+from prag_core.config import AugmentConfig, TrainConfig
+from prag_core.errors import AdapterError, ConflictError, StoreError
+from prag_core.lora import Injector, find_targets, stack_rows
+from prag_core.models import BaseModel
+from prag_core.recipe import Recipe, augment_recipe, train_recipe
+from prag_core.records import LedgerRow, Passage, to_table
+from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.store import Store
+from prag_core.trainer import TrainedAdapter
+
+RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}/store")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, tiny_session: BaseModel) -> AdapterStore:
+    layout, _ = find_targets(tiny_session.model, RECIPE.train)
+    made = AdapterStore(Store(str(tmp_path / "store")), RECIPE, layout, "float32")
+    made.describe()
+    return made
+
+
+def trained(adapters: AdapterStore, key: str, seed: int) -> TrainedAdapter:
+    return TrainedAdapter(key, random_adapter(adapters.layout, seed), 20, 500, 3.0, 0.5, 1.5)
+
+
+def test_objects_come_back_and_ranges_too(store: Store) -> None:
+    store.put("a/b.bin", b"0123456789")
+    assert store.get("a/b.bin") == b"0123456789"
+    assert store.get("a/b.bin", 2, 5) == b"234"
+    assert store.exists("a/b.bin")
+    assert store.list("a", ".bin") == ["a/b.bin"]
+    with pytest.raises(StoreError, match=r"a/none: no such object"):
+        store.get("a/none")
+
+
+def test_a_store_pickles_as_its_url(store: Store) -> None:
+    store.put("x", b"1")
+    assert pickle.loads(pickle.dumps(store)).get("x") == b"1"
+
+
+def test_the_same_table_is_one_part(store: Store) -> None:
+    table = to_table(Passage, [make_passage(n) for n in range(5)])
+    assert store.put_table("corpus/v", table) == store.put_table("corpus/v", table)
+    assert store.get_table(Passage, store.list("corpus", ".parquet")).equals(table)
+    store.put("corpus/v/part-x.parquet", b"PAR1 but not really")
+    with pytest.raises(StoreError, match=r"part-x\.parquet: not a readable Parquet part"):
+        store.get_table(Passage, store.list("corpus", ".parquet"))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "store"))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.put("a/b", b"data")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match=r"store = '.*file/store' cannot be written"):
+        Store(str(tmp_path / "file" / "store")).check_writable()
+    with pytest.raises(StoreError, match="nosuch"):
+        Store("nosuch://bucket/x")
+
+
+def test_of_many_swaps_one_wins(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+
+    def claim(name: str) -> bool:
+        try:
+            store.swap("CURRENT", None, name.encode())
+        except ConflictError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, map(str, range(16))))
+    assert won.count(True) == 1
+    assert store.get("CURRENT") == str(won.index(True)).encode()
+    store.swap("CURRENT", store.get("CURRENT"), b"next")
+    with pytest.raises(ConflictError, match="changed by somebody else"):
+        store.swap("CURRENT", b"stale", b"late")
+
+
+def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
+    made = [trained(adapters, f"key{n}", n) for n in range(4)]
+    rows = adapters.commit([(adapter, f"digest{n}") for n, adapter in enumerate(made)])
+    reopened, train = open_adapters(adapters.store, RECIPE.fingerprint)
+    assert train == RECIPE.train
+    assert reopened.layout == adapters.layout
+    source = LedgerSource(reopened, adapters.ledger_parts())
+    for row, adapter in zip(rows, made, strict=True):
+        got = source.get(row.key)
+        assert all(torch.equal(got[name], adapter.factors[name]) for name in got)
+    assert len({row.shard for row in rows}) == 1
+    with pytest.raises(AdapterError, match="the snapshot has none"):
+        source.get("unknown")
+
+
+def test_a_later_row_replaces_an_earlier_one(adapters: AdapterStore) -> None:
+    adapters.commit([(trained(adapters, "key", 1), "old")])
+    adapters.commit([(trained(adapters, "key", 2), "new")])
+    got = LedgerSource(adapters, adapters.ledger_parts()).get("key")
+    assert torch.equal(got["up_proj.A"], random_adapter(adapters.layout, 2)["up_proj.A"])
+
+
+def test_a_shard_without_a_ledger_part_does_not_exist(adapters: AdapterStore) -> None:
+    adapters.commit([(trained(adapters, "key", 1), "d")])
+    for part in adapters.ledger_parts():
+        adapters.store.fs.rm(adapters.store.path(part))
+    assert "key" not in LedgerSource(adapters, adapters.ledger_parts())
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_bytes_are_never_an_adapter(adapters: AdapterStore, damage: str) -> None:
+    (row,) = adapters.commit([(trained(adapters, "key", 1), "d")])
+    path = Path(adapters.store.path(row.shard))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[row.offset + row.length // 2] ^= 1
+    path.write_bytes(data[: row.offset + row.length - 1] if damage == "cut" else data)
+    if damage == "remove":
+        path.unlink()
+    with pytest.raises(AdapterError, match="adapter key"):
+        LedgerSource(adapters, adapters.ledger_parts()).get("key")
+
+
+def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: BaseModel, tmp_path: Path) -> None:
+    factors = random_adapter(adapters.layout, 3)
+    export_peft(adapters.layout, factors, tmp_path / "peft", "base")
+    ids = torch.arange(3, 20)[None]
+    injector = Injector(tiny.model, RECIPE.train)
+    with torch.no_grad(), injector.active(stack_rows(adapters.layout, [[(factors, 1.0)]], dtype=torch.float32)):
+        ours = tiny.model(input_ids=ids).logits
+    injector.close()
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(tiny.model, tmp_path / "peft")(input_ids=ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_publishing_the_same_again_changes_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    with pytest.raises(StoreError, match="nothing is published yet"):
+        load_snapshot(store)
+    parts = {"corpus_version": "v", "index": "i", "recipe": "r", "base_model": "b", "passages": 2, "adapters": 1}
+    first = make_snapshot(ledger_parts=("p1",), **parts)
+    assert publish(store, first)
+    assert not publish(store, make_snapshot(ledger_parts=("p1",), **parts))
+    assert load_snapshot(store) == first
+    second = make_snapshot(ledger_parts=("p1", "p2"), **parts)
+    assert publish(store, second)
+    assert current_id(store) == second.id
+    assert load_snapshot(store, first.id) == first
+    assert json.loads(store.get("CURRENT")) == {"snapshot": second.id}
+
+
+def test_ledger_rows_name_what_they_hold(adapters: AdapterStore) -> None:
+    (row,) = adapters.commit([(trained(adapters, "key", 1), "digest")])
+    table = adapters.store.get_table(LedgerRow, adapters.ledger_parts())
+    assert table.column("augmentation").to_pylist() == ["digest"]
+    assert row.length == adapters.layout.parameters * 4
+    assert row.recipe == RECIPE.fingerprint
+    with pytest.raises(AdapterError, match="not finite"):
+        adapters.commit(
+            [
+                (
+                    TrainedAdapter(
+                        "bad", {k: v / 0 for k, v in random_adapter(adapters.layout, 1).items()}, 1, 1, 1.0, 1.0, 1.0
+                    ),
+                    "d",
+                )
+            ]
+        )
