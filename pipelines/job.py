@@ -20,7 +20,7 @@ from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
-from prag_core.errors import BudgetError
+from prag_core.errors import BudgetError, PragError
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
 from prag_core.recipe import Recipe, train_recipe
@@ -107,6 +107,7 @@ def run_job(config: Config, console: Console) -> RunReport:
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
     stages: list[StageReport] = []
+    console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     with ray_session(profile):
         # 1. Corpus.
         corpus = ingest.ingest(config.corpus, profile.partitions)
@@ -154,6 +155,8 @@ def run_job(config: Config, console: Console) -> RunReport:
 
 
 def _finish(store: Store, run: str, before: list[StageReport], report: StageReport, console: Console) -> StageReport:
+    if not report.balanced:
+        raise PragError(f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected")
     new = report.done - report.earlier
     console.print(
         f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "

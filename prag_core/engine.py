@@ -244,6 +244,6 @@ def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:
     if weights == "sum":
         return [1.0] * len(hits)
     if weights == "mean":
-        return [1.0 / len(hits)] * len(hits)
+        return [1.0 / len(hits) for _ in hits]
     total = sum(max(hit.score, 0.0) for hit in hits)
     return [max(hit.score, 0.0) / total if total else 1.0 / len(hits) for hit in hits]
