@@ -49,7 +49,7 @@ class Profile:
 PROFILES: dict[str, Profile] = {
     # Two cores or so. One logical CPU more than readers need, for the one actor that computes; each worker process
     # costs seconds to start, so there are few.
-    "laptop": Profile("laptop", 3, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None)),
+    "laptop": Profile("laptop", 2, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None)),
     "gpu": Profile("gpu", None, None, 16, Actors(cpus=2, gpus=1, most=8, threads=2)),
     "cluster": Profile("cluster", None, None, 256, Actors(cpus=4, gpus=1, most=1000, threads=4)),
 }

@@ -32,6 +32,8 @@ def ray_session(profile: Profile) -> Iterator[None]:
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in QUIET_ENV}}}
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:
+        # An idle worker is ended after a second by default, and starting the next one takes several.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         # Workers inherit this process's environment. A runtime_env would make Ray start each of them anew.
         ray.init(
             num_cpus=profile.logical_cpus,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -46,7 +47,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 _DEFAULT_CONFIG = Path("examples/demo.yaml")
 _progress_to = Console(stderr=True)
-_out = Console()
+# Bound to the real standard output: what libraries print there goes to standard error, see `main`.
+_out = Console(file=sys.stdout)
 
 
 @app.command()
@@ -261,7 +263,7 @@ def _rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    _out.file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _bytes(size: float) -> str:
@@ -285,7 +287,9 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("PRAG_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        # Standard output is for the result alone: Ray prints its workers' warnings wherever it likes.
+        with contextlib.redirect_stdout(sys.stderr):
+            app()
     except PragError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)

@@ -156,7 +156,9 @@ def run_job(config: Config, console: Console) -> RunReport:
 
 def _finish(store: Store, run: str, before: list[StageReport], report: StageReport, console: Console) -> StageReport:
     if not report.balanced:
-        raise PragError(f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected")
+        raise PragError(
+            f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
+        )
     new = report.done - report.earlier
     console.print(
         f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "

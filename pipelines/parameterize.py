@@ -11,35 +11,15 @@ from rich.console import Console
 from cluster.resources import Profile
 from pipelines.outcomes import Outcome, Tally, follow, outcome_table
 from pipelines.report import StageReport
-from pipelines.tables import count_by_reason, read_table, rejected_keys, set_threads, without
+from pipelines.tables import augmented, count_by_reason, read_table, rejected_keys, set_threads, without
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_base_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema, to_table
+from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
 from prag_core.trainer import Trainer, TrainingJob
-
-
-def augmented(store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int) -> ray.data.Dataset:
-    """Return each passage that has an augmentation, with it and its digest (column `augmentation`)."""
-    made = (
-        read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
-        .repartition(partitions, keys=["key"])
-        .map_batches(_one_each, batch_size=None, batch_format="pyarrow")
-    )
-    return passages.join(made, join_type="inner", on=("key",), num_partitions=partitions)
-
-
-def _one_each(table: pa.Table) -> pa.Table:
-    """Keep one augmentation a key and add its digest: a retried task may have stored a passage's twice."""
-    rows = from_table(Augmentation, table) if table.num_rows else []
-    chosen: dict[str, Augmentation] = {}
-    for row in sorted(rows, key=lambda row: (row.key, row.digest)):
-        chosen.setdefault(row.key, row)
-    kept = to_table(Augmentation, chosen.values()).select(["key", "rewrites", "pairs", "origin"])
-    return kept.append_column("augmentation", pa.array([row.digest for row in chosen.values()], pa.string()))
 
 
 def todo(store: Store, ready: ray.data.Dataset, recipe: Recipe, partitions: int) -> ray.data.Dataset:

@@ -12,7 +12,7 @@ from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import augment, ingest, parameterize
 from pipelines.job import describe
-from pipelines.tables import read_table
+from pipelines.tables import augmented, read_table
 from prag_core.adapter_io import DTYPES
 from prag_core.config import Config
 from prag_core.examples import training_examples
@@ -57,7 +57,7 @@ def make_plan(config: Config) -> Plan:
     with ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile.partitions)
         to_augment = augment.todo(store, corpus.passages, recipe.augment, profile.partitions).count()
-        ready = parameterize.augmented(store, corpus.passages, recipe.augment.fingerprint, profile.partitions)
+        ready = augmented(store, corpus.passages, recipe.augment.fingerprint, profile.partitions)
         to_train = to_augment
         if ready is not None:
             to_train += parameterize.todo(store, ready, recipe, profile.partitions).count()

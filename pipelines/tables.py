@@ -1,4 +1,7 @@
-"""Between the store and Ray Data: reading stored tables, and what is not done yet."""
+"""Between the store and Ray Data: reading stored tables, and what is not done yet.
+
+Workers import this file to run its functions, so nothing here may import torch: it would cost each of them seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pyarrow.compute as pc
 import ray.data
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from prag_core.records import Reject, schema
+from prag_core.records import Augmentation, Reject, from_table, schema, to_table
 from prag_core.store import Store
 
 TRANSIENT = "generation_failed"
@@ -32,6 +35,26 @@ def read_table(store: Store, folder: str, record: type, columns: list[str] | Non
         filesystem=PyFileSystem(FSSpecHandler(store.fs)),
         columns=wanted.names,
     )
+
+
+def augmented(store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int) -> ray.data.Dataset:
+    """Return each passage that has an augmentation, with it and its digest (column `augmentation`)."""
+    made = (
+        read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
+        .repartition(partitions, keys=["key"])
+        .map_batches(_one_each, batch_size=None, batch_format="pyarrow")
+    )
+    return passages.join(made, join_type="inner", on=("key",), num_partitions=partitions)
+
+
+def _one_each(table: pa.Table) -> pa.Table:
+    """Keep one augmentation a key and add its digest: a retried task may have stored a passage's twice."""
+    rows = from_table(Augmentation, table) if table.num_rows else []
+    chosen: dict[str, Augmentation] = {}
+    for row in sorted(rows, key=lambda row: (row.key, row.digest)):
+        chosen.setdefault(row.key, row)
+    kept = to_table(Augmentation, chosen.values()).select(["key", "rewrites", "pairs", "origin"])
+    return kept.append_column("augmentation", pa.array([row.digest for row in chosen.values()], pa.string()))
 
 
 def without(
