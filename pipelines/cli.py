@@ -47,7 +47,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 _DEFAULT_CONFIG = Path("examples/demo.yaml")
 _progress_to = Console(stderr=True)
-# Bound to the real standard output: what libraries print there goes to standard error, see `main`.
+# Bound to the real standard output, see `_result_only`.
 _out = Console(file=sys.stdout)
 
 
@@ -57,7 +57,8 @@ def plan(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json
     from pipelines.plan import make_plan
 
     settings = load_config(config, set_ or [])
-    made = make_plan(settings)
+    with _result_only():
+        made = make_plan(settings)
     if as_json:
         _print_json(made.to_json())
         return
@@ -88,7 +89,8 @@ def run(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json:
     from pipelines.job import run_job
 
     settings = load_config(config, set_ or [])
-    report = run_job(settings, _progress_to)
+    with _result_only():
+        report = run_job(settings, _progress_to)
     if as_json:
         _print_json(report.to_json())
         return
@@ -130,7 +132,8 @@ def ask(
     overrides += [f"answer.{name}={value}" for name, value in (("mode", mode), ("weights", weights)) if value]
     overrides += [f"answer.top_k={top_k}"] if top_k else []
     settings = load_config(config, overrides)
-    answers = _ask(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
+    with _result_only():
+        answers = _ask(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
     if as_json:
         _print_json([asdict(answer) for answer in answers])
         return
@@ -223,7 +226,14 @@ def demo(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None) -> None
     from pipelines.demo import run_demo
 
     settings = load_config(config, set_ or [])
-    _out.print(json.dumps(run_demo(settings, _out)), soft_wrap=True, highlight=False, markup=False)
+    with _result_only():
+        result = run_demo(settings, _out)
+    _print_json(result)
+
+
+def _result_only() -> contextlib.AbstractContextManager[Any]:
+    """Within this context, what libraries print goes to standard error: standard output is for the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _show_answers(answers: list[Answer]) -> None:
@@ -286,10 +296,9 @@ def main() -> None:
     """Run the command line; an expected error becomes its message and its exit code, never a traceback."""
     logging.basicConfig(level=os.environ.get("PRAG_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        # Standard output is for the result alone: Ray prints its workers' warnings wherever it likes.
-        with contextlib.redirect_stdout(sys.stderr):
-            app()
+        app()
     except PragError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)
