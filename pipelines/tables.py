@@ -16,7 +16,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from prag_core.records import Augmentation, Reject, from_table, schema, to_table
 from prag_core.store import Store
 
-TRANSIENT = "generation_failed"
+# Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it.
+TRANSIENT = ("generation_failed", "not_imported")
 
 
 def read_table(store: Store, folder: str, record: type, columns: list[str] | None = None) -> ray.data.Dataset | None:
@@ -37,13 +38,14 @@ def read_table(store: Store, folder: str, record: type, columns: list[str] | Non
     )
 
 
-def augmented(store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int) -> ray.data.Dataset:
-    """Return each passage that has an augmentation, with it and its digest (column `augmentation`)."""
-    made = (
-        read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
-        .repartition(partitions, keys=["key"])
-        .map_batches(_one_each, batch_size=None, batch_format="pyarrow")
-    )
+def augmented(
+    store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int
+) -> ray.data.Dataset | None:
+    """Return each passage that has an augmentation, with it and its digest (column `augmentation`); None at first."""
+    rows = read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
+    if rows is None:
+        return None
+    made = rows.repartition(partitions, keys=["key"]).map_batches(_one_each, batch_size=None, batch_format="pyarrow")
     return passages.join(made, join_type="inner", on=("key",), num_partitions=partitions)
 
 
@@ -69,7 +71,7 @@ def without(
 def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset | None:
     """Return the keys (and nothing else) that a stage gave up on for a recipe, in this run or an earlier one.
 
-    A failed generator is not the passage's fault: such rejects are tried again by the next run.
+    Rejects for a `TRANSIENT` reason are not among them: the next run tries again.
     """
     rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
     if rows is None:
@@ -78,7 +80,7 @@ def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset | N
 
 
 def _of_recipe(table: pa.Table, recipe: str) -> pa.Table:
-    final = pc.not_equal(table["reason"], TRANSIENT)
+    final = pc.invert(pc.is_in(table["reason"], value_set=pa.array(TRANSIENT)))
     return table.filter(pc.and_(pc.equal(table["recipe"], recipe), final)).select(["key"])
 
 
@@ -88,9 +90,8 @@ def count_by_reason(store: Store, stage: str, recipe: str, of: ray.data.Dataset,
     if rows is None:
         return Counter()
     among = rows.join(of.select_columns(["key"]), join_type="inner", on=("key",), num_partitions=partitions)
-    reasons = {
-        row["key"]: row["reason"] for row in among.iter_rows() if row["recipe"] == recipe and row["reason"] != TRANSIENT
-    }
+    final = [row for row in among.iter_rows() if row["recipe"] == recipe and row["reason"] not in TRANSIENT]
+    reasons = {row["key"]: row["reason"] for row in final}
     return Counter(reasons.values())
 
 

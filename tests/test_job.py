@@ -170,7 +170,16 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
 def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
     work = Workspace(tmp_path, [make_passage(n) for n in range(2)])
     work.write_corpus([make_passage(n) for n in range(8)])
+    augmentations = tmp_path / "augmentations.jsonl"
+    known = augmentations.read_text()
+    augmentations.write_text(known.splitlines()[0].replace('"p0"', '"nobody"'))
     message = work.run("run", "-c", "config.yaml", code=9)
-    assert "6 of 8 passages were rejected" in message
-    assert "not_imported 6" in message
+    assert "8 of 8 passages were rejected" in message
+    assert "not_imported 8" in message
     assert not (tmp_path / "store" / "CURRENT").exists()
+
+    # A file that has them by now is asked again: these rejects were not the passages' fault.
+    augmentations.write_text(known)
+    report = json.loads(work.run("run", "-c", "config.yaml", "--set", "run.max_reject_share=0.8", "--json"))
+    assert report["adapters"] == 2
+    assert report["rejected"] == {"augment/not_imported": 6}
