@@ -21,11 +21,13 @@ QUIET_ENV = {
 def ray_session(profile: Profile) -> Iterator[None]:
     """Within this context Ray runs: the cluster that RAY_ADDRESS names, or one started here and stopped after.
 
-    Ray's own progress bars and start-up messages are off: the job reports its progress itself.
+    An error that a worker raised leaves this context as it was raised there. Ray's own progress bars and start-up
+    messages are off: the job reports its progress itself.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_ENV.items()})
     import ray
     import ray.data
+    import ray.exceptions
 
     if os.environ.get("RAY_ADDRESS"):
         passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
@@ -49,7 +51,13 @@ def ray_session(profile: Profile) -> Iterator[None]:
         context.default_hash_shuffle_parallelism = profile.partitions
         # A step of training may take long, and no block moves meanwhile.
         context.execution_no_progress_timeout_s = 4 * 3600
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         yield
+    except ray.exceptions.RayTaskError as error:
+        # What a worker raised is raised here as it was, without the frames of Ray between.
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        raise cause from None
     finally:
         ray.shutdown()

@@ -10,7 +10,7 @@ import ray.data
 from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table
+from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import count_by_reason, read_table, rejected_keys, set_threads, without
 from prag_core.augment import augment
@@ -19,19 +19,22 @@ from prag_core.config import Config
 from prag_core.llm import Generator, TransformersGenerator
 from prag_core.llm_openai import OpenAIGenerator
 from prag_core.models import load_base_model, model_fingerprint, resolve_model
-from prag_core.recipe import AugmentRecipe, augment_recipe
+from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
 from prag_core.store import Store, put_augmentations, put_rejects
 
 
-def generator_fingerprint(config: Config) -> str:
-    """Return the name of the model that augments: its weights' fingerprint, or an endpoint's model name."""
+def generator_fingerprint(config: Config, base_model: str) -> str:
+    """Return the name of the model that augments: its weights' fingerprint, or an endpoint's model name.
+
+    `base_model` is the fingerprint of the base model, which augments where no other is named.
+    """
     settings = config.augment
     if settings.generator == "none":
         return "none"
     if settings.generator == "openai":
         return f"openai:{settings.endpoint.model}"
-    return model_fingerprint(resolve_model(settings.model or config.model.name))
+    return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
 
 
 def make_generator(config: Config) -> Generator:
@@ -40,11 +43,6 @@ def make_generator(config: Config) -> Generator:
         return OpenAIGenerator(config.augment.endpoint)
     name = config.augment.model or config.model.name
     return TransformersGenerator(load_base_model(config.model.model_copy(update={"name": name})))
-
-
-def recipe_of(config: Config) -> AugmentRecipe:
-    """Return the augment recipe of a configuration."""
-    return augment_recipe(config.augment, generator_fingerprint(config))
 
 
 def todo(store: Store, passages: ray.data.Dataset, recipe: AugmentRecipe, partitions: int) -> ray.data.Dataset:
@@ -120,13 +118,8 @@ def run_augment(
     total = missing.count()
     earlier = count_by_reason(store, "augment", recipe.fingerprint, passages, profile.partitions)
     if total:
-        outcomes = missing.repartition(max(1, -(-total // config.run.augment_batch))).map_batches(
-            AugmentPassages,
-            batch_size=config.run.augment_batch,
-            batch_format="pyarrow",
-            fn_constructor_args=(config, store, recipe, run, profile.model_actors.threads),
-            **profile.pool(),
-        )
+        arguments = (config, store, recipe, run, profile.model_actors.threads)
+        outcomes = run_actors(AugmentPassages, arguments, missing, total, config.run.augment_batch, profile)
         follow(outcomes, total, "augment", console, tally)
     done_before = count - total - sum(earlier.values())
     return StageReport(

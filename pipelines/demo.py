@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.job import run_job
+from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
 from prag_core.engine import Engine, Request, open_engine
 from prag_core.errors import InputError
@@ -50,7 +51,8 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     scores, answers = _ask_all(config, engine, questions, passages, console)
     seconds = {stage.stage: round(stage.seconds, 1) for stage in report.stages}
     seconds["ask"] = round(time.perf_counter() - begun, 1)
-    generated = {p for p in passages if p not in _imported(config)}
+    imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+    generated = {id for id, passage in passages.items() if imported is None or imported.find(passage) is None}
     _print_tables(console, questions, scores, generated)
     _print_examples(console, questions, answers, scores)
     return {
@@ -85,12 +87,6 @@ def _passages(store: Store) -> dict[str, Passage]:
     parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
     rows = from_table(Passage, store.get_table(Passage, parts))
     return {source: passage for passage in rows for source in passage.sources}
-
-
-def _imported(config: Config) -> set[str]:
-    if config.augment.import_file is None:
-        return set()
-    return {json.loads(line)["id"] for line in Path(config.augment.import_file).read_text("utf-8").splitlines()}
 
 
 def _ask_all(

@@ -23,7 +23,7 @@ from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
-from prag_core.recipe import Recipe, train_recipe
+from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.retrieval import find_jdk
 from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.store import Store
@@ -71,10 +71,12 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
     layout, _ = find_targets(model_skeleton(folder), train)
-    return Recipe(model_fingerprint(folder), augment.recipe_of(config), train), layout
+    base_model = model_fingerprint(folder)
+    augmenting = augment_recipe(config.augment, augment.generator_fingerprint(config, base_model))
+    return Recipe(base_model, augmenting, train), layout
 
 
-def preflight(config: Config, store: Store) -> None:
+def preflight(config: Config, store: Store, base_model: str) -> None:
     """Check in seconds what would otherwise fail after an hour.
 
     Raises:
@@ -88,7 +90,7 @@ def preflight(config: Config, store: Store) -> None:
     store.check_writable()
     find_jdk()
     if current_id(store) is not None:
-        check_base_model(load_snapshot(store), store, config.model.name)
+        check_base_model(load_snapshot(store), store, config.model.name, base_model)
 
 
 def run_job(config: Config, console: Console) -> RunReport:
@@ -102,7 +104,7 @@ def run_job(config: Config, console: Console) -> RunReport:
     store = Store(config.store)
     profile = PROFILES[config.run.profile]
     recipe, layout = describe(config)
-    preflight(config, store)
+    preflight(config, store, recipe.base_model)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()

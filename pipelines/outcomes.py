@@ -6,11 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import ray.data
 from rich.console import Console
 
+from cluster.resources import Profile
 from pipelines.progress import stage_progress
 from prag_core.records import schema, to_table
 
@@ -61,6 +63,18 @@ class Tally:
 def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
     """Return outcomes as the block that an actor gives back."""
     return to_table(Outcome, outcomes)
+
+
+def run_actors(
+    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, profile: Profile
+) -> ray.data.Dataset:
+    """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
+
+    One block is one batch: what a block gives is seen when the block is done, and lost if it is not.
+    """
+    return missing.repartition(-(-total // batch)).map_batches(
+        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **profile.pool()
+    )
 
 
 def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally) -> None:

@@ -9,7 +9,7 @@ import ray.data
 from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table
+from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import augmented, count_by_reason, read_table, rejected_keys, set_threads, without
 from prag_core.adapter_store import AdapterStore
@@ -103,13 +103,8 @@ def run_train(
     total = missing.count()
     earlier = count_by_reason(store, "train", recipe.fingerprint, ready, profile.partitions)
     if total:
-        outcomes = missing.repartition(max(1, -(-total // config.run.train_batch))).map_batches(
-            TrainAdapters,
-            batch_size=config.run.train_batch,
-            batch_format="pyarrow",
-            fn_constructor_args=(config, store, recipe, run, profile.model_actors.threads),
-            **profile.pool(),
-        )
+        arguments = (config, store, recipe, run, profile.model_actors.threads)
+        outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
         follow(outcomes, total, "train", console, tally)
     done_before = count - total - sum(earlier.values())
     return StageReport(

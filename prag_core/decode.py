@@ -65,7 +65,7 @@ def greedy(
                     use_cache=True,
                     logits_to_keep=1,
                 )
-            cache = output.past_key_values
+            cache = output.cache
             tokens = output.logits[:, -1].argmax(-1).tolist()
             prefilled = prefilled or time.perf_counter()
             going = [place for place, token in enumerate(tokens) if token not in stop_ids]

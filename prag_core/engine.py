@@ -20,7 +20,7 @@ from prag_core.decode import greedy
 from prag_core.errors import AdapterError, StoreError
 from prag_core.examples import answer_prefix_ids, question_ids
 from prag_core.lora import Factors, Injector, stack_rows
-from prag_core.models import BaseModel, cache_dir, load_base_model, model_fingerprint, resolve_model
+from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.prompts import passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Answer, Hit, Mode, Passage, UsedPassage, Weights
@@ -208,8 +208,8 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
     snapshot = load_snapshot(store, snapshot_id)
-    check_base_model(snapshot, store, config.model.name)
-    base = load_base_model(config.model, expected=snapshot.base_model)
+    base = load_base_model(config.model)
+    check_base_model(snapshot, store, config.model.name, base.fingerprint)
     retriever = open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", config.index)
     adapter_store, train = open_adapters(store, snapshot.recipe)
     return Engine(
@@ -223,20 +223,18 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
     )
 
 
-def check_base_model(snapshot: Snapshot, store: Store, name: str) -> str:
-    """Return the fingerprint of the base model `name`.
+def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
+    """Check that the base model `name`, whose fingerprint is `found`, is the snapshot's.
 
     Raises:
         StoreError: when the snapshot was made with another one.
     """
-    found = model_fingerprint(resolve_model(name))
     if found != snapshot.base_model:
         raise StoreError(
             f"store = {store.url!r} holds adapters for the base model {snapshot.base_model}; "
             f"model.name = {name!r} is {found}",
             "name the model that the store was made with, or another store for this model",
         )
-    return found
 
 
 def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:

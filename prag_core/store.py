@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prag_core.errors import ConflictError, StoreError
 from prag_core.identity import checksum
-from prag_core.records import Augmentation, Passage, Reject, schema, to_table
+from prag_core.records import Augmentation, Reject, schema, to_table
 
 T = TypeVar("T")
 
@@ -201,8 +201,3 @@ def put_rejects(store: Store, run: str, rows: Sequence[Reject]) -> None:
     """Store rejects, by the stage that gave them up."""
     for stage in sorted({row.stage for row in rows}):
         store.put_table(f"rejects/{stage}/{run}", to_table(Reject, [row for row in rows if row.stage == stage]))
-
-
-def put_passages(store: Store, version: str, rows: Iterable[Passage]) -> str:
-    """Store passages of one corpus version."""
-    return store.put_table(f"corpus/{version}", to_table(Passage, rows))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prag_core.errors import ModelError
-from prag_core.lora import Injector, RowAdapters, initial_factors
+from prag_core.lora import Injector, LoraLayout, RowAdapters, initial_factors
 from prag_core.models import BaseModel
 from prag_core.recipe import TrainRecipe
 
@@ -79,7 +79,7 @@ class Trainer:
             raise ModelError(f"{base.name}: its output layer has a bias, which the chunked loss does not know yet")
 
     @property
-    def layout(self) -> Any:
+    def layout(self) -> LoraLayout:
         """The layout of the adapters that this trainer makes."""
         return self._injector.layout
 

@@ -183,3 +183,13 @@ def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> No
     report = json.loads(work.run("run", "-c", "config.yaml", "--set", "run.max_reject_share=0.8", "--json"))
     assert report["adapters"] == 2
     assert report["rejected"] == {"augment/not_imported": 6}
+
+
+def test_what_a_worker_finds_wrong_is_said_without_a_traceback(tmp_path: Path) -> None:
+    work = Workspace(tmp_path, [make_passage(1)])
+    (tmp_path / "bad.tsv").write_text("id\ttitel\tbody\n1\ta\tb\n")
+    message = work.run("run", "-c", "config.yaml", "--set", "corpus.path=bad.tsv", code=3)
+    assert "bad.tsv: has no column 'text'" in message
+    assert "corpus.columns.text" in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 8

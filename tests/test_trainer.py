@@ -116,7 +116,6 @@ def test_a_passage_whose_loss_breaks_is_quarantined_alone(tiny: BaseModel) -> No
     good = jobs_of(tiny, 2, RECIPE)
     unused = 5
     assert not any(unused in example for job in good for example in job.examples)
-    alone = train(tiny, good, RECIPE, budget=100_000)
     with torch.no_grad():
         tiny.model.get_input_embeddings().weight[unused] = float("inf")
         # The output layer is tied; a score of infinity would poison everybody.
@@ -131,7 +130,6 @@ def test_a_passage_whose_loss_breaks_is_quarantined_alone(tiny: BaseModel) -> No
         factors = trained[job.key].factors
         assert factors is not None
         assert worst_difference(delta_weights(factors, RECIPE), reference[job.key]) < 1e-4
-    assert alone.keys() == reference.keys()
 
 
 def test_losses_fall_and_are_reported(tiny: BaseModel) -> None:
