@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.resources import Profile
 from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
-from pipelines.tables import count_by_reason, read_table, rejected_keys, set_threads, without
+from pipelines.tables import Survey, set_threads, with_passages
 from prag_core.augment import augment
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
@@ -43,13 +43,6 @@ def make_generator(config: Config) -> Generator:
         return OpenAIGenerator(config.augment.endpoint)
     name = config.augment.model or config.model.name
     return TransformersGenerator(load_base_model(config.model.model_copy(update={"name": name})))
-
-
-def todo(store: Store, passages: ray.data.Dataset, recipe: AugmentRecipe, partitions: int) -> ray.data.Dataset:
-    """Return the passages that have neither an augmentation nor a reject for this recipe."""
-    done = read_table(store, f"augmentations/{recipe.fingerprint}", Augmentation, ["key"])
-    refused = rejected_keys(store, "augment", recipe.fingerprint)
-    return without(without(passages, done, ("key",), partitions), refused, ("key",), partitions)
 
 
 class AugmentPassages:
@@ -105,29 +98,27 @@ def run_augment(
     profile: Profile,
     recipe: AugmentRecipe,
     passages: ray.data.Dataset,
-    count: int,
+    before: Survey,
     run: str,
     console: Console,
 ) -> StageReport:
-    """Augment what is missing; see `todo`. In = done (now and earlier) + rejected (now and earlier)."""
+    """Augment what a survey found missing. In = done (now and earlier) + rejected (now and earlier)."""
     tally = Tally()
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
     imported = read_augmentations(config.augment.import_file).rejects if config.augment.import_file else ()
     put_rejects(store, run, imported)
-    missing = todo(store, passages, recipe, profile.partitions).materialize()
-    total = missing.count()
-    earlier = count_by_reason(store, "augment", recipe.fingerprint, passages, profile.partitions)
+    total = before.counts["to_augment"]
     if total:
+        missing = with_passages(before.keys("to_augment"), passages, profile.partitions)
         arguments = (config, store, recipe, run, profile.model_actors.threads)
         outcomes = run_actors(AugmentPassages, arguments, missing, total, config.run.augment_batch, profile)
         follow(outcomes, total, "augment", console, tally)
-    done_before = count - total - sum(earlier.values())
     return StageReport(
         stage="augment",
-        taken=count,
-        done=done_before + tally.done,
-        earlier=done_before,
-        rejected=dict(earlier + tally.rejected),
+        taken=before.passages,
+        done=before.augmented + tally.done,
+        earlier=before.augmented,
+        rejected=dict(before.reasons["augment_rejected"] + tally.rejected),
         seconds=tally.seconds,
         extra={
             "pairs": {str(pairs): n for pairs, n in sorted(tally.pairs.items())},

@@ -15,6 +15,7 @@ from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
+from pipelines.tables import survey
 from prag_core.adapter_store import AdapterStore
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
@@ -116,12 +117,13 @@ def run_job(config: Config, console: Console) -> RunReport:
         ingest.store_corpus(store, corpus, run)
         stages.append(_finish(store, run, stages, corpus.report, console))
         # 2. Augment.
-        report = augment.run_augment(
-            config, store, profile, recipe.augment, corpus.passages, corpus.count, run, console
-        )
+        missing = survey(store, corpus.passages, recipe, profile.partitions)
+        report = augment.run_augment(config, store, profile, recipe.augment, corpus.passages, missing, run, console)
         stages.append(_finish(store, run, stages, report, console))
         # 3. Train and store.
-        report = parameterize.run_train(config, store, profile, recipe, corpus.passages, run, console)
+        if missing.counts["to_augment"]:
+            missing = survey(store, corpus.passages, recipe, profile.partitions)
+        report = parameterize.run_train(config, store, profile, recipe, corpus.passages, missing, run, console)
         stages.append(_finish(store, run, stages, report, console))
         adapters = report.done
         # 4. Index.

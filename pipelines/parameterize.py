@@ -11,23 +11,15 @@ from rich.console import Console
 from cluster.resources import Profile
 from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
-from pipelines.tables import augmented, count_by_reason, read_table, rejected_keys, set_threads, without
+from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_base_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
+from prag_core.records import Augmentation, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
 from prag_core.trainer import Trainer, TrainingJob
-
-
-def todo(store: Store, ready: ray.data.Dataset, recipe: Recipe, partitions: int) -> ray.data.Dataset:
-    """Return the augmented passages whose adapter, for this very augmentation, neither exists nor was rejected."""
-    ledger = read_table(store, f"adapters/{recipe.fingerprint}/ledger", LedgerRow, ["key", "augmentation"])
-    refused = rejected_keys(store, "train", recipe.fingerprint)
-    missing = without(ready, ledger, ("key", "augmentation"), partitions)
-    return without(missing, refused, ("key",), partitions)
 
 
 class TrainAdapters:
@@ -91,28 +83,25 @@ def run_train(
     profile: Profile,
     recipe: Recipe,
     passages: ray.data.Dataset,
+    before: Survey,
     run: str,
     console: Console,
 ) -> StageReport:
-    """Train what is missing; see `todo`. Taken are the passages that have an augmentation."""
+    """Train what a survey found missing. Taken are the passages that have an augmentation."""
     tally = Tally()
-    ready = augmented(store, passages, recipe.augment.fingerprint, profile.partitions)
-    if ready is None or (count := (ready := ready.materialize()).count()) == 0:
-        return StageReport("train", taken=0, done=0, earlier=0, rejected={}, seconds=tally.seconds)
-    missing = todo(store, ready, recipe, profile.partitions).materialize()
-    total = missing.count()
-    earlier = count_by_reason(store, "train", recipe.fingerprint, ready, profile.partitions)
+    total = before.counts["to_train"]
     if total:
+        keys = with_passages(before.keys("to_train"), passages, profile.partitions)
+        missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
         arguments = (config, store, recipe, run, profile.model_actors.threads)
         outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
         follow(outcomes, total, "train", console, tally)
-    done_before = count - total - sum(earlier.values())
     return StageReport(
         stage="train",
-        taken=count,
-        done=done_before + tally.done,
-        earlier=done_before,
-        rejected=dict(earlier + tally.rejected),
+        taken=before.augmented,
+        done=before.counts["done"] + tally.done,
+        earlier=before.counts["done"],
+        rejected=dict(before.reasons["train_rejected"] + tally.rejected),
         seconds=tally.seconds,
         bytes=tally.bytes,
     )

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
-from cluster.resources import PROFILES
+from cluster.resources import PROFILES, Profile
 from cluster.session import ray_session
-from pipelines import augment, ingest, parameterize
+from pipelines import ingest
 from pipelines.job import describe
-from pipelines.tables import augmented, read_table
+from pipelines.tables import read_parts, survey
 from prag_core.adapter_io import DTYPES
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, LedgerRow, Passage, QAPair, from_dict
+from prag_core.records import Augmentation, Passage, QAPair, from_dict
 from prag_core.store import Store
 
 _SAMPLE = 64
@@ -56,15 +56,12 @@ def make_plan(config: Config) -> Plan:
     recipe, layout = describe(config)
     with ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile.partitions)
-        to_augment = augment.todo(store, corpus.passages, recipe.augment, profile.partitions).count()
-        ready = augmented(store, corpus.passages, recipe.augment.fingerprint, profile.partitions)
-        to_train = to_augment
-        if ready is not None:
-            to_train += parameterize.todo(store, ready, recipe, profile.partitions).count()
+        counts = survey(store, corpus.passages, recipe, profile.partitions).counts
+        to_augment = counts["to_augment"]
+        to_train = to_augment + counts["to_train"]
         sample = [from_dict(Passage, row) for row in corpus.passages.take(_SAMPLE)]
-        augment_rate = _mean(read_table(store, f"augmentations/{recipe.augment.fingerprint}", Augmentation), "seconds")
-        ledger = read_table(store, f"adapters/{recipe.fingerprint}/ledger", LedgerRow)
-        seconds, tokens = _mean(ledger, "seconds"), _mean(ledger, "tokens")
+        (augment_rate,) = _means(store, f"augmentations/{recipe.augment.fingerprint}", ["seconds"], profile)
+        seconds, tokens = _means(store, f"adapters/{recipe.fingerprint}/ledger", ["seconds", "tokens"], profile)
     tokens_each = _tokens_each(config, recipe, sample)
     total_tokens = round(to_train * tokens_each)
     return Plan(
@@ -96,11 +93,15 @@ def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> float
     return recipe.train.epochs * total / len(sample)
 
 
-def _mean(rows: ray.data.Dataset | None, column: str) -> float | None:
+def _means(store: Store, folder: str, columns: list[str], profile: Profile) -> list[float | None]:
+    rows = read_parts(store, folder, columns, profile.partitions)
     if rows is None:
-        return None
-    total, count = 0.0, 0
-    for batch in rows.select_columns([column]).iter_batches(batch_size=None, batch_format="pyarrow"):
-        total += pc.sum(batch[column]).as_py() or 0.0
-        count += batch.num_rows
-    return total / count if count else None
+        return [None] * len(columns)
+    sums = rows.map_batches(_sums, batch_size=None, batch_format="pyarrow").take_all()
+    count = sum(row["count"] for row in sums)
+    return [sum(row[column] for row in sums) / count if count else None for column in columns]
+
+
+def _sums(table: pa.Table) -> pa.Table:
+    sums = {name: [float(pc.sum(table[name]).as_py() or 0)] for name in table.column_names}
+    return pa.table({**sums, "count": [table.num_rows]})

@@ -7,92 +7,216 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from prag_core.records import Augmentation, Reject, from_table, schema, to_table
+from prag_core.recipe import Recipe
+from prag_core.records import Augmentation, schema
 from prag_core.store import Store
 
 # Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it.
 TRANSIENT = ("generation_failed", "not_imported")
 
+# What the store knows of a key: the digest of its augmentation, of the one an adapter was trained on, or a reason.
+_FACT = pa.schema([pa.field(name, pa.string()) for name in ("key", "kind", "value")])
+_STATE = pa.schema([pa.field(name, pa.string()) for name in ("key", "augmentation", "state", "reason")])
+# The columns of a stored augmentation that training reads.
+_AUGMENTATION = pa.schema(
+    [pa.field("digest", pa.string()), *(schema(Augmentation).field(n) for n in ("key", "rewrites", "pairs", "origin"))]
+)
 
-def read_table(store: Store, folder: str, record: type, columns: list[str] | None = None) -> ray.data.Dataset | None:
-    """Read the Parquet parts under a folder of the store; None when there are none.
+
+@dataclass(frozen=True)
+class Survey:
+    """Where each passage of a corpus stands for a recipe.
+
+    `rows` has the columns `key`, `augmentation` (its digest, or null), `state` and `reason`. The states are
+    `to_augment`, `augment_rejected`, `to_train`, `train_rejected` and `done`; `counts` has the passages in each,
+    `reasons` those of the two rejected states by reason.
+    """
+
+    rows: ray.data.Dataset
+    counts: Counter[str]
+    reasons: dict[str, Counter[str]]
+
+    @property
+    def passages(self) -> int:
+        """All passages."""
+        return sum(self.counts.values())
+
+    @property
+    def augmented(self) -> int:
+        """The passages that have an augmentation."""
+        return self.counts["to_train"] + self.counts["train_rejected"] + self.counts["done"]
+
+    def keys(self, state: str) -> ray.data.Dataset:
+        """Return the keys in a state, with their augmentation's digest."""
+        chosen = self.rows.map_batches(_in_state, batch_format="pyarrow", fn_kwargs={"state": state})
+        return chosen.select_columns(["key", "augmentation"])
+
+
+def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions: int) -> Survey:
+    """Find out by one shuffle what is done, given up and missing: no key passes through the driver.
+
+    Of several augmentations of a passage (a task that was tried again) the one with the smallest digest counts.
+    A reject for a `TRANSIENT` reason, or of a passage that was done after all, is none.
+    """
+    augmented, trained = recipe.augment.fingerprint, recipe.fingerprint
+    parts = [
+        {"kind": kind, "column": column, "recipe": fingerprint, "part": part}
+        for kind, column, fingerprint, folder in (
+            ("augmentation", "digest", "", f"augmentations/{augmented}"),
+            ("adapter", "augmentation", "", f"adapters/{trained}/ledger"),
+            ("augment_rejected", "reason", augmented, "rejects/augment"),
+            ("train_rejected", "reason", trained, "rejects/train"),
+        )
+        for part in store.list(folder, ".parquet")
+    ]
+    facts = passages.map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
+    if parts:
+        stored = _tasks(parts, partitions).map_batches(
+            _stored_facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store}
+        )
+        facts = facts.union(stored)
+    joined = (
+        facts.repartition(partitions, keys=["key"])
+        .map_batches(_states, batch_size=None, batch_format="pyarrow")
+        .materialize()
+    )
+    counts: Counter[str] = Counter()
+    reasons: dict[str, Counter[str]] = {"augment_rejected": Counter(), "train_rejected": Counter()}
+    for row in joined.map_batches(_count, batch_size=None, batch_format="pyarrow").iter_rows():
+        counts[row["state"]] += row["count"]
+        if row["reason"]:
+            reasons[row["state"]][row["reason"]] += row["count"]
+    return Survey(joined, counts, reasons)
+
+
+def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -> ray.data.Dataset | None:
+    """Read columns of the Parquet parts under a folder of the store; None when there are none.
 
     Ray Data forgets the columns of a dataset without rows, so that one could not be joined.
     """
-    wanted = schema(record)  # type: ignore[arg-type]
-    if columns is not None:
-        wanted = pa.schema([wanted.field(name) for name in columns])
-    parts = store.list(folder, ".parquet")
+    parts = [{"part": part} for part in store.list(folder, ".parquet")]
     if not parts:
         return None
-    return ray.data.read_parquet(
-        [store.path(part) for part in parts],
-        filesystem=PyFileSystem(FSSpecHandler(store.fs)),
-        columns=wanted.names,
+    return _tasks(parts, partitions).map_batches(
+        _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "columns": columns}
     )
 
 
-def augmented(
-    store: Store, passages: ray.data.Dataset, augment_fingerprint: str, partitions: int
-) -> ray.data.Dataset | None:
-    """Return each passage that has an augmentation, with it and its digest (column `augmentation`); None at first."""
-    rows = read_table(store, f"augmentations/{augment_fingerprint}", Augmentation)
-    if rows is None:
-        return None
-    made = rows.repartition(partitions, keys=["key"]).map_batches(_one_each, batch_size=None, batch_format="pyarrow")
-    return passages.join(made, join_type="inner", on=("key",), num_partitions=partitions)
+def with_passages(keys: ray.data.Dataset, passages: ray.data.Dataset, partitions: int) -> ray.data.Dataset:
+    """Return the passages of `keys`, with the other columns of `keys` beside theirs."""
+    return passages.join(keys, join_type="inner", on=("key",), num_partitions=partitions)
+
+
+def with_augmentations(
+    store: Store, keys: ray.data.Dataset, augment_fingerprint: str, partitions: int
+) -> ray.data.Dataset:
+    """Return `keys` (with their column `augmentation`, a digest), each with that augmentation's text."""
+    rows = read_parts(store, f"augmentations/{augment_fingerprint}", _AUGMENTATION.names, partitions)
+    if rows is None:  # a survey that found augmented passages read these very parts
+        raise RuntimeError(f"no augmentations under {augment_fingerprint}")
+    made = rows.repartition(partitions, keys=["key", "digest"]).map_batches(
+        _one_each, batch_size=None, batch_format="pyarrow"
+    )
+    return keys.join(made, join_type="inner", on=("key", "augmentation"), num_partitions=partitions)
+
+
+def _tasks(parts: list[dict[str, str]], partitions: int) -> ray.data.Dataset:
+    # Many parts a task: ray.data.read_parquet gives each small part one of its own, which costs more than the part.
+    return ray.data.from_items(parts, override_num_blocks=min(partitions, len(parts)))
+
+
+def _read(table: pa.Table, store: Store, columns: list[str]) -> Iterator[pa.Table]:
+    for part in table["part"].to_pylist():
+        yield store.get_columns(part, columns)
+
+
+def _passage_facts(table: pa.Table) -> pa.Table:
+    keys = table["key"] if table.num_columns else pa.array([], pa.string())
+    return _as_facts(keys, "passage", pa.nulls(len(keys), pa.string()))
+
+
+def _stored_facts(table: pa.Table, store: Store) -> Iterator[pa.Table]:
+    yield _FACT.empty_table()
+    for source in table.to_pylist():
+        columns = ["key", source["column"]] + (["recipe"] if source["recipe"] else [])
+        rows = store.get_columns(source["part"], columns)
+        if source["recipe"]:
+            final = pc.invert(pc.is_in(rows["reason"], value_set=pa.array(TRANSIENT)))
+            rows = rows.filter(pc.and_(pc.equal(rows["recipe"], source["recipe"]), final))
+        yield _as_facts(rows["key"], source["kind"], rows[source["column"]])
+
+
+def _as_facts(keys: pa.ChunkedArray, kind: str, values: pa.ChunkedArray) -> pa.Table:
+    return pa.table([keys, pa.repeat(pa.scalar(kind), len(keys)), values], names=_FACT.names).cast(_FACT)
+
+
+def _states(table: pa.Table) -> pa.Table:
+    facts: Any = pl.from_arrow(table if table.num_columns else _FACT.empty_table())
+
+    def of(kind: str) -> pl.DataFrame:
+        return facts.filter(pl.col("kind") == kind).select("key", "value")
+
+    def smallest(kind: str, name: str) -> pl.DataFrame:
+        return of(kind).group_by("key").agg(pl.col("value").min().alias(name))
+
+    adapters = of("adapter").unique().rename({"value": "augmentation"}).with_columns(adapter=pl.lit(True))
+    rows = (
+        of("passage")
+        .select("key")
+        .unique()
+        .join(smallest("augmentation", "augmentation"), on="key", how="left")
+        .join(adapters, on=["key", "augmentation"], how="left")
+        .join(smallest("augment_rejected", "augment_reason"), on="key", how="left")
+        .join(smallest("train_rejected", "train_reason"), on="key", how="left")
+    )
+    augmented, trained = pl.col("augmentation").is_not_null(), pl.col("adapter").is_not_null()
+    state = (
+        pl.when(augmented & trained)
+        .then(pl.lit("done"))
+        .when(augmented & pl.col("train_reason").is_not_null())
+        .then(pl.lit("train_rejected"))
+        .when(augmented)
+        .then(pl.lit("to_train"))
+        .when(pl.col("augment_reason").is_not_null())
+        .then(pl.lit("augment_rejected"))
+        .otherwise(pl.lit("to_augment"))
+    )
+    reason = (
+        pl.when(pl.col("state") == "train_rejected")
+        .then(pl.col("train_reason"))
+        .when(pl.col("state") == "augment_rejected")
+        .then(pl.col("augment_reason"))
+    )
+    rows = rows.with_columns(state=state).with_columns(reason=reason).sort("key")
+    return rows.select("key", "augmentation", "state", "reason").to_arrow().cast(_STATE)
+
+
+def _in_state(table: pa.Table, state: str) -> pa.Table:
+    return table.filter(pc.equal(table["state"], state))
+
+
+def _count(table: pa.Table) -> pa.Table:
+    counted = table.group_by(["state", "reason"]).aggregate([([], "count_all")])
+    return counted.rename_columns(["state", "reason", "count"])
 
 
 def _one_each(table: pa.Table) -> pa.Table:
-    """Keep one augmentation a key and add its digest: a retried task may have stored a passage's twice."""
-    rows = from_table(Augmentation, table) if table.num_rows else []
-    chosen: dict[str, Augmentation] = {}
-    for row in sorted(rows, key=lambda row: (row.key, row.digest)):
-        chosen.setdefault(row.key, row)
-    kept = to_table(Augmentation, chosen.values()).select(["key", "rewrites", "pairs", "origin"])
-    return kept.append_column("augmentation", pa.array([row.digest for row in chosen.values()], pa.string()))
-
-
-def without(
-    left: ray.data.Dataset, done: ray.data.Dataset | None, on: tuple[str, ...], partitions: int
-) -> ray.data.Dataset:
-    """Return the rows of `left` whose key is not among the `done`: what is missing is a join."""
-    if done is None:
-        return left
-    return left.join(done, join_type="left_anti", on=on, num_partitions=partitions)
-
-
-def rejected_keys(store: Store, stage: str, recipe: str) -> ray.data.Dataset | None:
-    """Return the keys (and nothing else) that a stage gave up on for a recipe, in this run or an earlier one.
-
-    Rejects for a `TRANSIENT` reason are not among them: the next run tries again.
-    """
-    rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
-    if rows is None:
-        return None
-    return rows.map_batches(_of_recipe, batch_format="pyarrow", fn_kwargs={"recipe": recipe})
-
-
-def _of_recipe(table: pa.Table, recipe: str) -> pa.Table:
-    final = pc.invert(pc.is_in(table["reason"], value_set=pa.array(TRANSIENT)))
-    return table.filter(pc.and_(pc.equal(table["recipe"], recipe), final)).select(["key"])
-
-
-def count_by_reason(store: Store, stage: str, recipe: str, of: ray.data.Dataset, partitions: int) -> Counter[str]:
-    """Count, by reason, the passages among `of` that a stage gave up on for a recipe in earlier runs."""
-    rows = read_table(store, f"rejects/{stage}", Reject, ["key", "recipe", "reason"])
-    if rows is None:
-        return Counter()
-    among = rows.join(of.select_columns(["key"]), join_type="inner", on=("key",), num_partitions=partitions)
-    final = [row for row in among.iter_rows() if row["recipe"] == recipe and row["reason"] not in TRANSIENT]
-    reasons = {row["key"]: row["reason"] for row in final}
-    return Counter(reasons.values())
+    """Keep one row an augmentation, under the name by which it is joined: a retried task may have stored it twice."""
+    if not table.num_columns:
+        table = _AUGMENTATION.empty_table()
+    numbered = pa.table({"key": table["key"], "digest": table["digest"], "row": pa.array(range(table.num_rows))})
+    first = numbered.group_by(["key", "digest"]).aggregate([("row", "min")])["row_min"]
+    names = ["augmentation" if name == "digest" else name for name in _AUGMENTATION.names]
+    return table.take(first).select(_AUGMENTATION.names).rename_columns(names)
 
 
 def set_threads(threads: int | None) -> None:

@@ -173,6 +173,20 @@ class Store:
             self.put(name, data)
         return name
 
+    def get_columns(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Read some columns of one Parquet part; of a big part no other bytes are fetched.
+
+        Raises:
+            StoreError: when the part is missing or damaged, or lacks a column.
+        """
+        try:
+            with self.fs.open(self.path(name)) as stream:
+                return pq.read_table(stream, columns=list(columns)).select(columns)
+        except FileNotFoundError:
+            raise StoreError(f"{self.url}/{name}: no such object") from None
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
+
     def get_table(self, record: type[T], names: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Read Parquet parts into one table with the columns of `record`, in a fixed order of rows.
 
@@ -193,8 +207,14 @@ class Store:
 
 
 def put_augmentations(store: Store, recipe: str, rows: Iterable[Augmentation]) -> str:
-    """Store augmentations of one augment recipe as they are made."""
-    return store.put_table(f"augmentations/{recipe}", to_table(Augmentation, rows))
+    """Store augmentations of one augment recipe as they are made, each with its digest in a column of its own.
+
+    Who asks what is done reads the digests alone, not the texts.
+    """
+    rows = list(rows)
+    digests = pa.array([row.digest for row in rows], pa.string())
+    table = to_table(Augmentation, rows).append_column("digest", digests)
+    return store.put_table(f"augmentations/{recipe}", table)
 
 
 def put_rejects(store: Store, run: str, rows: Sequence[Reject]) -> None:
