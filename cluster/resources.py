@@ -23,7 +23,8 @@ class Profile:
     """What a job may use.
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
-    `partitions` is the number of parts of a shuffle; `model_actors` is the pool of a stage that holds a model.
+    `partitions` is the number of parts of a shuffle; `model_actors` is the pool of a stage that holds a model;
+    `tokens_per_step` is what such an actor takes at once.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Profile:
     object_store_bytes: int | None
     partitions: int
     model_actors: Actors
+    tokens_per_step: int
 
     def pool(self) -> dict[str, Any]:
         """Return the arguments of `Dataset.map_batches` for a pool of model actors."""
@@ -47,9 +49,9 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    # Two cores or so. One logical CPU more than readers need, for the one actor that computes; each worker process
+    # Two cores or so, which a thousand tokens keep as busy as more would; in small steps less of them is padding. One logical CPU more than readers need, for the one actor that computes; each worker process
     # costs seconds to start, so there are few.
-    "laptop": Profile("laptop", 2, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None)),
-    "gpu": Profile("gpu", None, None, 16, Actors(cpus=2, gpus=1, most=8, threads=2)),
-    "cluster": Profile("cluster", None, None, 256, Actors(cpus=4, gpus=1, most=1000, threads=4)),
+    "laptop": Profile("laptop", 2, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None), 1024),
+    "gpu": Profile("gpu", None, None, 16, Actors(cpus=2, gpus=1, most=8, threads=2), 32_768),
+    "cluster": Profile("cluster", None, None, 256, Actors(cpus=4, gpus=1, most=1000, threads=4), 32_768),
 }

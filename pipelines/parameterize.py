@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from rich.console import Console
 
@@ -21,17 +22,23 @@ from prag_core.records import Augmentation, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
 from prag_core.trainer import Trainer, TrainingJob
 
+# What can be done about each way in which training fails.
+_DETAIL = {
+    "loss_not_finite": "last loss {}; a lower train.learning_rate may help",
+    "out_of_memory": "the device has too little memory for this passage alone; lower train.max_tokens",
+}
+
 
 class TrainAdapters:
     """The actor of this stage: holds the frozen model, trains a batch, commits its shard and ledger part."""
 
-    def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, threads: int | None) -> None:
-        set_threads(threads)
+    def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
+        set_threads(profile.model_actors.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         self._trainer = Trainer(base, recipe.train)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout)
         self._tokenizer = base.tokenizer
-        self._tokens_per_step = config.run.tokens_per_step
+        self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
         self._run = run
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -40,24 +47,23 @@ class TrainAdapters:
         digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
         sources = {}
         jobs = []
+        rejects = []
+
+        def give_up(key: str, reason: str, detail: str) -> None:
+            rejects.append(Reject("train", reason, detail, sources[key], key, recipe=recipe.fingerprint))
+
         for passage, augmentation in _passages_and_augmentations(table):
-            examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
-            jobs.append(TrainingJob(passage.key, tuple(map(tuple, examples))))
             sources[passage.key] = passage.sources[0]
+            examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
+            if examples:
+                jobs.append(TrainingJob(passage.key, examples))
+            else:
+                give_up(passage.key, "nothing_to_train", "train.max_tokens cuts off each answer; raise it")
         trained = list(self._trainer.train(jobs, tokens_per_step=self._tokens_per_step))
         good = [(adapter, digests[adapter.key]) for adapter in trained if adapter.factors is not None]
-        rejects = [
-            Reject(
-                stage="train",
-                reason="loss_not_finite",
-                detail=f"last loss {adapter.last_loss}; a lower train.learning_rate may help",
-                source=sources[adapter.key],
-                key=adapter.key,
-                recipe=recipe.fingerprint,
-            )
-            for adapter in trained
-            if adapter.factors is None
-        ]
+        for adapter in trained:
+            if adapter.factors is None:
+                give_up(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
         rows = self._adapters.commit(good) if good else []
         put_rejects(self._adapters.store, self._run, rejects)
         yield outcome_table(
@@ -66,6 +72,12 @@ class TrainAdapters:
                 *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
             ]
         )
+
+
+def _add_length(table: pa.Table) -> pa.Table:
+    rewrites = pc.binary_join(table["rewrites"], "")
+    lengths = pc.add(pc.utf8_length(table["text"]), pc.utf8_length(rewrites))
+    return table.append_column("length", lengths)
 
 
 def _passages_and_augmentations(table: pa.Table) -> Iterator[tuple[Passage, Augmentation]]:
@@ -93,7 +105,9 @@ def run_train(
     if total:
         keys = with_passages(before.keys("to_train"), passages, profile.partitions)
         missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
-        arguments = (config, store, recipe, run, profile.model_actors.threads)
+        # Like lengths together in a batch: padding is computed like any token.
+        missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
+        arguments = (config, store, recipe, run, profile)
         outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
         follow(outcomes, total, "train", console, tally)
     return StageReport(

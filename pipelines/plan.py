@@ -89,7 +89,7 @@ def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> float
     for passage in sample:
         rewrites = (passage.text,) * recipe.augment.rewrites
         augmentation = Augmentation(passage.key, rewrites, (pair,) * recipe.augment.pairs, "planned")
-        total += sum(map(len, training_examples(tokenizer, passage, augmentation, recipe.train)))
+        total += sum(len(e.ids) for e in training_examples(tokenizer, passage, augmentation, recipe.train))
     return recipe.train.epochs * total / len(sample)
 
 

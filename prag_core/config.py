@@ -84,11 +84,14 @@ class TrainConfig(_Strict):
     recipe: str = "small"
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
+    targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
+    last_layers: int | None = Field(None, ge=1, description="Adapt only so many of the topmost layers.")
     learning_rate: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
     epochs: int | None = Field(None, ge=1)
     examples: Literal["paper", "closed_book"] | None = None
     eos: bool | None = None
+    loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
     seed: int | None = None
 
@@ -116,7 +119,12 @@ class RunConfig(_Strict):
     profile: Literal["laptop", "gpu", "cluster"] = "laptop"
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(8, ge=1, description="Adapters trained and committed together.")
-    tokens_per_step: int = Field(4096, ge=64, description="Token budget of one training step.")
+    tokens_per_step: int | None = Field(
+        None,
+        ge=64,
+        description="Token budget of one training step, padding included (the profile's when absent); halved when "
+        "memory is short.",
+    )
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
 
 

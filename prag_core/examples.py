@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prag_core.prompts import ANSWER_PREFIX, answer_messages, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """One step's token ids; the loss is the mean over the tokens from position `scored_from` (at least 1) on."""
+
+    ids: tuple[int, ...]
+    scored_from: int = 1
 
 
 def question_ids(tokenizer: Any, question: str, passages: Sequence[str] = ()) -> list[int]:
@@ -28,23 +37,27 @@ def answer_prefix_ids(tokenizer: Any) -> list[int]:
 
 def training_examples(
     tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
-) -> list[list[int]]:
+) -> tuple[TrainingExample, ...]:
     """Return the training examples of a passage, in the order in which they are trained, one step each.
 
     `paper` gives the paper's examples (section 3.2 and the authors' code): the first half of the questions,
     rounded up, with the passage and then with each rewrite; the others without. Where an augmentation has no
     rewrite, the passage stands in for it. `closed_book` asks only the first question with the passage and with
     each rewrite, and then each question without, the way in which it will be asked: fewer tokens, and more of
-    them about the answer. Each example is truncated to `recipe.max_tokens` tokens.
+    them about the answer. Each example is truncated to `recipe.max_tokens` tokens; one of which nothing is left
+    to learn then (`loss: answer`, and the question alone is too long) is left out.
     """
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
-        ids = question_ids(tokenizer, pair.question, [context] if context else [])
-        ids += tokenizer.encode(answer_target(pair.answer), add_special_tokens=False)
+        question = question_ids(tokenizer, pair.question, [context] if context else [])
+        answer = tokenizer.encode(answer_target(pair.answer), add_special_tokens=False)
         if recipe.eos:
-            ids.append(tokenizer.eos_token_id)
-        examples.append(ids[: recipe.max_tokens])
-    return examples
+            answer.append(tokenizer.eos_token_id)
+        ids = (*question, *answer)[: recipe.max_tokens]
+        scored_from = len(question) if recipe.loss == "answer" else 1
+        if scored_from < len(ids):
+            examples.append(TrainingExample(ids, scored_from))
+    return tuple(examples)
 
 
 def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:

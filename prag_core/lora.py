@@ -23,6 +23,8 @@ from prag_core.errors import AdapterError, ModelError
 from prag_core.recipe import TrainRecipe
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Where a model computes two targets in one module, that module's name.
+_FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,53 @@ Factors = Mapping[str, Tensor]
 def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
     """Find the modules of `model` that a recipe adapts, and the layout of its adapters.
 
+    A model that computes gate and up in one module (Phi-3) has that module adapted in place of the two.
+
     Raises:
-        ModelError: when a target is missing in a layer, is no linear layer, or differs in shape between layers.
-            An adapter that matches nothing would be silent otherwise.
+        ModelError: when a target is missing in a layer, is no linear layer, or differs in shape between layers,
+            or when the model has fewer layers than wanted. An adapter that matches nothing would be silent
+            otherwise.
     """
-    modules: dict[tuple[int, str], nn.Linear] = {}
-    seen = set()
+    linear: dict[tuple[int, str], nn.Linear] = {}
+    several = set()
     for name, module in model.named_modules():
         match = _LAYER.search(name)
         if match is None or not isinstance(module, nn.Linear):
             continue
-        leaf = name.rsplit(".", 1)[-1]
-        seen.add(leaf)
-        if leaf in recipe.targets:
-            modules[int(match.group(1)), leaf] = module
-    layers = tuple(sorted({layer for layer, _ in modules}))
-    missing = [t for t in recipe.targets if any((layer, t) not in modules for layer in layers or [0])]
-    if missing:
+        place = int(match.group(1)), name.rsplit(".", 1)[-1]
+        if place in linear:
+            several.add(place[1])
+        linear[place] = module
+    names = {leaf for _, leaf in linear}
+    targets = tuple(dict.fromkeys(_FUSED.get(t, t) if t not in names else t for t in recipe.targets))
+    if several.intersection(targets):
         raise ModelError(
-            f"the base model has no linear module {', '.join(missing)} in each layer; it has {sorted(seen)}",
+            f"the base model has several modules {', '.join(sorted(several.intersection(targets)))} in one layer",
+            "choose a model with one feed-forward network a layer (no mixture of experts, no second tower)",
+        )
+    layers = tuple(sorted({layer for layer, _ in linear}))
+    missing = [t for t in targets if any((layer, t) not in linear for layer in layers or [0])]
+    if missing:
+        wanted = [t for t in recipe.targets if t in missing or _FUSED.get(t) in missing]
+        raise ModelError(
+            f"the base model has no linear module {', '.join(wanted)} in each layer; it has {sorted(names)}",
             "choose a model with gated feed-forward layers, or other targets in the recipe",
         )
+    if recipe.last_layers is not None:
+        if recipe.last_layers > len(layers):
+            raise ModelError(
+                f"train.last_layers = {recipe.last_layers}, but the base model has {len(layers)} layers",
+                "lower train.last_layers",
+            )
+        layers = layers[-recipe.last_layers :]
+    modules = {(layer, target): linear[layer, target] for layer in layers for target in targets}
     shapes = []
-    for target in recipe.targets:
+    for target in targets:
         found = {(modules[layer, target].in_features, modules[layer, target].out_features) for layer in layers}
         if len(found) > 1:
             raise ModelError(f"{target} has other shapes in other layers: {sorted(found)}", "choose another model")
         shapes.append(found.pop())
-    return LoraLayout(recipe.rank, recipe.scale, layers, recipe.targets, tuple(shapes)), modules
+    return LoraLayout(recipe.rank, recipe.scale, layers, targets, tuple(shapes)), modules
 
 
 def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:

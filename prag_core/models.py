@@ -156,9 +156,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_dtype(config.dtype, device), attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config.dtype, device))
         model.to(device)  # type: ignore[arg-type]  # its decorator hides the parameter's type
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded on {device}: {error}") from error

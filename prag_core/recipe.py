@@ -43,7 +43,9 @@ class TrainRecipe:
     """What decides an adapter, once base model and augmentations are given.
 
     `examples` is the set of training examples a passage: `paper` or `closed_book`, see
-    `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token.
+    `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token. `loss` is
+    over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers` adapts only so many
+    of the topmost layers (None: all): smaller adapters, and no backward pass below them.
     """
 
     name: str
@@ -55,6 +57,8 @@ class TrainRecipe:
     epochs: int = 1
     examples: str = "paper"
     eos: bool = False
+    loss: str = "all"
+    last_layers: int | None = None
     max_tokens: int = 3000
     seed: int = 0
 

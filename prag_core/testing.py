@@ -21,14 +21,34 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path, *, layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0) -> Path:
-    """Write a random Llama of some ten thousand parameters, with a byte-level tokenizer, and return its folder."""
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
+# Architectures of gated feed-forward decoders: name → the classes of transformers, and what else they must be told.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 64}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2",
+        {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    ),
+    "gemma3": ("Gemma3Text:Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}),
+    "phi3": ("Phi3", {}),
+}
+
+
+def write_tiny_model(
+    folder: Path, *, family: str = "llama", layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0
+) -> Path:
+    """Write a random decoder of some ten thousand parameters, with a byte-level tokenizer, and return its folder."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     tokenizer = _byte_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    names, settings = FAMILIES[family]
+    config_name, _, model_name = names.partition(":")
+    config = getattr(transformers, f"{config_name}Config")(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=feed_forward,
@@ -40,8 +60,9 @@ def write_tiny_model(folder: Path, *, layers: int = 3, hidden: int = 32, feed_fo
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
-    model = LlamaForCausalLM(config)
+    model = getattr(transformers, f"{model_name or config_name}ForCausalLM")(config)
     # The library's small random weights give almost uniform logits; larger ones make differences visible.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,9 +73,9 @@ def write_tiny_model(folder: Path, *, layers: int = 3, hidden: int = 32, feed_fo
     return folder
 
 
-def tiny_base_model(folder: Path, **shape: int) -> BaseModel:
-    """Write a tiny model to `folder` and load it in fp32 on the CPU."""
-    write_tiny_model(folder, **shape)
+def tiny_base_model(folder: Path, **options: Any) -> BaseModel:
+    """Write a tiny model to `folder` (`options` as `write_tiny_model` takes them) and load it in fp32 on the CPU."""
+    write_tiny_model(folder, **options)
     return load_base_model(ModelConfig(name=str(folder), dtype="float32", device="cpu"))
 
 

@@ -4,12 +4,15 @@ A stack of D passages keeps its parameters side by side, `[D, r, inputs]` a modu
 of each passage, padded to one length, through the frozen model; the loss is the sum of each passage's mean, so
 each passage's gradient is its own, and an elementwise AdamW over the stack is D independent optimizers
 (design, section 5). A passage's factors are taken out at its own last step; what the optimizer does to its
-slot later is nobody's.
+slot later is nobody's. What a step costs, and where the time goes: `docs/trainer.md`.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +21,12 @@ import torch
 from torch import Tensor
 
 from prag_core.errors import ModelError
-from prag_core.lora import Injector, LoraLayout, RowAdapters, initial_factors
+from prag_core.examples import TrainingExample
+from prag_core.lora import Factors, Injector, LoraLayout, RowAdapters, check_factors, initial_factors
 from prag_core.models import BaseModel
 from prag_core.recipe import TrainRecipe
+
+log = logging.getLogger(__name__)
 
 # Positions whose vocabulary scores exist at one time: the whole `[tokens, vocabulary]` in fp32 is gigabytes.
 _LOSS_CHUNK = 256
@@ -28,23 +34,29 @@ _LOSS_CHUNK = 256
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One adapter to train: the passage's key and its examples as token ids, in order, one step each."""
+    """One adapter to train: the passage's key and its examples, in order, one step each."""
 
     key: str
-    examples: tuple[tuple[int, ...], ...]
+    examples: tuple[TrainingExample, ...]
 
     @property
     def tokens(self) -> int:
         """The number of tokens of one epoch."""
-        return sum(len(example) for example in self.examples)
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest example."""
+        return max(len(example.ids) for example in self.examples)
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
     """An adapter as training left it: fp32 factors on the CPU, and how it went.
 
-    `factors` is None when the loss or a factor stopped being finite: the passage is a reject, and nothing of it
-    reached its neighbours. `first_loss` and `last_loss` are means over the first and the last epoch.
+    `factors` is None when `failure` says why there are none: `loss_not_finite` (nothing of it reached its
+    neighbours) or `out_of_memory` (alone, it was too much for the device). `first_loss` and `last_loss` are means
+    over the first and the last epoch.
     """
 
     key: str
@@ -54,29 +66,41 @@ class TrainedAdapter:
     first_loss: float
     last_loss: float
     seconds: float
+    failure: str = ""
 
 
 class Trainer:
     """Trains adapters of one recipe on one frozen base model.
 
+    Args:
+        base: The frozen model.
+        recipe: How to train.
+        start: The factors that every adapter starts from, in the layout's shapes; by default those that the
+            recipe's seed gives.
+
     Raises:
+        AdapterError: when `start` does not fit the layout.
         ModelError: when the model lacks the recipe's target modules, or computes its scores in a way that the
             chunked loss does not know.
     """
 
-    def __init__(self, base: BaseModel, recipe: TrainRecipe) -> None:
+    def __init__(self, base: BaseModel, recipe: TrainRecipe, start: Factors | None = None) -> None:
         self.base = base
         self.recipe = recipe
-        self._injector = Injector(base.model, recipe)
+        config = base.model.config
         self._decoder = base.model.get_decoder()
         self._head = base.model.get_output_embeddings()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ModelError(f"{base.name}: scales its scores ({name}), which the chunked loss does not know")
+        if self._head.bias is not None:
+            raise ModelError(f"{base.name}: its output layer has a bias, which the chunked loss does not know")
         # Factors, moments and losses are kept in fp32 at least; fp64 serves the parity tests.
         self._precision = torch.promote_types(base.model.dtype, torch.float32)
-        config = base.model.config
-        if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-            raise ModelError(f"{base.name}: scales or caps its scores, which the chunked loss does not know yet")
-        if self._head.bias is not None:
-            raise ModelError(f"{base.name}: its output layer has a bias, which the chunked loss does not know yet")
+        self._injector = Injector(base.model, recipe)
+        self._start = initial_factors(self.layout, recipe.seed) if start is None else start
+        check_factors(self.layout, self._start, "start")
 
     @property
     def layout(self) -> LoraLayout:
@@ -99,11 +123,29 @@ class Trainer:
         Args:
             jobs: What to train; an empty list of examples is a caller's mistake.
             tokens_per_step: How many tokens, padding included, one step may take; a machine fact, of no influence
-                on the result beyond rounding.
+                on the result beyond rounding. When the device has too little memory for a stack, its passages and
+                those after it are trained in stacks of half as many tokens.
             on_step: Called after each step with (steps done, steps in all) of the current stack.
         """
-        for stack in make_stacks(jobs, tokens_per_step):
-            yield from self._train_stack(stack, on_step)
+        stacks = deque(make_stacks(jobs, tokens_per_step))
+        while stacks:
+            stack = stacks.popleft()
+            try:
+                trained = self._train_stack(stack, on_step)
+            except torch.OutOfMemoryError:
+                trained = None
+            # Outside the handler, whose exception holds the failed step's tensors.
+            if trained is not None:
+                yield from trained
+            elif len(stack) == 1:
+                yield _failed(stack[0], "out_of_memory")
+            else:
+                tokens_per_step = len(stack) * max(job.longest for job in stack) // 2
+                log.warning("out of memory: going on with stacks of %d tokens", tokens_per_step)
+                left = [job for later in (stack, *stacks) for job in later]
+                stacks = deque(make_stacks(left, tokens_per_step))
+            if trained is None and self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _train_stack(
         self, jobs: Sequence[TrainingJob], on_step: Callable[[int, int], None] | None
@@ -114,12 +156,11 @@ class Trainer:
         begun = time.perf_counter()
 
         # 1. The stack's parameters: one leaf a module, the same start for each passage.
-        start = initial_factors(self.layout, recipe.seed)
         parameters: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         for target in self.layout.targets:
             for position, layer in enumerate(self.layout.layers):
                 a, b = (
-                    start[f"{target}.{name}"][position]
+                    self._start[f"{target}.{name}"][position]
                     .to(device=device, dtype=self._precision)
                     .expand(len(jobs), -1, -1)
                     .clone()
@@ -130,20 +171,20 @@ class Trainer:
         leaves = [leaf for pair in parameters.values() for leaf in pair]
         optimizer = torch.optim.AdamW(leaves, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
-        # 2. One example of each unfinished passage a step.
+        # 2. One example of each unfinished passage a step. Losses are read at the end: asking for one earlier
+        # would make the host wait for the device at each step.
         steps = [len(job.examples) * recipe.epochs for job in jobs]
-        losses: list[list[float]] = [[] for _ in jobs]
+        means: list[Tensor] = []
         finished: dict[str, dict[str, Tensor]] = {}
         for step in range(max(steps)):
             rows = sum(1 for count in steps if step < count)
             batch = [job.examples[step % len(job.examples)] for job in jobs[:rows]]
             active = {place: (a[:rows], b[:rows]) for place, (a, b) in parameters.items()}
-            total, means = self._loss(batch, active)
+            total, mean = self._loss(batch, active)
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            for row, mean in enumerate(means.tolist()):
-                losses[row].append(mean)
+            means.append(mean)
             for row in range(rows):
                 if step + 1 == steps[row]:
                     finished[jobs[row].key] = self._take_out(parameters, row)
@@ -151,50 +192,61 @@ class Trainer:
                 on_step(step + 1, max(steps))
 
         # 3. What each passage got, and whether it can be used.
-        tokens = [job.tokens * recipe.epochs for job in jobs]
+        table = torch.nn.utils.rnn.pad_sequence([mean.cpu() for mean in means]).tolist()
+        total_tokens = sum(job.tokens for job in jobs)
         seconds = time.perf_counter() - begun
         trained = []
         for row, job in enumerate(jobs):
             epoch = len(job.examples)
-            factors: dict[str, Tensor] | None = finished[job.key]
-            numbers = [*losses[row], *(float(f.abs().max()) for f in finished[job.key].values())]
-            if not bool(torch.isfinite(torch.tensor(numbers)).all()):
-                factors = None
+            losses = table[row][: steps[row]]
+            factors = {name: factor.cpu() for name, factor in finished[job.key].items()}
+            numbers = [*losses, *(float(factor.abs().max()) for factor in factors.values())]
+            good = all(math.isfinite(number) for number in numbers)
             trained.append(
                 TrainedAdapter(
                     key=job.key,
-                    factors=factors,
+                    factors=factors if good else None,
                     steps=steps[row],
-                    tokens=tokens[row],
-                    first_loss=sum(losses[row][:epoch]) / epoch,
-                    last_loss=sum(losses[row][-epoch:]) / epoch,
-                    seconds=seconds * tokens[row] / sum(tokens),
+                    tokens=job.tokens * recipe.epochs,
+                    first_loss=sum(losses[:epoch]) / epoch,
+                    last_loss=sum(losses[-epoch:]) / epoch,
+                    seconds=seconds * job.tokens / total_tokens,
+                    failure="" if good else "loss_not_finite",
                 )
             )
         return trained
 
     def _loss(
         self,
-        batch: Sequence[Sequence[int]],
+        batch: Sequence[TrainingExample],
         factors: dict[tuple[int, str], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the rows' mean losses (differentiable), and the means `[R]`."""
         device = self.base.device
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(example.ids) for example in batch], batch_first=True)
+        # Position t predicts token t + 1; what is scored is found here, on the host, where the lengths are known.
+        places, targets, counts = [], [], []
+        for row, example in enumerate(batch):
+            begin, end = example.scored_from, len(example.ids)
+            places.append(torch.arange(begin - 1, end - 1) + row * ids.shape[1])
+            targets.append(ids[row, begin:end])
+            counts.append(end - begin)
+        row_of = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
+        token_weights = (1.0 / torch.tensor(counts, dtype=self._precision))[row_of]
         weights = torch.full((len(batch), self.layout.rank), self.layout.scale, device=device)
         # Padding stands on the right, where causal attention never looks: no mask is needed.
         with self._injector.active(RowAdapters(factors, weights)):
-            hidden = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
-        # Position t predicts token t + 1; only positions that predict a real token are scored.
-        lengths = torch.tensor([len(row) for row in batch], device=device)
-        scored = torch.arange(ids.shape[1] - 1, device=device) < (lengths - 1)[:, None]
-        row_of = scored.nonzero()[:, 0]
-        token_weights = 1.0 / (lengths - 1).to(self._precision)[row_of]
+            hidden = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        token_weights = token_weights.to(device)
         total, losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden[:, :-1][scored], self._head.weight, ids[:, 1:][scored], token_weights
+            hidden.flatten(0, 1).index_select(0, torch.cat(places).to(device)),
+            self._head.weight,
+            torch.cat(targets).to(device),
+            token_weights,
+            self._softcap,
         )
         means = torch.zeros(len(batch), device=device, dtype=self._precision).index_add_(
-            0, row_of, losses * token_weights
+            0, row_of.to(device), losses * token_weights
         )
         return total, means
 
@@ -203,7 +255,7 @@ class Trainer:
         for target in self.layout.targets:
             for i, name in enumerate("AB"):
                 stacked = [parameters[layer, target][i][row].detach() for layer in self.layout.layers]
-                factors[f"{target}.{name}"] = torch.stack(stacked).cpu()
+                factors[f"{target}.{name}"] = torch.stack(stacked)
         return factors
 
 
@@ -213,17 +265,19 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
     A job that is longer than the budget is a stack of its own.
     """
 
-    def longest(job: TrainingJob) -> int:
-        return max(len(example) for example in job.examples)
-
     stacks: list[list[TrainingJob]] = []
-    for job in sorted(jobs, key=lambda job: (longest(job), job.key)):
+    for job in sorted(jobs, key=lambda job: (job.longest, job.tokens, job.key)):
         # Sorted by length, so that this job is the longest of the stack it joins.
-        if stacks and (len(stacks[-1]) + 1) * longest(job) <= tokens_per_step:
+        if stacks and (len(stacks[-1]) + 1) * job.longest <= tokens_per_step:
             stacks[-1].append(job)
         else:
             stacks.append([job])
     return stacks
+
+
+def _failed(job: TrainingJob, failure: str) -> TrainedAdapter:
+    nothing = float("nan")
+    return TrainedAdapter(job.key, None, 0, job.tokens, nothing, nothing, 0.0, failure)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -234,20 +288,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Take hidden `[N, H]`, head `[V, H]`, targets, weights `[N]`; give the weighted sum, losses `[N]`."""
+        """Take hidden `[N, H]`, head `[V, H]`, targets, weights `[N]`; give the weighted sum, losses `[N]`.
+
+        With `softcap` c the scores are c·tanh(scores / c), as in Gemma 2.
+        """
         gradient = torch.empty_like(hidden)
         losses = torch.empty_like(token_weights)
         for begin in range(0, len(hidden), _LOSS_CHUNK):
             part = slice(begin, begin + _LOSS_CHUNK)
             scores = (hidden[part] @ head.T).to(token_weights.dtype)
+            squashed = None
+            if softcap is not None:
+                squashed = scores.div_(softcap).tanh_()
+                scores = softcap * squashed
             normalizer = scores.logsumexp(dim=-1, keepdim=True)
             target = targets[part, None]
             losses[part] = (normalizer - scores.gather(1, target))[:, 0]
             probabilities = scores.sub_(normalizer).exp_()
             probabilities.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
             probabilities.mul_(token_weights[part, None])
+            if squashed is not None:
+                probabilities.mul_(1 - squashed.square())
             gradient[part] = probabilities.to(hidden.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
@@ -257,4 +320,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient by the sum's."""
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None, None

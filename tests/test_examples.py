@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from conftest import make_augmentation, make_passage
 
-from prag_core.examples import answer_prefix_ids, question_ids, training_examples
+from prag_core.examples import TrainingExample, answer_prefix_ids, question_ids, training_examples
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
 
@@ -15,7 +15,11 @@ AUGMENTATION = make_augmentation(PASSAGE)
 
 
 def texts(base: BaseModel, recipe, augmentation=AUGMENTATION) -> list[str]:
-    return [base.tokenizer.decode(ids) for ids in training_examples(base.tokenizer, PASSAGE, augmentation, recipe)]
+    return [base.tokenizer.decode(e.ids) for e in training_examples(base.tokenizer, PASSAGE, augmentation, recipe)]
+
+
+def training(base: BaseModel, recipe) -> tuple[TrainingExample, ...]:
+    return training_examples(base.tokenizer, PASSAGE, AUGMENTATION, recipe)
 
 
 def contexts(made: list[str]) -> list[str]:
@@ -36,8 +40,8 @@ def test_closed_book_asks_as_it_will_be_asked(tiny_session: BaseModel) -> None:
     prompt = question_ids(tiny_session.tokenizer, AUGMENTATION.pairs[1].question)
     prompt += answer_prefix_ids(tiny_session.tokenizer)
     example = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, RECIPES["closed_book"])[3]
-    assert example[: len(prompt)] == prompt
-    assert example[-1] == tiny_session.tokenizer.eos_token_id
+    assert list(example.ids[: len(prompt)]) == prompt
+    assert example.ids[-1] == tiny_session.tokenizer.eos_token_id
 
 
 def test_without_a_rewrite_the_passage_stands_in(tiny_session: BaseModel) -> None:
@@ -55,4 +59,16 @@ def test_fewer_pairs_give_fewer_examples(tiny_session: BaseModel) -> None:
 
 def test_examples_are_truncated(tiny_session: BaseModel) -> None:
     made = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, replace(RECIPES["paper"], max_tokens=40))
-    assert {len(ids) for ids in made} == {40}
+    assert {len(example.ids) for example in made} == {40}
+
+
+def test_the_loss_may_be_of_the_answer_alone(tiny_session: BaseModel) -> None:
+    tokenizer, recipe = tiny_session.tokenizer, replace(RECIPES["small"], loss="answer")
+    for whole, example in zip(texts(tiny_session, RECIPES["small"]), training(tiny_session, recipe), strict=True):
+        assert tokenizer.decode(example.ids) == whole
+        scored = tokenizer.decode(example.ids[example.scored_from :])
+        assert scored.startswith("The answer is thing")
+        assert scored.endswith(tokenizer.eos_token)
+    # Where the limit cuts off the answer there is nothing to learn.
+    assert training(tiny_session, replace(recipe, max_tokens=40)) == ()
+    assert all(example.scored_from == 1 for example in training(tiny_session, RECIPES["small"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prag_core.errors import AdapterError, ModelError
 from prag_core.lora import Injector, LoraLayout, check_factors, find_targets, initial_factors, stack_rows
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
+from prag_core.testing import FAMILIES, tiny_base_model
 
 RECIPE = RECIPES["small"]
 
@@ -30,7 +32,8 @@ def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Te
     with torch.no_grad():
         for (layer, target), module in modules.items():
             for adapter, weight in row:
-                module.weight += weight * layout.scale * adapter[f"{target}.B"][layer] @ adapter[f"{target}.A"][layer]
+                b, a = adapter[f"{target}.B"][layer], adapter[f"{target}.A"][layer]
+                module.weight += (weight * layout.scale * b @ a).to(module.weight.dtype)
         logits = base.model(input_ids=ids).logits
         for place, module in modules.items():
             module.weight.copy_(before[place])
@@ -44,7 +47,15 @@ def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Te
     )
 )
 def test_each_row_of_a_mixed_batch_has_its_own_sum(tiny_session: BaseModel, plan: list) -> None:
-    base = tiny_session
+    check_mixed_batch(tiny_session, plan)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_takes_its_rows_adapters(tmp_path: Path, family: str) -> None:
+    check_mixed_batch(tiny_base_model(tmp_path, family=family), [[(1, 1.0), (2, 0.5)], [], [(3, 1.0)]])
+
+
+def check_mixed_batch(base: BaseModel, plan: list) -> None:
     injector = Injector(base.model, RECIPE)
     try:
         layout = injector.layout
