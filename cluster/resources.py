@@ -49,8 +49,9 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    # Two cores or so, which a thousand tokens keep as busy as more would; in small steps less of them is padding. One logical CPU more than readers need, for the one actor that computes; each worker process
-    # costs seconds to start, so there are few.
+    # Two cores or so. One logical CPU more than readers need, for the one actor that computes; each worker process
+    # costs seconds to start, so there are few. A thousand tokens keep two cores as busy as more would, and in small
+    # steps less is padding.
     "laptop": Profile("laptop", 2, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None), 1024),
     "gpu": Profile("gpu", None, None, 16, Actors(cpus=2, gpus=1, most=8, threads=2), 32_768),
     "cluster": Profile("cluster", None, None, 256, Actors(cpus=4, gpus=1, most=1000, threads=4), 32_768),

@@ -1,0 +1,109 @@
+"""What the benchmarks share: the machine in words, its matrix rate, and the plain PEFT loop to compare with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from prag_core.models import BaseModel
+from prag_core.recipe import TrainRecipe
+from prag_core.trainer import Trainer, TrainingJob
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """Name the processor or the card, and what torch uses of it."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until the device has done what it was told to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int, int]) -> float:
+    """Return the FLOP/s of a product of that shape (rows, inputs, outputs): the median of seven."""
+    rows, inputs, outputs = shape
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    w = torch.randn(outputs, inputs, device=device).to(dtype)
+    repeats = 1
+    while True:
+        seconds = []
+        for _ in range(7):
+            wait_for(device)
+            begun = time.perf_counter()
+            for _ in range(repeats):
+                torch.nn.functional.linear(x, w)
+            wait_for(device)
+            seconds.append(time.perf_counter() - begun)
+        if statistics.median(seconds) > 0.05:
+            return 2 * rows * inputs * outputs * repeats / statistics.median(seconds)
+        repeats *= 4
+
+
+def peak_gb(device: torch.device | str) -> float:
+    """Return the most memory that this process used on the device so far, in GB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, pad_to: int = 0) -> float:
+    """Train one passage after the other as the paper's code does: PEFT, AdamW, batch 1; padded where asked."""
+    device = base.device
+    wait_for(device)
+    begun = time.perf_counter()
+    for job in jobs:
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(recipe.targets))
+        model = get_peft_model(base.model, config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
+        for _ in range(recipe.epochs):
+            for example in job.examples:
+                padding = max(0, pad_to - len(example.ids))
+                ids = torch.tensor([[*example.ids, *[0] * padding]], device=device)
+                mask = torch.tensor([[1] * len(example.ids) + [0] * padding], device=device)
+                optimizer.zero_grad()
+                model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+                optimizer.step()
+        model.unload()
+    wait_for(device)
+    return time.perf_counter() - begun
+
+
+def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, tokens_per_step: int) -> float:
+    """Train the passages together, as the pipeline does."""
+    trainer = Trainer(base, recipe)
+    wait_for(base.device)
+    begun = time.perf_counter()
+    for adapter in trainer.train(jobs, tokens_per_step=tokens_per_step):
+        if adapter.factors is None:
+            raise RuntimeError(f"{adapter.key}: {adapter.failure}")
+    wait_for(base.device)
+    seconds = time.perf_counter() - begun
+    trainer.close()
+    return seconds
+
+
+def padding(jobs: Sequence[TrainingJob], stacks: Sequence[Sequence[TrainingJob]]) -> float:
+    """Return the share of the computed positions that hold no token."""
+    computed = 0
+    for stack in stacks:
+        for step in range(max(len(job.examples) for job in stack)):
+            lengths = [len(job.examples[step].ids) for job in stack if step < len(job.examples)]
+            computed += len(lengths) * max(lengths)
+    return 1 - sum(job.tokens for job in jobs) / computed

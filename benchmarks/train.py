@@ -1,0 +1,133 @@
+"""Training adapters: the paper's loop, the same without padding, and ours, in one run: `python benchmarks/train.py`.
+
+By default it trains the example corpus; `--store` takes the passages and augmentations of any store that `prag run`
+has filled. All train by the recipe `paper`. bf16 is measured where the processor multiplies it natively: elsewhere
+it is emulated at a small part of the rate of fp32, and no one would train in it. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacked_seconds
+
+from prag_core.augment_import import read_augmentations
+from prag_core.config import CorpusConfig, ModelConfig
+from prag_core.corpus import Piece, merge_pieces, read_records
+from prag_core.examples import training_examples
+from prag_core.models import BaseModel, load_base_model
+from prag_core.recipe import RECIPES
+from prag_core.records import Augmentation, Passage, from_table
+from prag_core.store import Store
+from prag_core.trainer import TrainingJob, make_stacks
+
+ATLAS = Path(__file__).parent.parent / "examples" / "atlas"
+RECIPE = RECIPES["paper"]
+
+
+def from_atlas() -> list[tuple[Passage, Augmentation]]:
+    config = CorpusConfig(path=str(ATLAS / "passages.jsonl"))
+    augmentations = read_augmentations(str(ATLAS / "augmentations.jsonl"))
+    passages = [merge_pieces([p]) for p in read_records(config.path, config) if isinstance(p, Piece)]
+    found = [(passage, augmentations.find(passage)) for passage in passages]
+    return [(passage, augmentation) for passage, augmentation in found if augmentation is not None]
+
+
+def from_store(url: str) -> list[tuple[Passage, Augmentation]]:
+    store = Store(url)
+    rows = store.get_table(Augmentation, store.list("augmentations", ".parquet"))
+    augmentations = {row.key: row for row in from_table(Augmentation, rows)}
+    passages = {row.key: row for row in from_table(Passage, store.get_table(Passage, store.list("corpus", ".parquet")))}
+    return [(passages[key], augmentations[key]) for key in sorted(passages.keys() & augmentations.keys())]
+
+
+def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], count: int) -> list[TrainingJob]:
+    """Make `count` jobs; a corpus that is too small comes again under other keys."""
+    jobs = []
+    for number in range(count):
+        passage, augmentation = corpus[number % len(corpus)]
+        examples = training_examples(base.tokenizer, passage, augmentation, RECIPE)
+        jobs.append(TrainingJob(f"{passage.key}-{number}", examples))
+    return jobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="base model: a name or a folder")
+    parser.add_argument("--store", help="a store with passages and augmentations; the example corpus when absent")
+    parser.add_argument("--passages", type=int, default=8, help="passages of the comparison with PEFT")
+    parser.add_argument("--paper-passages", type=int, default=1, help="passages of the paper's padded loop; 0: none")
+    parser.add_argument("--throughput", default="16,64,128", help="numbers of passages to train at once")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens-per-step", type=int, default=1024)
+    parser.add_argument("--pad-to", type=int, default=3000, help="what the paper's loop pads each example to")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    corpus = from_store(arguments.store) if arguments.store else from_atlas()
+    fp32 = load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))
+    automatic = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
+    bf16 = automatic if automatic.model.dtype == torch.bfloat16 else None
+    best = bf16 or fp32
+    budget = arguments.tokens_per_step
+    shape = (budget, fp32.model.config.hidden_size, fp32.model.config.intermediate_size)
+    rates = {"fp32": matrix_rate(torch.float32, "cpu", shape), "bf16": matrix_rate(torch.bfloat16, "cpu", shape)}
+    parameters = sum(p.numel() for p in fp32.model.parameters())
+    print(machine())
+    print(f"matrix rate: fp32 {rates['fp32'] / 1e9:.0f}, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
+    print(f"{len(corpus)} passages with augmentations, {parameters / 1e6:.0f} M parameters, recipe {RECIPE.name}")
+
+    # 1. Throughput; first, so that the peak of memory is ours.
+    throughput, pads = {}, {}
+    for count in map(int, arguments.throughput.split(",")):
+        jobs = jobs_of(best, corpus, count)
+        pads[count] = padding(jobs, make_stacks(jobs, budget))
+        throughput[count] = count / stacked_seconds(best, jobs, RECIPE, budget)
+        print(f"{count} passages at once: {throughput[count]:.3f} passages/s, padding {pads[count]:.1%}", flush=True)
+    memory = peak_gb("cpu")
+
+    # 2. Side by side with PEFT, taking turns.
+    jobs = jobs_of(fp32, corpus, arguments.passages)
+    tokens = sum(job.tokens for job in jobs) / len(jobs)
+    seconds: dict[str, list[float]] = {"peft": [], "ours_fp32": [], "ours_bf16": []}
+    for repeat in range(arguments.repeats):
+        seconds["peft"].append(peft_seconds(fp32, jobs, RECIPE) / len(jobs))
+        seconds["ours_fp32"].append(stacked_seconds(fp32, jobs, RECIPE, budget) / len(jobs))
+        if bf16 is not None:
+            seconds["ours_bf16"].append(stacked_seconds(bf16, jobs, RECIPE, budget) / len(jobs))
+        line = ", ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items() if values)
+        print(f"repeat {repeat + 1}, {len(jobs)} passages of {tokens:.0f} tokens: {line} s each", flush=True)
+    median = {name: statistics.median(values) for name, values in seconds.items() if values}
+    ours = median.get("ours_bf16", median["ours_fp32"])
+
+    # 3. The paper's loop as published.
+    paper = None
+    if arguments.paper_passages:
+        first = jobs[: arguments.paper_passages]
+        paper = peft_seconds(fp32, first, RECIPE, arguments.pad_to) / len(first)
+        print(f"the paper's loop, padded to {arguments.pad_to}: {paper:.1f} s a passage ({len(first)}, measured once)")
+
+    work = 4 * parameters * tokens
+    share = {name: work / median[f"ours_{name}"] / rates[name] for name in rates if f"ours_{name}" in median}
+    return {
+        "x_vs_paper": None if paper is None else round(paper / ours, 1),
+        "x_vs_peft": round(median["peft"] / ours, 2),
+        "x_vs_peft_fp32": round(median["peft"] / median["ours_fp32"], 2),
+        "gemm_share_bf16": round(share["bf16"], 3) if "bf16" in share else None,
+        "gemm_share_fp32": round(share["fp32"], 3),
+        "padding": round(pads[max(pads)], 3),
+        "peak_gb": round(memory, 2),
+        "passages_per_s": {str(count): round(rate, 3) for count, rate in throughput.items()},
+        "machine": machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()

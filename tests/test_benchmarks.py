@@ -1,0 +1,42 @@
+"""The benchmarks run: once, small, on this machine; what they measure is nobody's test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prag_core.testing import write_tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def last_line(name: str, *arguments: str) -> dict:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_train(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    sizes = ["--passages", "2", "--throughput", "2,4", "--repeats", "1", "--pad-to", "1500"]
+    found = last_line("train.py", "--model", str(tmp_path / "tiny"), *sizes)
+    assert found["x_vs_paper"] > 1
+    assert set(found["passages_per_s"]) == {"2", "4"}
+    assert 0 <= found["padding"] < 0.5
+    assert 0 < found["gemm_share_fp32"] < 1
+
+
+@pytest.mark.slow
+def test_train_gpu_on_the_cpu() -> None:
+    sizes = ["--passages", "4", "--peft-passages", "1", "--repeats", "1", "--tokens-per-step", "2048"]
+    found = last_line("train_gpu.py", "--smoke", *sizes)
+    assert found["passages_per_s"] > 0
+    assert found["in_flight"] == 4
