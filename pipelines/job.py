@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,8 @@ from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
 from pipelines.tables import survey
-from prag_core.adapter_store import AdapterStore
+from prag_core.adapter_io import import_peft
+from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
@@ -68,10 +70,13 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
 
     Raises:
         ConfigError, ModelError: when a recipe is unknown, or the model is missing or does not fit.
+        AdapterError: when `train.start` is no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
     layout, _ = find_targets(model_skeleton(folder), train)
+    if config.train.start:
+        train = replace(train, start=start_fingerprint(import_peft(layout, Path(config.train.start))))
     base_model = model_fingerprint(folder)
     augmenting = augment_recipe(config.augment, augment.generator_fingerprint(config, base_model))
     return Recipe(base_model, augmenting, train), layout
@@ -109,6 +114,8 @@ def run_job(config: Config, console: Console) -> RunReport:
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
+    if config.train.start:
+        put_start(store, layout, import_peft(layout, Path(config.train.start)))
     stages: list[StageReport] = []
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     with ray_session(profile):

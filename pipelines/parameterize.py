@@ -13,7 +13,7 @@ from cluster.resources import Profile
 from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
-from prag_core.adapter_store import AdapterStore
+from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_base_model
@@ -35,7 +35,8 @@ class TrainAdapters:
     def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
         set_threads(profile.model_actors.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
-        self._trainer = Trainer(base, recipe.train)
+        start = get_start(store, recipe.train.start) if recipe.train.start else None
+        self._trainer = Trainer(base, recipe.train, start)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout)
         self._tokenizer = base.tokenizer
         self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step

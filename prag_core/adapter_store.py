@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import pyarrow as pa
+import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.errors import AdapterError, StoreError
 from prag_core.identity import checksum
-from prag_core.lora import LoraLayout
+from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store import Store
@@ -88,6 +89,36 @@ class AdapterStore:
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
         return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
+
+
+def start_fingerprint(factors: Factors) -> str:
+    """Name the factors that a recipe's adapters start from: the hash of their bytes."""
+    return checksum(b"".join(factors[name].float().contiguous().numpy().tobytes() for name in sorted(factors)))
+
+
+def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:
+    """Store the factors that a recipe's adapters start from, and return their fingerprint."""
+    name = start_fingerprint(factors)
+    data, _ = pack_shard(layout, [("start", factors)], "float32", {})
+    if not store.exists(f"starts/{name}.safetensors"):
+        store.put(f"starts/{name}.safetensors", data)
+    return name
+
+
+def get_start(store: Store, name: str) -> dict[str, Tensor]:
+    """Return the factors that `put_start` stored under a name.
+
+    Raises:
+        AdapterError: when they are missing or altered.
+    """
+    try:
+        data = store.get(f"starts/{name}.safetensors")
+        tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}
+    except (StoreError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.start again") from None
+    if start_fingerprint(tensors) != name:
+        raise AdapterError(f"start {name}: was altered in the store", "run `prag run` with its train.start again")
+    return tensors
 
 
 def latest_rows(table: pa.Table) -> dict[str, int]:

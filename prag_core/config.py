@@ -93,6 +93,7 @@ class TrainConfig(_Strict):
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
+    start: str | None = Field(None, description="A PEFT adapter folder that every adapter starts from (a warm-up).")
     seed: int | None = None
 
 

@@ -45,7 +45,8 @@ class TrainRecipe:
     `examples` is the set of training examples a passage: `paper` or `closed_book`, see
     `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token. `loss` is
     over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers` adapts only so many
-    of the topmost layers (None: all): smaller adapters, and no backward pass below them.
+    of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start` is the
+    fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class TrainRecipe:
     last_layers: int | None = None
     max_tokens: int = 3000
     seed: int = 0
+    start: str = ""
 
     @property
     def scale(self) -> float:
@@ -74,7 +76,7 @@ RECIPES: dict[str, TrainRecipe] = {
     # For models of some hundred million parameters, on which the paper's one gentle pass leaves no trace.
     "small": TrainRecipe(name="small", learning_rate=1e-3, epochs=4, eos=True),
     # More on fewer tokens: most questions are trained as they will be asked, without the passage, in bigger steps.
-    "closed_book": TrainRecipe(name="closed_book", learning_rate=3e-3, epochs=2, eos=True, examples="closed_book"),
+    "closed_book": TrainRecipe(name="closed_book", learning_rate=2e-3, epochs=2, eos=True, examples="closed_book"),
 }
 
 
@@ -119,7 +121,7 @@ def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> Augment
 
 
 def train_recipe(config: TrainConfig) -> TrainRecipe:
-    """Return the named recipe with the configuration's overrides.
+    """Return the named recipe with the configuration's overrides, but for `start`, whose content only a reader knows.
 
     Raises:
         ConfigError: when no recipe has that name; the message lists the names there are.
@@ -130,5 +132,5 @@ def train_recipe(config: TrainConfig) -> TrainRecipe:
         raise ConfigError(
             f"train.recipe = {config.recipe!r}: no such recipe", f"{hint}recipes: {', '.join(sorted(RECIPES))}"
         )
-    overrides = {k: v for k, v in config.model_dump(exclude={"recipe"}).items() if v is not None}
+    overrides = {k: v for k, v in config.model_dump(exclude={"recipe", "start"}).items() if v is not None}
     return replace(RECIPES[config.recipe], **overrides)

@@ -8,12 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_augmentation, make_passage
 
+from prag_core.adapter_io import export_peft
+from prag_core.adapter_store import start_fingerprint
+from prag_core.config import ModelConfig
+from prag_core.lora import find_targets, initial_factors
+from prag_core.models import load_base_model
+from prag_core.recipe import RECIPES
 from prag_core.records import LedgerRow, Passage, from_table
 from prag_core.store import Store
 from prag_core.testing import write_tiny_model
@@ -148,7 +155,12 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
 def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) -> None:
     passages = [make_passage(n) for n in range(24)]
     work = Workspace(tmp_path, passages)
-    process = work.start("run", "-c", "config.yaml", "--set", "train.epochs=12")
+    # A recipe of its own, that starts from an adapter and trains the topmost layers alone.
+    base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
+    layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
+    export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", "tiny")
+    recipe = ["--set", "train.epochs=12", "--set", "train.last_layers=2", "--set", "train.start=warm"]
+    process = work.start("run", "-c", "config.yaml", *recipe)
     ledger = tmp_path / "store" / "adapters"
     deadline = time.monotonic() + 240
     while not list(ledger.glob("*/ledger/*.parquet")):
@@ -160,11 +172,16 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     time.sleep(3)  # what its workers were writing when they noticed
     kept = {row.key for row in work.ledger()}
     assert 4 <= len(kept) < 24
-    report = json.loads(work.run("run", "-c", "config.yaml", "--set", "train.epochs=12", "--json"))
+    report = json.loads(work.run("run", "-c", "config.yaml", *recipe, "--json"))
     assert report["adapters"] == 24
     assert stage(report, "train")["earlier"] == len(kept)
     keys = [row.key for row in work.ledger()]
     assert len(keys) == len(set(keys)) == 24
+    described = json.loads(next(ledger.glob("*/recipe.json")).read_text())
+    assert described["layout"]["layers"] == [1, 2]
+    assert described["recipe"]["train"]["start"] == start_fingerprint(initial_factors(layout, seed=5))
+    answers = json.loads(work.run("ask", "-c", "config.yaml", "--json", f"What is {passages[0].title}?"))
+    assert answers["passages"][0]["in_weights"]
 
 
 def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
