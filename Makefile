@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help bench-train bench-train-gpu
+.PHONY: setup demo test check fast slow format clean help bench-augment bench-train bench-train-gpu
 
 help:
-	@echo "make demo   set up, run the main job on the example corpus, ask its questions in every mode"
-	@echo "make test   set up, and run everything that CI runs"
-	@echo "make check  lint, types and fast tests"
+	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
+	@echo "make test             set up, and run everything that CI runs"
+	@echo "make check            lint, types and fast tests"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
-	@echo "make clean  remove the environment and the demo's store"
+	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
+	@echo "make clean            remove the environment and the demo's store"
 
 setup: $(STAMP)
 
@@ -46,6 +47,9 @@ bench-train: setup
 
 bench-train-gpu: setup
 	$(BIN)/python benchmarks/train_gpu.py
+
+bench-augment: setup
+	$(BIN)/python benchmarks/augment.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from prag_core import augment_small
 from prag_core.augment_draft import Draft, is_rewrite
 from prag_core.augment_prompts import questions_prompt, rewrite_prompt
-from prag_core.errors import GenerationError
-from prag_core.llm import Generator, Prompt, PromptTooLongError
+from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.llm import Generator, Prompt
 from prag_core.prompts import passage_text
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Reject

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
-from prag_core.decode import greedy
+from prag_core.decode import Decoder, DecodeRequest
 from prag_core.errors import AdapterError, StoreError
 from prag_core.examples import answer_prefix_ids, question_ids
-from prag_core.lora import Factors, Injector, stack_rows
+from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.prompts import passage_text
 from prag_core.recipe import TrainRecipe
@@ -73,7 +73,7 @@ class Engine:
         adapters: Gives adapters by key.
         snapshot: The id that answers carry.
         max_new_tokens: The most tokens of an answer.
-        batch_size: How many questions share a forward pass.
+        batch_size: How many questions are decoded at once.
     """
 
     def __init__(
@@ -106,17 +106,12 @@ class Engine:
         """Answer questions together, in the order given.
 
         A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so. The
-        milliseconds `inject`, `prefill` and `decode` are those of the batch that a question was answered in.
+        milliseconds are the question's own, but for what is done for other questions meanwhile.
+
+        Raises:
+            PromptTooLongError: when a question with its passages exceeds the model's context.
         """
-        prepared = [self._prepare(request) for request in requests]
-        answers: dict[int, Answer] = {}
-        # Like lengths together: padding is computed like any token.
-        order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].prompt))
-        for begin in range(0, len(order), self._batch_size):
-            places = order[begin : begin + self._batch_size]
-            for place, answer in zip(places, self._generate([prepared[i] for i in places]), strict=True):
-                answers[place] = answer
-        return [answers[i] for i in range(len(requests))]
+        return self._generate([self._prepare(request) for request in requests])
 
     def close(self) -> None:
         """Leave the base model as it was found."""
@@ -166,35 +161,31 @@ class Engine:
         return _Prepared(request, prompt, adapters, tuple(used), milliseconds)
 
     def _generate(self, batch: Sequence[_Prepared]) -> list[Answer]:
-        begun = time.perf_counter()
-        rows = stack_rows(
-            self._injector.layout,
-            [item.adapters for item in batch],
-            dtype=self.base.model.dtype,
-            device=self.base.device,
+        # A decoder for each call: calls from several threads share nothing that changes.
+        decoder = Decoder(self.base, self._injector, slots=self._batch_size)
+        decoded = decoder.run(
+            [
+                DecodeRequest(item.prompt, self._max_new_tokens, stop_ids=self._stop_ids, adapters=tuple(item.adapters))
+                for item in batch
+            ]
         )
-        inject_ms = (time.perf_counter() - begun) * 1e3
-        decoded = greedy(
-            self.base,
-            self._injector,
-            [item.prompt for item in batch],
-            rows,
-            max_new_tokens=self._max_new_tokens,
-            stop_ids=self._stop_ids,
-        )
-        shared = {"inject": inject_ms, "prefill": decoded.prefill_ms, "decode": decoded.decode_ms}
         return [
             Answer(
                 question=item.request.question,
                 mode=item.request.mode,
-                text=self.base.tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("."),
+                text=result.text.strip().rstrip("."),
                 passages=item.passages,
                 prompt_tokens=len(item.prompt),
-                new_tokens=len(tokens),
+                new_tokens=len(result.tokens),
                 snapshot=self._snapshot,
-                milliseconds={**item.milliseconds, **shared},
+                milliseconds={
+                    **item.milliseconds,
+                    "inject": result.inject_ms,
+                    "prefill": result.prefill_ms,
+                    "decode": result.decode_ms,
+                },
             )
-            for item, tokens in zip(batch, decoded.tokens, strict=True)
+            for item, result in zip(batch, decoded, strict=True)
         ]
 
 

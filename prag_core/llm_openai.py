@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from prag_core.config import EndpointConfig
-from prag_core.errors import GenerationError
-from prag_core.llm import Prompt, PromptTooLongError
+from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.llm import Prompt
 
 
 class OpenAIGenerator:

@@ -16,9 +16,9 @@ from prag_core.augment_draft import is_rewrite, refusal
 from prag_core.augment_import import read_augmentations
 from prag_core.augment_small import sentences_of
 from prag_core.config import ModelConfig
-from prag_core.errors import GenerationError, InputError
+from prag_core.errors import GenerationError, InputError, PromptTooLongError
 from prag_core.identity import passage_key
-from prag_core.llm import PromptTooLongError, TransformersGenerator
+from prag_core.llm import TransformersGenerator
 from prag_core.models import BaseModel, load_base_model
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Reject

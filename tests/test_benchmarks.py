@@ -40,3 +40,11 @@ def test_train_gpu_on_the_cpu() -> None:
     found = last_line("train_gpu.py", "--smoke", *sizes)
     assert found["passages_per_s"] > 0
     assert found["in_flight"] == 4
+
+
+def test_augment() -> None:
+    found = last_line("augment.py", "--smoke", "--slots", "3")
+    assert set(found) == {"x_vs_generate", "tokens_per_s", "prompts", "slots", "dtype", "machine"}
+    assert found["slots"] == 3
+    assert found["prompts"] > 3
+    assert found["tokens_per_s"]["ours"] > 0 < found["tokens_per_s"]["generate"]

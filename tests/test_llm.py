@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from prag_core.config import EndpointConfig
-from prag_core.errors import GenerationError
-from prag_core.llm import Generator, Prompt, PromptTooLongError, Scorer, TransformersGenerator
+from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.llm import Generator, Prompt, Scorer, TransformersGenerator
 from prag_core.llm_openai import OpenAIGenerator
 from prag_core.models import BaseModel
 from prag_core.testing import ScriptedGenerator
@@ -89,6 +89,20 @@ def test_a_prompt_too_long_is_an_error_in_its_place(tiny: BaseModel) -> None:
     assert isinstance(results[1], PromptTooLongError)
     assert "4096" in str(results[1])
     assert str(pickle.loads(pickle.dumps(results[1]))) == str(results[1])
+
+
+def test_output_that_is_not_finite_is_an_error_in_its_place(tiny: BaseModel) -> None:
+    import torch
+
+    (poisoned,) = tiny.tokenizer.encode("!")
+    with torch.no_grad():
+        # The output has a table of its own from here on: only prompts with this token come to grief.
+        tiny.model.lm_head.weight = torch.nn.Parameter(tiny.model.lm_head.weight.clone(), requires_grad=False)
+        tiny.model.get_input_embeddings().weight[poisoned] = float("nan")
+    results = TransformersGenerator(tiny).generate(plain("a", "b!"), max_new_tokens=4)
+    assert isinstance(results[0], str)
+    assert isinstance(results[1], GenerationError)
+    assert "not finite" in str(results[1])
 
 
 def test_scores_with_a_shared_prefix_equal_those_without(tiny: BaseModel) -> None:
