@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help
+.PHONY: setup demo test check fast slow s3 bench-augment format clean help
 
 help:
 	@echo "make demo   set up, run the main job on the example corpus, ask its questions in every mode"
 	@echo "make test   set up, and run everything that CI runs"
 	@echo "make check  lint, types and fast tests"
+	@echo "make s3     a real S3 server in the folder s3-data, and what to export to use it"
+	@echo "make bench-augment  the batched generator against transformers' generate, tokens/s"
 	@echo "make clean  remove the environment and the demo's store"
 
 setup: $(STAMP)
@@ -37,6 +39,13 @@ slow: setup
 
 # Fast things first: a typo fails in seconds.
 test: check slow
+
+# Ctrl+C ends it; the next one finds the same objects at the same address.
+s3: setup
+	$(BIN)/python -m tests.s3 s3-data
+
+bench-augment: setup
+	$(BIN)/python benchmarks/augment.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -66,7 +66,17 @@ class GenerationError(PragError):
     exit_code = 8
 
 
+class PromptTooLongError(GenerationError):
+    """A prompt and the text it asks for do not fit into the model's context."""
+
+
 class BudgetError(PragError):
     """More passages were rejected than the run's failure budget allows."""
 
     exit_code = 9
+
+
+class LeaseError(PragError):
+    """Another run holds the store's lease, or has taken it over."""
+
+    exit_code = 10
