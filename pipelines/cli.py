@@ -28,7 +28,8 @@ app = typer.Typer(
         "A first session: `prag plan -c examples/demo.yaml`, `prag run -c examples/demo.yaml`, "
         '`prag ask -c examples/demo.yaml --compare "Who built the Cazambra Lighthouse?"`.\n\n'
         "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, 5 store, "
-        "6 somebody else changed the store first, 7 retrieval or Java, 8 generator, 9 too many rejects."
+        "6 somebody else changed the store first, 7 retrieval or Java, 8 generator, 9 too many rejects, "
+        "10 another run works on the store."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -81,7 +82,14 @@ def plan(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json
 
 
 @app.command()
-def run(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def run(
+    config: ConfigOption = _DEFAULT_CONFIG,
+    set_: SetOption = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Do the main job: corpus → augment → train → store → index → publish.
 
     Run it again after anything: it does only what is missing. What a killed run had stored is kept.
@@ -90,7 +98,7 @@ def run(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json:
 
     settings = load_config(config, set_ or [])
     with _result_only():
-        report = run_job(settings, _progress_to)
+        report = run_job(settings, _progress_to, take_over=take_over)
     if as_json:
         _print_json(report.to_json())
         return
@@ -142,9 +150,9 @@ def ask(
 
 def _ask(config: Config, question: str, modes: tuple[Mode, ...], snapshot: str | None) -> list[Answer]:
     from prag_core.engine import Request, open_engine
-    from prag_core.store import Store
+    from prag_core.store import open_store
 
-    engine = open_engine(Store(config.store), config, snapshot)
+    engine = open_engine(open_store(config), config, snapshot)
     how: tuple[int, Weights] = (config.answer.top_k, config.answer.weights)
     return [engine.answer(Request(question, mode, *how)) for mode in modes]
 
@@ -153,9 +161,9 @@ def _ask(config: Config, question: str, modes: tuple[Mode, ...], snapshot: str |
 def status(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Show what the store holds: the snapshot in service, and the last runs."""
     from prag_core.snapshot import current_id, load_snapshot
-    from prag_core.store import Store
+    from prag_core.store import open_store
 
-    store = Store(load_config(config, set_ or []).store)
+    store = open_store(load_config(config, set_ or []))
     current = load_snapshot(store) if current_id(store) else None
     runs = sorted({name.split("/")[1] for name in store.list("runs", ".yaml")})
     finished = {name.split("/")[1] for name in store.list("runs", "/report.json")}
@@ -196,9 +204,9 @@ def rejects(
 ) -> None:
     """List what was rejected, why and where; of all runs of the store."""
     from prag_core.records import from_table
-    from prag_core.store import Store
+    from prag_core.store import open_store
 
-    store = Store(load_config(config, set_ or []).store)
+    store = open_store(load_config(config, set_ or []))
     parts = store.list(f"rejects/{stage}" if stage else "rejects", ".parquet")
     found = {
         (r.stage, r.reason, r.source, r.key, r.recipe): r for r in from_table(Reject, store.get_table(Reject, parts))

@@ -20,7 +20,7 @@ from prag_core.errors import InputError
 from prag_core.evaluate import f1, paired_bootstrap
 from prag_core.records import MODES, Answer, Hit, Passage, from_table
 from prag_core.snapshot import load_snapshot
-from prag_core.store import Store
+from prag_core.store import Store, open_store
 
 # `wrong` is the control: the weights of another passage. What it gains is form, not knowledge.
 COLUMNS = ("closed", "wrong", "prag", "rag", "combine")
@@ -44,7 +44,7 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     """
     report = run_job(config, Console(stderr=True))
     begun = time.perf_counter()
-    store = Store(config.store)
+    store = open_store(config)
     passages = _passages(store)
     questions = read_questions(Path(config.corpus.path).with_name("questions.jsonl"), passages)
     engine = open_engine(store, config)

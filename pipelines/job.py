@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
+from cluster.resources import PROFILES, Profile
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
@@ -24,12 +24,13 @@ from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
+from prag_core.lease import hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.retrieval import find_jdk
 from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
-from prag_core.store import Store
+from prag_core.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,34 @@ def preflight(config: Config, store: Store, base_model: str) -> None:
         check_base_model(load_snapshot(store), store, config.model.name, base_model)
 
 
-def run_job(config: Config, console: Console) -> RunReport:
-    """Run the main job on the Ray of the configured profile and return its report.
+def run_job(config: Config, console: Console, *, take_over: bool = False) -> RunReport:
+    """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
     Raises:
+        LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
         PragError: a child of it that says what to do; see `preflight`, `ingest`.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
     """
     begun = time.perf_counter()
-    store = Store(config.store)
+    store = open_store(config)
     profile = PROFILES[config.run.profile]
     recipe, layout = describe(config)
     preflight(config, store, recipe.base_model)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    with hold_lease(store, run, take_over=take_over):
+        return _run(config, store, profile, recipe, layout, run, console, begun)
+
+
+def _run(
+    config: Config,
+    store: Store,
+    profile: Profile,
+    recipe: Recipe,
+    layout: LoraLayout,
+    run: str,
+    console: Console,
+    begun: float,
+) -> RunReport:
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
     if config.train.start:

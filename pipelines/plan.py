@@ -13,13 +13,13 @@ from cluster.session import ray_session
 from pipelines import ingest
 from pipelines.job import describe
 from pipelines.tables import read_parts, survey
-from prag_core.adapter_io import DTYPES
+from prag_core.adapter_io import adapter_size_bytes
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage, QAPair, from_dict
-from prag_core.store import Store
+from prag_core.store import Store, open_store
 
 _SAMPLE = 64
 
@@ -51,7 +51,7 @@ def make_plan(config: Config) -> Plan:
     Tokens are those of training, over all epochs, estimated from a sample of passages; seconds come from what
     earlier runs of the same recipe took a token (training) or a passage (augmenting) on one actor.
     """
-    store = Store(config.store)
+    store = open_store(config)
     profile = PROFILES[config.run.profile]
     recipe, layout = describe(config)
     with ray_session(profile):
@@ -72,7 +72,7 @@ def make_plan(config: Config) -> Plan:
         to_augment=to_augment,
         to_train=to_train,
         tokens=total_tokens,
-        adapter_bytes=to_train * layout.parameters * DTYPES["bfloat16"].itemsize,
+        adapter_bytes=to_train * adapter_size_bytes(layout, config.storage.adapter_dtype),
         augment_seconds=None if augment_rate is None else to_augment * augment_rate,
         train_seconds=None if seconds is None or not tokens else total_tokens * seconds / tokens,
         recipe=recipe.fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ _PEFT_NAME = re.compile(r"layers\.(\d+)\..*?(\w+)\.lora_([AB])\.weight$")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# int8: each tensor is flattened and cut into groups of 64 values; a group's values are q · s, with q in -127 … 127
+# and one fp16 s in units of 2^-14. Without the unit the small values of a barely trained B would fall below fp16.
+INT8 = "int8"
+GROUP = 64
+SCALE_UNIT = 2.0**-14
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -32,28 +39,51 @@ class Placed:
     checksum: str
 
 
+def adapter_size_bytes(layout: LoraLayout, dtype: str) -> int:
+    """Return the bytes that one adapter takes in a shard.
+
+    Raises:
+        AdapterError: when there is no such storage dtype.
+    """
+    _check_dtype(dtype)
+    if dtype == INT8:
+        return layout.parameters + 2 * sum(_groups(shape) for shape in layout.tensor_shapes.values())
+    return layout.parameters * DTYPES[dtype].itemsize
+
+
 def pack_shard(
     layout: LoraLayout, adapters: Sequence[tuple[str, Factors]], dtype: str, metadata: Mapping[str, str]
 ) -> tuple[bytes, list[Placed]]:
     """Return the bytes of a shard and where each adapter lies in it.
 
-    Each adapter is a few stacked tensors `<key>/<target>.A` `[layers, rank, inputs]` and `<key>/<target>.B`
-    `[layers, outputs, rank]`, side by side, so that one ranged read fetches it. `metadata` goes into the header.
+    As floats, an adapter is a few stacked tensors `<key>/<target>.A` `[layers, rank, inputs]` and `<key>/<target>.B`
+    `[layers, outputs, rank]`, side by side, so that one ranged read fetches it. As int8 it is one tensor `<key>` of
+    bytes, for safetensors would lay values and scales apart: first the scales, then the values, each in the order
+    of the names. `metadata` goes into the header, with the dtype and, for int8, that order.
 
     Raises:
-        AdapterError: when an adapter does not fit the layout or holds values that are not finite.
+        AdapterError: when an adapter does not fit the layout or the dtype, or holds values that are not finite.
     """
-    tensors = {}
+    _check_dtype(dtype)
+    tensors: dict[str, Tensor] = {}
+    described = {**metadata, "dtype": dtype}
+    if dtype == INT8:
+        described |= {"group": str(GROUP), "scale_unit": str(SCALE_UNIT), "tensors": json.dumps(layout.tensor_shapes)}
     for key, factors in adapters:
-        stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in factors.items()}
-        check_factors(layout, stored, key)
-        tensors.update({f"{key}/{name}": tensor.contiguous() for name, tensor in stored.items()})
-    data = safetensors.torch.save(tensors, dict(metadata))
+        check_factors(layout, factors, key)
+        if dtype == INT8:
+            tensors[key] = _quantize(layout, factors, key)
+        else:
+            stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in factors.items()}
+            check_factors(layout, stored, key)
+            tensors.update({f"{key}/{name}": tensor.contiguous() for name, tensor in stored.items()})
+    data = safetensors.torch.save(tensors, described)
     header_size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_size])
     placed = []
     for key, _ in adapters:
-        ranges = [header[f"{key}/{name}"]["data_offsets"] for name in layout.tensor_shapes]
+        names = [key] if dtype == INT8 else [f"{key}/{name}" for name in layout.tensor_shapes]
+        ranges = [header[name]["data_offsets"] for name in names]
         # safetensors lays tensors of one type in the order of their names, which is the layout's order.
         if any(left[1] != right[0] for left, right in itertools.pairwise(ranges)):
             raise AdapterError(f"adapter {key}: its tensors do not lie side by side in the shard")
@@ -63,29 +93,78 @@ def pack_shard(
 
 
 def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expected: str) -> dict[str, Tensor]:
-    """Return an adapter's factors from the bytes of its range.
+    """Return an adapter's factors from the bytes of its range; int8 comes back as float32.
 
     Raises:
-        AdapterError: when the bytes are too few, altered (`expected` is their checksum) or do not fit the layout.
+        AdapterError: when the bytes are too few, altered (`expected` is their checksum) or do not fit the layout,
+            or the dtype is unknown.
     """
     if checksum(data) != expected:
         raise AdapterError(
             f"adapter {key}: {len(data)} bytes with checksum {checksum(data)}, the ledger says {expected}",
             "its shard was altered or cut short; the adapter must be made again",
         )
+    if len(data) != adapter_size_bytes(layout, dtype):
+        raise AdapterError(
+            f"adapter {key}: {len(data)} bytes, as {dtype} the layout wants {adapter_size_bytes(layout, dtype)}"
+        )
+    buffer = bytearray(data)
+    factors = _dequantize(layout, buffer) if dtype == INT8 else _views(layout, buffer, DTYPES[dtype])
+    check_factors(layout, factors, key)
+    return factors
+
+
+def _views(layout: LoraLayout, buffer: bytearray, dtype: torch.dtype) -> dict[str, Tensor]:
     factors = {}
     offset = 0
-    buffer = bytearray(data)
     for name, shape in layout.tensor_shapes.items():
-        count = shape[0] * shape[1] * shape[2]
-        size = count * DTYPES[dtype].itemsize
-        if offset + size > len(buffer):
-            raise AdapterError(f"adapter {key}: {len(buffer)} bytes are too few for the layout")
-        factors[name] = torch.frombuffer(buffer, dtype=DTYPES[dtype], count=count, offset=offset).view(shape)
-        offset += size
-    if offset != len(buffer):
-        raise AdapterError(f"adapter {key}: {len(buffer)} bytes, the layout wants {offset}")
-    check_factors(layout, factors, key)
+        count = math.prod(shape)
+        factors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+        offset += count * dtype.itemsize
+    return factors
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != INT8 and dtype not in DTYPES:
+        raise AdapterError(f"adapters cannot be stored as {dtype!r}", f"known are {', '.join([*DTYPES, INT8])}")
+
+
+def _groups(shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) // GROUP)
+
+
+def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:
+    """Return an adapter's scales and values as one tensor of bytes."""
+    scales, values = [], []
+    for name, shape in layout.tensor_shapes.items():
+        flat = factors[name].float().flatten()
+        grouped = torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
+        scale = (grouped.abs().amax(dim=1) / (127 * SCALE_UNIT)).half()
+        if not bool(torch.isfinite(scale).all()):
+            raise AdapterError(
+                f"adapter {key}: {name} holds values up to {float(flat.abs().max()):.3g}, too large for int8",
+                "store it as bfloat16 (storage.adapter_dtype)",
+            )
+        step = scale.float().unsqueeze(1) * SCALE_UNIT
+        # Where even the step is nothing in fp16, so are the values.
+        steps = torch.where(step > 0, grouped / step, torch.zeros_like(grouped))
+        values.append(steps.round().clamp(-127, 127).to(torch.int8).flatten()[: math.prod(shape)].view(torch.uint8))
+        scales.append(scale.view(torch.uint8))
+    return torch.cat(scales + values)
+
+
+def _dequantize(layout: LoraLayout, buffer: bytearray) -> dict[str, Tensor]:
+    """Return the float32 factors from the bytes that `_quantize` made."""
+    factors = {}
+    scale_offset, value_offset = 0, 2 * sum(_groups(shape) for shape in layout.tensor_shapes.values())
+    for name, shape in layout.tensor_shapes.items():
+        count, groups = math.prod(shape), _groups(shape)
+        scale = torch.frombuffer(buffer, dtype=torch.float16, count=groups, offset=scale_offset)
+        values = torch.frombuffer(buffer, dtype=torch.int8, count=count, offset=value_offset).float()
+        steps = (scale.float() * SCALE_UNIT).repeat_interleave(GROUP)[:count]
+        factors[name] = (values * steps).view(shape)
+        scale_offset += 2 * groups
+        value_offset += count
     return factors
 
 

@@ -21,7 +21,14 @@ from prag_core.trainer import TrainedAdapter
 
 
 class AdapterStore:
-    """The adapters of one recipe: shards, and the ledger that makes them exist."""
+    """The adapters of one recipe: shards, and the ledger that makes them exist.
+
+    Args:
+        store: Where they lie.
+        recipe: Which made them.
+        layout: Their shapes.
+        dtype: How new ones are stored: `bfloat16`, `float32` or `int8`. Old ones are read as their rows say.
+    """
 
     def __init__(self, store: Store, recipe: Recipe, layout: LoraLayout, dtype: str = "bfloat16") -> None:
         self.store = store

@@ -7,15 +7,35 @@ only the science enters a fingerprint: see `prag_core.recipe`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
 from prag_core.records import Mode, Weights
+
+NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
+# For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
+_CREDENTIALS = re.compile(r"://[^/@]*:[^/@]*@|s3a?://(?!arn:)([^/@]*:[^@]*|[^/]*)@")
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a URL holds a user and a password, or for S3 a key."""
+    return _CREDENTIALS.search(url) is not None
+
+
+def _without_credentials(url: str) -> str:
+    if has_credentials(url):
+        raise PydanticCustomError("credentials", "holds credentials")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_without_credentials)]
 
 
 class _Strict(BaseModel):
@@ -33,7 +53,7 @@ class Columns(_Strict):
 class CorpusConfig(_Strict):
     """What is read, and how it becomes passages."""
 
-    path: str = Field(description="A file, a folder of files, a glob, or any fsspec URL of one.")
+    path: Url = Field(description="A file, a folder of files, a glob, or any fsspec URL of one.")
     format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1, description="Read only the first so many records.")
@@ -129,10 +149,26 @@ class RunConfig(_Strict):
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
 
 
+class StorageConfig(_Strict):
+    """How the store is reached and what it keeps: machine facts, which never enter a fingerprint.
+
+    Credentials have no place here: they come from the AWS_* environment, or from the profile that `profile` names.
+    """
+
+    endpoint_url: Url | None = Field(None, description="An S3 server other than Amazon's; else AWS_ENDPOINT_URL.")
+    region: str | None = None
+    profile: str | None = Field(None, description="The name of a profile in the usual AWS files.")
+    anon: bool = Field(False, description="Read a public bucket without credentials.")
+    retries: int = Field(5, ge=0, description="How often a failed request is tried again.")
+    timeout_s: float = Field(30.0, gt=0, description="How long the store may take to connect or to answer.")
+    adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+
+
 class Config(_Strict):
     """The whole configuration of a run."""
 
-    store: str = Field(description="A folder or an fsspec URL that holds everything the run makes.")
+    store: Url = Field(description="A folder or an fsspec URL that holds everything the run makes.")
+    storage: StorageConfig = StorageConfig()
     corpus: CorpusConfig
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -209,6 +245,8 @@ def _explain(item: Any, origin: str) -> str:
         return f"{origin}: unknown key {dotted}\n  → {hint or 'known here: ' + ', '.join(siblings)}"
     if item["type"] == "missing":
         return f"{origin}: {dotted} is required\n  → add it; see examples/demo.yaml"
+    if item["type"] == "credentials":  # the value must not be repeated
+        return f"{origin}: {dotted} {item['msg']}\n  → {NO_CREDENTIALS_HERE}"
     return f"{origin}: {dotted} = {item.get('input')!r}: {item['msg']}"
 
 

@@ -1,17 +1,25 @@
-"""Snapshots: one immutable document names all that an answer needs; `CURRENT` names the one in service."""
+"""Snapshots: one immutable document names all that an answer needs; `CURRENT` names the one in service.
+
+`PINS` names the snapshots that are kept whatever their age. Both move by conditional writes.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prag_core.errors import StoreError
+from prag_core.errors import ConflictError, StoreError
 from prag_core.identity import fingerprint
+from prag_core.records import from_dict
 from prag_core.store import Store
 
 CURRENT = "CURRENT"
+PINS = "PINS"
+ANY = "*"
+PIN_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Snapshot:
     """One corpus version, one Lucene index, the ledger parts of one recipe, in full.
 
     `tombstones` are the keys of passages that must not be used any more. `id` is content-derived but for the
-    time of creation.
+    time of creation, with which it begins: in the order of ids, the newest is the last.
     """
 
     id: str
@@ -43,61 +51,208 @@ def make_snapshot(
     ledger_parts: tuple[str, ...],
     passages: int,
     adapters: int,
+    tombstones: tuple[str, ...] = (),
 ) -> Snapshot:
     """Return a snapshot of these parts, with an id and the time of now."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    content = [corpus_version, index, recipe, base_model, ledger_parts, passages, adapters]
-    stamp = created.replace("-", "").replace(":", "").split("+")[0]
-    return Snapshot(
-        id=f"{stamp}-{fingerprint(content)}",
-        created=created,
-        corpus_version=corpus_version,
-        index=index,
-        recipe=recipe,
-        base_model=base_model,
-        ledger_parts=ledger_parts,
-        passages=passages,
-        adapters=adapters,
+    return _stamped(
+        Snapshot(
+            id="",
+            created="",
+            corpus_version=corpus_version,
+            index=index,
+            recipe=recipe,
+            base_model=base_model,
+            ledger_parts=ledger_parts,
+            passages=passages,
+            adapters=adapters,
+            tombstones=tombstones,
+        )
     )
 
 
+def with_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
+    """Return a new snapshot in which the passages of these keys must not be used any more, besides those before."""
+    return _stamped(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones, *keys}))))
+
+
 def current_id(store: Store) -> str | None:
-    """Return the id of the snapshot in service, or None before the first publication."""
-    if not store.exists(CURRENT):
-        return None
-    return str(json.loads(store.get(CURRENT))["snapshot"])
+    """Return the id of the snapshot in service, or None before the first publication.
+
+    Raises:
+        StoreError: when `CURRENT` cannot be read or names nothing.
+    """
+    return _named_in(store, store.get_if_exists(CURRENT))
 
 
 def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
     """Return a snapshot, by default the one in service.
 
     Raises:
-        StoreError: when nothing was published yet, or there is no such snapshot.
+        StoreError: when nothing was published yet, or there is no such snapshot, or it is damaged.
     """
     id = id or current_id(store)
     if id is None:
         raise StoreError(f"store = {store.url!r}: nothing is published yet", "run `prag run` first")
-    document: dict[str, Any] = store.get_json(f"snapshots/{id}.json")
-    return Snapshot(
-        **{
-            **document,
-            "ledger_parts": tuple(document["ledger_parts"]),
-            "tombstones": tuple(document["tombstones"]),
-        }
+    document = store.get_json(_document(id))
+    try:
+        return from_dict(Snapshot, document)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{store.url}/{_document(id)}: not a snapshot: {error}", "roll back to another, or run `prag run` again"
+        ) from None
+
+
+def list_snapshots(store: Store) -> list[Snapshot]:
+    """Return all snapshots of a store, the oldest first; also those that were written but never in service.
+
+    Raises:
+        StoreError: when the store cannot be read, or one of them is damaged.
+    """
+    return [load_snapshot(store, id) for id in _ids(store)]
+
+
+def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> bool:
+    """Put a snapshot into service by one conditional write; returns False when the one in service says the same.
+
+    Args:
+        store: Where.
+        snapshot: Which.
+        replaces: The id that was in service when the work on this snapshot began (None: none was). A publisher
+            that gives it never covers what another one published since. By default, whatever is in service now.
+
+    Raises:
+        ConflictError: when another publisher was faster. Its snapshot is in service; this one lies in the store
+            and can be put into service with `rollback`, or published again.
+    """
+    previous = store.get_if_exists(CURRENT)
+    serving = _named_in(store, previous)
+    if serving is not None and _same(load_snapshot(store, serving), snapshot):
+        return False
+    store.put_json(_document(snapshot.id), asdict(snapshot))
+    if replaces not in (ANY, serving):
+        raise _conflict(store, snapshot.id, serving)
+    _move(store, previous, snapshot.id)
+    return True
+
+
+def rollback(store: Store, id: str) -> Snapshot:
+    """Put an existing snapshot, older or newer, into service, and return it.
+
+    Raises:
+        StoreError: when there is no such snapshot.
+        ConflictError: when somebody else changed the one in service at the same time.
+    """
+    snapshot = load_snapshot(store, id)
+    previous = store.get_if_exists(CURRENT)
+    if _named_in(store, previous) != id:
+        _move(store, previous, id)
+    return snapshot
+
+
+def pinned(store: Store) -> tuple[str, ...]:
+    """Return the ids of the pinned snapshots, sorted.
+
+    Raises:
+        StoreError: when they cannot be read.
+    """
+    return _pins_in(store, store.get_if_exists(PINS))
+
+
+def pin(store: Store, id: str) -> None:
+    """Keep a snapshot whatever its age; one that is pinned already stays so.
+
+    Raises:
+        StoreError: when there is no such snapshot.
+        ConflictError: when others changed the pins again and again meanwhile.
+    """
+    load_snapshot(store, id)
+    _change_pins(store, lambda pins: pins | {id})
+
+
+def unpin(store: Store, id: str) -> None:
+    """Let a snapshot go with its age again.
+
+    Raises:
+        StoreError: when it is not pinned.
+        ConflictError: when others changed the pins again and again meanwhile.
+    """
+
+    def without(pins: frozenset[str]) -> frozenset[str]:
+        if id not in pins:
+            raise StoreError(f"store = {store.url!r}: the snapshot {id} is not pinned", "see `prag snapshots list`")
+        return pins - {id}
+
+    _change_pins(store, without)
+
+
+def kept_snapshots(store: Store, newest: int) -> list[str]:
+    """Return the ids to keep, the oldest first: the `newest` so many, the pinned ones and the one in service.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    ids = _ids(store)
+    return sorted({*ids[max(0, len(ids) - newest) :], *pinned(store), *filter(None, [current_id(store)])})
+
+
+def _stamped(snapshot: Snapshot) -> Snapshot:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {**asdict(snapshot), "id": "", "created": ""}
+    stamp = created.replace("-", "").replace(":", "").split("+")[0]
+    return replace(snapshot, id=f"{stamp}-{fingerprint(content)}", created=created)
+
+
+def _same(left: Snapshot, right: Snapshot) -> bool:
+    return replace(left, id="", created="") == replace(right, id="", created="")
+
+
+def _document(id: str) -> str:
+    return f"snapshots/{id}.json"
+
+
+def _ids(store: Store) -> list[str]:
+    return [name.removeprefix("snapshots/").removesuffix(".json") for name in store.list("snapshots", ".json")]
+
+
+def _named_in(store: Store, current: bytes | None) -> str | None:
+    return None if current is None else str(_field(store, CURRENT, current, "snapshot"))
+
+
+def _pins_in(store: Store, pins: bytes | None) -> tuple[str, ...]:
+    return () if pins is None else tuple(_field(store, PINS, pins, "pinned"))
+
+
+def _field(store: Store, name: str, data: bytes, field: str) -> Any:
+    try:
+        return json.loads(data)[field]
+    except (ValueError, TypeError, KeyError):
+        raise StoreError(f"{store.url}/{name}: does not say {field!r}", "it was written by hand: mend it") from None
+
+
+def _move(store: Store, previous: bytes | None, id: str) -> None:
+    try:
+        store.swap(CURRENT, previous, json.dumps({"snapshot": id}).encode())
+    except ConflictError:
+        raise _conflict(store, id, current_id(store)) from None
+
+
+def _conflict(store: Store, id: str, serving: str | None) -> ConflictError:
+    return ConflictError(
+        f"store = {store.url!r}: another publisher put the snapshot {serving} into service meanwhile",
+        f"look at it; nothing is lost: `prag snapshots rollback {id}` puts this one into service",
     )
 
 
-def publish(store: Store, snapshot: Snapshot) -> bool:
-    """Put a snapshot into service by one conditional write; returns False when the one in service says the same.
-
-    Raises:
-        ConflictError: when another publisher was faster; its snapshot stays, this one can be published again.
-    """
-    previous = store.get(CURRENT) if store.exists(CURRENT) else None
-    if previous is not None:
-        serving = load_snapshot(store, str(json.loads(previous)["snapshot"]))
-        if {**asdict(serving), "id": "", "created": ""} == {**asdict(snapshot), "id": "", "created": ""}:
-            return False
-    store.put_json(f"snapshots/{snapshot.id}.json", asdict(snapshot))
-    store.swap(CURRENT, previous, json.dumps({"snapshot": snapshot.id}).encode())
-    return True
+def _change_pins(store: Store, change: Callable[[frozenset[str]], frozenset[str]]) -> None:
+    for attempt in range(PIN_TRIES):
+        before = store.get_if_exists(PINS)
+        pins = frozenset(_pins_in(store, before))
+        after = change(pins)
+        if after == pins:
+            return
+        try:
+            store.swap(PINS, before, json.dumps({"pinned": sorted(after)}).encode())
+            return
+        except ConflictError:  # another pin came between: it must not be lost, nor this one
+            if attempt == PIN_TRIES - 1:
+                raise

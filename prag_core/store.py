@@ -8,12 +8,13 @@ corrupt anything (design, sections 3 and 7).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -21,9 +22,13 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
+from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
 from prag_core.errors import ConflictError, StoreError
 from prag_core.identity import checksum
 from prag_core.records import Augmentation, Reject, schema, to_table
+
+if TYPE_CHECKING:
+    from prag_core.s3 import S3Objects
 
 T = TypeVar("T")
 
@@ -31,14 +36,40 @@ T = TypeVar("T")
 class Store:
     """Bytes under one root: atomic writes, a conditional write, Parquet tables, JSON documents.
 
-    Pickles as its URL and options, so that Ray workers open their own connection.
+    Pickles as its URL and options, so that Ray workers open their own connection. Each failure is a `StoreError`
+    that names the object, the cause and what to do; on S3 it comes after bounded retries (`prag_core.s3`).
+
+    Args:
+        url: A folder, or an fsspec URL such as `s3://bucket/prefix`. Credentials come from the usual AWS
+            environment or profile, and so does the endpoint when `options` names none.
+        options: What the file system takes besides, such as `endpoint_url` or `profile`.
+        retries: How often a failed request to S3 is tried again.
+        timeout_s: How long S3 may take to connect or to answer.
+
+    Raises:
+        StoreError: when the URL's file system is unknown, or the URL holds credentials.
     """
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, url: str, options: Mapping[str, Any] | None = None, retries: int = 5, timeout_s: float = 30.0
+    ) -> None:
+        if has_credentials(url):
+            raise StoreError("the store's URL holds credentials", NO_CREDENTIALS_HERE)
         self.url = url.rstrip("/") or "/"
         self.options = dict(options or {})
+        self.retries = retries
+        self.timeout_s = timeout_s
+        self._s3: S3Objects | None = None
         try:
-            fs, root = fsspec.core.url_to_fs(self.url, **self.options)
+            if is_s3(self.url):
+                from prag_core import s3  # botocore takes half a second to import: only those who need it wait
+
+                fs, root = fsspec.core.url_to_fs(self.url, **s3.client_options(self.options, retries, timeout_s))
+                self._s3 = s3.S3Objects(fs, retries, timeout_s)
+                self._failures: tuple[type[Exception], ...] = s3.FAILURES
+            else:
+                fs, root = fsspec.core.url_to_fs(self.url, **self.options)
+                self._failures = (OSError,)
         except (ImportError, ValueError) as error:
             raise StoreError(
                 f"store = {url!r}: {error}", "name a folder, or a URL such as s3://bucket/prefix"
@@ -47,7 +78,7 @@ class Store:
         self.root: str = root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.url, self.options)
+        return Store, (self.url, self.options, self.retries, self.timeout_s)
 
     @property
     def is_local(self) -> bool:
@@ -61,23 +92,37 @@ class Store:
     # ---- bytes
 
     def check_writable(self) -> None:
-        """Write and remove a small object.
+        """Write and remove a small object; on S3, see that the conditional write is no mere promise.
 
         Raises:
             StoreError: naming the store, when that fails.
         """
-        name = f".probe-{uuid.uuid4().hex}"
-        try:
-            self.put(name, b"probe")
-            self.fs.rm_file(self.path(name))
-        except OSError as error:
-            raise StoreError(f"store = {self.url!r} cannot be written: {error}", "check the path and rights") from None
+        path = self.path(f".probe-{uuid.uuid4().hex}")
+        with self._explained(f"store = {self.url!r}", "written"):
+            self._write(path, b"probe")
+            sound = self._s3 is None or self._s3.honours_conditions(path)
+            self.fs.rm_file(path)
+        if not sound:
+            raise StoreError(
+                f"store = {self.url!r} ignores the condition of a write (If-None-Match)",
+                "take an object store that honours it: without, two runs at once overwrite each other",
+            )
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object that appears whole or not at all; an object of that name is replaced."""
-        path = self.path(name)
+        """Write an object that appears whole or not at all; an object of that name is replaced.
+
+        Raises:
+            StoreError: when it cannot be written; a reader sees what was there before.
+        """
+        with self._explained(f"{self.url}/{name}", "written"):
+            self._write(self.path(name), data)
+
+    def _write(self, path: str, data: bytes) -> None:
+        if self._s3 is not None:
+            self._s3.put(path, data)
+            return
         if not self.is_local:
-            self.fs.pipe_file(path, data)  # object stores show an object when it is complete
+            self.fs.pipe_file(path, data)
             return
         self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
         scratch = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -90,61 +135,110 @@ class Store:
             raise
 
     def get(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return an object's bytes, or a range of them.
+        """Return an object's bytes, or a range of them: all that were asked for, or an error.
 
         Raises:
-            StoreError: when there is no such object, or the store cannot be read.
+            StoreError: when there is no such object, it ends before `end`, or the store cannot be read.
         """
-        try:
-            data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
-        except FileNotFoundError:
-            raise StoreError(f"{self.url}/{name}: no such object") from None
-        except OSError as error:
-            raise StoreError(f"{self.url}/{name}: cannot be read: {error}") from error
+        path = self.path(name)
+        with self._explained(f"{self.url}/{name}", "read"):
+            if self._s3 is not None:
+                return self._s3.get(path, start, end)
+            data: bytes = self.fs.cat_file(path, start=start, end=end)
+        if end is not None and len(data) != end - (start or 0):
+            raise StoreError(
+                f"{self.url}/{name}: cannot be read: {len(data)} bytes came of {end - (start or 0)}",
+                "it was cut short; `prag verify` finds what is damaged",
+            )
+        return data
+
+    def get_if_exists(self, name: str) -> bytes | None:
+        """Return an object's bytes, or None when there is no such object.
+
+        Raises:
+            StoreError: when the store cannot be read.
+        """
+        path = self.path(name)
+        with self._explained(f"{self.url}/{name}", "read"):
+            if self._s3 is not None:
+                return self._s3.get_if_exists(path)
+            try:
+                data: bytes = self.fs.cat_file(path)
+            except FileNotFoundError:
+                return None
         return data
 
     def exists(self, name: str) -> bool:
-        """Whether an object or a folder of that name exists."""
-        return bool(self.fs.exists(self.path(name)))
+        """Whether an object or a folder of that name exists.
+
+        Raises:
+            StoreError: when that cannot be known.
+        """
+        with self._explained(f"{self.url}/{name}", "looked up"):
+            return bool(self.fs.exists(self.path(name)) if self._s3 is None else self._s3.exists(self.path(name)))
 
     def list(self, folder: str, suffix: str) -> list[str]:
-        """Return the names, below the root, of the objects at any depth under `folder` that end with `suffix`."""
-        found = self.fs.find(self.path(folder))
-        return sorted(path[len(self.root) + 1 :] for path in found if path.endswith(suffix))
+        """Return the names, below the root, of the objects at any depth under `folder` that end with `suffix`.
+
+        Raises:
+            StoreError: when the store cannot be listed.
+        """
+        with self._explained(f"{self.url}/{folder}", "listed"):
+            found = self.fs.find(self.path(folder), detail=True)
+        files = (path for path, info in found.items() if info["type"] == "file")  # some servers list empty folders
+        return sorted(path[len(self.root) + 1 :] for path in files if path.endswith(suffix))
+
+    def remove(self, name: str) -> None:
+        """Remove an object.
+
+        Raises:
+            StoreError: when it cannot be removed.
+        """
+        with self._explained(f"{self.url}/{name}", "removed"):
+            self.fs.rm_file(self.path(name))
 
     def swap(self, name: str, expected: bytes | None, new: bytes) -> None:
         """Replace an object only if its bytes are still `expected` (None: only if it does not exist).
 
+        Of two writers at once one wins, if their bytes differ: who must know that it was they, and not somebody
+        with the same bytes, puts a token of their own into them.
+
         Raises:
             ConflictError: when somebody else changed it first; nothing was written.
-            StoreError: when the file system has no conditional write.
+            StoreError: when it cannot be written, or the file system has no conditional write.
         """
-        conflict = ConflictError(f"{self.url}/{name}: changed by somebody else meanwhile", "look, and run again")
-        if self.is_local:
-            self.fs.makedirs(self.root, exist_ok=True)
-            with FileLock(f"{self.path(name)}.lock"):
-                current = self.get(name) if self.exists(name) else None
-                if current != expected:
-                    raise conflict
-                self.put(name, new)
-            return
-        if "s3" not in self.fs.protocol:
-            raise StoreError(f"store = {self.url!r}: its file system has no conditional write", "use a folder or s3://")
+        path = self.path(name)
+        with self._explained(f"{self.url}/{name}", "written"):
+            if self._s3 is not None:
+                done = self._s3.swap(path, expected, new)
+            elif self.is_local:
+                self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                with FileLock(f"{path}.lock"):
+                    done = self.get_if_exists(name) == expected
+                    if done:
+                        self._write(path, new)
+            else:
+                raise StoreError(
+                    f"store = {self.url!r}: its file system has no conditional write", "use a folder or s3://"
+                )
+        if not done:
+            raise ConflictError(f"{self.url}/{name}: changed by somebody else meanwhile", "look, and run again")
+
+    @contextlib.contextmanager
+    def _explained(self, what: str, verb: str) -> Iterator[None]:
+        """Turn a failure of the file system into a `StoreError`."""
         try:
-            if expected is None:
-                self.fs.pipe_file(self.path(name), new, mode="create")
-                return
-            etag = self.fs.info(self.path(name), refresh=True)["ETag"]
-            if self.get(name) != expected:
-                raise conflict
-            bucket, key, _ = self.fs.split_path(self.path(name))
-            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=new, IfMatch=etag)
-        except FileExistsError:
-            raise conflict from None
-        except OSError as error:  # s3fs reports a failed precondition as errno 22 with this text
-            if "pre-condition" in str(error).lower() or "precondition" in str(error).lower():
-                raise conflict from None
-            raise StoreError(f"{self.url}/{name}: cannot be written: {error}") from error
+            yield
+        except self._failures as error:
+            if self._s3 is not None:
+                cause, remedy = self._s3.explain(error)
+            elif isinstance(error, FileNotFoundError):
+                cause, remedy = "no such object", ""
+            else:
+                cause, remedy = str(error), "check the path, its rights and the room on the disk"
+            cause = cause if cause == "no such object" else f"cannot be {verb}: {cause}"
+            # The chain of causes would show the request in a traceback.
+            raise StoreError(f"{what}: {cause}", remedy) from None
 
     # ---- documents and tables
 
@@ -204,6 +298,31 @@ class Store:
                 raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
             tables.append(part.cast(wanted))
         return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def open_store(config: Config) -> Store:
+    """Open the store of a configuration, with what its section `storage` says.
+
+    Raises:
+        StoreError: see `Store`.
+    """
+    storage = config.storage
+    options: dict[str, Any] = {}
+    if is_s3(config.store):
+        if storage.endpoint_url is not None:
+            options["endpoint_url"] = storage.endpoint_url
+        if storage.region is not None:
+            options["client_kwargs"] = {"region_name": storage.region}
+        if storage.profile is not None:
+            options["profile"] = storage.profile
+        if storage.anon:
+            options["anon"] = True
+    return Store(config.store, options, storage.retries, storage.timeout_s)
+
+
+def is_s3(url: str) -> bool:
+    """Whether a URL names an S3 store."""
+    return url.startswith(("s3://", "s3a://"))
 
 
 def put_augmentations(store: Store, recipe: str, rows: Iterable[Augmentation]) -> str:

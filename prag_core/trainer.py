@@ -4,7 +4,7 @@ A stack of D passages keeps its parameters side by side, `[D, r, inputs]` a modu
 of each passage, padded to one length, through the frozen model; the loss is the sum of each passage's mean, so
 each passage's gradient is its own, and an elementwise AdamW over the stack is D independent optimizers
 (design, section 5). A passage's factors are taken out at its own last step; what the optimizer does to its
-slot later is nobody's. What a step costs, and where the time goes: `docs/trainer.md`.
+slot later is nobody's. How it works in one page: `docs/trainer.md`.
 """
 
 from __future__ import annotations

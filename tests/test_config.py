@@ -42,11 +42,31 @@ def test_defaults_and_overrides(write) -> None:
         ("just text\n", [], r"holds no settings"),
         (MINIMAL, ["nonsense"], r"not KEY=VALUE"),
         (MINIMAL, ["store.x=1"], r"'store' holds no settings"),
+        (MINIMAL, ["storage.adapter_dtype=int4"], r"storage\.adapter_dtype = 'int4'"),
+        (MINIMAL, ["storage.endpoint=x"], r"unknown key storage\.endpoint\n.*storage\.endpoint_url\?"),
+        (MINIMAL, ["storage.secret_key=x"], r"unknown key storage\.secret_key"),
     ],
 )
 def test_what_is_wrong_is_named(write, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(text), overrides)
+
+
+@pytest.mark.parametrize("key", ["store", "storage.endpoint_url", "corpus.path"])
+@pytest.mark.parametrize(
+    "url", ["s3://AKEY:hush@bucket/x", "s3://AKEY@bucket", "s3://AKEY:hu/sh@bucket", "http://AKEY:hush@host:1/x"]
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(write, key: str, url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} holds credentials\n.*AWS_\* environment") as caught:
+        load_config(write(MINIMAL), [f"{key}={url}"])
+    assert not [part for part in ("hush", "hu/sh", "AKEY") if part in str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a@b", "s3://arn:aws:s3:eu:1:accesspoint/x", "http://host:8333/a@b", "abfs://box@account/x"]
+)
+def test_a_url_without_credentials_is_none_of_those(write, url: str) -> None:
+    assert load_config(write(MINIMAL), [f"store={url}"]).store == url
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
@@ -77,6 +97,7 @@ def test_machine_facts_never_enter_a_fingerprint(write) -> None:
             "augment.endpoint.url=http://x/v1",
             "run.augment_batch=3",
             "answer.top_k=1",
+            "storage.adapter_dtype=int8",
         ],
     )
     assert recipe_of(plain).fingerprint == recipe_of(moved).fingerprint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from conftest import make_passage
 from peft import PeftModel
 from test_lora import random_adapter
 
-from prag_core.adapter_io import export_peft
+from prag_core.adapter_io import adapter_size_bytes, export_peft
 from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters
 from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import AdapterError, ConflictError, StoreError
@@ -21,22 +20,16 @@ from prag_core.lora import Injector, find_targets, stack_rows
 from prag_core.models import BaseModel
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.records import LedgerRow, Passage, to_table
-from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.store import Store
 from prag_core.trainer import TrainedAdapter
 
 RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}/store")
-
-
 @pytest.fixture
-def adapters(tmp_path: Path, tiny_session: BaseModel) -> AdapterStore:
+def adapters(store: Store, tiny_session: BaseModel) -> AdapterStore:
     layout, _ = find_targets(tiny_session.model, RECIPE.train)
-    made = AdapterStore(Store(str(tmp_path / "store")), RECIPE, layout, "float32")
+    made = AdapterStore(store, RECIPE, layout, "float32")
     made.describe()
     return made
 
@@ -49,10 +42,42 @@ def test_objects_come_back_and_ranges_too(store: Store) -> None:
     store.put("a/b.bin", b"0123456789")
     assert store.get("a/b.bin") == b"0123456789"
     assert store.get("a/b.bin", 2, 5) == b"234"
+    assert store.get("a/b.bin", 7) == b"789"
     assert store.exists("a/b.bin")
-    assert store.list("a", ".bin") == ["a/b.bin"]
+    assert store.exists("a")
+    assert not store.exists("a/b")
+    assert store.get_if_exists("a/b.bin") == b"0123456789"
+    assert store.get_if_exists("a/none") is None
     with pytest.raises(StoreError, match=r"a/none: no such object"):
         store.get("a/none")
+
+
+@pytest.mark.parametrize(("start", "end"), [(8, 12), (10, 12), (20, 30)])
+def test_a_range_beyond_the_end_is_no_data(store: Store, start: int, end: int) -> None:
+    store.put("x", b"0123456789")
+    with pytest.raises(StoreError, match=r"x: cannot be read: .*\n.*it was cut short"):
+        store.get("x", start, end)
+
+
+def test_a_list_keeps_to_its_folder_and_is_never_stale(store: Store) -> None:
+    assert store.list("doc1", ".bin") == []
+    for name in ("doc1/a.bin", "doc1/deep/b.bin", "doc1/c.txt", "doc10/d.bin", "doc1.bin"):
+        store.put(name, b"1")
+    assert store.list("doc1", ".bin") == ["doc1/a.bin", "doc1/deep/b.bin"]
+    other = pickle.loads(pickle.dumps(store))
+    other.put("doc1/e.bin", b"1")
+    assert store.list("doc1", ".bin") == ["doc1/a.bin", "doc1/deep/b.bin", "doc1/e.bin"]
+    other.remove("doc1/a.bin")
+    assert store.list("doc1", ".bin") == ["doc1/deep/b.bin", "doc1/e.bin"]
+    assert not store.exists("doc1/a.bin")
+    other.put("doc1/e.bin", b"longer than before")
+    assert store.fs.size(store.path("doc1/e.bin")) == len(b"longer than before")
+    assert store.get("doc1/e.bin") == b"longer than before"
+
+
+def test_a_store_that_can_be_written_says_nothing_and_stays_empty(store: Store) -> None:
+    store.check_writable()
+    assert store.list("", "") == []
 
 
 def test_a_store_pickles_as_its_url(store: Store) -> None:
@@ -72,36 +97,55 @@ def test_the_same_table_is_one_part(store: Store) -> None:
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path / "store"))
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match=r"a/b: cannot be written: disk full"):
         store.put("a/b", b"data")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match=r"store = '.*file/store' cannot be written"):
+    with pytest.raises(StoreError, match=r"store = '.*file/store': cannot be written"):
         Store(str(tmp_path / "file" / "store")).check_writable()
     with pytest.raises(StoreError, match="nosuch"):
         Store("nosuch://bucket/x")
 
 
-def test_of_many_swaps_one_wins(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store"))
-
-    def claim(name: str) -> bool:
+def test_of_many_swaps_one_wins(store: Store) -> None:
+    def claim(expected: bytes | None, new: str) -> bool:
         try:
-            store.swap("CURRENT", None, name.encode())
+            store.swap("deep/CURRENT", expected, new.encode())
         except ConflictError:
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(claim, map(str, range(16))))
+        won = list(pool.map(lambda n: claim(None, str(n)), range(8)))
+        assert won.count(True) == 1
+        current = store.get("deep/CURRENT")
+        assert current == str(won.index(True)).encode()
+        won = list(pool.map(lambda n: claim(current, f"then {n}"), range(8)))
     assert won.count(True) == 1
-    assert store.get("CURRENT") == str(won.index(True)).encode()
-    store.swap("CURRENT", store.get("CURRENT"), b"next")
+    assert store.get("deep/CURRENT") == f"then {won.index(True)}".encode()
+
+
+def test_a_swap_that_comes_too_late_writes_nothing(store: Store) -> None:
     with pytest.raises(ConflictError, match="changed by somebody else"):
-        store.swap("CURRENT", b"stale", b"late")
+        store.swap("CURRENT", b"there is none", b"new")
+    assert not store.exists("CURRENT")
+    store.swap("CURRENT", None, b"first")
+    for stale in (None, b"stale"):
+        with pytest.raises(ConflictError, match="changed by somebody else"):
+            store.swap("CURRENT", stale, b"late")
+    assert store.get("CURRENT") == b"first"
+    store.swap("CURRENT", b"first", b"second")
+    assert store.get("CURRENT") == b"second"
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "s3://key:sec/ret@bucket", "http://me:secret@host/x"])
+def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
+    with pytest.raises(StoreError, match="holds credentials") as caught:
+        Store(url)
+    assert "sec" not in str(caught.value).replace("section", "")
 
 
 def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
@@ -119,6 +163,17 @@ def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
         source.get("unknown")
 
 
+def test_each_row_is_read_as_it_was_stored(adapters: AdapterStore) -> None:
+    made = trained(adapters, "key", 1)
+    assert made.factors is not None
+    for dtype in ("int8", "bfloat16", "float32"):
+        (row,) = AdapterStore(adapters.store, RECIPE, adapters.layout, dtype).commit([(made, "d")])
+        got = adapters.fetch(row)
+        assert row.dtype == dtype
+        assert row.length == adapter_size_bytes(adapters.layout, dtype)
+        assert all(torch.allclose(got[name].float(), made.factors[name], rtol=0.01, atol=0.02) for name in got)
+
+
 def test_a_later_row_replaces_an_earlier_one(adapters: AdapterStore) -> None:
     adapters.commit([(trained(adapters, "key", 1), "old")])
     adapters.commit([(trained(adapters, "key", 2), "new")])
@@ -129,20 +184,19 @@ def test_a_later_row_replaces_an_earlier_one(adapters: AdapterStore) -> None:
 def test_a_shard_without_a_ledger_part_does_not_exist(adapters: AdapterStore) -> None:
     adapters.commit([(trained(adapters, "key", 1), "d")])
     for part in adapters.ledger_parts():
-        adapters.store.fs.rm(adapters.store.path(part))
+        adapters.store.remove(part)
     assert "key" not in LedgerSource(adapters, adapters.ledger_parts())
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_bytes_are_never_an_adapter(adapters: AdapterStore, damage: str) -> None:
     (row,) = adapters.commit([(trained(adapters, "key", 1), "d")])
-    path = Path(adapters.store.path(row.shard))
-    data = bytearray(path.read_bytes())
+    data = bytearray(adapters.store.get(row.shard))
     if damage == "flip":
         data[row.offset + row.length // 2] ^= 1
-    path.write_bytes(data[: row.offset + row.length - 1] if damage == "cut" else data)
+    adapters.store.put(row.shard, bytes(data[: row.offset + row.length - 1] if damage == "cut" else data))
     if damage == "remove":
-        path.unlink()
+        adapters.store.remove(row.shard)
     with pytest.raises(AdapterError, match="adapter key"):
         LedgerSource(adapters, adapters.ledger_parts()).get("key")
 
@@ -158,22 +212,6 @@ def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: B
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(tiny.model, tmp_path / "peft")(input_ids=ids).logits
     assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-def test_publishing_the_same_again_changes_nothing(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store"))
-    with pytest.raises(StoreError, match="nothing is published yet"):
-        load_snapshot(store)
-    parts = {"corpus_version": "v", "index": "i", "recipe": "r", "base_model": "b", "passages": 2, "adapters": 1}
-    first = make_snapshot(ledger_parts=("p1",), **parts)
-    assert publish(store, first)
-    assert not publish(store, make_snapshot(ledger_parts=("p1",), **parts))
-    assert load_snapshot(store) == first
-    second = make_snapshot(ledger_parts=("p1", "p2"), **parts)
-    assert publish(store, second)
-    assert current_id(store) == second.id
-    assert load_snapshot(store, first.id) == first
-    assert json.loads(store.get("CURRENT")) == {"snapshot": second.id}
 
 
 def test_ledger_rows_name_what_they_hold(adapters: AdapterStore) -> None:
