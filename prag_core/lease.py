@@ -101,7 +101,7 @@ class Lease:
         """End the heartbeat and give the lease back; one that is lost, or that cannot be written, is left alone."""
         self._ended.set()
         self._thread.join(self._record.ttl_s)
-        if not self._taken and not self._thread.is_alive():
+        if not self._thread.is_alive():
             with contextlib.suppress(StoreError):  # it expires by itself
                 self._renew(released=True)
 

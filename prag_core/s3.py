@@ -170,7 +170,7 @@ class S3Objects:
         if isinstance(error, FileNotFoundError):
             return "no such object", ""
         if isinstance(error, TooShortError):
-            return str(error), "it was cut short; `prag verify` finds what is damaged"
+            return str(error), "it was cut short; run `prag run` again, and restore the object if that does not make it"
         if isinstance(error, CutShortError):
             return f"{error}, {tries}", "check the network and whatever stands between here and the store"
         if isinstance(error, _TIMEOUTS):
@@ -214,12 +214,14 @@ class S3Objects:
                 continue
             finally:
                 answer["Body"].close()
-            if end is None or len(data) == end - (start or 0):
+            size = str(answer.get("ContentRange", "")).rpartition("/")[2]  # of the object; only a range's answer has it
+            total = int(size) if size.isdigit() else None
+            if total is not None and end is not None and total < end:
+                raise TooShortError(f"it has {total} bytes, {end} were expected")
+            stop = total if end is None else end
+            if stop is None or len(data) == stop - (start or 0):
                 return data, str(answer["ETag"])
-            size = str(answer.get("ContentRange", "")).rpartition("/")[2]
-            if size.isdigit() and int(size) < end:
-                raise TooShortError(f"it has {size} bytes, {end} were expected")
-            failure = CutShortError(f"{len(data)} bytes came of {end - (start or 0)} that were asked for")
+            failure = CutShortError(f"{len(data)} bytes came of {stop - (start or 0)} that were asked for")
         if isinstance(failure, (CutShortError, *_TIMEOUTS)):
             raise failure
         raise CutShortError("its bytes broke off or were altered on the way") from failure

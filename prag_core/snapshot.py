@@ -179,7 +179,7 @@ def unpin(store: Store, id: str) -> None:
 
     def without(pins: frozenset[str]) -> frozenset[str]:
         if id not in pins:
-            raise StoreError(f"store = {store.url!r}: the snapshot {id} is not pinned", "see `prag snapshots list`")
+            raise StoreError(f"store = {store.url!r}: the snapshot {id} is not pinned", "look for its id in PINS")
         return pins - {id}
 
     _change_pins(store, without)
@@ -239,7 +239,7 @@ def _move(store: Store, previous: bytes | None, id: str) -> None:
 def _conflict(store: Store, id: str, serving: str | None) -> ConflictError:
     return ConflictError(
         f"store = {store.url!r}: another publisher put the snapshot {serving} into service meanwhile",
-        f"look at it; nothing is lost: `prag snapshots rollback {id}` puts this one into service",
+        f"nothing is lost, {id} is stored: look at what is in service, and run `prag run` again to publish",
     )
 
 

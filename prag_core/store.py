@@ -148,7 +148,7 @@ class Store:
         if end is not None and len(data) != end - (start or 0):
             raise StoreError(
                 f"{self.url}/{name}: cannot be read: {len(data)} bytes came of {end - (start or 0)}",
-                "it was cut short; `prag verify` finds what is damaged",
+                "it was cut short; run `prag run` again, and restore the object if that does not make it",
             )
         return data
 
