@@ -181,7 +181,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     assert described["layout"]["layers"] == [1, 2]
     assert described["recipe"]["train"]["start"] == start_fingerprint(initial_factors(layout, seed=5))
     answers = json.loads(work.run("ask", "-c", "config.yaml", "--json", f"What is {passages[0].title}?"))
-    assert answers["passages"][0]["in_weights"]
+    assert answers[0]["passages"][0]["in_weights"]
 
 
 def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
