@@ -76,9 +76,11 @@ def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainReci
             for example in job.examples:
                 padding = max(0, pad_to - len(example.ids))
                 ids = torch.tensor([[*example.ids, *[0] * padding]], device=device)
-                mask = torch.tensor([[1] * len(example.ids) + [0] * padding], device=device)
+                labels = torch.tensor([[*example.ids, *[-100] * padding]], device=device)
+                # Without padding there is nothing to mask, and the attention that needs no mask is faster.
+                mask = (labels != -100).long() if padding else None
                 optimizer.zero_grad()
-                model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+                model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
                 optimizer.step()
         model.unload()
     wait_for(device)

@@ -72,14 +72,12 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     corpus = from_store(arguments.store) if arguments.store else from_atlas()
-    fp32 = load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))
-    automatic = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
-    bf16 = automatic if automatic.model.dtype == torch.bfloat16 else None
-    best = bf16 or fp32
+    best = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
+    bf16 = best if best.model.dtype == torch.bfloat16 else None
     budget = arguments.tokens_per_step
-    shape = (budget, fp32.model.config.hidden_size, fp32.model.config.intermediate_size)
+    shape = (budget, best.model.config.hidden_size, best.model.config.intermediate_size)
     rates = {"fp32": matrix_rate(torch.float32, "cpu", shape), "bf16": matrix_rate(torch.bfloat16, "cpu", shape)}
-    parameters = sum(p.numel() for p in fp32.model.parameters())
+    parameters = sum(p.numel() for p in best.model.parameters())
     print(machine())
     print(f"matrix rate: fp32 {rates['fp32'] / 1e9:.0f}, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
     print(f"{len(corpus)} passages with augmentations, {parameters / 1e6:.0f} M parameters, recipe {RECIPE.name}")
@@ -94,6 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     memory = peak_gb("cpu")
 
     # 2. Side by side with PEFT, taking turns.
+    fp32 = best if bf16 is None else load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))
     jobs = jobs_of(fp32, corpus, arguments.passages)
     tokens = sum(job.tokens for job in jobs) / len(jobs)
     seconds: dict[str, list[float]] = {"peft": [], "ours_fp32": [], "ours_bf16": []}

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES, Profile
+from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
@@ -24,7 +24,7 @@ from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
-from prag_core.lease import hold_lease
+from prag_core.lease import Lease, hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
@@ -110,24 +110,17 @@ def run_job(config: Config, console: Console, *, take_over: bool = False) -> Run
     """
     begun = time.perf_counter()
     store = open_store(config)
-    profile = PROFILES[config.run.profile]
     recipe, layout = describe(config)
     preflight(config, store, recipe.base_model)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    with hold_lease(store, run, take_over=take_over):
-        return _run(config, store, profile, recipe, layout, run, console, begun)
+    with hold_lease(store, run, take_over=take_over) as lease:
+        return _run(config, store, recipe, layout, lease, console, begun)
 
 
 def _run(
-    config: Config,
-    store: Store,
-    profile: Profile,
-    recipe: Recipe,
-    layout: LoraLayout,
-    run: str,
-    console: Console,
-    begun: float,
+    config: Config, store: Store, recipe: Recipe, layout: LoraLayout, lease: Lease, console: Console, begun: float
 ) -> RunReport:
+    run, profile = lease.record.run, PROFILES[config.run.profile]
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
     if config.train.start:
@@ -159,7 +152,8 @@ def _run(
             f"{config.run.max_reject_share}: {_reasons(stages)}; nothing was published",
             "see `prag rejects`; mend the cause or raise run.max_reject_share",
         )
-    # 5. Publish.
+    # 5. Publish, unless another run took the store over meanwhile.
+    lease.check()
     snapshot = make_snapshot(
         corpus_version=corpus.version,
         index=index_id,

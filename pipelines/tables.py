@@ -20,8 +20,8 @@ from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, schema
 from prag_core.store import Store
 
-# Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it.
-TRANSIENT = ("generation_failed", "not_imported")
+# Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it, a small device.
+TRANSIENT = ("generation_failed", "not_imported", "out_of_memory")
 
 # What the store knows of a key: the digest of its augmentation, of the one an adapter was trained on, or a reason.
 _FACT = pa.schema([pa.field(name, pa.string()) for name in ("key", "kind", "value")])

@@ -64,6 +64,7 @@ def test_facts_are_read_for_one_recipe_and_final_reasons_only(tmp_path) -> None:
             Reject("augment", "no_usable_pair", "", "s", "k1", recipe="recipe"),
             Reject("augment", "no_usable_pair", "", "s", "k2", recipe="other"),
             Reject("augment", "generation_failed", "", "s", "k3", recipe="recipe"),
+            Reject("augment", "out_of_memory", "", "s", "k4", recipe="recipe"),
         ],
     )
     (rejects,) = store.list("rejects/augment", ".parquet")
