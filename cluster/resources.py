@@ -17,6 +17,15 @@ class Actors:
     most: int
     threads: int | None
 
+    def memory_bytes(self) -> float:
+        """Return the share of an actor in what Ray counts as the memory of the node on which this is called."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        (node,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        room = [node.get("CPU", 0) // self.cpus, *([node.get("GPU", 0) // self.gpus] if self.gpus else [])]
+        return float(node["memory"]) / max(1, min(self.most, *room))
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -10,7 +10,8 @@ import ray.data
 from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
+from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
+from pipelines.patience import Desk, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_passages
 from prag_core.augment import augment
@@ -111,8 +112,12 @@ def run_augment(
     if total:
         missing = with_passages(before.keys("to_augment"), passages, profile.partitions)
         arguments = (config, store, recipe, run, profile.model_actors.threads)
-        outcomes = run_actors(AugmentPassages, arguments, missing, total, config.run.augment_batch, profile)
-        follow(outcomes, total, "augment", console, tally)
+        desk = Desk(store, run, "augment", recipe.fingerprint)
+        outcomes = run_actors(
+            AugmentPassages, arguments, missing, total, config.run.augment_batch, profile, desk, config.run
+        )
+        budget = Budget(before.passages, config.run.max_reject_share, before.rejected)
+        follow(outcomes, total, "augment", console, tally, budget)
     return StageReport(
         stage="augment",
         taken=before.passages,

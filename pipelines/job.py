@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
+from pipelines.outcomes import Budget
 from pipelines.report import StageReport
 from pipelines.tables import survey
 from prag_core.adapter_io import import_peft
@@ -23,7 +24,7 @@ from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
-from prag_core.errors import BudgetError, PragError
+from prag_core.errors import PragError
 from prag_core.lease import Lease, hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
@@ -145,13 +146,8 @@ def _run(
         # 4. Index.
         index_id, report = index.run_index(store, corpus.version, config.index, corpus.count)
         stages.append(_finish(store, run, stages, report, console))
-    rejected = corpus.count - adapters
-    if rejected > config.run.max_reject_share * corpus.count:
-        raise BudgetError(
-            f"{rejected} of {corpus.count} passages were rejected, more than run.max_reject_share = "
-            f"{config.run.max_reject_share}: {_reasons(stages)}; nothing was published",
-            "see `prag rejects`; mend the cause or raise run.max_reject_share",
-        )
+    reasons = {f"{s.stage}/{reason}": n for s in stages[1:] for reason, n in s.rejected.items()}
+    Budget(corpus.count, config.run.max_reject_share, reasons).check("", {})
     # 5. Publish, unless another run took the store over meanwhile.
     lease.check()
     snapshot = make_snapshot(
@@ -188,8 +184,3 @@ def _finish(store: Store, run: str, before: list[StageReport], report: StageRepo
     progress = {"stages": [stage.to_json() for stage in [*before, report]]}
     store.put(f"runs/{run}/progress.json", json.dumps(progress, indent=2).encode())
     return report
-
-
-def _reasons(stages: list[StageReport]) -> str:
-    counts = [(n, f"{s.stage}/{reason}") for s in stages for reason, n in s.rejected.items()]
-    return ", ".join(f"{reason} {n}" for n, reason in sorted(counts, reverse=True)[:5])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import ray.data
 from rich.console import Console
 
-from cluster.resources import Profile
 from pipelines.progress import stage_progress
+from prag_core.errors import BudgetError
 from prag_core.records import schema, to_table
 
 
@@ -65,22 +64,39 @@ def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
     return to_table(Outcome, outcomes)
 
 
-def run_actors(
-    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, profile: Profile
-) -> ray.data.Dataset:
-    """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
+@dataclass(frozen=True)
+class Budget:
+    """How much a run may reject: a share of its passages. `earlier` are rejects that count, by `stage/reason`."""
 
-    One block is one batch: what a block gives is seen when the block is done, and lost if it is not.
+    passages: int
+    share: float
+    earlier: Mapping[str, int] = field(default_factory=dict)
+
+    def check(self, stage: str, rejected: Mapping[str, int]) -> None:
+        """Do nothing while it suffices for what a stage has rejected, by reason.
+
+        Raises:
+            BudgetError: when it is spent, with the most frequent reasons.
+        """
+        counts = Counter(self.earlier) + Counter({f"{stage}/{reason}": n for reason, n in rejected.items()})
+        if counts.total() > self.share * self.passages:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in counts.most_common(5))
+            raise BudgetError(
+                f"{counts.total()} of {self.passages} passages were rejected, more than run.max_reject_share = "
+                f"{self.share}: {reasons}; nothing was published",
+                "see `prag rejects`; mend the cause or raise run.max_reject_share",
+            )
+
+
+def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally, budget: Budget) -> None:
+    """Run a stage's pipeline to its end, counting and showing its outcomes as they come.
+
+    Raises:
+        BudgetError: as soon as more was rejected than the run may, not when all is lost.
     """
-    return missing.repartition(-(-total // batch)).map_batches(
-        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **profile.pool()
-    )
-
-
-def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally) -> None:
-    """Run a stage's pipeline to its end, counting and showing its outcomes as they come."""
     with stage_progress(console, stage, total) as advance:
         for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in block.select(schema(Outcome).names).to_pylist():
                 tally.add(Outcome(**row))
             advance(tally.done, sum(tally.rejected.values()))
+            budget.check(stage, tally.rejected)

@@ -10,7 +10,8 @@ import ray.data
 from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
+from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
+from pipelines.patience import Desk, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
 from prag_core.adapter_store import AdapterStore, get_start
@@ -109,8 +110,12 @@ def run_train(
         # Like lengths together in a batch: padding is computed like any token.
         missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
         arguments = (config, store, recipe, run, profile)
-        outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
-        follow(outcomes, total, "train", console, tally)
+        desk = Desk(store, run, "train", recipe.fingerprint)
+        outcomes = run_actors(
+            TrainAdapters, arguments, missing, total, config.run.train_batch, profile, desk, config.run
+        )
+        budget = Budget(before.passages, config.run.max_reject_share, before.rejected)
+        follow(outcomes, total, "train", console, tally, budget)
     return StageReport(
         stage="train",
         taken=before.augmented,

@@ -55,6 +55,12 @@ class Survey:
         """The passages that have an augmentation."""
         return self.counts["to_train"] + self.counts["train_rejected"] + self.counts["done"]
 
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The rejected passages by `stage/reason`."""
+        states = {"augment": "augment_rejected", "train": "train_rejected"}
+        return {f"{stage}/{reason}": n for stage, state in states.items() for reason, n in self.reasons[state].items()}
+
     def keys(self, state: str) -> ray.data.Dataset:
         """Return the keys in a state, with their augmentation's digest."""
         chosen = self.rows.map_batches(_in_state, batch_format="pyarrow", fn_kwargs={"state": state})
