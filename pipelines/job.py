@@ -147,7 +147,7 @@ def _run(
         index_id, report = index.run_index(store, corpus.version, config.index, corpus.count)
         stages.append(_finish(store, run, stages, report, console))
     reasons = {f"{s.stage}/{reason}": n for s in stages[1:] for reason, n in s.rejected.items()}
-    Budget(corpus.count, config.run.max_reject_share, reasons).check("", {})
+    Budget(corpus.count, config.run.max_reject_share).check(reasons)
     # 5. Publish, unless another run took the store over meanwhile.
     lease.check()
     snapshot = make_snapshot(

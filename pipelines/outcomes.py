@@ -72,13 +72,13 @@ class Budget:
     share: float
     earlier: Mapping[str, int] = field(default_factory=dict)
 
-    def check(self, stage: str, rejected: Mapping[str, int]) -> None:
-        """Do nothing while it suffices for what a stage has rejected, by reason.
+    def check(self, rejected: Mapping[str, int]) -> None:
+        """Do nothing while it suffices for what is rejected besides the earlier ones, by `stage/reason`.
 
         Raises:
             BudgetError: when it is spent, with the most frequent reasons.
         """
-        counts = Counter(self.earlier) + Counter({f"{stage}/{reason}": n for reason, n in rejected.items()})
+        counts = Counter(self.earlier) + Counter(rejected)
         if counts.total() > self.share * self.passages:
             reasons = ", ".join(f"{reason} {n}" for reason, n in counts.most_common(5))
             raise BudgetError(
@@ -99,4 +99,4 @@ def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console,
             for row in block.select(schema(Outcome).names).to_pylist():
                 tally.add(Outcome(**row))
             advance(tally.done, sum(tally.rejected.values()))
-            budget.check(stage, tally.rejected)
+            budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
