@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -12,18 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
+from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
+from pipelines.profiles import profile_of
+from pipelines.progress import RunProgress
+from pipelines.recovery import anew
 from pipelines.report import StageReport
-from pipelines.tables import survey
+from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
 from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
-from prag_core.errors import BudgetError, PragError
+from prag_core.errors import BudgetError
 from prag_core.lease import Lease, hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
@@ -120,36 +122,53 @@ def run_job(config: Config, console: Console, *, take_over: bool = False) -> Run
 def _run(
     config: Config, store: Store, recipe: Recipe, layout: LoraLayout, lease: Lease, console: Console, begun: float
 ) -> RunReport:
-    run, profile = lease.record.run, PROFILES[config.run.profile]
+    run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
     if config.train.start:
         put_start(store, layout, import_peft(layout, Path(config.train.start)))
-    stages: list[StageReport] = []
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
-    with ray_session(profile):
-        # 1. Corpus.
-        corpus = ingest.ingest(config.corpus, profile.partitions)
-        ingest.store_corpus(store, corpus, run)
-        stages.append(_finish(store, run, stages, corpus.report, console))
-        # 2. Augment.
-        missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = augment.run_augment(config, store, profile, recipe.augment, corpus.passages, missing, run, console)
-        stages.append(_finish(store, run, stages, report, console))
-        # 3. Train and store.
-        if missing.counts["to_augment"]:
-            missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = parameterize.run_train(config, store, profile, recipe, corpus.passages, missing, run, console)
-        stages.append(_finish(store, run, stages, report, console))
-        adapters = report.done
-        # 4. Index.
-        index_id, report = index.run_index(store, corpus.version, config.index, corpus.count)
-        stages.append(_finish(store, run, stages, report, console))
+    progress = RunProgress(store, run, console)
+    with progress.until_the_end(), ray_session(profile):
+        return _stages(config, store, recipe, layout, lease, profile, progress, begun)
+
+
+def _stages(
+    config: Config,
+    store: Store,
+    recipe: Recipe,
+    layout: LoraLayout,
+    lease: Lease,
+    profile: Profile,
+    progress: RunProgress,
+    begun: float,
+) -> RunReport:
+    run = progress.run
+    # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
+    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run), progress)
+    progress.finish(corpus.report)
+    passages = ingest.stored_passages(store, corpus.version, profile.partitions)
+
+    def look() -> Survey:
+        return survey(store, passages, recipe, profile.partitions)
+
+    # 2. Augment.
+    missing = anew("augment", look, progress)
+    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, progress)
+    progress.finish(report)
+    # 3. Train and store.
+    if missing.counts["to_augment"]:
+        missing = anew("train", look, progress)
+    report = parameterize.run_train(config, store, profile, recipe, passages, missing, look, progress)
+    adapters = progress.finish(report).done
+    # 4. Index.
+    index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)
+    progress.finish(report)
     rejected = corpus.count - adapters
     if rejected > config.run.max_reject_share * corpus.count:
         raise BudgetError(
             f"{rejected} of {corpus.count} passages were rejected, more than run.max_reject_share = "
-            f"{config.run.max_reject_share}: {_reasons(stages)}; nothing was published",
+            f"{config.run.max_reject_share}: {_reasons(progress.stages)}; nothing was published",
             "see `prag rejects`; mend the cause or raise run.max_reject_share",
         )
     # 5. Publish, unless another run took the store over meanwhile.
@@ -168,28 +187,19 @@ def _run(
         run=run,
         snapshot=current_id(store) or "",
         recipe=recipe.fingerprint,
-        stages=tuple(stages),
+        stages=progress.stages,
         seconds=time.perf_counter() - begun,
     )
     store.put_json(f"runs/{run}/report.json", result.to_json())
     return result
 
 
-def _finish(store: Store, run: str, before: list[StageReport], report: StageReport, console: Console) -> StageReport:
-    if not report.balanced:
-        raise PragError(
-            f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
-        )
-    new = report.done - report.earlier
-    console.print(
-        f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "
-        f"{sum(report.rejected.values())} rejected; {new} new in {report.seconds:.1f} s"
-    )
-    progress = {"stages": [stage.to_json() for stage in [*before, report]]}
-    store.put(f"runs/{run}/progress.json", json.dumps(progress, indent=2).encode())
-    return report
+def _read_corpus(config: Config, store: Store, profile: Profile, run: str) -> ingest.Corpus:
+    corpus = ingest.ingest(config.corpus, profile.partitions)
+    ingest.store_corpus(store, corpus, run)
+    return corpus
 
 
-def _reasons(stages: list[StageReport]) -> str:
+def _reasons(stages: tuple[StageReport, ...]) -> str:
     counts = [(n, f"{s.stage}/{reason}") for s in stages for reason, n in s.rejected.items()]
     return ", ".join(f"{reason} {n}" for n, reason in sorted(counts, reverse=True)[:5])

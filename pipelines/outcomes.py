@@ -6,22 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray.data
-from rich.console import Console
 
-from cluster.resources import Profile
-from pipelines.progress import stage_progress
+from cluster.resources import Actors
 from prag_core.records import schema, to_table
+
+if TYPE_CHECKING:
+    from pipelines.progress import RunProgress
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one passage in one stage; `rejected` is the reason, or empty when it is done.
 
-    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`.
+    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`; `bytes` and
+    `tokens` are of training. `seconds` is what the passage took its actor.
     """
 
     key: str
@@ -29,6 +31,8 @@ class Outcome:
     pairs: int = 0
     refused: tuple[str, ...] = ()
     bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Tally:
 
     done: int = 0
     bytes: int = 0
+    tokens: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     pairs: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -54,6 +59,7 @@ class Tally:
             return
         self.done += 1
         self.bytes += outcome.bytes
+        self.tokens += outcome.tokens
         self.pairs[outcome.pairs] += 1
         for entry in outcome.refused:
             reason, _, count = entry.partition("=")
@@ -66,21 +72,24 @@ def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
 
 
 def run_actors(
-    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, profile: Profile
+    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, actors: Actors
 ) -> ray.data.Dataset:
     """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
 
     One block is one batch: what a block gives is seen when the block is done, and lost if it is not.
     """
     return missing.repartition(-(-total // batch)).map_batches(
-        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **profile.pool()
+        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **actors.pool()
     )
 
 
-def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally) -> None:
-    """Run a stage's pipeline to its end, counting and showing its outcomes as they come."""
-    with stage_progress(console, stage, total) as advance:
+def follow(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress) -> Tally:
+    """Run a stage's pipeline to its end, counting and telling its outcomes as they come."""
+    tally = Tally()
+    with progress.stage(stage, total, tally) as advance:
         for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.select(schema(Outcome).names).to_pylist():
-                tally.add(Outcome(**row))
-            advance(tally.done, sum(tally.rejected.values()))
+            rows = [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+            for row in rows:
+                tally.add(row)
+            advance(rows, tally)
+    return tally

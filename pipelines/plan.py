@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.resources import PROFILES, Profile
+from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import ingest
 from pipelines.job import describe
+from pipelines.profiles import profile_of
 from pipelines.tables import read_parts, survey
 from prag_core.adapter_io import adapter_size_bytes
 from prag_core.config import Config
@@ -52,7 +53,7 @@ def make_plan(config: Config) -> Plan:
     earlier runs of the same recipe took a token (training) or a passage (augmenting) on one actor.
     """
     store = open_store(config)
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     recipe, layout = describe(config)
     with ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile.partitions)
