@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cluster.preflight import on_cluster
 from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
+from pipelines.preflight import Preflight, check_here, check_nodes, preflight
 from pipelines.profiles import profile_of
 from pipelines.progress import RunProgress
 from pipelines.recovery import anew
 from pipelines.report import StageReport
 from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
-from prag_core.augment_import import read_augmentations
+from prag_core.adapter_store import AdapterStore, put_start
 from prag_core.config import Config, dump_config
-from prag_core.corpus import list_files
-from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError
 from prag_core.lease import Lease, hold_lease
-from prag_core.lora import LoraLayout, find_targets
-from prag_core.models import model_fingerprint, model_skeleton, resolve_model
-from prag_core.recipe import Recipe, augment_recipe, train_recipe
-from prag_core.retrieval import find_jdk
-from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.lora import LoraLayout
+from prag_core.recipe import Recipe
+from prag_core.snapshot import current_id, make_snapshot, publish
 from prag_core.store import Store, open_store
 
 
@@ -68,52 +65,20 @@ class RunReport:
         }
 
 
-def describe(config: Config) -> tuple[Recipe, LoraLayout]:
-    """Return the recipe that a configuration means and the layout of its adapters; loads no weights.
-
-    Raises:
-        ConfigError, ModelError: when a recipe is unknown, or the model is missing or does not fit.
-        AdapterError: when `train.start` is no adapter of the recipe's shape.
-    """
-    train = train_recipe(config.train)
-    folder = resolve_model(config.model.name)
-    layout, _ = find_targets(model_skeleton(folder), train)
-    if config.train.start:
-        train = replace(train, start=start_fingerprint(import_peft(layout, Path(config.train.start))))
-    base_model = model_fingerprint(folder)
-    augmenting = augment_recipe(config.augment, augment.generator_fingerprint(config, base_model))
-    return Recipe(base_model, augmenting, train), layout
-
-
-def preflight(config: Config, store: Store, base_model: str) -> None:
-    """Check in seconds what would otherwise fail after an hour.
-
-    Raises:
-        InputError: when the corpus or the file of augmentations cannot be read.
-        StoreError: when the store cannot be written, or serves another base model.
-        RetrievalError: when there is no Java to index with.
-    """
-    list_files(config.corpus)
-    if config.augment.import_file:
-        read_augmentations(config.augment.import_file)
-    store.check_writable()
-    find_jdk()
-    if current_id(store) is not None:
-        check_base_model(load_snapshot(store), store, config.model.name, base_model)
-
-
 def run_job(config: Config, console: Console, *, take_over: bool = False) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
-        PragError: a child of it that says what to do; see `preflight`, `ingest`.
+        PragError: what `pipelines.preflight` finds wrong, or a stage; each says what to do.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
     """
     begun = time.perf_counter()
-    store = open_store(config)
-    recipe, layout = describe(config)
-    preflight(config, store, recipe.base_model)
+    found = check_here(config)
+    if found.errors:
+        # The nodes are asked too, so that one look names everything.
+        (preflight(config) if on_cluster() else found).described()
+    store, (recipe, layout) = open_store(config), found.described()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with hold_lease(store, run, take_over=take_over) as lease:
         return _run(config, store, recipe, layout, lease, console, begun)
@@ -130,6 +95,10 @@ def _run(
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     progress = RunProgress(store, run, console)
     with progress.until_the_end(), ray_session(profile):
+        if on_cluster():
+            found = Preflight(recipe=recipe, layout=layout)
+            check_nodes(config, found)
+            found.described()
         return _stages(config, store, recipe, layout, lease, profile, progress, begun)
 
 

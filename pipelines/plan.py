@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import ingest
-from pipelines.job import describe
+from pipelines.describe import describe
 from pipelines.profiles import profile_of
 from pipelines.tables import read_parts, survey
 from prag_core.adapter_io import adapter_size_bytes
