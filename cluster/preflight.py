@@ -142,7 +142,7 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Fin
         wrong = [
             f"{package} {there}, here {here[package]}"
             for package, there in node.versions.items()
-            if there != here[package]
+            if _release(there) != _release(here[package])
         ]
         if wrong:
             remedy = "use the same image, or environment, on every node and where the job starts"
@@ -151,6 +151,10 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Fin
         said = ", ".join(f"{package} {version}" for package, version in here.items())
         findings.append(Finding("versions", "ok", f"{said} on {len(nodes)} nodes"))
     return findings
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one release, built for two machines
 
 
 def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[Node]) -> Finding:

@@ -40,7 +40,7 @@ class Profile:
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
     `partitions` is the number of blocks that a shuffle makes; `augment` and `train` are the pools of the two stages
-    that hold a model, `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a training
+    that hold a model, and a replica that answers takes what a training actor does; `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a training
     actor takes at once.
     """
 
@@ -52,6 +52,11 @@ class Profile:
     train: Actors
     index_cpus: float
     tokens_per_step: int
+
+    @property
+    def model_actors(self) -> Actors:
+        """What a process that holds a model takes, outside of the stages: a replica that answers."""
+        return self.train
 
     def tuned(
         self,
