@@ -40,8 +40,8 @@ class Profile:
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
     `partitions` is the number of blocks that a shuffle makes; `augment` and `train` are the pools of the two stages
-    that hold a model, and a replica that answers takes what a training actor does; `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a training
-    actor takes at once.
+    that hold a model, and `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a
+    training actor takes at once.
     """
 
     name: str

@@ -48,35 +48,6 @@ cli_cluster.register(app)
 
 
 @app.command()
-def plan(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Say what `prag run` would do: passages, duplicates, tokens, time and bytes. Spends nothing."""
-    from pipelines.plan import make_plan
-
-    settings = load_config(config, set_ or [])
-    with _result_only():
-        made = make_plan(settings)
-    if as_json:
-        _print_json(made.to_json())
-        return
-    rejected = ", ".join(f"{reason} {n}" for reason, n in sorted(made.rejected.items())) or "none"
-    _rows(
-        "Plan",
-        [
-            ("records read", f"{made.records:,}"),
-            ("rejected", rejected),
-            ("passages", f"{made.passages:,} ({made.duplicates:,} duplicates merged)"),
-            ("to augment", f"{made.to_augment:,}"),
-            ("to train", f"{made.to_train:,}"),
-            ("training tokens", f"{made.tokens:,}"),
-            ("adapter bytes", _bytes(made.adapter_bytes)),
-            ("time to augment, one actor", _duration(made.augment_seconds)),
-            ("time to train, one actor", _duration(made.train_seconds)),
-            ("recipe", made.recipe),
-        ],
-    )
-
-
-@app.command()
 def run(
     config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,
@@ -110,7 +81,7 @@ def run(
             ", ".join(f"{reason} {n}" for reason, n in sorted(stage.rejected.items())) or "0",
             f"{stage.seconds:.1f}",
             f"{stage.per_second:.2f}",
-            _bytes(stage.bytes) if stage.bytes else "",
+            cli_cluster.size_text(stage.bytes) if stage.bytes else "",
         )
     _out.print(table)
     _out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
@@ -241,22 +212,6 @@ def _rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 def _print_json(document: Any) -> None:
     _out.file.write(json.dumps(document, ensure_ascii=False) + "\n")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not measured yet: run a few passages first (--set corpus.limit=8)"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def main() -> None:

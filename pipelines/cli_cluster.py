@@ -1,4 +1,4 @@
-"""The commands about where a job runs: `prag preflight`, `submit`, `status`."""
+"""The commands about where a job runs and what it costs: `prag plan`, `preflight`, `submit`, `status`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +23,62 @@ _STYLES = {"ok": "green", "failed": "red", "warning": "yellow", "skipped": "dim"
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    for command in (preflight, submit, status):
+    for command in (plan, preflight, submit, status):
         app.command()(command)
+
+
+def plan(
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    measure: Annotated[
+        int, typer.Option("--measure", min=0, help="Augment and train so many passages now, to know; stores nothing.")
+    ] = 0,
+    price_gpu_hour: Annotated[
+        float | None, typer.Option("--price-gpu-hour", min=0, help="What an hour of a GPU costs, in dollars.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `prag run` would do and cost: passages, tokens, GPU-hours, wall time, bytes, requests, dollars.
+
+    Times come from the batches that the store holds of this recipe, or with --measure from a sample that is really
+    augmented and trained, on the cluster that RAY_ADDRESS names. Without --measure nothing is spent.
+    """
+    from pipelines.plan import make_plan
+
+    settings = settings_of(config, set_, profile)
+    with contextlib.redirect_stdout(sys.stderr):
+        made = make_plan(settings, Console(stderr=True), measured=measure, price_gpu_hour=price_gpu_hour)
+    if as_json:
+        _print_json(made.to_json())
+        return
+    rejected = ", ".join(f"{reason} {n}" for reason, n in sorted(made.rejected.items())) or "none"
+    table = Table(title="Plan", show_header=False)
+    rows = [
+        ("records read", f"{made.records:,}"),
+        ("rejected", rejected),
+        ("passages", f"{made.passages:,} ({made.duplicates:,} duplicates merged)"),
+        ("to augment", f"{made.to_augment:,}"),
+        ("to train", f"{made.to_train:,}"),
+        ("training tokens", _sure(made.tokens, made.tokens_interval, "{:,.0f}".format)),
+        ("adapter bytes", size_text(made.adapter_bytes)),
+        ("requests to the store", f"{made.puts:,} writes, {made.gets:,} reads"),
+        ("time to augment, one actor", _duration(made.augment_seconds)),
+        ("time to train, one actor", _duration(made.train_seconds)),
+    ]
+    intervals = made.wall_seconds_interval or {}
+    rows += [
+        (f"time on {n} actors", _sure(wall, intervals.get(n), _duration))
+        for n, wall in (made.wall_seconds or {}).items()
+    ]
+    if made.gpu_hours is not None:
+        rows.append(("GPU-hours", _sure(made.gpu_hours, made.gpu_hours_interval, "{:,.2f}".format)))
+    if made.dollars is not None:
+        rows.append(("GPU dollars", _sure(made.dollars, made.dollars_interval, "{:,.2f}".format)))
+    rows += [("times rest on", made.basis), ("recipe", made.recipe)]
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
 
 
 def preflight(
@@ -129,6 +184,29 @@ def status(
         _out.print(table)
     for run in found.runs:
         _out.print(run.line(), highlight=False, soft_wrap=True)
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as people read it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _sure(value: float, interval: tuple[float, float] | None, show: Callable[[float], str]) -> str:
+    if interval is None:
+        return f"{show(value)} (one batch measured: no interval)"
+    return show(value) if interval[0] == interval[1] else f"{show(value)} ({show(interval[0])} to {show(interval[1])})"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not measured yet: --measure 24 tries so many passages"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _variable(item: str) -> tuple[str, str]:
