@@ -125,11 +125,14 @@ def look_at_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: fl
             continue
         try:
             found, cards, cuda, answer = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            detail = f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        except ray.exceptions.RayTaskError as error:
+            detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
             broken = Finding("node", "failed", detail, "use the same image on every node", name)
             nodes.append(Node(name, {}, (), "", resources, (broken,)))
+            continue
+        except ray.exceptions.RayError as error:
+            lost = Finding("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
+            nodes.append(Node(name, {}, (), "", resources, (lost,)))
             continue
         nodes.append(Node(name, found, cards, cuda, resources, answer=answer))
     return nodes
@@ -151,6 +154,10 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Fin
         said = ", ".join(f"{package} {version}" for package, version in here.items())
         findings.append(Finding("versions", "ok", f"{said} on {len(nodes)} nodes"))
     return findings
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _release(version: str) -> str:

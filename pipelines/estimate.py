@@ -109,9 +109,12 @@ def exactly(value: float) -> Quantity:
 
 
 def student(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's distribution, within 1 % for two degrees of freedom and more."""
+    """Return the two-sided 95 % quantile of Student's distribution, within 1 %."""
     exact = {1: 12.706, 2: 4.303, 3: 3.182}
     if freedom in exact:
         return exact[freedom]
     z, n = _Z, float(freedom)
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3

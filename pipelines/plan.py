@@ -110,10 +110,10 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     hours = cost["all"].scaled(actors.gpus / 3600) if cost["all"] and actors.gpus else None
     dollars = hours.scaled(price_gpu_hour) if hours and price_gpu_hour is not None else None
     load = tried.load_seconds if tried else 0.0
-    walls = (
-        {n: cost["all"].scaled(1 / n).plus(exactly(load)) for n in _ACTORS if n <= actors.most} if cost["all"] else {}
-    )
     batches = math.ceil(to_train / config.run.train_batch), math.ceil(to_augment / config.run.augment_batch)
+    # More actors than batches would not be faster.
+    numbers = [n for n in _ACTORS if n == 1 or n <= min(actors.most, max(batches))]
+    walls = {n: cost["all"].scaled(1 / n).plus(exactly(load)) for n in numbers} if cost["all"] else {}
     return Plan(
         records=corpus.report.taken,
         rejected=dict(corpus.report.rejected),
