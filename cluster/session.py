@@ -34,6 +34,8 @@ def ray_session(profile: Profile) -> Iterator[None]:
 
     if os.environ.get("RAY_ADDRESS"):
         passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
+        # A job of the job server has an environment already; where both name a variable, Ray refuses by default.
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in ENVIRONMENT}}}
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:

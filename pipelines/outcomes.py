@@ -6,21 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray.data
-from rich.console import Console
 
-from pipelines.progress import stage_progress
 from prag_core.errors import BudgetError
 from prag_core.records import schema, to_table
+
+if TYPE_CHECKING:
+    from pipelines.progress import RunProgress
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one passage in one stage; `rejected` is the reason, or empty when it is done.
 
-    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`.
+    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`; `bytes` and
+    `tokens` are of training. `seconds` is what the passage took its actor.
     """
 
     key: str
@@ -28,6 +31,8 @@ class Outcome:
     pairs: int = 0
     refused: tuple[str, ...] = ()
     bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Tally:
 
     done: int = 0
     bytes: int = 0
+    tokens: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     pairs: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -53,6 +59,7 @@ class Tally:
             return
         self.done += 1
         self.bytes += outcome.bytes
+        self.tokens += outcome.tokens
         self.pairs[outcome.pairs] += 1
         for entry in outcome.refused:
             reason, _, count = entry.partition("=")
@@ -88,15 +95,18 @@ class Budget:
             )
 
 
-def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally, budget: Budget) -> None:
-    """Run a stage's pipeline to its end, counting and showing its outcomes as they come.
+def follow(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress, budget: Budget) -> Tally:
+    """Run a stage's pipeline to its end, counting and telling its outcomes as they come.
 
     Raises:
-        BudgetError: as soon as more was rejected than the run may, not when all is lost.
+        BudgetError: as soon as more is rejected than the run may, not when all is done.
     """
-    with stage_progress(console, stage, total) as advance:
+    tally = Tally()
+    with progress.stage(stage, total, tally) as advance:
         for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.select(schema(Outcome).names).to_pylist():
-                tally.add(Outcome(**row))
-            advance(tally.done, sum(tally.rejected.values()))
+            rows = [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+            for row in rows:
+                tally.add(row)
+            advance(rows, tally)
             budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
+    return tally

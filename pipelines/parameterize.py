@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from rich.console import Console
 
 from cluster.resources import Profile
 from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
+from pipelines.progress import RunProgress
+from pipelines.recovery import persist
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
 from prag_core.adapter_store import AdapterStore, get_start
@@ -34,13 +36,13 @@ class TrainAdapters:
     """The actor of this stage: holds the frozen model, trains a batch, commits its shard and ledger part."""
 
     def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
-        set_threads(profile.model_actors.threads)
+        set_threads(profile.train.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
         self._trainer = Trainer(base, recipe.train, start)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)
         self._tokenizer = base.tokenizer
-        self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
+        self._tokens_per_step = profile.tokens_per_step
         self._run = run
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -61,16 +63,23 @@ class TrainAdapters:
                 jobs.append(TrainingJob(passage.key, examples))
             else:
                 give_up(passage.key, "nothing_to_train", "train.max_tokens cuts off each answer; raise it")
+        # A batch that is tried again, since its first actor was lost after the commit, is not trained again.
+        rows = []
+        while jobs and (found := self._adapters.committed(batch := [(job.key, digests[job.key]) for job in jobs])):
+            rows += found
+            known = {row.key for row in found}
+            jobs = [job for job in jobs if job.key not in known]
         trained = list(self._trainer.train(jobs, tokens_per_step=self._tokens_per_step))
         good = [(adapter, digests[adapter.key]) for adapter in trained if adapter.factors is not None]
         for adapter in trained:
             if adapter.factors is None:
                 give_up(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
-        rows = self._adapters.commit(good) if good else []
+        if good:
+            rows += self._adapters.commit(good, batch)
         put_rejects(self._adapters.store, self._run, rejects)
         yield outcome_table(
             [
-                *(Outcome(row.key, bytes=row.length) for row in rows),
+                *(Outcome(r.key, bytes=r.length, tokens=r.tokens, seconds=r.seconds) for r in rows),
                 *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
             ]
         )
@@ -98,30 +107,38 @@ def run_train(
     recipe: Recipe,
     passages: ray.data.Dataset,
     before: Survey,
-    run: str,
-    console: Console,
+    look: Callable[[], Survey],
+    progress: RunProgress,
 ) -> StageReport:
-    """Train what a survey found missing. Taken are the passages that have an augmentation."""
-    tally = Tally()
-    total = before.counts["to_train"]
-    if total:
-        keys = with_passages(before.keys("to_train"), passages, profile.partitions)
+    """Train what a survey found missing. Taken are the passages that have an augmentation.
+
+    `look` makes a new survey, should a part of the cluster be lost meanwhile.
+    """
+    begun = time.perf_counter()
+
+    def work(survey: Survey) -> Tally:
+        total = survey.counts["to_train"]
+        if not total:
+            return Tally()
+        keys = with_passages(survey.keys("to_train"), passages, profile.partitions)
         missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
         # Like lengths together in a batch: padding is computed like any token.
         missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
-        arguments = (config, store, recipe, run, profile)
-        desk = Desk(store, run, "train", recipe.fingerprint)
+        arguments = (config, store, recipe, progress.run, profile)
+        desk = Desk(store, progress.run, "train", recipe.fingerprint)
         outcomes = run_actors(
-            TrainAdapters, arguments, missing, total, config.run.train_batch, profile, desk, config.run
+            TrainAdapters, arguments, missing, total, config.run.train_batch, profile.train, desk, config.run
         )
-        budget = Budget(before.passages, config.run.max_reject_share, before.rejected)
-        follow(outcomes, total, "train", console, tally, budget)
+        budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
+        return follow(outcomes, total, "train", progress, budget)
+
+    last, tally = persist("train", "to_train", before, look, work, progress)
     return StageReport(
         stage="train",
-        taken=before.augmented,
-        done=before.counts["done"] + tally.done,
+        taken=last.augmented,
+        done=last.counts["done"] + tally.done,
         earlier=before.counts["done"],
-        rejected=dict(before.reasons["train_rejected"] + tally.rejected),
-        seconds=tally.seconds,
+        rejected=dict(last.reasons["train_rejected"] + tally.rejected),
+        seconds=time.perf_counter() - begun,
         bytes=tally.bytes,
     )

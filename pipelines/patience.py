@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from cluster.resources import Profile
+from cluster.resources import Actors
 from pipelines.child import Child, ChildLostError, Limits
 from pipelines.outcomes import Outcome, outcome_table
 from prag_core.config import RunConfig
@@ -138,7 +138,7 @@ def run_actors(
     missing: ray.data.Dataset,
     total: int,
     batch: int,
-    profile: Profile,
+    actors: Actors,
     desk: Desk,
     limits: RunConfig,
 ) -> ray.data.Dataset:
@@ -147,9 +147,9 @@ def run_actors(
     One block is one batch: what a block gives is seen when the block is done, and lost if it is not. Each actor works
     in a process that it may lose.
     """
-    patient = (pickle.dumps((actor, arguments)), actor.__module__, desk, limits, profile.model_actors.memory_bytes)
+    patient = (pickle.dumps((actor, arguments)), actor.__module__, desk, limits, actors.memory_bytes)
     return missing.repartition(-(-total // batch)).map_batches(
-        Patient, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **profile.pool()
+        Patient, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **actors.pool()
     )
 
 

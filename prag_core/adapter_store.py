@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum
+from prag_core.identity import checksum, fingerprint
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store import Store
 from prag_core.trainer import TrainedAdapter
+
+# What is trained together: the keys of passages, each with the digest of its augmentation.
+Batch = Sequence[tuple[str, str]]
 
 
 class AdapterStore:
@@ -43,8 +47,18 @@ class AdapterStore:
         if not self.store.exists(name):
             self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
 
-    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]]) -> list[LedgerRow]:
+    def committed(self, batch: Batch) -> list[LedgerRow]:
+        """Return what `commit` stored under the name of this very batch; mostly nothing."""
+        part = self._part(batch)
+        if not self.store.exists(part):
+            return []
+        return from_table(LedgerRow, self.store.get_table(LedgerRow, [part]))
+
+    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], batch: Batch = ()) -> list[LedgerRow]:
         """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
+
+        The part is named by `batch`, what was to be trained together, or else by these adapters: whoever makes the
+        same batch again, unaware of the first, replaces a ledger part, and no adapter exists twice.
 
         Raises:
             AdapterError: when one does not fit the layout; nothing is stored then.
@@ -78,8 +92,14 @@ class AdapterStore:
             for place, (adapter, digest) in zip(placed, adapters, strict=True)
         ]
         self.store.put(shard, data)
-        self.store.put_table(f"{self.folder}/ledger", to_table(LedgerRow, rows))
+        sink = pa.BufferOutputStream()
+        pq.write_table(to_table(LedgerRow, rows), sink, compression="zstd")
+        name = self._part(batch or [(adapter.key, digest) for adapter, digest in adapters])
+        self.store.put(name, sink.getvalue().to_pybytes())
         return rows
+
+    def _part(self, batch: Batch) -> str:
+        return f"{self.folder}/ledger/part-{fingerprint([list(item) for item in sorted(batch)])}.parquet"
 
     def ledger_parts(self) -> list[str]:
         """Return the names of the ledger parts that there are now."""

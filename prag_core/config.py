@@ -141,6 +141,11 @@ class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
     profile: Literal["laptop", "gpu", "cluster"] = "laptop"
+    actors_min: int | None = Field(None, ge=1, description="Model-holding actors a stage begins with.")
+    actors_max: int | None = Field(None, ge=1, description="… and how many it may grow to.")
+    actor_cpus: float | None = Field(None, gt=0, description="What each of them takes of its node.")
+    actor_gpus: float | None = Field(None, ge=0, description="0 on a cluster without GPUs.")
+    partitions: int | None = Field(None, ge=1, description="Blocks that a shuffle makes.")
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(8, ge=1, description="Adapters trained and committed together.")
     tokens_per_step: int | None = Field(

@@ -80,3 +80,15 @@ class LeaseError(PragError):
     """Another run holds the store's lease, or has taken it over."""
 
     exit_code = 10
+
+
+class PreflightError(PragError):
+    """Several things are wrong at once; the message names each with its remedy."""
+
+    exit_code = 11
+
+
+class ClusterError(PragError):
+    """The Ray cluster cannot be reached, or refused a job."""
+
+    exit_code = 12
