@@ -149,6 +149,9 @@ class RunConfig(_Strict):
         description="Token budget of one training step, padding included (the profile's when absent); halved when "
         "memory is short.",
     )
+    checkpoint_activations: bool = Field(
+        False, description="Train with a fraction of the memory, at the price of a second forward pass."
+    )
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
 
 
