@@ -120,9 +120,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for target in trainer.layout.targets
         for position in range(len(trainer.layout.layers))
     )
-    print(
-        f"ΔW: median {statistics.median(differences):.4f}, worst {differences[-1]:.4f} of {len(differences)} matrices"
-    )
+    middle, worst = statistics.median(differences), differences[-1]
+    print(f"ΔW: median {middle:.4f}, worst {worst:.4f} of {len(differences)} matrices")
 
     # 2. Answers.
     passages = {source: passage for passage, _ in corpus for source in passage.sources}
