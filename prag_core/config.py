@@ -158,7 +158,12 @@ class RunConfig(_Strict):
 
     profile: Literal["laptop", "gpu", "cluster"] = "laptop"
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
-    train_batch: int = Field(8, ge=1, description="Adapters trained and committed together.")
+    train_batch: int = Field(
+        8, ge=1, description="Passages of a training task at least; in a large corpus as many as fill a shard."
+    )
+    commit_every_s: float = Field(
+        120.0, ge=0, description="What is trained is committed at least so often, in a smaller shard if need be."
+    )
     tokens_per_step: int | None = Field(
         None,
         ge=64,
@@ -184,6 +189,7 @@ class StorageConfig(_Strict):
     retries: int = Field(5, ge=0, description="How often a failed request is tried again.")
     timeout_s: float = Field(30.0, gt=0, description="How long the store may take to connect or to answer.")
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    shard_mb: float = Field(128.0, gt=0, description="Size of a full shard of adapters, in millions of bytes.")
 
 
 class Config(_Strict):

@@ -145,7 +145,7 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
     snapshot = load_snapshot(store, snapshot_id)
     base = load_base_model(config.model)
     check_base_model(snapshot, store, config.model.name, base.fingerprint)
-    retriever = open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", config.index)
+    retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
     adapter_store, train = open_adapters(store, snapshot.recipe)
     return Engine(
         base,
