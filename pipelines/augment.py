@@ -122,8 +122,16 @@ def run_augment(
         missing = with_passages(survey.keys("to_augment"), passages, profile.partitions)
         arguments = (config, store, recipe, run, profile.augment.threads)
         desk = Desk(store, run, "augment", recipe.fingerprint)
+        silence_s = config.run.passage_timeout_s * config.run.augment_batch
         outcomes = run_actors(
-            AugmentPassages, arguments, missing, total, config.run.augment_batch, profile.augment, desk, config.run
+            AugmentPassages,
+            arguments,
+            missing,
+            config.run.augment_batch,
+            profile.augment,
+            desk,
+            config.run,
+            silence_s=silence_s,
         )
         budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
         return follow(outcomes, total, "augment", progress, budget)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a child may take over one table (`seconds`), and how much memory it may hold (`memory_bytes`)."""
+    """How long a child may work without giving outcomes, and how much memory it may hold."""
 
-    seconds: float
+    silence_s: float
     memory_bytes: float
 
 
@@ -45,7 +45,7 @@ class ChildLostError(Exception):
     """
 
     def __init__(self, reason: str, detail: str, *, starting: bool = False) -> None:
-        super().__init__(reason, detail)
+        super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
         self.starting = starting
@@ -60,6 +60,8 @@ class Child:
     """
 
     def __init__(self, work: bytes, preload: list[str]) -> None:
+        # The process from which children are forked finds modules where this one does.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(preload)
         self._connection, end = context.Pipe()
@@ -68,19 +70,21 @@ class Child:
         end.close()
         self._ready = False
 
-    def call(self, table: pa.Table, limits: Limits) -> pa.Table:
-        """Return the actor's outcomes for a table, all of its blocks as one.
+    def call(self, table: pa.Table, limits: Limits) -> Iterator[pa.Table]:
+        """Yield the actor's outcomes for a table as it gives them.
 
         Raises:
             ChildLostError: when the child did not survive it.
-            PragError: what the actor raised on purpose.
+            PragError: what the actor raised on purpose; the child has ended with it.
         """
         if not self._ready:
-            self._receive(Limits(float("inf"), limits.memory_bytes), starting=True)
+            # Loading a model takes what it takes; Ray ends a stage in which nothing ever moves.
+            self._receive(replace(limits, silence_s=float("inf")), starting=True)
             self._ready = True
         with contextlib.suppress(BrokenPipeError):  # it died between two calls: that is seen in a moment
             self._connection.send_bytes(_packed(table))
-        return _unpacked(self._receive(limits, starting=False))
+        while data := self._receive(limits, starting=False):
+            yield _unpacked(data)
 
     def kill(self) -> None:
         """End the child, whatever it does."""
@@ -89,7 +93,7 @@ class Child:
         self._connection.close()
 
     def _receive(self, limits: Limits, *, starting: bool) -> bytes:
-        deadline = time.monotonic() + limits.seconds
+        deadline = time.monotonic() + limits.silence_s
         while True:
             ready = wait([self._connection, self._process.sentinel], _POLL_S)
             if self._connection in ready:
@@ -109,7 +113,7 @@ class Child:
                 detail = f"it held {resident / 1e9:.1f} GB, more than its share of {limits.memory_bytes / 1e9:.1f} GB"
                 raise self._lost("out_of_memory", detail, starting)
             if time.monotonic() > deadline:
-                raise self._lost("timeout", f"no answer within {limits.seconds:.0f} s", starting)
+                raise self._lost("timeout", f"no sign of life for {limits.silence_s:.0f} s", starting)
 
     def _lost(self, reason: str, detail: str, starting: bool) -> ChildLostError:
         self.kill()
@@ -139,7 +143,10 @@ def _serve(connection: Connection, work: bytes) -> None:
                 table = _unpacked(connection.recv_bytes())
             except EOFError:
                 return
-            _send(connection, "answer", _packed(_together(call(table))))
+            result = call(table)
+            for done in [result] if isinstance(result, pa.Table) else result:
+                _send(connection, "answer", _packed(done))
+            _send(connection, "answer", b"")
     except PragError as error:
         _send(connection, "raised", error)
     except BaseException as error:
@@ -152,10 +159,6 @@ def _explain(error: BaseException) -> tuple[str, str]:
     # On the CPU torch raises a plain RuntimeError; on a device, an OutOfMemoryError.
     short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text
     return ("out_of_memory" if short else "failed"), text
-
-
-def _together(result: pa.Table | Iterator[pa.Table]) -> pa.Table:
-    return result if isinstance(result, pa.Table) else pa.concat_tables(result)
 
 
 def _send(connection: Connection, kind: str, data: Any) -> None:

@@ -131,7 +131,7 @@ def _stages(
     # 3. Train and store.
     if missing.counts["to_augment"]:
         missing = anew("train", look, progress)
-    report = parameterize.run_train(config, store, profile, recipe, passages, missing, look, progress)
+    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, progress)
     adapters = progress.finish(report).done
     # 4. Index.
     index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)

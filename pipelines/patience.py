@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import pickle
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Actors
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 # workers until it is alone, and each loads the model anew.
 _PARTS = 8
 _START_ATTEMPTS = 3
-# Within this a batch answers or is split, however many passages it has: Ray takes a stage for stuck in the end.
-_LONGEST_BATCH_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,27 @@ class Patient:
             this process need not import what they mean.
         preload: The module of that class.
         desk: Where rejects go.
-        limits: `passage_attempts`, `passage_timeout_s` and `worker_memory_gb` count here.
+        limits: `passage_attempts` and `worker_memory_gb` count here.
+        silence_s: How long the child may work on a batch before it gives the next outcomes.
         share: Finds out what memory a child may hold where the limits do not say.
     """
 
-    def __init__(self, work: bytes, preload: str, desk: Desk, limits: RunConfig, share: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        work: bytes,
+        preload: str,
+        desk: Desk,
+        limits: RunConfig,
+        silence_s: float,
+        share: Callable[[], float],
+    ) -> None:
         self._work = work
         self._preload = preload
         self._desk = desk
-        self._limits = limits
-        self._memory_bytes = share() if limits.worker_memory_gb is None else limits.worker_memory_gb * 1e9
-        self._child: Child | None = self._start()
+        self._attempts = limits.passage_attempts
+        memory_bytes = share() if limits.worker_memory_gb is None else limits.worker_memory_gb * 1e9
+        self._limits = Limits(silence_s, memory_bytes)
+        self._child: Child | None = Child(work, [preload])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the outcomes of a batch, those of its rejects among them.
@@ -73,58 +82,44 @@ class Patient:
             PragError: what the actor raised on purpose, or when it cannot even be started.
         """
         todo: deque[tuple[pa.Table, int]] = deque([(table, 0)])
-        answers: list[pa.Table] = []
+        outcomes: list[pa.Table] = []
         rejects: list[Reject] = []
         while todo:
             batch, attempts = todo.popleft()
             try:
-                answers.append(self._try(batch))
-                continue
+                for done in self._try(batch):
+                    outcomes.append(done)
+                    batch = _without(batch, done)
             except ChildLostError as error:
-                lost = error
-            attempts += 1
-            log.warning(
-                "%s: attempt %d at %d passages: %s (%s)",
-                self._desk.stage,
-                attempts,
-                batch.num_rows,
-                lost.reason,
-                lost.detail,
-            )
-            if batch.num_rows > 1:
-                todo.extendleft((part, attempts) for part in reversed(_split(batch)))
-            elif attempts < self._limits.passage_attempts:
-                todo.appendleft((batch, attempts))
-            else:
-                rejects.append(self._give_up(batch, attempts, lost))
+                attempts += 1
+                log.warning("%s: attempt %d, %d passages left: %s", self._desk.stage, attempts, batch.num_rows, error)
+                if batch.num_rows > 1:
+                    todo.extendleft((part, attempts) for part in reversed(_split(batch)))
+                elif batch.num_rows and attempts < self._attempts:
+                    todo.appendleft((batch, attempts))
+                elif batch.num_rows:
+                    rejects.append(self._give_up(batch, attempts, error))
         put_rejects(self._desk.store, self._desk.run, rejects)
-        answers.append(outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects))
-        return pa.concat_tables(answers)
+        outcomes.append(outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects))
+        return pa.concat_tables(outcomes)
 
-    def _start(self) -> Child:
-        return Child(self._work, [self._preload])
-
-    def _try(self, batch: pa.Table) -> pa.Table:
-        timeout = self._limits.passage_timeout_s
-        seconds = max(timeout, min(timeout * batch.num_rows, _LONGEST_BATCH_S))
+    def _try(self, batch: pa.Table) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
-            if self._child is None:
-                self._child = self._start()
+            child = self._child or Child(self._work, [self._preload])
+            # Until the batch is done: whatever is raised, that child is of no use any more.
+            self._child = None
             try:
-                return self._child.call(batch, Limits(seconds, self._memory_bytes))
+                yield from child.call(batch, self._limits)
+                self._child = child
+                return
             except ChildLostError as error:
-                self._child = None
                 if not error.starting:
                     raise
                 if attempt == _START_ATTEMPTS - 1:
                     raise PragError(
-                        f"{self._desk.stage}: its worker dies as it starts: {error.reason}: {error.detail}",
+                        f"{self._desk.stage}: its worker dies as it starts: {error}",
                         "look at the worker's log; give it more memory, or a smaller model",
                     ) from None
-            except PragError:  # the child has ended with it
-                self._child = None
-                raise
-        raise AssertionError("unreachable")
 
     def _give_up(self, batch: pa.Table, attempts: int, lost: ChildLostError) -> Reject:
         (row,) = batch.select(["key", "sources"]).to_pylist()
@@ -136,21 +131,27 @@ def run_actors(
     actor: type,
     arguments: tuple[Any, ...],
     missing: ray.data.Dataset,
-    total: int,
     batch: int,
     actors: Actors,
     desk: Desk,
     limits: RunConfig,
+    *,
+    silence_s: float,
 ) -> ray.data.Dataset:
-    """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
+    """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
-    One block is one batch: what a block gives is seen when the block is done, and lost if it is not. Each actor works
-    in a process that it may lose.
+    One block is one batch of `batch` passages: what a block gives is seen when the block is done. Each actor works in
+    a process that it may lose, and that may be silent for `silence_s` over a batch.
     """
-    patient = (pickle.dumps((actor, arguments)), actor.__module__, desk, limits, actors.memory_bytes)
-    return missing.repartition(-(-total // batch)).map_batches(
+    work = pickle.dumps((actor, arguments))
+    patient = (work, actor.__module__, desk, limits, silence_s, actors.memory_bytes)
+    return missing.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
         Patient, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **actors.pool()
     )
+
+
+def _without(batch: pa.Table, done: pa.Table) -> pa.Table:
+    return batch.filter(pc.invert(pc.is_in(batch["key"], value_set=done["key"].combine_chunks())))
 
 
 def _split(batch: pa.Table) -> list[pa.Table]:

@@ -26,7 +26,7 @@ from prag_core.records import Passage, Reject, from_table, to_table
 from prag_core.store import Store
 
 NOTHING = Limits(60.0, 1e12)
-LIMITS = RunConfig(passage_attempts=2, passage_timeout_s=60, worker_memory_gb=1)
+LIMITS = RunConfig(passage_attempts=2)
 
 
 class Obedient:
@@ -61,7 +61,7 @@ class Obedient:
                     raise KeyError("mended soon")
                 case "store away":
                     raise StoreError("the store is away", "wait")
-        yield outcome_table(Outcome(passage.key) for passage in passages)
+            yield outcome_table([Outcome(passage.key)])
 
     def seen(self) -> list[list[str]]:
         return [path.read_text().split() for path in sorted(self._folder.iterdir())]
@@ -79,7 +79,11 @@ def child(folder: Path) -> Child:
 def patient(folder: Path, limits: RunConfig = LIMITS) -> tuple[Patient, Store]:
     store = Store(str(folder / "store"))
     work = pickle.dumps((Obedient, (folder / "seen",)))
-    return Patient(work, Obedient.__module__, Desk(store, "run", "train", "recipe"), limits, lambda: 1e9), store
+    return Patient(work, Obedient.__module__, Desk(store, "run", "train", "recipe"), limits, 60.0, _no_limit), store
+
+
+def _no_limit() -> float:
+    return 1e12
 
 
 def rejects(store: Store) -> dict[str, Reject]:
@@ -94,7 +98,7 @@ def rejects(store: Store) -> dict[str, Reject]:
         ("crash", "killed_worker", "SIGSEGV", NOTHING),
         ("exit", "killed_worker", "exit code 3", NOTHING),
         ("killed", "out_of_memory", "SIGKILL", NOTHING),
-        ("hang", "timeout", "no answer within 1 s", Limits(1.0, 1e12)),
+        ("hang", "timeout", "no sign of life for 1 s", Limits(1.0, 1e12)),
         ("starve", "out_of_memory", "more than its share of 1.0 GB", Limits(60.0, 1e9)),
         ("no memory", "out_of_memory", "MemoryError", NOTHING),
         ("bug", "failed", "KeyError: 'mended soon'", NOTHING),
@@ -102,9 +106,9 @@ def rejects(store: Store) -> dict[str, Reject]:
 )
 def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, detail: str, limits: Limits) -> None:
     one = child(tmp_path / "seen")
-    assert one.call(batch("fine"), limits).num_rows == 1
+    assert [done.num_rows for done in one.call(batch("fine"), limits)] == [1]
     with pytest.raises(ChildLostError) as caught:
-        one.call(batch(text), limits)
+        list(one.call(batch(text), limits))
     assert caught.value.reason == reason
     assert detail in caught.value.detail
     assert not caught.value.starting
@@ -113,18 +117,19 @@ def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, de
 @pytest.mark.slow
 def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
     patience, store = patient(tmp_path)
-    table = batch(*("fine" if i != 12 else "crash" for i in range(20)))
+    table = batch(*("fine" if i != 3 else "crash" for i in range(20)))
     outcomes = from_table(Outcome, patience(table))
     assert sorted(o.key for o in outcomes) == sorted(table["key"].to_pylist())
     assert [o.rejected for o in outcomes if o.rejected] == ["killed_worker"]
     (reject,) = rejects(store).values()
-    assert (reject.source, reject.stage, reject.recipe) == ("p12", "train", "recipe")
+    assert (reject.source, reject.stage, reject.recipe) == ("p3", "train", "recipe")
     assert "SIGSEGV" in reject.detail
-    # Twenty, then three each, then the three alone: it died in its third worker, the first in which it was alone.
+    # Three were done before it. The others are tried in parts of three, and its part one by one: only there is it
+    # alone, in its third worker.
     assert reject.attempts == 3
     given = Obedient(tmp_path / "seen").seen()
-    assert [len(names) for names in given] == [20, 3, 3, 3, 3, 3, 1, 1, 1, 3, 2]
-    assert sum(names == ["12"] for names in given) == 1
+    assert [len(names) for names in given] == [20, 3, 1, 1, 1, 3, 3, 3, 3, 2]
+    assert given[1:3] == [["3", "4", "5"], ["3"]]
 
 
 @pytest.mark.slow
@@ -133,7 +138,7 @@ def test_one_that_was_alone_from_the_start_has_all_its_attempts(tmp_path: Path) 
     assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
     assert rejects(store)["p0"].attempts == 2
     assert from_table(Outcome, patience(batch("fine")))[0].rejected == ""
-    assert [names for names in Obedient(tmp_path / "seen").seen()] == [["0"], ["0"], ["0"]]
+    assert Obedient(tmp_path / "seen").seen() == [["0"], ["0"], ["0"]]
 
 
 @pytest.mark.slow
@@ -155,9 +160,11 @@ def test_what_is_not_the_passages_fault_is_no_reject(tmp_path: Path) -> None:
 # 3.11 hashes a tuple by recursion in C, and there is no end to the tuples in this one.
 POISON = """\
 {% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',)) %}
-{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, 'abcdefghij' * 20000000) %}{% endfor %}{% endif %}
+{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, 'abcdefghij' * 20000000) %}{% endfor %}
+{% endif %}
 {% if 'Hang' in text %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
-{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{% set d = {ns.x: 1} %}{% endif %}
+{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}
+{% set d = {ns.x: 1} %}{% endif %}
 """
 
 
@@ -190,13 +197,18 @@ def poisonous(number: int, word: str) -> Passage:
 def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
     passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
-    settings = ["--set", "run.train_batch=16", "--set", "storage.adapter_dtype=float32"]
+    settings = [
+        "--set",
+        "run.train_batch=16",
+        "--set",
+        "storage.shard_mb=0.1",
+        "--set",
+        "storage.adapter_dtype=float32",
+    ]
     settings += ["--set", "run.passage_timeout_s=2", "--set", "run.worker_memory_gb=2"]
+    harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
     reports, sources = [], []
-    for name, chosen in (
-        ("poisoned", passages),
-        ("clean", [p for p in passages if int(p.sources[0][1:]) not in words]),
-    ):
+    for name, chosen in (("poisoned", passages), ("clean", harmless)):
         folder = tmp_path / name
         folder.mkdir()
         work = Workspace(folder, chosen)
@@ -222,8 +234,7 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         150: "loss_not_finite",
     }
     assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [3, 3, 3, 1]
-    for passage in passages:
-        if int(passage.sources[0][1:]) not in words:
-            left, right = (source.get(passage.key) for source in sources)
-            for name in left:
-                assert (left[name] - right[name]).abs().max() < 1e-4, (passage.sources, name)
+    for passage in harmless:
+        left, right = (source.get(passage.key) for source in sources)
+        for name in left:
+            assert (left[name] - right[name]).abs().max() < 1e-4, (passage.sources, name)
