@@ -15,7 +15,8 @@ from cluster.preflight import on_cluster
 from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
-from pipelines.preflight import Preflight, check_here, check_nodes, preflight
+from pipelines.checks import Preflight
+from pipelines.preflight import check_here, check_nodes, preflight
 from pipelines.profiles import profile_of
 from pipelines.progress import RunProgress
 from pipelines.recovery import anew
@@ -78,6 +79,7 @@ def run_job(config: Config, console: Console, *, take_over: bool = False) -> Run
     if found.errors:
         # The nodes are asked too, so that one look names everything.
         (preflight(config) if on_cluster() else found).described()
+    console.print(found.summary())
     store, (recipe, layout) = open_store(config), found.described()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with hold_lease(store, run, take_over=take_over) as lease:
@@ -98,6 +100,7 @@ def _run(
         if on_cluster():
             found = Preflight(recipe=recipe, layout=layout)
             check_nodes(config, found)
+            console.print(found.summary())
             found.described()
         return _stages(config, store, recipe, layout, lease, profile, progress, begun)
 
