@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help s3 bench-augment bench-train bench-train-gpu
+.PHONY: setup demo test check fast slow format clean help s3 bench-augment bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
+	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
@@ -55,6 +56,9 @@ s3: setup
 
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
+
+bench-store: setup
+	$(BIN)/python benchmarks/store.py
 
 format: setup
 	$(BIN)/ruff check --fix .
