@@ -122,6 +122,7 @@ def run_job(config: Config, console: Console) -> RunReport:
         # 1. Corpus.
         corpus = ingest.ingest(config.corpus, profile.partitions)
         ingest.store_corpus(store, corpus, run)
+        store.put_json(f"runs/{run}/inputs.json", {"corpus_version": corpus.version, "recipe": recipe.fingerprint})
         stages.append(_finish(store, run, stages, corpus.report, console))
         # 2. Augment.
         missing = survey(store, corpus.passages, recipe, profile.partitions)
