@@ -17,7 +17,7 @@ from pipelines.report import StageReport
 from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
 from prag_core.errors import InputError
-from prag_core.identity import fingerprint
+from prag_core.identity import fingerprint, seal
 from prag_core.records import Passage, Reject, from_table, schema, to_table
 from prag_core.store import Store, put_rejects
 
@@ -101,7 +101,8 @@ def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
         _write_part, batch_size=None, batch_format="pyarrow", fn_args=(store, f"corpus/{corpus.version}")
     ).take_all()
     names = sorted(row["part"] for row in parts if row["part"])
-    store.put_json(manifest, {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)})
+    document = {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)}
+    store.put_json(manifest, seal(document))
 
 
 def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:

@@ -131,6 +131,7 @@ def _run(
         # 1. Corpus.
         corpus = ingest.ingest(config.corpus, profile.partitions)
         ingest.store_corpus(store, corpus, run)
+        store.put_json(f"runs/{run}/inputs.json", {"corpus_version": corpus.version, "recipe": recipe.fingerprint})
         stages.append(_finish(store, run, stages, corpus.report, console))
         # 2. Augment.
         missing = survey(store, corpus.passages, recipe, profile.partitions)

@@ -22,10 +22,10 @@ Advance = Callable[[int, int], None]
 
 
 @contextmanager
-def stage_progress(console: Console, stage: str, total: int) -> Iterator[Advance]:
-    """Yield a function to be called with (passages done, passages rejected) so far of the stage's `total`."""
+def stage_progress(console: Console, stage: str, total: int, unit: str = "passages") -> Iterator[Advance]:
+    """Yield a function to be called with (done, rejected) so far of the `total` of a stage."""
     if console.is_terminal:
-        with _bar(console) as progress:
+        with _bar(console, unit) as progress:
             task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
             begun = time.perf_counter()
 
@@ -47,17 +47,17 @@ def stage_progress(console: Console, stage: str, total: int) -> Iterator[Advance
         last = now
         rate = finished / (now - begun)
         left = f"{(total - finished) / rate:.0f} s left" if rate else "time left unknown"
-        console.print(f"{stage}: {finished}/{total}, {rate:.2f} passages/s, {left}, {rejected} rejected")
+        console.print(f"{stage}: {finished}/{total}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
 
     yield report
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} passages/s"),
+        TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
         TextColumn("{task.fields[rejects]} rejected"),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum
+from prag_core.identity import checksum, is_intact, seal
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
@@ -41,7 +41,7 @@ class AdapterStore:
         """Write the recipe and the layout in full beside what they make."""
         name = f"{self.folder}/recipe.json"
         if not self.store.exists(name):
-            self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
+            self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
     def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]]) -> list[LedgerRow]:
         """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
@@ -165,9 +165,11 @@ def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRe
     """Return the adapters of a recipe by its fingerprint, and how they were trained.
 
     Raises:
-        StoreError: when the recipe that must lie beside them is missing or another one.
+        StoreError: when the recipe that must lie beside them is missing, altered or another one.
     """
     document = store.get_json(f"adapters/{fingerprint}/recipe.json")
+    if not is_intact(document):
+        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
     recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
     if recipe.fingerprint != fingerprint:
         raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")

@@ -32,7 +32,7 @@ from fsspec import AbstractFileSystem
 
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError, StoreError
-from prag_core.identity import KEY_BYTES, fingerprint
+from prag_core.identity import KEY_BYTES, fingerprint, seal
 from prag_core.records import Hit, Passage, from_dict
 
 # Raise it when the analyzer, the stored fields or Lucene's major version change: all indexes are then built anew.
@@ -323,7 +323,7 @@ def archive_index(
             size_bytes, checksum = _copy(source, target)
         pyserini = importlib.metadata.version("pyserini")
         stored = StoredIndex(id, corpus_version, documents, size_bytes, checksum, pyserini)
-        fs.pipe_file(_record(root, id), json.dumps(dataclasses.asdict(stored), indent=2).encode())
+        fs.pipe_file(_record(root, id), json.dumps(seal(dataclasses.asdict(stored)), indent=2).encode())
     return stored
 
 
@@ -409,6 +409,14 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> tuple[int, str]:
         digest.update(chunk)
         size_bytes += len(chunk)
     return size_bytes, digest.hexdigest()
+
+
+def checksum_stream(stream: IO[bytes]) -> str:
+    """Return the checksum (that of `identity.checksum`) of a stream, without holding it in memory."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    while chunk := stream.read(COPY_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_record(fs: AbstractFileSystem, root: str, id: str) -> StoredIndex | None:

@@ -292,8 +292,13 @@ class Store:
             wanted = pa.schema([wanted.field(column) for column in columns])
         tables = []
         for name in sorted(names):
+            data = self.get(name)
+            # Parquet has no checksum of its own here: an altered page can decode to other values without a word.
+            stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
+            if len(stem) == len(checksum(b"")) and stem != checksum(data):
+                raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
             try:
-                part = pq.read_table(pa.BufferReader(self.get(name)), columns=wanted.names)
+                part = pq.read_table(pa.BufferReader(data), columns=wanted.names)
             except (pa.ArrowException, OSError) as error:
                 raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
             tables.append(part.cast(wanted))
