@@ -1,22 +1,27 @@
-"""The command line: `prag plan`, `run`, `ask`, `status`, `rejects`, `demo`."""
+"""The command line: `prag plan`, `run`, `ask`, `status`, `rejects`, `demo`; `cli_store` has the store's verbs."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from pipelines.cli_store import store_app
+from pipelines.terminal import DEFAULT_CONFIG as _DEFAULT_CONFIG
+from pipelines.terminal import ConfigOption, JsonOption, SetOption
+from pipelines.terminal import bytes_text as _bytes
+from pipelines.terminal import out as _out
+from pipelines.terminal import print_json as _print_json
+from pipelines.terminal import print_rows as _rows
+from pipelines.terminal import progress_to as _progress_to
+from pipelines.terminal import result_only as _result_only
 from prag_core.config import Config, load_config
 from prag_core.errors import PragError
 from prag_core.records import MODES, Answer, Mode, Reject, Weights
@@ -27,29 +32,17 @@ app = typer.Typer(
         "Parametric RAG: passages become LoRA adapters; a question adds the adapters it needs to the weights.\n\n"
         "A first session: `prag plan -c examples/demo.yaml`, `prag run -c examples/demo.yaml`, "
         '`prag ask -c examples/demo.yaml --compare "Who built the Cazambra Lighthouse?"`.\n\n'
-        "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, 5 store, "
-        "6 somebody else changed the store first, 7 retrieval or Java, 8 generator, 9 too many rejects, "
-        "10 another run works on the store."
+        "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, "
+        "5 store (out of reach, or damaged), 6 somebody else changed the store first, 7 retrieval or Java, "
+        "8 generator, 9 too many rejects, 10 another run works on the store."
     ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="The YAML configuration.", envvar="PRAG_CONFIG", show_default=True)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting, e.g. `--set train.epochs=4`. May be given again."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
-
-_DEFAULT_CONFIG = Path("examples/demo.yaml")
-_progress_to = Console(stderr=True)
-# Bound to the real standard output, see `_result_only`.
-_out = Console(file=sys.stdout)
+# The operator's verbs of the store.
+app.add_typer(store_app)
 
 
 @app.command()
@@ -239,11 +232,6 @@ def demo(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None) -> None
     _print_json(result)
 
 
-def _result_only() -> contextlib.AbstractContextManager[Any]:
-    """Within this context, what libraries print goes to standard error: standard output is for the result alone."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
 def _show_answers(answers: list[Answer]) -> None:
     for answer in answers:
         _out.print(f"[bold]{answer.mode:>8}[/]  {answer.text}", highlight=False)
@@ -269,27 +257,6 @@ def _use(passage: Any) -> str:
     places = [n for n, used in (("weights", passage.in_weights), ("prompt", passage.in_prompt)) if used]
     note = f" ({passage.note})" if passage.note else ""
     return " and ".join(places) + note
-
-
-def _rows(title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column()
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
-
-
-def _print_json(document: Any) -> None:
-    _out.file.write(json.dumps(document, ensure_ascii=False) + "\n")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _duration(seconds: float | None) -> str:

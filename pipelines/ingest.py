@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -41,11 +41,11 @@ class Corpus:
     report: StageReport
 
 
-def ingest(config: CorpusConfig, partitions: int) -> Corpus:
+def ingest(config: CorpusConfig, partitions: int, forgotten: Collection[str] = ()) -> Corpus:
     """Read a corpus into passages; stores nothing.
 
     Each record is a reject or gives one piece or more; pieces of equal content become one passage that keeps all
-    their ids.
+    their ids. Passages whose keys are `forgotten` are left out and counted.
 
     Raises:
         InputError: when a file cannot be read at all, or no record is found.
@@ -76,6 +76,10 @@ def ingest(config: CorpusConfig, partitions: int) -> Corpus:
         .map_batches(_merge, batch_size=None, batch_format="pyarrow")
         .materialize()
     )
+    unique = merged.count()
+    if forgotten:
+        arguments = {"forgotten": sorted(forgotten)}
+        merged = merged.map_batches(_without, batch_format="pyarrow", fn_kwargs=arguments).materialize()
     digests = merged.map_batches(_digest, batch_format="pyarrow").take_all()
     count = sum(row["count"] for row in digests)
     version = f"{sum(int(row['digest'], 16) for row in digests) % 2**64:016x}"
@@ -86,7 +90,12 @@ def ingest(config: CorpusConfig, partitions: int) -> Corpus:
         earlier=0,
         rejected=dict(Counter(reject.reason for reject in rejects)),
         seconds=time.perf_counter() - begun,
-        extra={"pieces": pieces, "passages": count, "duplicates": pieces - count},
+        extra={
+            "pieces": pieces,
+            "passages": count,
+            "duplicates": pieces - unique,
+            "forgotten": unique - count,
+        },
     )
     return Corpus(version, merged, count, tuple(rejects), report)
 
@@ -161,6 +170,12 @@ def _merge(table: pa.Table) -> pa.Table:
     pieces = from_table(Piece, table) if table.num_columns else []
     merged = [merge_pieces(group) for group in _groups(pieces, lambda piece: piece.key)]
     return to_table(Passage, sorted(merged, key=lambda passage: passage.key))
+
+
+def _without(table: pa.Table, forgotten: list[str]) -> pa.Table:
+    if not table.num_rows:
+        return table
+    return table.filter(pc.invert(pc.is_in(table["key"], value_set=pa.array(forgotten, pa.string()))))
 
 
 def _groups(items: Iterable[T], key: Any) -> list[list[T]]:

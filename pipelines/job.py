@@ -24,6 +24,7 @@ from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
+from prag_core.garbage import RunInputs, put_inputs
 from prag_core.lease import Lease, hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
@@ -121,6 +122,9 @@ def _run(
     config: Config, store: Store, recipe: Recipe, layout: LoraLayout, lease: Lease, console: Console, begun: float
 ) -> RunReport:
     run, profile = lease.record.run, PROFILES[config.run.profile]
+    # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
+    serving = current_id(store)
+    forgotten = load_snapshot(store, serving).tombstones if serving else ()
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
     if config.train.start:
@@ -129,9 +133,9 @@ def _run(
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     with ray_session(profile):
         # 1. Corpus.
-        corpus = ingest.ingest(config.corpus, profile.partitions)
+        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
         ingest.store_corpus(store, corpus, run)
-        store.put_json(f"runs/{run}/inputs.json", {"corpus_version": corpus.version, "recipe": recipe.fingerprint})
+        put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
         stages.append(_finish(store, run, stages, corpus.report, console))
         # 2. Augment.
         missing = survey(store, corpus.passages, recipe, profile.partitions)
@@ -163,8 +167,9 @@ def _run(
         ledger_parts=tuple(AdapterStore(store, recipe, layout).ledger_parts()),
         passages=corpus.count,
         adapters=adapters,
+        tombstones=forgotten,
     )
-    publish(store, snapshot)
+    publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,
         snapshot=current_id(store) or "",

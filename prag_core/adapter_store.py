@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
+from prag_core.compaction import visible_parts
 from prag_core.errors import AdapterError, StoreError
 from prag_core.identity import checksum, is_intact, seal
 from prag_core.lora import Factors, LoraLayout
@@ -82,8 +84,8 @@ class AdapterStore:
         return rows
 
     def ledger_parts(self) -> list[str]:
-        """Return the names of the ledger parts that there are now."""
-        return self.store.list(f"{self.folder}/ledger", ".parquet")
+        """Return the names of the ledger parts that count now: none that a compaction has replaced."""
+        return visible_parts(self.store, self.recipe.fingerprint)
 
     def fetch(self, row: LedgerRow) -> dict[str, Tensor]:
         """Return one adapter's factors by one ranged read, verified.
@@ -159,6 +161,22 @@ class LedgerSource:
         if key not in self._positions:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
         return self._adapters.fetch(from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0])
+
+
+def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
+    """Return the row of a passage's adapter, as the ledger parts of a snapshot name it; reads one part at a time.
+
+    Raises:
+        AdapterError: when they name none.
+        StoreError: when a part cannot be read.
+    """
+    found: list[LedgerRow] = []
+    for part in parts:
+        table = store.get_table(LedgerRow, [part])
+        found += from_table(LedgerRow, table.filter(pc.equal(table["key"], key)))
+    if not found:
+        raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
+    return max(found, key=lambda row: row.created)
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:

@@ -162,6 +162,7 @@ class StorageConfig(_Strict):
     retries: int = Field(5, ge=0, description="How often a failed request is tried again.")
     timeout_s: float = Field(30.0, gt=0, description="How long the store may take to connect or to answer.")
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    keep_snapshots: int = Field(5, ge=1, description="`prag gc` keeps so many of the newest snapshots.")
 
 
 class Config(_Strict):

@@ -8,7 +8,7 @@ nothing of a request stays behind.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from prag_core.config import Config
 from prag_core.decode import Decoder, DecodeRequest
 from prag_core.errors import AdapterError, StoreError
 from prag_core.examples import answer_prefix_ids, question_ids
+from prag_core.forgetting import forgotten_keys
 from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.prompts import passage_text
@@ -72,6 +73,7 @@ class Engine:
         retriever: Finds passages; never called in the mode `closed`.
         adapters: Gives adapters by key.
         snapshot: The id that answers carry.
+        forgotten: Keys of passages that are never used, whoever retrieved them.
         max_new_tokens: The most tokens of an answer.
         batch_size: How many questions are decoded at once.
     """
@@ -84,6 +86,7 @@ class Engine:
         adapters: AdapterSource,
         *,
         snapshot: str = "",
+        forgotten: Collection[str] = (),
         max_new_tokens: int = 32,
         batch_size: int = 16,
     ) -> None:
@@ -92,6 +95,7 @@ class Engine:
         self._retriever = retriever
         self._adapters = adapters
         self._snapshot = snapshot
+        self._forgotten = frozenset(forgotten)
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         # An answer is one line: a newline ends it as the end of turn does.
@@ -121,11 +125,9 @@ class Engine:
         milliseconds = {}
         # 1. Retrieve.
         begun = time.perf_counter()
-        hits: Sequence[Hit] = request.hits or ()
-        if request.mode == "closed":
-            hits = ()
-        elif request.hits is None:
-            hits = self._retriever.search(request.question, request.top_k)
+        hits: Sequence[Hit] = ()
+        if request.mode != "closed":
+            hits = self._retrieve(request) if request.hits is None else self._remembered(request.hits)
         milliseconds["retrieve"] = (time.perf_counter() - begun) * 1e3
 
         # 2. Update: fetch the adapters; what cannot be had goes into the prompt.
@@ -159,6 +161,19 @@ class Engine:
         prompt = question_ids(tokenizer, request.question, [passage_text(passage) for passage in in_prompt])
         prompt += answer_prefix_ids(tokenizer)
         return _Prepared(request, prompt, adapters, tuple(used), milliseconds)
+
+    def _retrieve(self, request: Request) -> list[Hit]:
+        """Search for more than is wanted as long as forgotten passages take places among what is found."""
+        asked = request.top_k
+        while True:
+            hits = self._retriever.search(request.question, asked)
+            kept = self._remembered(hits)
+            if len(kept) >= request.top_k or len(hits) < asked:
+                return kept[: request.top_k]
+            asked *= 2
+
+    def _remembered(self, hits: Sequence[Hit]) -> list[Hit]:
+        return [hit for hit in hits if hit.passage.key not in self._forgotten]
 
     def _generate(self, batch: Sequence[_Prepared]) -> list[Answer]:
         # A decoder for each call: calls from several threads share nothing that changes.
@@ -209,6 +224,7 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
         retriever,
         LedgerSource(adapter_store, snapshot.ledger_parts),
         snapshot=snapshot.id,
+        forgotten=forgotten_keys(store, snapshot),
         max_new_tokens=config.answer.max_new_tokens,
         batch_size=config.answer.batch_size,
     )

@@ -1,7 +1,9 @@
 """What nobody needs any more, and taking it away.
 
 Needed is what a kept snapshot names, and what the newest run would resume from. Never taken are augmentations,
-rejects and the folders of runs: they are small, and augmentations are the dearest thing to make again.
+rejects and the folders of runs: they are small, and augmentations are the dearest thing to make again. Ledger rows
+and adapters that no longer count are taken out by a compaction first (`prag_core.compaction`), which leaves whole
+parts and shards to go.
 """
 
 from __future__ import annotations
@@ -9,41 +11,43 @@ from __future__ import annotations
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from prag_core.compaction import compactions, replaced_parts
 from prag_core.errors import StoreError
+from prag_core.identity import is_intact, seal
 from prag_core.maintenance import Finding, Kind, StoredObject, kind_of, list_snapshots, names_of, remove, serving_id
-from prag_core.records import LedgerRow
-from prag_core.shards import replace_rows
+from prag_core.records import from_dict
 from prag_core.snapshot import Snapshot
 from prag_core.store import Store
 
-# A part with at most this share of rows that still count is worth writing anew, with its shards.
-FEW_LIVE = 0.5
-# Documents go before what they name, so that a kill leaves nothing that names what is gone.
-_ORDER = ("snapshots", "corpus", "indexes", "ledger", "recipes", "starts", "shards", "scratch")
+# Documents go before what they name, so that a kill leaves nothing that names what is gone; but a compaction goes
+# after the parts that it replaced, which would count again without it.
+_ORDER = ("snapshots", "corpus", "indexes", "ledger", "compactions", "recipes", "starts", "shards", "scratch")
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What can go: `objects`, in the order in which they must go, and ledger parts to be written anew.
-
-    `rewrites` maps a ledger part to the keys of its rows that a later row has superseded. `superseded` counts all
-    such rows that stay for now, because a kept snapshot names their part or too many rows beside them still count.
-    """
+    """What can go: `objects`, in the order in which they must go."""
 
     objects: tuple[Finding, ...]
-    rewrites: dict[str, tuple[str, ...]]
-    superseded: int
 
     @property
     def size_bytes(self) -> int:
         """The bytes of `objects`."""
         return sum(finding.size_bytes for finding in self.objects)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Return how many objects, and how many bytes, by kind of object."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        for finding in self.objects:
+            counts[kind_of(finding.name)] += 1
+            sizes[kind_of(finding.name)] += finding.size_bytes
+        return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,27 @@ class RunInputs:
     recipe: str
 
 
+def put_inputs(store: Store, run: str, inputs: RunInputs) -> None:
+    """Note what a run works on, so that no collection takes away what it would resume from."""
+    store.put_json(f"runs/{run}/inputs.json", seal(asdict(inputs)))
+
+
 def newest_inputs(store: Store) -> RunInputs | None:
-    """Return what the newest run that got as far as its corpus works on, or None when there is none."""
+    """Return what the newest run that got as far as its corpus works on, or None when there is none.
+
+    Raises:
+        StoreError: when its note cannot be read.
+    """
     names = store.list("runs", "/inputs.json")
-    return RunInputs(**store.get_json(names[-1])) if names else None
+    if not names:
+        return None
+    try:
+        document = store.get_json(names[-1])
+        if is_intact(document):
+            return from_dict(RunInputs, document)
+    except (StoreError, TypeError, AttributeError):
+        pass
+    raise StoreError(f"{store.url}/{names[-1]}: altered or cut short", "run `prag repair` first")
 
 
 def find_garbage(
@@ -92,48 +113,44 @@ def find_garbage(
     old = {item.name for item in objects if item.modified <= (time.time() if now is None else now) - grace_s}
     parts = [item.name for item in objects if kind_of(item.name) == "ledger"]
 
-    # 1. Ledger parts: those of other recipes, and of this recipe those whose every row was superseded.
+    # 1. Ledger parts: those of other recipes, and those that a compaction has replaced.
     free = {part for part in parts if part not in named and part in old}
+    replaced = {part for r in {part.split("/")[1] for part in free} for part in replaced_parts(store, r, parts)}
     foreign = {part for part in free if newest and part.split("/")[1] != newest.recipe}
-    late = _superseded(store, free - foreign, [part for part in parts if part not in foreign])
-    empty = {part for part, (keys, rows) in late.items() if len(keys) == rows}
-    rewrites = {
-        part: keys for part, (keys, rows) in late.items() if part not in empty and rows - len(keys) <= FEW_LIVE * rows
-    }
+    gone = foreign | free & replaced
     # 2. Shards: those that no part names which stays.
-    stay = [part for part in parts if part not in foreign | empty]
-    shards = {shard for part in stay for shard in _column(store, part, "shard").unique().to_pylist()}
+    stay = [part for part in parts if part not in gone]
+    shards = {shard for part in stay for shard in _shards(store, part).unique().to_pylist()}
     # 3. Everything else, by the folder that makes it one thing.
     recipes = {part.split("/")[1] for part in stay} | ({newest.recipe} if newest else set())
-    needed = _Needed(keep, newest, recipes, _starts(store, recipes, objects), _indexes(store, keep, newest, objects))
+    needed = _Needed(
+        keep,
+        newest,
+        recipes,
+        _starts(store, recipes, objects),
+        _indexes(store, keep, newest, objects),
+        _at_work(store, recipes, stay),
+    )
     chosen = []
     for item in objects:
         kind = kind_of(item.name)
         found: Kind | None = None
         if kind == "scratch" or (kind == "shards" and item.name not in shards):
             found = "orphan"
-        elif item.name in foreign | empty or (item.name not in named and not needed.has(kind, item.name)):
+        elif item.name in gone or (item.name not in named and not needed.has(kind, item.name)):
             found = "unreferenced"
         if found and item.name in old:
-            chosen.append(Finding(item.name, found, _why(kind, item.name, empty), size_bytes=item.size_bytes))
+            chosen.append(Finding(item.name, found, _why(kind, item.name, replaced), size_bytes=item.size_bytes))
     chosen.sort(key=lambda finding: (_ORDER.index(kind_of(finding.name)), _is_data(finding.name), finding.name))
-    waiting = sum(len(keys) for part, (keys, _) in late.items() if part not in empty and part not in rewrites)
-    return Garbage(tuple(chosen), rewrites, waiting)
+    return Garbage(tuple(chosen))
 
 
 def collect(store: Store, garbage: Garbage) -> None:
     """Take garbage away; killed in between, the next collection finds the rest.
 
-    A ledger part that is written anew leaves its old shards as orphans, for the collection after the grace period:
-    a reader may still hold their rows.
+    Raises:
+        StoreError: when an object cannot be removed.
     """
-    for part, keys in garbage.rewrites.items():
-        shards = pa.table({"key": _column(store, part, "key"), "shard": _column(store, part, "shard")})
-        touched = shards.filter(pc.is_in(shards["key"], value_set=pa.array(keys)))["shard"].unique().to_pylist()
-        new, lost = replace_rows(store, part, dict.fromkeys(touched, keys))
-        superfluous = part if set(lost) <= set(keys) else new  # a damaged shard is for `repair`, not to be dropped here
-        if superfluous and new != part:
-            remove(store, superfluous)
     for finding in garbage.objects:
         remove(store, finding.name)
 
@@ -147,10 +164,11 @@ class _Needed:
     recipes: Collection[str]
     starts: Collection[str] | None
     indexes: Collection[str]
+    compactions: Collection[str]
 
     def has(self, kind: str, name: str) -> bool:
         if kind == "snapshots":
-            return name == "CURRENT" or posixpath.basename(name) in {f"{snapshot.id}.json" for snapshot in self.keep}
+            return "/" not in name or posixpath.basename(name) in {f"{snapshot.id}.json" for snapshot in self.keep}
         folder = name.split("/")[1] if "/" in name else name
         if kind == "corpus":
             versions = {snapshot.corpus_version for snapshot in self.keep}
@@ -159,6 +177,8 @@ class _Needed:
             return self.newest is None or folder in self.indexes
         if kind == "recipes":
             return self.newest is None or folder in self.recipes
+        if kind == "compactions":
+            return name in self.compactions
         if kind == "starts":
             return self.starts is None or folder.removesuffix(".safetensors") in self.starts
         return True
@@ -168,52 +188,31 @@ def _is_data(name: str) -> bool:
     return not name.endswith(".json")
 
 
-def _why(kind: str, name: str, empty: Collection[str]) -> str:
+def _why(kind: str, name: str, replaced: Collection[str]) -> str:
     if kind == "scratch":
         return "left by a writer that was killed"
     if kind == "shards":
         return "no ledger part names it"
-    return "each of its adapters was made anew" if name in empty else "no kept snapshot and not the newest run needs it"
+    if kind == "compactions":
+        return "the parts that it replaced are gone"
+    return "its rows stand in another part" if name in replaced else "no kept snapshot and not the newest run needs it"
 
 
-def _column(store: Store, part: str, column: str) -> pa.ChunkedArray:
+def _shards(store: Store, part: str) -> pa.ChunkedArray:
     try:
-        return store.get_columns(part, [column])[column]
+        return store.get_columns(part, ["shard"])["shard"]
     except StoreError as error:
         raise StoreError(error.message, "run `prag repair` first: nobody knows which shards it names") from None
 
 
-def _superseded(store: Store, free: Collection[str], parts: Iterable[str]) -> dict[str, tuple[tuple[str, ...], int]]:
-    """Return, for each of the parts in `free`, the keys of its rows that a later row supersedes, and all its rows.
-
-    Only the keys of `free` are held in memory; the rows of all parts stream past them.
-    """
-    rows = {part: _times(store, part) for part in sorted(free)}
-    recipes = {part.split("/")[1] for part in free}
-    asked: dict[tuple[str, str], tuple[float, str]] = {}
-    wanted = pa.array(sorted({key for table in rows.values() for key in table["key"].to_pylist()}), pa.string())
-    for part in parts:
-        recipe = part.split("/")[1]
-        if recipe not in recipes:
-            continue
-        table = rows[part] if part in rows else _times(store, part)
-        table = table.filter(pc.is_in(table["key"], value_set=wanted))
-        for key, created in zip(table["key"].to_pylist(), table["created"].to_pylist(), strict=True):
-            # Of equal rows (a part that is being replaced) the one in the part of the greatest name counts.
-            asked[recipe, key] = max(asked.get((recipe, key), (created, part)), (created, part))
-    found = {}
-    for part, table in rows.items():
-        of_part = zip(table["key"].to_pylist(), table["created"].to_pylist(), strict=True)
-        late = [key for key, created in of_part if asked[part.split("/")[1], key] > (created, part)]
-        found[part] = (tuple(late), table.num_rows)
-    return found
-
-
-def _times(store: Store, part: str) -> pa.Table:
-    try:
-        return store.get_table(LedgerRow, [part], ["key", "created"])
-    except StoreError as error:
-        raise StoreError(error.message, "run `prag repair` first: nobody knows which adapters it names") from None
+def _at_work(store: Store, recipes: Collection[str], stay: Collection[str]) -> set[str]:
+    """The compactions that hide a part which stays."""
+    return {
+        name
+        for recipe in recipes
+        for name, compaction in compactions(store, recipe).items()
+        if {*compaction.replaces} & {*stay}
+    }
 
 
 def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObject]) -> set[str] | None:
@@ -253,13 +252,3 @@ def parse_age(text: str) -> float:
     if not text[:-1].replace(".", "", 1).isdigit() or text[-1:] not in units:
         raise ValueError(f"{text!r} is no age: write 30s, 90m, 24h or 7d")
     return float(text[:-1]) * units[text[-1]]
-
-
-def count_by_kind(garbage: Garbage) -> dict[str, tuple[int, int]]:
-    """Return objects and bytes of the garbage by kind of object."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for finding in garbage.objects:
-        counts[kind_of(finding.name)] += 1
-        sizes[kind_of(finding.name)] += finding.size_bytes
-    return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}

@@ -10,7 +10,7 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from prag_core.errors import PragError, StoreError
 from prag_core.identity import checksum, is_intact
+from prag_core.lease import LEASE, read_lease
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_dict, schema
 from prag_core.retrieval import StoredIndex, checksum_stream
-from prag_core.snapshot import CURRENT, Snapshot, make_snapshot
+from prag_core.snapshot import CURRENT, PINS, Snapshot, pinned, renamed
 from prag_core.store import Store
 
 Kind = Literal[
@@ -71,45 +72,45 @@ class StoredObject:
 def kind_of(name: str) -> str:
     """Return what an object is, by its name.
 
-    One of corpus, augmentations, shards, ledger, recipes, starts, indexes, snapshots, rejects, runs, scratch (what a
-    killed writer left) and other.
+    One of corpus, augmentations, shards, ledger, compactions, recipes, starts, indexes, snapshots (CURRENT and PINS
+    too), rejects, runs, scratch (what a killed writer left) and other.
     """
     top, base = name.split("/")[0], posixpath.basename(name)
     if base.endswith(".tmp") or base.startswith(".probe-"):
         return "scratch"
     if top == "adapters":
-        return next((kind for kind in ("shards", "ledger") if f"/{kind}/" in name), "recipes")
-    if name == CURRENT:
+        return next((kind for kind in ("shards", "ledger", "compactions") if f"/{kind}/" in name), "recipes")
+    if name in (CURRENT, PINS):
         return "snapshots"
     return top if top in (*_RECORDS, "starts", "indexes", "snapshots", "runs") else "other"
 
 
 def list_objects(store: Store) -> list[StoredObject]:
-    """Return every object of the store, with sizes and times, by listing alone; locks are none."""
-    store.fs.invalidate_cache()
+    """Return every object of the store, with sizes and times, by listing alone; locks are none.
+
+    Raises:
+        StoreError: when the store cannot be listed.
+    """
     found = []
-    for path, info in store.fs.find(store.root, detail=True).items():
-        if not path.endswith(".lock"):
+    for name, info in store.infos().items():
+        if not name.endswith(".lock"):
             modified = info.get("LastModified", info.get("mtime", info.get("created", 0.0)))
             seconds = modified.timestamp() if isinstance(modified, datetime) else float(modified)
-            found.append(StoredObject(path[len(store.root) + 1 :], int(info["size"]), seconds))
+            found.append(StoredObject(name, int(info["size"]), seconds))
     return sorted(found, key=lambda item: item.name)
 
 
-def size_of(store: Store, name: str) -> int | None:
-    """Return an object's size, or None when there is no such object."""
-    try:
-        return int(store.fs.info(store.path(name))["size"])
-    except FileNotFoundError:
-        return None
-
-
 def remove(store: Store, name: str) -> None:
-    """Remove an object; one that is not there is removed already."""
+    """Remove an object; one that is not there is removed already.
+
+    Raises:
+        StoreError: when it cannot be removed.
+    """
     try:
-        store.fs.rm_file(store.path(name))
-    except FileNotFoundError:
-        return
+        store.remove(name)
+    except StoreError:
+        if store.exists(name):
+            raise
 
 
 # ---- snapshots
@@ -138,16 +139,9 @@ def _read_snapshot(store: Store, name: str) -> Snapshot:
     document = store.get_json(name)
     lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
     snapshot = Snapshot(**{**document, **lists})
-    if name != f"snapshots/{snapshot.id}.json" or rename(snapshot).id != snapshot.id:
+    if name != f"snapshots/{snapshot.id}.json" or renamed(snapshot).id != snapshot.id:
         raise ValueError("its content is not what its name says")
     return snapshot
-
-
-def rename(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot with the id that its content and its time of creation ask for."""
-    content = {k: v for k, v in asdict(snapshot).items() if k not in ("id", "created", "tombstones")}
-    stamp = snapshot.created.replace("-", "").replace(":", "").split("+")[0]
-    return replace(snapshot, id=f"{stamp}-{make_snapshot(**content).id.rpartition('-')[2]}")
 
 
 def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serving: str | None) -> list[Finding]:
@@ -172,6 +166,24 @@ def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serv
     return findings
 
 
+def check_singles(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
+    """Check the objects of which there is one: `PINS`, and the lease."""
+    findings = []
+    try:
+        unknown = sorted({*pinned(store)} - {snapshot.id for snapshot in snapshots})
+        if unknown:  # either may be the damaged one: what PINS says, or the snapshot that it names
+            findings.append(Finding(PINS, "not_readable", f"names {unknown[0]}, which is no readable snapshot"))
+            gone = [f"snapshots/{id}.json" for id in unknown if not store.exists(f"snapshots/{id}.json")]
+            findings += [Finding(name, "missing", f"{PINS} names it", repairable=False) for name in gone]
+    except (StoreError, TypeError) as error:
+        findings.append(Finding(PINS, "not_readable", _words(error), repairable=False))
+    try:
+        read_lease(store)
+    except StoreError as error:
+        findings.append(Finding(LEASE, "not_readable", _words(error)))
+    return findings
+
+
 def names_of(snapshot: Snapshot) -> tuple[str, ...]:
     """Return the objects that a snapshot names itself; what these name in turn is theirs."""
     return (
@@ -188,13 +200,13 @@ def names_of(snapshot: Snapshot) -> tuple[str, ...]:
 def is_checkable(name: str) -> bool:
     """Whether `check_object` knows what an object should hold."""
     kind, base = kind_of(name), posixpath.basename(name)
-    return (kind in _RECORDS and name.endswith((".parquet", "manifest.json"))) or (
-        (kind in ("indexes", "recipes", "starts") and base in ("index.json", "recipe.json")) or kind == "starts"
-    )
+    if kind in _RECORDS:
+        return name.endswith((".parquet", "manifest.json"))
+    return kind in ("starts", "compactions") or base in ("index.json", "recipe.json", "inputs.json")
 
 
 def check_object(store: Store, name: str, full: bool) -> list[Finding]:
-    """Check one Parquet part, manifest, index, recipe or start.
+    """Check one Parquet part, or one of the documents and starts that `is_checkable` knows.
 
     `full` reads every byte of it; otherwise a part's footer and an archive's size. A ledger part is always read in
     full: all else depends on it.
@@ -209,6 +221,8 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
             return _check_index(store, name, full)
         if kind == "recipes":
             _check_recipe(store, name)
+        elif kind in ("compactions", "runs"):
+            _intact(store, name)
         elif full:
             from prag_core.adapter_store import get_start  # torch, which workers that check parts do without
 
@@ -246,7 +260,7 @@ def _check_manifest(store: Store, name: str) -> list[Finding]:
 def _check_index(store: Store, name: str, full: bool) -> list[Finding]:
     stored = from_dict(StoredIndex, _intact(store, name))
     archive = f"{posixpath.dirname(name)}/lucene.tar.zst"
-    size = size_of(store, archive)
+    size = store.size(archive)
     if size is None:
         return [Finding(archive, "missing", f"{name} names it")]
     if size != stored.size_bytes:
@@ -266,7 +280,7 @@ def _check_recipe(store: Store, name: str) -> None:
 
 def _intact(store: Store, name: str) -> dict[str, Any]:
     document = store.get_json(name)
-    if not is_intact(document):
+    if "seal" not in document or not is_intact(document):
         raise ValueError("altered: its seal does not fit")
     return dict(document)
 

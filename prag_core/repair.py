@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, replace
 
 import pyarrow.compute as pc
 
-from prag_core.maintenance import Finding, kind_of, list_snapshots, names_of, remove, rename, serving_id
+from prag_core.lease import LEASE
+from prag_core.maintenance import Finding, kind_of, list_snapshots, names_of, remove, serving_id
 from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.shards import replace_rows
-from prag_core.snapshot import CURRENT, Snapshot
+from prag_core.snapshot import CURRENT, PINS, Snapshot, move_pins, renamed
 from prag_core.store import Store
+
+# Written anew by conditional writes, never removed. A lease that is garbled goes when it is taken over.
+_SINGLES = {CURRENT, PINS, LEASE}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
     - A snapshot that names a replaced or lost ledger part is replaced by an amended one; passages without an adapter
       go into the prompt meanwhile. A snapshot that lost its corpus, index or recipe stays if it is the one in
       service, for the next run makes these again, and says so when it is opened; otherwise it is withdrawn. So is
-      one that cannot be read; if it was the one in service, the newest readable one takes its place.
+      one that cannot be read; if it was the one in service, the newest readable one takes its place. Pins move
+      along; where `PINS` itself cannot be read, all are lost.
 
     Raises:
         ConflictError: when somebody published meanwhile; nothing is removed then, run it again.
@@ -76,13 +81,15 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
     gone = _uncommitted(damage)
     amended = _amend(store, replaced, gone)
     serving = _serve(store, amended)
+    if store.exists(PINS):
+        move_pins(store, {snapshot.id: snapshot.id for snapshot in list_snapshots(store)[0]} | _successors(amended))
     # 3. What is named no more: documents first, then what they named.
-    unreadable = {finding.name for finding in damage if kind_of(finding.name) == "snapshots"} - {CURRENT}
+    unreadable = {finding.name for finding in damage if kind_of(finding.name) == "snapshots"} - _SINGLES
     doomed = [
         *sorted({f"snapshots/{id}.json" for id in amended} | unreadable),
         *sorted(gone),
         *sorted(replaced),
-        *sorted({finding.name for finding in damage} - named - {CURRENT}),
+        *sorted({finding.name for finding in damage} - named - _SINGLES),
     ]
     doomed = [name for name in dict.fromkeys(doomed) if store.exists(name)]
     for name in doomed:
@@ -94,6 +101,10 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
         snapshots={id: new.id if new else "" for id, new in amended.items()},
         serving=serving,
     )
+
+
+def _successors(amended: Mapping[str, Snapshot | None]) -> dict[str, str | None]:
+    return {id: new.id if new else None for id, new in amended.items()}
 
 
 def _uncommitted(damage: Sequence[Finding]) -> set[str]:
@@ -117,7 +128,7 @@ def _amend(store: Store, replaced: Mapping[str, str | None], gone: set[str]) -> 
             parts = [replaced.get(part, part) for part in snapshot.ledger_parts]
             left = tuple(sorted({part for part in parts if part}))
             keys = store.get_table(LedgerRow, left, ["key"])["key"].unique()
-            new = rename(replace(snapshot, ledger_parts=left, adapters=min(snapshot.adapters, len(keys))))
+            new = renamed(replace(snapshot, ledger_parts=left, adapters=min(snapshot.adapters, len(keys))))
             store.put_json(f"snapshots/{new.id}.json", asdict(new))
             amended[snapshot.id] = new
     return amended

@@ -18,7 +18,7 @@ import safetensors
 
 from prag_core.errors import AdapterError, StoreError
 from prag_core.identity import checksum
-from prag_core.maintenance import Finding, Kind, size_of
+from prag_core.maintenance import Finding, Kind
 from prag_core.records import LedgerRow, from_table, schema, to_table
 from prag_core.store import Store
 
@@ -56,7 +56,7 @@ def check_shards(store: Store, rows: pa.Table, full: bool) -> list[Finding]:
     for shard in sorted(groups):
         of_shard, parts = groups[shard], tuple(sorted(parts_of[shard]))
         expected = max(row.offset + row.length for row in of_shard)
-        size = size_of(store, shard)
+        size = store.size(shard)
         if size is None:
             findings.append(Finding(shard, "missing", f"{parts[0]} names it", _keys(of_shard), parts))
         elif size < expected:
@@ -165,6 +165,22 @@ def move_adapters(store: Store, shard: str, rows: Sequence[LedgerRow]) -> list[L
     return [replace(row, shard=name) for row in moved]
 
 
+def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
+    """Return the keys of all adapters that a shard holds, named by a ledger or not, and the bytes of its tensors.
+
+    None when the shard is missing or its header cannot be read.
+    """
+    try:
+        size = store.size(shard)
+        begin = 8 + int.from_bytes(store.get(shard, 0, 8), "little")
+        if size is None or begin > size:
+            return None
+        header = json.loads(store.get(shard, 8, begin))
+        return {name.split("/")[0] for name in header if name != "__metadata__"}, size - begin
+    except (StoreError, ValueError, TypeError, AttributeError):
+        return None
+
+
 def _repack(data: bytes, rows: Sequence[LedgerRow]) -> tuple[bytes, list[LedgerRow]]:
     begin = 8 + int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8:begin])
@@ -175,7 +191,7 @@ def _repack(data: bytes, rows: Sequence[LedgerRow]) -> tuple[bytes, list[LedgerR
         shift = len(body) - (row.offset - begin)
         size = 0
         for name, entry in header.items():
-            if name.startswith(f"{row.key}/"):
+            if name == row.key or name.startswith(f"{row.key}/"):  # int8 has one tensor an adapter
                 first, last = entry["data_offsets"]
                 made[name] = {**entry, "data_offsets": [first + shift, last + shift]}
                 size += last - first

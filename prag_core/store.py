@@ -188,6 +188,29 @@ class Store:
         files = (path for path, info in found.items() if info["type"] == "file")  # some servers list empty folders
         return sorted(path[len(self.root) + 1 :] for path in files if path.endswith(suffix))
 
+    def size(self, name: str) -> int | None:
+        """Return an object's size in bytes, or None when there is no such object.
+
+        Raises:
+            StoreError: when that cannot be known.
+        """
+        with self._explained(f"{self.url}/{name}", "looked up"):
+            try:
+                return int(self.fs.info(self.path(name))["size"])
+            except FileNotFoundError:
+                return None
+
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of each object of the store, by name, by listing alone.
+
+        Raises:
+            StoreError: when the store cannot be listed.
+        """
+        with self._explained(self.url, "listed"):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        return {path[len(self.root) + 1 :]: info for path, info in found.items() if info["type"] == "file"}
+
     def remove(self, name: str) -> None:
         """Remove an object.
 
