@@ -326,14 +326,7 @@ def list_(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json
     for s in found:
         marked = {"in service": s.id == serving, "pinned": s.id in pins, "old": s.id not in kept}
         notes = ", ".join(word for word, holds in marked.items() if holds)
-        table.add_row(
-            s.id,
-            f"{s.passages:,}",
-            f"{s.adapters:,}",
-            f"{len(s.tombstones):,}",
-            s.recipe,
-            ", ".join(word for word, holds in marked.items() if holds),
-        )
+        table.add_row(s.id, f"{s.passages:,}", f"{s.adapters:,}", f"{len(s.tombstones):,}", s.recipe, notes)
     out.print(table)
 
 

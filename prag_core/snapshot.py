@@ -240,7 +240,7 @@ def renamed(snapshot: Snapshot) -> Snapshot:
 
 
 def _stamped(snapshot: Snapshot) -> Snapshot:
-    return renamed(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="seconds")))
+    return renamed(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
 
 
 def _tombstones_of(store: Store, id: str | None) -> set[str]:
