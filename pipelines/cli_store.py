@@ -1,15 +1,15 @@
-"""The command line's verbs for whoever keeps a store: check, mend, clean, look, roll back, forget, export, import."""
+"""The command line's verbs for whoever keeps a store: check, mend, clean, look, forget, export, import."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from pipelines.cli_snapshots import snapshots_app
 from pipelines.terminal import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -23,7 +23,7 @@ from pipelines.terminal import (
     result_only,
 )
 from prag_core.config import Config, load_config
-from prag_core.errors import InputError, StoreError
+from prag_core.errors import StoreError
 from prag_core.garbage import parse_age
 
 if TYPE_CHECKING:
@@ -31,14 +31,12 @@ if TYPE_CHECKING:
     from prag_core.store import Store
 
 store_app = typer.Typer()
-snapshots_app = typer.Typer(no_args_is_help=True, help="List, show, roll back to, pin and unpin snapshots.")
 store_app.add_typer(snapshots_app, name="snapshots")
 
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
 ]
 Passage = Annotated[str, typer.Argument(metavar="KEY|ID", help="A passage's key, or its id in the corpus.")]
-Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The id of a snapshot, or its beginning.")]
 
 _SHOWN = 50
 
@@ -122,7 +120,7 @@ def repair(
 def _made_again(run: dict[str, Any] | None) -> str:
     if run is None:
         return "not yet: run `prag run`"
-    made = {stage["stage"]: stage["done"] - stage["earlier"] for stage in run["stages"]}
+    made = {stage["stage"]: stage["done"] - stage["earlier"] for stage in run["stages"] if stage["stage"] != "corpus"}
     return ", ".join(f"{stage} {n:,}" for stage, n in made.items() if n) or "nothing was missing"
 
 
@@ -303,116 +301,10 @@ def forget(
         out.print("run `prag run`, then `prag gc`, and their bytes are gone")
 
 
-# ---- snapshots
-
-
-@snapshots_app.command(name="list")
-def list_(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """List the snapshots, the oldest first: which serves, which are pinned, which `prag gc` keeps."""
-    from prag_core.snapshot import current_id, kept_snapshots, list_snapshots, pinned
-
-    settings = load_config(config, set_ or [])
-    store = _open(settings)
-    serving, pins = current_id(store), pinned(store)
-    kept = kept_snapshots(store, settings.storage.keep_snapshots)
-    found = list_snapshots(store)
-    if as_json:
-        marks = [{"serving": s.id == serving, "pinned": s.id in pins, "kept": s.id in kept} for s in found]
-        print_json([{**asdict(s), **mark} for s, mark in zip(found, marks, strict=True)])
-        return
-    table = Table(title=f"{len(found)} snapshots")
-    for name in ("id", "passages", "adapters", "forgotten", "recipe", ""):
-        table.add_column(name, justify="right" if name in ("passages", "adapters", "forgotten") else "left")
-    for s in found:
-        marked = {"in service": s.id == serving, "pinned": s.id in pins, "old": s.id not in kept}
-        notes = ", ".join(word for word, holds in marked.items() if holds)
-        table.add_row(s.id, f"{s.passages:,}", f"{s.adapters:,}", f"{len(s.tombstones):,}", s.recipe, notes)
-    out.print(table)
-
-
-@snapshots_app.command()
-def show(
-    snapshot: Annotated[
-        str | None, typer.Argument(help="Its id, or the beginning; default: the one in service.")
-    ] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show all that a snapshot names."""
-    from prag_core.snapshot import load_snapshot
-
-    store = _open(load_config(config, set_ or []))
-    found = load_snapshot(store, _whole_id(store, snapshot) if snapshot else None)
-    if as_json:
-        print_json(asdict(found))
-        return
-    names = {**asdict(found), "ledger_parts": found.ledger_parts, "tombstones": found.tombstones}
-    print_rows(
-        f"Snapshot {found.id}",
-        [(name, "\n".join(_cut(value)) if isinstance(value, tuple) else str(value)) for name, value in names.items()],
-    )
-
-
-@snapshots_app.command()
-def rollback(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
-) -> None:
-    """Put another snapshot, older or newer, into service. What was forgotten stays forgotten."""
-    from prag_core import snapshot as snapshots
-
-    store = _open(load_config(config, set_ or []))
-    serving = snapshots.rollback(store, _whole_id(store, snapshot)).id
-    _say(as_json, {"serving": serving}, f"snapshot {serving} is in service")
-
-
-@snapshots_app.command()
-def pin(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
-) -> None:
-    """Keep a snapshot, and all that it names, whatever its age."""
-    from prag_core import snapshot as snapshots
-
-    store = _open(load_config(config, set_ or []))
-    id = _whole_id(store, snapshot)
-    snapshots.pin(store, id)
-    _say(as_json, {"pinned": list(snapshots.pinned(store))}, f"snapshot {id} is pinned")
-
-
-@snapshots_app.command()
-def unpin(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
-) -> None:
-    """Let a snapshot go with its age again."""
-    from prag_core import snapshot as snapshots
-
-    store = _open(load_config(config, set_ or []))
-    id = _whole_id(store, snapshot)
-    snapshots.unpin(store, id)
-    _say(as_json, {"pinned": list(snapshots.pinned(store))}, f"snapshot {id} is pinned no more")
-
-
 def _open(settings: Config) -> Store:
     from prag_core.store import open_store
 
     return open_store(settings)
-
-
-def _whole_id(store: Store, beginning: str) -> str:
-    ids = [name.removeprefix("snapshots/").removesuffix(".json") for name in store.list("snapshots", ".json")]
-    found = [id for id in ids if id.startswith(beginning)]
-    if beginning in found or len(found) == 1:
-        return beginning if beginning in found else found[0]
-    if found:
-        raise InputError(f"{len(found)} snapshots begin with {beginning!r}", "write more of the id")
-    raise InputError(f"store = {store.url!r} has no snapshot {beginning!r}", "see `prag snapshots list`")
-
-
-def _say(as_json: bool, document: dict[str, Any], words: str) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        out.print(words, highlight=False)
 
 
 def _show_findings(findings: Sequence[Finding]) -> None:
@@ -426,7 +318,3 @@ def _show_findings(findings: Sequence[Finding]) -> None:
     out.print(table)
     if len(findings) > _SHOWN:
         out.print(f"… and {len(findings) - _SHOWN:,} more; see --json")
-
-
-def _cut(names: Sequence[str]) -> list[str]:
-    return [*names[:_SHOWN], *([f"… and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else [])] or ["none"]
