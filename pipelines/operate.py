@@ -61,10 +61,11 @@ def mend(config: Config, console: Console, *, full: bool, run: bool, take_over: 
     from pipelines.job import run_job
 
     store = open_store(config)
-    verified = verify(config, console, full=full)
-    if not verified.findings:
-        return Mended(verified, None, None)
+    # Under the lease from the first look on: nobody compacts or collects what is found meanwhile.
     with hold_lease(store, _name("repair"), take_over=take_over) as lease:
+        verified = verify(config, console, full=full)
+        if not verified.findings:
+            return Mended(verified, None, None)
         lease.check()
         repaired = repair(store, verified.findings)
     report = run_job(config, console).to_json() if run else None
