@@ -26,10 +26,11 @@ from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
 from prag_core.adapter_store import AdapterStore, put_start
 from prag_core.config import Config, dump_config
+from prag_core.garbage import RunInputs, put_inputs
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.lora import LoraLayout
 from prag_core.recipe import Recipe
-from prag_core.snapshot import current_id, make_snapshot, publish
+from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.store import Store, open_store
 
 
@@ -120,8 +121,12 @@ def _stages(
     begun: float,
 ) -> RunReport:
     run = progress.run
+    # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
+    serving = current_id(store)
+    forgotten = load_snapshot(store, serving).tombstones if serving else ()
     # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
-    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run), progress)
+    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
+    put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
@@ -152,8 +157,9 @@ def _stages(
         ledger_parts=tuple(AdapterStore(store, recipe, layout).ledger_parts()),
         passages=corpus.count,
         adapters=adapters,
+        tombstones=forgotten,
     )
-    publish(store, snapshot)
+    publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,
         snapshot=current_id(store) or "",
@@ -165,7 +171,7 @@ def _stages(
     return result
 
 
-def _read_corpus(config: Config, store: Store, profile: Profile, run: str) -> ingest.Corpus:
-    corpus = ingest.ingest(config.corpus, profile.partitions)
+def _read_corpus(config: Config, store: Store, profile: Profile, run: str, forgotten: tuple[str, ...]) -> ingest.Corpus:
+    corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
     ingest.store_corpus(store, corpus, run)
     return corpus

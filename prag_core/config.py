@@ -204,6 +204,7 @@ class StorageConfig(_Strict):
     timeout_s: float = Field(30.0, gt=0, description="How long the store may take to connect or to answer.")
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     shard_mb: float = Field(128.0, gt=0, description="Size of a full shard of adapters, in millions of bytes.")
+    keep_snapshots: int = Field(5, ge=1, description="`prag gc` keeps so many of the newest snapshots.")
 
 
 class Config(_Strict):
