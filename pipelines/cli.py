@@ -1,8 +1,7 @@
-"""The command line: `prag plan`, `run`, `ask`, `status`, `rejects`, `demo`."""
+"""The command line: `prag plan`, `run`, `ask`, `status`, `rejects`, `demo`; more in `cli_evaluate`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -10,13 +9,14 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.cli_evaluate import register as register_evaluation
+from pipelines.options import DEFAULT_CONFIG, ConfigOption, JsonOption, SetOption, result_only
 from prag_core.config import Config, load_config
 from prag_core.errors import PragError
 from prag_core.records import MODES, Answer, Mode, Reject, Weights
@@ -37,28 +37,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="The YAML configuration.", envvar="PRAG_CONFIG", show_default=True)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting, e.g. `--set train.epochs=4`. May be given again."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
-
-_DEFAULT_CONFIG = Path("examples/demo.yaml")
 _progress_to = Console(stderr=True)
-# Bound to the real standard output, see `_result_only`.
+# Bound to the real standard output, see `result_only`.
 _out = Console(file=sys.stdout)
 
 
 @app.command()
-def plan(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Say what `prag run` would do: passages, duplicates, tokens, time and bytes. Spends nothing."""
     from pipelines.plan import make_plan
 
     settings = load_config(config, set_ or [])
-    with _result_only():
+    with result_only():
         made = make_plan(settings)
     if as_json:
         _print_json(made.to_json())
@@ -83,7 +73,7 @@ def plan(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json
 
 @app.command()
 def run(
-    config: ConfigOption = _DEFAULT_CONFIG,
+    config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
@@ -97,7 +87,7 @@ def run(
     from pipelines.job import run_job
 
     settings = load_config(config, set_ or [])
-    with _result_only():
+    with result_only():
         report = run_job(settings, _progress_to, take_over=take_over)
     if as_json:
         _print_json(report.to_json())
@@ -123,7 +113,7 @@ def run(
 @app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
-    config: ConfigOption = _DEFAULT_CONFIG,
+    config: ConfigOption = DEFAULT_CONFIG,
     mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Passages to retrieve.")] = None,
     weights: Annotated[str | None, typer.Option(help="How adapters are added: sum, mean or score.")] = None,
@@ -140,7 +130,7 @@ def ask(
     overrides += [f"answer.{name}={value}" for name, value in (("mode", mode), ("weights", weights)) if value]
     overrides += [f"answer.top_k={top_k}"] if top_k else []
     settings = load_config(config, overrides)
-    with _result_only():
+    with result_only():
         answers = _ask(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
     if as_json:
         _print_json([asdict(answer) for answer in answers])
@@ -158,7 +148,7 @@ def _ask(config: Config, question: str, modes: tuple[Mode, ...], snapshot: str |
 
 
 @app.command()
-def status(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def status(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Show what the store holds: the snapshot in service, and the last runs."""
     from prag_core.snapshot import current_id, load_snapshot
     from prag_core.store import open_store
@@ -196,7 +186,7 @@ def status(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None, as_js
 
 @app.command()
 def rejects(
-    config: ConfigOption = _DEFAULT_CONFIG,
+    config: ConfigOption = DEFAULT_CONFIG,
     stage: Annotated[str | None, typer.Option(help="Only of this stage: corpus, augment or train.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="How many to list one by one.")] = 20,
     set_: SetOption = None,
@@ -226,7 +216,7 @@ def rejects(
 
 
 @app.command()
-def demo(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None) -> None:
+def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
     """Run the main job on the example corpus, then ask its questions in every mode and print the table.
 
     The last line is one JSON object with the counts, F1 by mode and seconds by stage.
@@ -234,14 +224,9 @@ def demo(config: ConfigOption = _DEFAULT_CONFIG, set_: SetOption = None) -> None
     from pipelines.demo import run_demo
 
     settings = load_config(config, set_ or [])
-    with _result_only():
+    with result_only():
         result = run_demo(settings, _out)
     _print_json(result)
-
-
-def _result_only() -> contextlib.AbstractContextManager[Any]:
-    """Within this context, what libraries print goes to standard error: standard output is for the result alone."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _show_answers(answers: list[Answer]) -> None:
@@ -298,6 +283,9 @@ def _duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+register_evaluation(app, _out, _progress_to)
 
 
 def main() -> None:

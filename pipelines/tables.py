@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +103,13 @@ def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -
 
     Ray Data forgets the columns of a dataset without rows, so that one could not be joined.
     """
-    parts = [{"part": part} for part in store.list(folder, ".parquet")]
-    if not parts:
-        return None
-    return _tasks(parts, partitions).map_batches(
+    parts = store.list(folder, ".parquet")
+    return read_these(store, parts, columns, partitions) if parts else None
+
+
+def read_these(store: Store, parts: Sequence[str], columns: list[str], partitions: int) -> ray.data.Dataset:
+    """Read columns of named Parquet parts, of which there must be at least one."""
+    return _tasks([{"part": part} for part in parts], partitions).map_batches(
         _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "columns": columns}
     )
 

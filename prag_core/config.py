@@ -114,6 +114,9 @@ class TrainConfig(_Strict):
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
     start: str | None = Field(None, description="A PEFT adapter folder that every adapter starts from (a warm-up).")
+    without: Literal["", "rewrites", "qa", "both"] | None = Field(
+        None, description="The paper's ablation: train without the rewrites, without the questions, or on the text."
+    )
     seed: int | None = None
 
 
