@@ -373,11 +373,12 @@ def _request(ask: Ask) -> Request:
 
 def _reply(ask: Ask, answer: Answer | PromptTooLongError) -> Reply:
     if isinstance(answer, PromptTooLongError):
-        return Reply(ask.id, "", 0, 0, 0.0, 0.0, 0.0, 0.0, failed=answer.message)
+        return Reply(ask.id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, failed=answer.message)
     ms = answer.milliseconds
     return Reply(
         id=ask.id,
         text=answer.text,
+        reasoning=answer.reasoning,
         prompt_tokens=answer.prompt_tokens,
         new_tokens=answer.new_tokens,
         fetch_ms=ms["fetch"],

@@ -82,10 +82,15 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A stored answer to an `Ask`, by its id. `notes` are why adapters were not used; `failed` why there is no text."""
+    """A stored answer to an `Ask`, by its id.
+
+    `reasoning` is all that the model wrote where it reasons before its answer. `notes` are why adapters were not used;
+    `failed` is why there is no text.
+    """
 
     id: str
     text: str
+    reasoning: str
     prompt_tokens: int
     new_tokens: int
     fetch_ms: float

@@ -26,13 +26,14 @@ from prag_core.metrics import (
 from prag_core.recipe import Recipe
 from prag_core.snapshot import Snapshot
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "f1": f1,
-    "em": exact_match,
-    "contains": contains_answer,
-    "hotpot_f1": hotpot_f1,
-    "paper_f1": paper_f1,
-    "paper_em": paper_exact_match,
+_Answers = Sequence[str]
+METRICS: dict[str, Callable[[Reply, _Answers], float]] = {
+    "f1": lambda reply, answers: f1(reply.text, answers),
+    "em": lambda reply, answers: exact_match(reply.text, answers),
+    "contains": lambda reply, answers: contains_answer(reply.text, answers),
+    "hotpot_f1": lambda reply, answers: hotpot_f1(reply.text, answers),
+    "paper_f1": lambda reply, answers: _as_paper(paper_f1, reply, answers),
+    "paper_em": lambda reply, answers: _as_paper(paper_exact_match, reply, answers),
 }
 # The claims that an evaluation is there to test, as differences; only those whose columns were asked.
 DIFFERENCES = (
@@ -83,7 +84,7 @@ class Evaluation:
             if metric == "judge":
                 values = [(self.verdicts or {})[question.id, id] for id in ids]
             else:
-                values = [METRICS[metric](self.replies[id].text, question.answers) for id in ids]
+                values = [METRICS[metric](self.replies[id], question.answers) for id in ids]
             scored.append(_mean(values))
         return scored
 
@@ -234,6 +235,10 @@ def _examples(
         return shown
 
     return {"left": left, "right": right, "won": most(1), "lost": most(-1)}
+
+
+def _as_paper(metric: Callable[..., float], reply: Reply, answers: _Answers) -> float:
+    return metric(reply.reasoning or reply.text, answers, chain_of_thought=bool(reply.reasoning))
 
 
 def _mean(values: Sequence[float]) -> float:
