@@ -1,4 +1,4 @@
-"""The commands around quality: `prag evaluate`, `import-augmentations`, `export-augmentations`."""
+"""The commands around quality: `prag evaluate`, `warmup`, `import-augmentations`, `export-augmentations`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from pipelines.options import DEFAULT_CONFIG, ConfigOption, JsonOption, SetOptio
 from prag_core.config import load_config
 from prag_core.errors import ConfigError
 from prag_core.records import MODES, Weights
+
+if TYPE_CHECKING:
+    from prag_core.datasets import Question
 
 T = TypeVar("T")
 # Sets that come with the project.
@@ -59,7 +62,6 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         from pipelines.evaluation_report import print_report, write_report
         from pipelines.judging import judge
         from prag_core.config import EndpointConfig
-        from prag_core.datasets import FORMATS, read_questions
         from prag_core.evaluate import CONTROLS, EvaluationPlan, Retrieval, Wrong
         from prag_core.identity import fingerprint
         from prag_core.llm_openai import OpenAIGenerator
@@ -79,9 +81,7 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
             task_passages=task_passages,
             task_rounds=task_rounds,
         )
-        form, colon, path = dataset.partition(":")
-        form, path = (form, path) if colon and form in FORMATS else ("", dataset)
-        questions = read_questions(str(_NAMED.get(path, path)), form)
+        questions = _questions(dataset)
         described = {"name": dataset, "questions": len(questions), "digest": fingerprint([q.id for q in questions])}
         if split is not None:
             questions = [question for question in questions if question.split == split]
@@ -97,6 +97,52 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         print_report(made, out)
         out.print(f"written: {report / 'report.json'} and {report / 'report.html'}")
         _print_json(out, headline(made))
+
+    @app.command()
+    def warmup(
+        data: Annotated[str, typer.Argument(help="Questions to train on: a file, or FORM:FILE.")],
+        config: ConfigOption = DEFAULT_CONFIG,
+        exclude: Annotated[
+            list[str] | None, typer.Option(help="Questions that will be evaluated: none of these is trained on.")
+        ] = None,
+        learning_rate: Annotated[float, typer.Option(min=0)] = 3e-4,
+        epochs: Annotated[int, typer.Option(min=1)] = 1,
+        batch: Annotated[int, typer.Option(min=1, help="Questions a step, of all workers together.")] = 8,
+        seed: int = 0,
+        workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
+        limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+        export: Annotated[Path | None, typer.Option(help="Write it as a PEFT adapter folder, too.")] = None,
+        set_: SetOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Train initial weights for a recipe on questions that overlap with nothing, and store them by fingerprint.
+
+        Use them with `--set train.start=NAME`: every adapter then starts from them.
+        """
+        from dataclasses import asdict
+
+        from pipelines.warmup import run_warmup
+        from prag_core.warmup import WarmupSettings
+
+        others = [question for name in exclude or [] for question in _questions(name)]
+        settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed)
+        with result_only():
+            made = run_warmup(
+                load_config(config, set_ or []),
+                _questions(data)[:limit],
+                others,
+                settings,
+                progress_to,
+                workers=workers,
+                export=export,
+            )
+        if as_json:
+            _print_json(out, asdict(made))
+            return
+        out.print(
+            f"{made.questions} questions ({made.left_out} left out for overlap); loss {made.first_loss:.3f} → "
+            f"{made.last_loss:.3f}\nuse it with: --set train.start={made.start}"
+        )
 
     @app.command("import-augmentations")
     def import_augmentations(
@@ -140,6 +186,14 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         with result_only():
             count = export_from_store(load_config(config, set_ or []), file, form, snapshot, progress_to)
         out.print(f"{file}: {count} augmentations")
+
+
+def _questions(name: str) -> list[Question]:
+    from prag_core.datasets import FORMATS, read_questions
+
+    form, colon, path = name.partition(":")
+    form, path = (form, path) if colon and form in FORMATS else ("", name)
+    return read_questions(str(_NAMED.get(path, path)), form)
 
 
 def _one(option: str, value: str, known: tuple[T, ...]) -> T:

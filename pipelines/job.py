@@ -18,14 +18,14 @@ from pipelines import augment, index, ingest, parameterize
 from pipelines.report import StageReport
 from pipelines.tables import survey
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
+from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start, start_fingerprint
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
 from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
 from prag_core.lease import Lease, hold_lease
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.lora import LoraLayout, check_factors, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.retrieval import find_jdk
@@ -77,7 +77,9 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     folder = resolve_model(config.model.name)
     layout, _ = find_targets(model_skeleton(folder), train)
     if config.train.start:
-        train = replace(train, start=start_fingerprint(import_peft(layout, Path(config.train.start))))
+        start = config.train.start
+        named = is_start_name(start)
+        train = replace(train, start=start if named else start_fingerprint(import_peft(layout, Path(start))))
     base_model = model_fingerprint(folder)
     augmenting = augment_recipe(config.augment, augment.generator_fingerprint(config, base_model))
     return Recipe(base_model, augmenting, train), layout
@@ -123,7 +125,9 @@ def _run(
     run, profile = lease.record.run, PROFILES[config.run.profile]
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
-    if config.train.start:
+    if config.train.start and is_start_name(config.train.start):
+        check_factors(layout, get_start(store, config.train.start), f"start {config.train.start}")
+    elif config.train.start:
         put_start(store, layout, import_peft(layout, Path(config.train.start)))
     stages: list[StageReport] = []
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
