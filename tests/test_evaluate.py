@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_augmentation, make_passage
-from test_job import Workspace
+from published import publish_passages
 from test_lora import random_adapter
 
 from pipelines.evaluation_report import html_page, write_report
@@ -342,8 +342,7 @@ def test_f1_against_k_is_drawn() -> None:
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
-    passages = [make_passage(n) for n in range(6)]
-    work = Workspace(tmp_path, passages)
+    work = publish_passages(tmp_path, [make_passage(n) for n in range(6)])
     lines = [
         {
             "id": f"q{i}{j}",
@@ -356,7 +355,6 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
     ]
     lines.append({"id": "elsewhere", "question": "Who?", "answers": ["x"], "passage_id": "p77"})
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    work.run("run", "-c", "config.yaml")
     command = ["evaluate", "-c", "config.yaml", "--dataset", "questions.jsonl", "--top-k", "1", "--seeds", "1"]
     command += [
         "--set",
