@@ -16,6 +16,7 @@ from pipelines.tables import Survey, set_threads, with_passages
 from prag_core.augment import augment
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
+from prag_core.lease import check_holder
 from prag_core.llm import Generator, TransformersGenerator
 from prag_core.llm_openai import OpenAIGenerator
 from prag_core.models import load_base_model, model_fingerprint, resolve_model
@@ -71,6 +72,7 @@ class AugmentPassages:
         results += self._generate(lacking)
         made = [result for result in results if isinstance(result, Augmentation)]
         rejects = [replace(result, recipe=self._recipe.fingerprint) for result in results if isinstance(result, Reject)]
+        check_holder(self._store, self._run)
         if made:
             put_augmentations(self._store, self._recipe.fingerprint, made)
         put_rejects(self._store, self._run, rejects)
@@ -111,7 +113,7 @@ def run_augment(
     if total:
         missing = with_passages(before.keys("to_augment"), passages, profile.partitions)
         arguments = (config, store, recipe, run, profile.model_actors.threads)
-        outcomes = run_actors(AugmentPassages, arguments, missing, total, config.run.augment_batch, profile)
+        outcomes = run_actors(AugmentPassages, arguments, missing, config.run.augment_batch, profile)
         follow(outcomes, total, "augment", console, tally)
     return StageReport(
         stage="augment",

@@ -143,7 +143,7 @@ def _run(
         # 3. Train and store.
         if missing.counts["to_augment"]:
             missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = parameterize.run_train(config, store, profile, recipe, corpus.passages, missing, run, console)
+        report = parameterize.run_train(config, store, profile, recipe, layout, corpus.passages, missing, run, console)
         stages.append(_finish(store, run, stages, report, console))
         adapters = report.done
         # 4. Index.

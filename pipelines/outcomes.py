@@ -66,13 +66,13 @@ def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
 
 
 def run_actors(
-    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, profile: Profile
+    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, batch: int, profile: Profile
 ) -> ray.data.Dataset:
-    """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
+    """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
-    One block is one batch: what a block gives is seen when the block is done, and lost if it is not.
+    One block is one batch of `batch` passages: what a block gives is seen when the block is done.
     """
-    return missing.repartition(-(-total // batch)).map_batches(
+    return missing.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
         actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **profile.pool()
     )
 

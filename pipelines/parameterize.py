@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,14 +14,21 @@ from cluster.resources import Profile
 from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
-from prag_core.adapter_store import AdapterStore, get_start
+from prag_core.adapter_io import adapter_size_bytes
+from prag_core.adapter_store import AdapterStore, Batch, get_start
 from prag_core.config import Config
 from prag_core.examples import training_examples
+from prag_core.lease import check_holder
+from prag_core.lora import LoraLayout
 from prag_core.models import load_base_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, Passage, Reject, from_table, schema
+from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
-from prag_core.trainer import Trainer, TrainingJob
+from prag_core.trainer import TrainedAdapter, Trainer, TrainingJob
+
+# A task is lost with the actor that does it, shows its progress at its end, and is what the actors of a pool share:
+# each should get some, even when they do not fill their shards.
+_TASKS_AN_ACTOR = 8
 
 # What can be done about each way in which training fails.
 _DETAIL = {
@@ -30,7 +38,7 @@ _DETAIL = {
 
 
 class TrainAdapters:
-    """The actor of this stage: holds the frozen model, trains a batch, commits its shard and ledger part."""
+    """The actor of this stage: holds the frozen model, trains a batch, commits its shards and ledger parts."""
 
     def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
         set_threads(profile.model_actors.threads)
@@ -38,14 +46,22 @@ class TrainAdapters:
         start = get_start(store, recipe.train.start) if recipe.train.start else None
         self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)
+        self._a_shard = adapters_a_shard(config, self._trainer.layout)
+        self._commit_every_s = config.run.commit_every_s
         self._tokenizer = base.tokenizer
         self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
         self._run = run
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Train a batch of passages; give back one outcome each."""
+        """Train a batch of passages; give back one outcome each.
+
+        What another attempt at the batch committed, before its process died, is not trained again.
+        """
         recipe = self._adapters.recipe
         digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
+        batch = sorted(digests.items())
+        rows = self._adapters.committed(batch)
+        earlier = {row.key for row in rows}
         sources = {}
         jobs = []
         rejects = []
@@ -54,18 +70,25 @@ class TrainAdapters:
             rejects.append(Reject("train", reason, detail, sources[key], key, recipe=recipe.fingerprint))
 
         for passage, augmentation in _passages_and_augmentations(table):
+            if passage.key in earlier:
+                continue
             sources[passage.key] = passage.sources[0]
             examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
             if examples:
                 jobs.append(TrainingJob(passage.key, examples))
             else:
                 give_up(passage.key, "nothing_to_train", "train.max_tokens cuts off each answer; raise it")
-        trained = list(self._trainer.train(jobs, tokens_per_step=self._tokens_per_step))
-        good = [(adapter, digests[adapter.key]) for adapter in trained if adapter.factors is not None]
-        for adapter in trained:
+        waiting: list[tuple[TrainedAdapter, str]] = []
+        since = time.monotonic()
+        for adapter in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
             if adapter.factors is None:
                 give_up(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
-        rows = self._adapters.commit(good) if good else []
+            else:
+                waiting.append((adapter, digests[adapter.key]))
+            if len(waiting) >= self._a_shard or time.monotonic() - since >= self._commit_every_s:
+                rows += self._commit(waiting, batch)
+                waiting, since = [], time.monotonic()
+        rows += self._commit(waiting, batch)
         put_rejects(self._adapters.store, self._run, rejects)
         yield outcome_table(
             [
@@ -73,6 +96,23 @@ class TrainAdapters:
                 *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
             ]
         )
+
+    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], batch: Batch) -> list[LedgerRow]:
+        if not adapters:
+            return []
+        check_holder(self._adapters.store, self._run)
+        return self._adapters.commit(adapters, batch)
+
+
+def adapters_a_shard(config: Config, layout: LoraLayout) -> int:
+    """Return how many adapters fill a shard."""
+    return max(1, int(config.storage.shard_mb * 1e6) // adapter_size_bytes(layout, config.storage.adapter_dtype))
+
+
+def passages_a_task(total: int, config: Config, profile: Profile, layout: LoraLayout) -> int:
+    """Return how many passages a training task takes: a shard's, or fewer where all actors would not have enough."""
+    share = -(-total // (_TASKS_AN_ACTOR * profile.model_actors.most))
+    return min(adapters_a_shard(config, layout), max(config.run.train_batch, share))
 
 
 def _add_length(table: pa.Table) -> pa.Table:
@@ -95,6 +135,7 @@ def run_train(
     store: Store,
     profile: Profile,
     recipe: Recipe,
+    layout: LoraLayout,
     passages: ray.data.Dataset,
     before: Survey,
     run: str,
@@ -109,7 +150,8 @@ def run_train(
         # Like lengths together in a batch: padding is computed like any token.
         missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
         arguments = (config, store, recipe, run, profile)
-        outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
+        batch = passages_a_task(total, config, profile, layout)
+        outcomes = run_actors(TrainAdapters, arguments, missing, batch, profile)
         follow(outcomes, total, "train", console, tally)
     return StageReport(
         stage="train",

@@ -7,18 +7,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import pyarrow as pa
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum
+from prag_core.identity import checksum, fingerprint
+from prag_core.ledger import LedgerColumns, Located
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store import Store
 from prag_core.trainer import TrainedAdapter
+
+# What one task is to train: the keys of its passages, each with the digest of its augmentation.
+Batch = Sequence[tuple[str, str]]
 
 
 class AdapterStore:
@@ -44,8 +47,19 @@ class AdapterStore:
         if not self.store.exists(name):
             self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
 
-    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]]) -> list[LedgerRow]:
+    def committed(self, batch: Batch) -> list[LedgerRow]:
+        """Return what an earlier attempt at this very batch committed; mostly nothing.
+
+        Raises:
+            StoreError: when the store cannot be read.
+        """
+        parts = self.store.list(self._ledger_of(batch), ".parquet")
+        return from_table(LedgerRow, self.store.get_table(LedgerRow, parts))
+
+    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], batch: Batch = ()) -> list[LedgerRow]:
         """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
+
+        `batch` is all that their task is to train; under it, `committed` finds what was stored of it.
 
         Raises:
             AdapterError: when one does not fit the layout; nothing is stored then.
@@ -79,14 +93,18 @@ class AdapterStore:
             for place, (adapter, digest) in zip(placed, adapters, strict=True)
         ]
         self.store.put(shard, data)
-        self.store.put_table(f"{self.folder}/ledger", to_table(LedgerRow, rows))
+        self.store.put_table(self._ledger_of(batch), to_table(LedgerRow, rows))
         return rows
+
+    def _ledger_of(self, batch: Batch) -> str:
+        folder = f"{self.folder}/ledger"
+        return f"{folder}/{fingerprint([list(item) for item in sorted(batch)])}" if batch else folder
 
     def ledger_parts(self) -> list[str]:
         """Return the names of the ledger parts that there are now."""
         return self.store.list(f"{self.folder}/ledger", ".parquet")
 
-    def fetch(self, row: LedgerRow) -> dict[str, Tensor]:
+    def fetch(self, row: LedgerRow | Located) -> dict[str, Tensor]:
         """Return one adapter's factors by one ranged read, verified.
 
         Raises:
@@ -134,27 +152,15 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def latest_rows(table: pa.Table) -> dict[str, int]:
-    """Return the position of each key's latest ledger row: a changed augmentation adds a row, it edits none."""
-    keys = table.column("key").to_pylist()
-    created = table.column("created").to_pylist()
-    latest: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        if key not in latest or created[position] > created[latest[key]]:
-            latest[key] = position
-    return latest
-
-
 class LedgerSource:
-    """Adapters by key, as the ledger parts of a snapshot name them."""
+    """Adapters by key, as the ledger parts of a snapshot name them; see `LedgerColumns`."""
 
     def __init__(self, adapters: AdapterStore, parts: Sequence[str]) -> None:
         self._adapters = adapters
-        self._table = adapters.store.get_table(LedgerRow, parts)
-        self._positions = latest_rows(self._table)
+        self._ledger = LedgerColumns(adapters.store, parts)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._positions
+        return self._ledger.find(key) is not None
 
     def get(self, key: str) -> dict[str, Tensor]:
         """Return the verified factors of a passage.
@@ -162,9 +168,10 @@ class LedgerSource:
         Raises:
             AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
         """
-        if key not in self._positions:
+        located = self._ledger.find(key)
+        if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
-        return self._adapters.fetch(from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0])
+        return self._adapters.fetch(located)
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:

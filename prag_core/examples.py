@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.prompts import answer_messages, answer_prefix, answer_target, passage_text
+from prag_core.prompts import Role, answer_messages, answer_prefix, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Template
 
@@ -21,13 +21,23 @@ class TrainingExample:
 
 
 def question_ids(
-    tokenizer: Any, question: str, passages: Sequence[str] = (), template: Template = "direct"
+    tokenizer: Any,
+    question: str,
+    passages: Sequence[str] = (),
+    *,
+    history: Sequence[tuple[Role, str]] = (),
+    template: Template = "direct",
 ) -> list[int]:
-    """Return the token ids that ask a question and open the assistant's turn, as training and answering do."""
-    text = tokenizer.apply_chat_template(
-        answer_messages(question, passages, template), tokenize=False, add_generation_prompt=True
+    """Return the token ids that ask a question and open the assistant's turn, as training and answering do.
+
+    What looks like a token of the chat template in a question, a passage or an earlier turn is read as text.
+    """
+    ids: list[int] = tokenizer.apply_chat_template(
+        answer_messages(question, passages, history=history, template=template),
+        add_generation_prompt=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
     )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 
@@ -56,7 +66,7 @@ def training_examples(
         return _text_examples(tokenizer, passage, augmentation, recipe)
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
-        question = question_ids(tokenizer, pair.question, [context] if context else [], recipe.template)
+        question = question_ids(tokenizer, pair.question, [context] if context else [], template=recipe.template)
         answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
         if recipe.eos:
             answer.append(tokenizer.eos_token_id)

@@ -38,7 +38,8 @@ class LeaseRecord:
     """What `runs/lease.json` says. Times are in seconds since the epoch, by the holder's clock.
 
     `token` is the holder's own, so that no two records are alike. `machine` tells whether its process could be
-    seen from another one; empty where the system does not say.
+    seen from another one, and `started` when that began, so that a later process of the same number is not taken
+    for it; both are empty where the system does not say.
     """
 
     token: str
@@ -50,6 +51,7 @@ class LeaseRecord:
     heartbeat: float
     ttl_s: float
     released: bool = False
+    started: str = ""
 
     @property
     def expires(self) -> float:
@@ -155,6 +157,7 @@ def acquire_lease(
         since=now,
         heartbeat=now,
         ttl_s=ttl_s,
+        started=_process(os.getpid())[1],
     )
     before, held = _read(store)
     if held is not None and not (take_over or held.released or _is_over(held, now, skew_s)):
@@ -185,6 +188,24 @@ def hold_lease(
         lease.check()
     finally:
         lease.release()
+
+
+def check_holder(store: Store, run: str) -> None:
+    """Do nothing unless the store's lease names another run than `run`: for whoever works for a run elsewhere.
+
+    An actor whose driver was killed, and whose cluster did not notice yet, so stores nothing any more once another
+    run has taken the lease.
+
+    Raises:
+        LeaseError: when another run has the lease.
+        StoreError: when the lease cannot be read.
+    """
+    record = read_lease(store)
+    if record is not None and record.run != run:
+        raise LeaseError(
+            f"store = {store.url!r}: the lease of run {run} was taken over by {_describe(record)}",
+            "let that run go on; what this one has committed stays, and running again resumes",
+        )
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
@@ -224,7 +245,18 @@ def _is_dead(record: LeaseRecord) -> bool:
         return True
     except OSError:
         return False
-    return False
+    state, started = _process(record.pid)
+    # A process that was killed keeps its number until its parent asks for it, and then another may get it.
+    return state in ("Z", "X") or bool(record.started and started and record.started != started)
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """Return a process's state (a letter) and when it began (in ticks since the machine did), or empty strings."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
 
 
 def _machine() -> str:

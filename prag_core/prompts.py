@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from prag_core.records import Passage, QAPair, Template
 
 # Raised whenever a template's words change: it is part of every recipe.
 PROMPT_VERSION = 1
+
+Role = Literal["system", "user", "assistant"]
 
 ANSWER_PREFIX = "The answer is"
 REASONING_PREFIX = "Answer:"
@@ -55,12 +58,18 @@ def question_text(question: str) -> str:
     return question.strip().rstrip("?").rstrip() + "?"
 
 
-def answer_messages(question: str, passages: Sequence[str] = (), template: Template = "direct") -> list[dict[str, str]]:
-    """Return the chat messages that ask a question, with or without passages before it."""
+def answer_messages(
+    question: str,
+    passages: Sequence[str] = (),
+    *,
+    history: Sequence[tuple[Role, str]] = (),
+    template: Template = "direct",
+) -> list[dict[str, str]]:
+    """Return the chat messages that ask a question, after the turns before it, with or without passages."""
     listed = "".join(f"Passage {i}: {text}\n" for i, text in enumerate(passages, start=1))
     words = _ANSWER if template == "direct" else _REASON
     content = words.format(worked=_WORKED, passages=listed, question=question_text(question))
-    return [{"role": "user", "content": content}]
+    return [*({"role": role, "content": text} for role, text in history), {"role": "user", "content": content}]
 
 
 def answer_prefix(template: Template = "direct") -> str:

@@ -23,6 +23,7 @@ Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 Weights = Literal["sum", "mean", "score"]
 Template = Literal["direct", "chain_of_thought"]
+Finish = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,9 @@ class UsedPassage:
 class Answer:
     """An answer with everything that led to it.
 
-    `reasoning` is all that the model wrote, where the template lets it reason before `text`. `milliseconds` are by
-    step: retrieve, fetch, inject, …
+    `reasoning` is all that the model wrote, where the template lets it reason before `text`. `finish` says why it
+    ended: `stop` (the model's end of turn, a line end, a stop text), `length`, or `error`: it is empty then, and
+    `error` says why. `milliseconds` are by step: retrieve, fetch, inject, …
     """
 
     question: str
@@ -148,6 +150,8 @@ class Answer:
     prompt_tokens: int = 0
     new_tokens: int = 0
     snapshot: str = ""
+    finish: Finish = "stop"
+    error: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -102,13 +102,25 @@ class S3Objects:
         Raises:
             OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
         """
+        return self._info(path) is not None
+
+    def size(self, path: str) -> int | None:
+        """Return an object's bytes in number, or None when there is no such object.
+
+        Raises:
+            OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
+        """
+        info = self._info(path)
+        return int(info["size"]) if info is not None and info["type"] == "file" else None
+
+    def _info(self, path: str) -> Mapping[str, Any] | None:
         try:
-            self._fs.info(path)
+            info: Mapping[str, Any] = self._fs.info(path)
         except FileNotFoundError as error:
             if _code(error) == "NoSuchBucket":
                 raise
-            return False
-        return True
+            return None
+        return info
 
     def honours_conditions(self, path: str) -> bool:
         """Whether writing `path`, which exists, is refused on the condition that it does not.

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from prag_core.errors import LeaseError
-from prag_core.lease import LEASE, Lease, LeaseRecord, acquire_lease, hold_lease, read_lease
+from prag_core.lease import LEASE, Lease, LeaseRecord, acquire_lease, check_holder, hold_lease, read_lease
 from prag_core.store import Store
 
 TTL_S = 1.0
@@ -156,12 +156,35 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> Non
     write(store, replace(record, machine="another"))
     with pytest.raises(LeaseError):
         acquire_lease(store, "run-2")
-    write(store, replace(record, pid=os.getppid()))
+    write(store, replace(record, pid=os.getppid(), started=""))
     with pytest.raises(LeaseError):
         acquire_lease(store, "run-2")
-    write(store, record)
-    with hold_lease(store, "run-2"):
-        pass
+    # A process that lives here now, but began at another time than the holder, is not the holder.
+    for gone in (record, replace(record, pid=os.getppid())):
+        write(store, gone)
+        with hold_lease(store, "run-2"):
+            pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which processes can be seen")
+def test_a_killed_process_that_nobody_asked_for_is_dead(store: Store) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with hold_lease(store, "run-1") as lease:
+        write(store, replace(lease.record, pid=process.pid, started="", token="its own"))
+        with pytest.raises(LeaseError):
+            acquire_lease(store, "run-2")
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and stays a zombie
+        acquire_lease(store, "run-2").release()
+        process.communicate()
+
+
+def test_who_works_for_a_run_elsewhere_sees_that_another_has_the_lease(store: Store) -> None:
+    check_holder(store, "run-1")  # nobody ever took it
+    with hold_lease(store, "run-1"):
+        check_holder(store, "run-1")
+        with pytest.raises(LeaseError, match=r"the lease of run run-0 was taken over by run run-1: process"):
+            check_holder(store, "run-0")
 
 
 @pytest.mark.slow
