@@ -27,7 +27,7 @@ from prag_core.config import Config
 from prag_core.controls import ControlSource, task_job, task_sets
 from prag_core.datasets import Question, match_gold
 from prag_core.engine import Engine, Request, check_base_model
-from prag_core.errors import AdapterError, InputError, PromptTooLongError, StoreError
+from prag_core.errors import AdapterError, InputError, StoreError
 from prag_core.evaluate import (
     EVALUATION_VERSION,
     Ask,
@@ -338,7 +338,7 @@ class AnswerAsks:
             train,
             _NoRetriever(),
             source,
-            snapshot=snapshot.id,
+            snapshot=snapshot,
             max_new_tokens=config.answer.max_new_tokens,
             batch_size=config.answer.batch_size,
         )
@@ -348,32 +348,22 @@ class AnswerAsks:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Answer a batch; give back one outcome each."""
         asks = from_table(Ask, table)
-        requests = [_request(ask) for ask in asks]
-        try:
-            answers: list[Answer | PromptTooLongError] = [*self._engine.answer_batch(requests)]
-        except PromptTooLongError:  # one of them: the others have their answers
-            answers = [self._alone(request) for request in requests]
+        answers = self._engine.answer_batch([_request(ask) for ask in asks])
         replies = [_reply(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
         self._store.put_table(f"{self._folder}/replies", to_table(Reply, replies))
         return outcome_table([Outcome(reply.id) for reply in replies])
-
-    def _alone(self, request: Request) -> Answer | PromptTooLongError:
-        try:
-            return self._engine.answer(request)
-        except PromptTooLongError as error:
-            return error
 
 
 def _request(ask: Ask) -> Request:
     # As the plan named them, narrowed again: Arrow knows texts alone.
     mode = next(mode for mode in MODES if mode == ask.mode)
     weights: Weights = next(weights for weights in get_args(Weights) if weights == ask.weights)
-    return Request(ask.question, mode, len(ask.hits), weights, ask.hits)
+    return Request(ask.question, mode, max(1, len(ask.hits)), weights, ask.hits)
 
 
-def _reply(ask: Ask, answer: Answer | PromptTooLongError) -> Reply:
-    if isinstance(answer, PromptTooLongError):
-        return Reply(ask.id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, failed=answer.message)
+def _reply(ask: Ask, answer: Answer) -> Reply:
+    if answer.error:
+        return Reply(ask.id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, failed=answer.error)
     ms = answer.milliseconds
     return Reply(
         id=ask.id,
@@ -382,6 +372,7 @@ def _reply(ask: Ask, answer: Answer | PromptTooLongError) -> Reply:
         prompt_tokens=answer.prompt_tokens,
         new_tokens=answer.new_tokens,
         fetch_ms=ms["fetch"],
+        prompt_ms=ms["prompt"],
         inject_ms=ms["inject"],
         prefill_ms=ms["prefill"],
         decode_ms=ms["decode"],

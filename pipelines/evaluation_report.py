@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prag_core.summary import STEPS
+
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .7em;border-bottom:1px solid #ddd;"
@@ -103,9 +105,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
             [kind, str(of["n"]), *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in report["types"].items()
         ]
         tables.append(("F1 by question type", ["", "n", *columns], rows))
-    steps = ["retrieve", "fetch", "inject", "prefill", "decode"]
-    rows = [[name, *(f"{c['milliseconds'][step]:.1f}" for step in steps)] for name, c in columns.items()]
-    tables.append(("Milliseconds an answer, in batches", ["", *steps], rows))
+    rows = [[name, *(f"{c['milliseconds'][step]:.1f}" for step in STEPS)] for name, c in columns.items()]
+    tables.append(("Milliseconds an answer, in batches", ["", *STEPS], rows))
     if report["retrieval"]["n"]:
         found = report["retrieval"]
         rows = [[k, f"{value:.3f}", f"{found['any'][k]:.3f}"] for k, value in found["recall"].items()]
@@ -175,7 +176,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             point = (column["milliseconds"]["total"], column["f1"])
             axes.plot(*point, "o", color="#999999" if column["control"] else "#4878a8")
             axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
-        axes.set_xlabel("milliseconds an answer (retrieve, fetch, inject, prefill, decode)")
+        axes.set_xlabel(f"milliseconds an answer ({', '.join(STEPS)})")
         axes.set_ylabel("F1")
         axes.set_ylim(bottom=0)
         draw("F1 against latency", figure)

@@ -94,6 +94,7 @@ class Reply:
     prompt_tokens: int
     new_tokens: int
     fetch_ms: float
+    prompt_ms: float
     inject_ms: float
     prefill_ms: float
     decode_ms: float

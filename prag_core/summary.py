@@ -47,7 +47,7 @@ DIFFERENCES = (
     ("task_rag", "rag"),
 )
 _EXAMPLES = 5
-_STEPS = ("retrieve", "fetch", "inject", "prefill", "decode")
+STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _column(
     searched = column.mode != "closed" and evaluation.plan.retrieval == "bm25"
     per_step = {
         "retrieve": list(evaluation.retrieve_ms) if searched else [0.0],
-        **{step: [getattr(reply, f"{step}_ms") for reply in replies] for step in _STEPS[1:]},
+        **{step: [getattr(reply, f"{step}_ms") for reply in replies] for step in STEPS[1:]},
     }
     milliseconds = {step: _mean(values) for step, values in per_step.items()}
     return {

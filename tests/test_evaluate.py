@@ -235,7 +235,7 @@ def evaluation() -> Evaluation:
         name: [[f"{name}-{i}-{j}" for j in range(len(of))] for i, of in enumerate(rows)] for name, rows in texts.items()
     }
     replies = {
-        asks[name][i][j]: Reply(asks[name][i][j], text, "", 50, 3, 1.0, 2.0, 30.0, 60.0)
+        asks[name][i][j]: Reply(asks[name][i][j], text, "", 50, 3, 1.0, 0.5, 2.0, 30.0, 60.0)
         for name, rows in texts.items()
         for i, of in enumerate(rows)
         for j, text in enumerate(of)
@@ -267,7 +267,7 @@ def test_the_summary() -> None:
     assert (prag["f1"], prag["em"], prag["contains"]) == (0.75, 0.75, 0.75)
     assert closed["f1"] == pytest.approx((1 + 2 / 3) / 4, abs=1e-4)
     assert drawn["f1"] == 0.5 / 4  # the mean of two draws
-    assert prag["milliseconds"]["total"] == 5.0 + 1.0 + 2.0 + 30.0 + 60.0
+    assert prag["milliseconds"]["total"] == 5.0 + 1.0 + 0.5 + 2.0 + 30.0 + 60.0
     assert closed["milliseconds"]["retrieve"] == 0.0
     assert (prag["without_adapter"], closed["without_adapter"], prag["failed"]) == (1, 0, 0)
     # Two passages: F1 1 (a: 1, 1) and 0.5 (b: 1, 0).
