@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -48,6 +49,10 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         split: Annotated[str | None, typer.Option(help="Only questions of this split.")] = None,
         limit: Annotated[int | None, typer.Option(min=1, help="Only so many, drawn at random.")] = None,
         snapshot: Annotated[str | None, typer.Option(help="A snapshot other than the one in service.")] = None,
+        url: Annotated[
+            str | None, typer.Option(help="Ask a running server instead; its key is read from PRAG_API_KEY.")
+        ] = None,
+        concurrency: Annotated[int, typer.Option(min=1, help="With --url: questions under way at once.")] = 8,
         judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint that judges too.")] = None,
         judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "default",
         report: Annotated[Path, typer.Option(help="The folder for report.json and report.html.")] = Path("report"),
@@ -58,14 +63,14 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         Killed, or called again with more modes, it asks only what has no stored answer. The last line is one JSON
         object: n, F1 by column, differences and their 95 % intervals.
         """
-        from pipelines.evaluate import evaluation_folder, run_evaluation
+        from pipelines.evaluate import run_evaluation
+        from pipelines.evaluate_server import evaluate_server
         from pipelines.evaluation_report import print_report, write_report
         from pipelines.judging import judge
         from prag_core.config import EndpointConfig
-        from prag_core.evaluate import CONTROLS, EvaluationPlan, Retrieval, Wrong
+        from prag_core.evaluate import CONTROLS, EvaluationPlan, Retrieval, Wrong, draw
         from prag_core.identity import fingerprint
         from prag_core.llm_openai import OpenAIGenerator
-        from prag_core.snapshot import load_snapshot
         from prag_core.store import open_store
         from prag_core.summary import headline, summarize
 
@@ -85,13 +90,23 @@ def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
         described = {"name": dataset, "questions": len(questions), "digest": fingerprint([q.id for q in questions])}
         if split is not None:
             questions = [question for question in questions if question.split == split]
+        store = open_store(settings)
         with result_only():
-            evaluation = run_evaluation(settings, questions, plan, progress_to, snapshot_id=snapshot, limit=limit)
+            if url is not None:
+                evaluation = evaluate_server(
+                    url,
+                    draw(questions, limit),
+                    plan,
+                    progress_to,
+                    key=os.environ.get("PRAG_API_KEY", ""),
+                    max_tokens=settings.answer.max_new_tokens,
+                    concurrency=concurrency,
+                )
+            else:
+                evaluation = run_evaluation(settings, questions, plan, progress_to, snapshot_id=snapshot, limit=limit)
             if judge_url is not None:
-                store = open_store(settings)
-                folder = evaluation_folder(settings, store, load_snapshot(store, snapshot))
                 generator = OpenAIGenerator(EndpointConfig(url=judge_url, model=judge_model))
-                evaluation = judge(store, folder, evaluation, generator, progress_to)
+                evaluation = judge(store, "evaluations", evaluation, generator, progress_to)
         made = summarize(evaluation, described, shlex.join(["prag", *sys.argv[1:]]))
         write_report(made, report)
         print_report(made, out)

@@ -6,10 +6,9 @@ control, asks only for what is missing.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import get_args
+from dataclasses import asdict, replace
+from typing import Any, get_args
 
 import pyarrow as pa
 import ray.data
@@ -35,6 +34,7 @@ from prag_core.evaluate import (
     EvaluationPlan,
     Reply,
     columns,
+    draw,
     make_ask,
 )
 from prag_core.examples import training_examples
@@ -105,8 +105,7 @@ def run_evaluation(
                 pending = {}
                 replies = _stored(store, folder)
     return Evaluation(
-        snapshot=snapshot,
-        recipe=adapters.recipe,
+        origin=_origin(snapshot, adapters.recipe),
         plan=plan,
         questions=tuple(asked),
         left_out=left_out,
@@ -117,6 +116,15 @@ def run_evaluation(
         asks=asks,
         replies={id: replies[id] for ids in asks.values() for of in ids for id in of},
     )
+
+
+def _origin(snapshot: Snapshot, recipe: Recipe) -> dict[str, Any]:
+    told = asdict(snapshot)
+    named = ("id", "corpus_version", "index", "base_model", "passages", "adapters")
+    return {
+        "snapshot": {name: told[name] for name in named},
+        "recipe": {"fingerprint": recipe.fingerprint, **recipe.to_json()},
+    }
 
 
 def evaluation_folder(config: Config, store: Store, snapshot: Snapshot) -> str:
@@ -146,10 +154,7 @@ def _choose(
             "no question is left: none has a gold passage in this snapshot's corpus",
             "evaluate on the corpus that the questions are about" + (", or use --retrieval bm25" if silent else ""),
         )
-    chosen = left
-    if limit is not None and limit < len(left):
-        picked = set(random.Random(0).sample(range(len(left)), limit))
-        chosen = [q for i, q in enumerate(left) if i in picked]
+    chosen = draw(left, limit)
     counts = {"not_in_corpus": len(absent), "no_gold": len(silent), "over_limit": len(left) - len(chosen)}
     return chosen, {reason: n for reason, n in counts.items() if n}
 

@@ -45,11 +45,15 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def html_page(report: Mapping[str, Any]) -> str:
     """Return the page: tables, plots as SVG, examples, and the report's origin."""
+    origin = f"snapshot <code>{_e(report['snapshot']['id'])}</code>"
+    if "recipe" in report:
+        origin += f", recipe <code>{_e(report['recipe']['train']['name'])} {_e(report['recipe']['fingerprint'])}</code>"
+    if "server" in report:
+        origin += f", server <code>{_e(report['server'])}</code>"
     parts = [
         f"<h1>Evaluation: {_e(report['dataset']['name'])}</h1>",
-        f"<p>{report['dataset']['asked']} questions, snapshot <code>{_e(report['snapshot']['id'])}</code>, recipe "
-        f"<code>{_e(report['recipe']['train']['name'])} {_e(report['recipe']['fingerprint'])}</code>, retrieval "
-        f"{_e(report['plan']['retrieval'])}</p><pre>{_e(report['command'])}</pre>",
+        f"<p>{report['dataset']['asked']} questions, {origin}, retrieval {_e(report['plan']['retrieval'])}</p>"
+        f"<pre>{_e(report['command'])}</pre>",
     ]
     for title, head, rows in _tables(report):
         parts.append(f"<h2>{_e(title)}</h2>{_html_table(head, rows)}")
@@ -58,7 +62,7 @@ def html_page(report: Mapping[str, Any]) -> str:
         for outcome in ("won", "lost"):
             parts.append(f"<h2>{_e(examples['left'])} {outcome} against {_e(examples['right'])}</h2>")
             parts.append(_examples(examples[outcome]) if examples[outcome] else "<p>None.</p>")
-    recipe = json.dumps(report["recipe"], indent=1, ensure_ascii=False)
+    recipe = json.dumps(report.get("recipe", {}), indent=1, ensure_ascii=False)
     plan = json.dumps(report["plan"], indent=1, ensure_ascii=False)
     parts.append(f"<details><summary>Recipe and plan</summary><pre>{_e(recipe)}\n{_e(plan)}</pre></details>")
     return (

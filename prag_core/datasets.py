@@ -331,7 +331,7 @@ class GoldIndex:
 
     def is_gold(self, passage: Passage) -> bool:
         """Whether a passage is gold for some question."""
-        if any(_record_id(source) in self._ids or source in self._ids for source in passage.sources):
+        if any(record_id(source) in self._ids or source in self._ids for source in passage.sources):
             return True
         text = _letters(passage.text)
         of_title = self._titles.get(_letters(passage.title), [])
@@ -344,7 +344,7 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
     by_text: dict[str, list[Passage]] = {}
     by_title: dict[str, list[Passage]] = {}
     for passage in sorted(passages, key=lambda p: (p.sources, p.key)):
-        for name in {n for source in passage.sources for n in (source, _record_id(source))}:
+        for name in {n for source in passage.sources for n in (source, record_id(source))}:
             by_id.setdefault(name, []).append(passage)
         by_text.setdefault(_letters(passage.text), []).append(passage)
         by_title.setdefault(_letters(passage.title), []).append(passage)
@@ -361,7 +361,8 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
     return {id: tuple({p.key: p for p in passages}.values()) for id, passages in found.items()}
 
 
-def _record_id(source: str) -> str:
+def record_id(source: str) -> str:
+    """Return the id of the record that a passage's source is, or is a piece of (`id#0`, `id#1`, …)."""
     head, mark, number = source.rpartition("#")
     return head if mark and number.isdigit() else source
 

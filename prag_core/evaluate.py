@@ -102,6 +102,13 @@ class Reply:
     failed: str = ""
 
 
+def draw(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return at most `limit` of the questions, drawn at random, the same each time, in their order."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[i] for i in sorted(random.Random(0).sample(range(len(questions)), limit))]
+
+
 def columns(plan: EvaluationPlan) -> list[Column]:
     """Return the columns of an evaluation, in the order of its table.
 

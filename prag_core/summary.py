@@ -23,8 +23,6 @@ from prag_core.metrics import (
     paper_f1,
     recall_at_k,
 )
-from prag_core.recipe import Recipe
-from prag_core.snapshot import Snapshot
 
 _Answers = Sequence[str]
 METRICS: dict[str, Callable[[Reply, _Answers], float]] = {
@@ -54,13 +52,13 @@ STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 class Evaluation:
     """All that was asked and answered.
 
-    Per question, in their order: `gold` keys, `retrieved` keys (the best first), `retrieve_ms`; `asks` has for each
+    `origin` says who answered, as the report will: the snapshot and the recipe, or the server. Per question, in their
+    order: `gold` keys, `retrieved` keys (the best first), `retrieve_ms`; `asks` has for each
     column's name the ids of each question's requests, one a seed, and `replies` the answers by id. `left_out` counts
     the questions that were not asked, by reason. `verdicts` are a judge's, by the ids of question and answer.
     """
 
-    snapshot: Snapshot
-    recipe: Recipe
+    origin: Mapping[str, Any]
     plan: EvaluationPlan
     questions: tuple[Question, ...]
     left_out: Mapping[str, int]
@@ -104,14 +102,7 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
     report = {
         "command": command,
         "dataset": {**dataset, "asked": len(evaluation.questions), "left_out": dict(evaluation.left_out)},
-        "snapshot": {
-            "id": evaluation.snapshot.id,
-            "corpus_version": evaluation.snapshot.corpus_version,
-            "index": evaluation.snapshot.index,
-            "passages": evaluation.snapshot.passages,
-            "adapters": evaluation.snapshot.adapters,
-        },
-        "recipe": {"fingerprint": evaluation.snapshot.recipe, **evaluation.recipe.to_json()},
+        **evaluation.origin,
         "plan": asdict(evaluation.plan),
         "columns": {
             column.name: {

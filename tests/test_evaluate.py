@@ -24,9 +24,7 @@ from prag_core.errors import InputError
 from prag_core.evaluate import Ask, Column, Context, EvaluationPlan, Reply, columns, make_ask
 from prag_core.examples import TrainingExample
 from prag_core.lora import LoraLayout
-from prag_core.recipe import RECIPES, AugmentRecipe, Recipe
 from prag_core.records import Hit, from_table, to_table
-from prag_core.snapshot import Snapshot
 from prag_core.store import Store
 from prag_core.summary import Evaluation, headline, summarize
 
@@ -242,8 +240,7 @@ def evaluation() -> Evaluation:
     }
     replies["prag-3-0"] = replace(replies["prag-3-0"], notes=("adapter k: cut short",))
     return Evaluation(
-        snapshot=Snapshot("20260101T000000-ab", "2026", "c", "i", "r", "b", ("p",), 2, 2),
-        recipe=Recipe("b", AugmentRecipe("none", "small", 3, 1, 1, 0, True), RECIPES["small"]),
+        origin={"snapshot": {"id": "20260101T000000-ab"}, "recipe": {"fingerprint": "ab", "train": {"name": "small"}}},
         plan=plan,
         questions=questions,
         left_out={"no_gold": 2},
@@ -323,7 +320,7 @@ def test_the_page_is_self_contained_and_always_the_same(tmp_path: Path) -> None:
     assert parsed.names.count("svg") == 3  # modes, latency, types; one k draws no curve
     assert {link for link in parsed.links if not link.startswith("#")} == set()
     assert "Question 1 &lt;b&gt;?" in page
-    for told in ("20260101T000000-ab", "prag evaluate --dataset invented", "combine"):
+    for told in ("20260101T000000-ab", "small ab", "prag evaluate --dataset invented", "random"):
         assert told in page
     assert not re.search(r"url\((?!#)", page)
     write_report(made, tmp_path / "deep" / "report")
