@@ -133,7 +133,7 @@ def _name(column: str, position: int) -> str:
 
 
 def _retrieved(answers: Iterable[dict[str, Any]], question: Question) -> tuple[tuple[str, ...], float]:
-    """Return the longest list of passages that a question retrieved, gold ones by the set's id, and how long it took."""
+    """Return the longest list that a question retrieved, gold passages by the set's ids, and how long it took."""
     gold = {gold.id for gold in question.gold}
     best: tuple[str, ...] = ()
     took: list[float] = []
