@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help s3 \
+.PHONY: setup demo eval test check fast slow format clean help s3 \
 	bench-augment bench-precision bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
+	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if need be"
 	@echo "make test             set up, and run everything that CI runs"
 	@echo "make check            lint, types and fast tests"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
@@ -29,9 +30,16 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
+DEMO := --config examples/demo.yaml --set corpus.limit=16 \
+	--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+
 demo: setup
-	$(BIN)/prag demo --config examples/demo.yaml --set corpus.limit=16 \
-		--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+	$(BIN)/prag demo $(DEMO)
+
+# The demo's store serves when it is there. What was asked before is not asked again.
+eval: setup
+	test -e demo-store/CURRENT || $(BIN)/prag run $(DEMO)
+	$(BIN)/prag evaluate $(DEMO) --dataset atlas --controls wrong,task --seeds 1 --limit 32 --report eval-report
 
 check: setup
 	$(BIN)/ruff check .
@@ -70,4 +78,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-store
+	rm -rf $(VENV) demo-store eval-report

@@ -1,4 +1,4 @@
-"""The command line: `prag run`, `ask`, `rejects`, `demo`, and those of `cli_cluster` and `cli_store`."""
+"""The command line: `prag run`, `ask`, `rejects`, `demo`; more in `cli_cluster`, `cli_store` and `cli_evaluate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipelines import cli_cluster
+from pipelines import cli_cluster, cli_evaluate
 from pipelines.cli_store import store_app
 from pipelines.terminal import (
     DEFAULT_CONFIG,
@@ -52,6 +52,7 @@ app.add_typer(store_app)
 
 
 cli_cluster.register(app)
+cli_evaluate.register(app)
 
 
 @app.command()

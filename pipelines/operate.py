@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
 from pipelines.maintain import Compacted, Verified, compact, verify_store
+from pipelines.profiles import profile_of
 from prag_core.config import Config
 from prag_core.errors import InputError
 from prag_core.forgetting import Known, erase_rows, find_passages, is_key, snapshots_to_keep
@@ -34,7 +34,7 @@ from prag_core.store import Store, open_store
 
 def verify(config: Config, console: Console, *, full: bool) -> Verified:
     """Check the store of a configuration; see `verify_store`."""
-    return verify_store(open_store(config), PROFILES[config.run.profile], console, full=full)
+    return verify_store(open_store(config), profile_of(config), console, full=full)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _clean(store: Store, config: Config, newest: int, grace_s: float, *, dry_run
     compacted, erased = None, []
     if current_id(store):
         snapshot = load_snapshot(store)
-        compacted = compact(store, snapshot, PROFILES[config.run.profile], dry_run=dry_run)
+        compacted = compact(store, snapshot, profile_of(config), dry_run=dry_run)
         if snapshot.tombstones and not dry_run:
             erased = erase_rows(store, snapshot.tombstones)
     # 2. What is left over.

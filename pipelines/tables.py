@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -
     return read_columns(store, parts, columns, partitions) if parts else None
 
 
-def read_columns(store: Store, parts: list[str], columns: list[str], partitions: int) -> ray.data.Dataset:
+def read_columns(store: Store, parts: Sequence[str], columns: list[str], partitions: int) -> ray.data.Dataset:
     """Read columns of Parquet parts of the store, of which there is one at least."""
     return _tasks([{"part": part} for part in parts], partitions).map_batches(
         _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "columns": columns}

@@ -114,7 +114,12 @@ class TrainConfig(_Strict):
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
-    start: str | None = Field(None, description="A PEFT adapter folder that every adapter starts from (a warm-up).")
+    start: str | None = Field(
+        None, description="What every adapter starts from: a warm-up's name in the store, or a PEFT adapter folder."
+    )
+    without: Literal["", "rewrites", "qa", "both"] | None = Field(
+        None, description="The paper's ablation: train without the rewrites, without the questions, or on the text."
+    )
     seed: int | None = None
 
 
