@@ -1,4 +1,4 @@
-"""The command line: `prag plan`, `run`, `ask`, `status`, `rejects`, `demo`."""
+"""The command line: `prag plan`, `run`, `ask`, `serve`, `keys`, `status`, `rejects`, `demo`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import cli_keys
 from prag_core.config import Config, load_config
 from prag_core.errors import PragError
 from prag_core.records import MODES, Answer, Mode, Reject, Weights
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.add_typer(cli_keys.app, name="keys")
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="The YAML configuration.", envvar="PRAG_CONFIG", show_default=True)
@@ -155,6 +158,35 @@ def _ask(config: Config, question: str, modes: tuple[Mode, ...], snapshot: str |
     engine = open_engine(open_store(config), config, snapshot)
     how: tuple[int, Weights] = (config.answer.top_k, config.answer.weights)
     return [engine.answer(Request(question, mode, *how)) for mode in modes]
+
+
+@app.command()
+def serve(
+    config: ConfigOption = _DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Where to listen; default: serve.host.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="On which port; default: serve.port.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Answer questions over HTTP until interrupted: the same answers as `prag ask`, for many users at once.
+
+    An address that other machines reach needs `serve.api_keys`; see `prag keys`.
+    """
+    from pipelines.serve import serve_here
+
+    overrides = list(set_ or [])
+    overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]
+    settings = load_config(config, overrides)
+    with _result_only():
+        serve_here(settings, lambda url: _out.print(_welcome(settings, url), highlight=False))
+
+
+def _welcome(config: Config, url: str) -> str:
+    key = "" if config.serve.api_keys is None else ' -H "Authorization: Bearer $PRAG_KEY"'
+    body = json.dumps({"question": "Who built the Cazambra Lighthouse?", "mode": config.answer.mode})
+    return (
+        f"Serving at {url} (Ctrl+C ends it). OpenAI clients: base_url={url}/v1\n"
+        f"  curl {url}/v1/answer{key} -H 'Content-Type: application/json' -d '{body}'"
+    )
 
 
 @app.command()
