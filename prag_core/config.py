@@ -134,6 +134,22 @@ class AnswerConfig(_Strict):
     batch_size: int = Field(16, ge=1, description="Questions answered in one forward pass.")
 
 
+class ServeConfig(_Strict):
+    """How a serving replica runs: machine facts, which never enter a fingerprint."""
+
+    slots: int = Field(16, ge=1, description="Requests that decode together.")
+    max_queue: int = Field(64, ge=0, description="Requests that wait beyond these; one more is turned away.")
+    prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
+    batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")
+    cache_bytes: int = Field(1_000_000_000, ge=0, description="Adapters held in memory.")
+    disk_cache_bytes: int = Field(10_000_000_000, ge=0, description="Adapters held on the local disk; 0: none.")
+    fetch_timeout_s: float = Field(2.0, gt=0, description="A later adapter is replaced by its passage in the prompt.")
+    fetch_threads: int = Field(16, ge=1, description="Adapters fetched at once.")
+    negative_ttl_s: float = Field(10.0, ge=0, description="How long an adapter that failed is not tried again.")
+    refresh_s: float = Field(10.0, gt=0, description="How often the store is asked for a new snapshot.")
+    stuck_s: float = Field(60.0, gt=0, description="A replica that makes no step for so long is replaced.")
+
+
 class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
@@ -175,6 +191,7 @@ class Config(_Strict):
     train: TrainConfig = TrainConfig()
     index: IndexConfig = IndexConfig()
     answer: AnswerConfig = AnswerConfig()
+    serve: ServeConfig = ServeConfig()
     run: RunConfig = RunConfig()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.prompts import ANSWER_PREFIX, answer_messages, answer_target, passage_text
+from prag_core.prompts import ANSWER_PREFIX, Role, answer_messages, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair
 
@@ -20,12 +20,19 @@ class TrainingExample:
     scored_from: int = 1
 
 
-def question_ids(tokenizer: Any, question: str, passages: Sequence[str] = ()) -> list[int]:
-    """Return the token ids that ask a question and open the assistant's turn, as training and answering do."""
-    text = tokenizer.apply_chat_template(
-        answer_messages(question, passages), tokenize=False, add_generation_prompt=True
+def question_ids(
+    tokenizer: Any, question: str, passages: Sequence[str] = (), history: Sequence[tuple[Role, str]] = ()
+) -> list[int]:
+    """Return the token ids that ask a question and open the assistant's turn, as training and answering do.
+
+    What looks like a token of the chat template in a question, a passage or an earlier turn is read as text.
+    """
+    ids: list[int] = tokenizer.apply_chat_template(
+        answer_messages(question, passages, history),
+        add_generation_prompt=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
     )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 

@@ -7,11 +7,14 @@ from `answer_messages`. The wording of the question prompt follows the paper's (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from prag_core.records import Passage
 
 # Raised whenever a template's words change: it is part of every recipe.
 PROMPT_VERSION = 1
+
+Role = Literal["system", "user", "assistant"]
 
 ANSWER_PREFIX = "The answer is"
 
@@ -33,10 +36,13 @@ def question_text(question: str) -> str:
     return question.strip().rstrip("?").rstrip() + "?"
 
 
-def answer_messages(question: str, passages: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the chat messages that ask a question, with or without passages before it."""
+def answer_messages(
+    question: str, passages: Sequence[str] = (), history: Sequence[tuple[Role, str]] = ()
+) -> list[dict[str, str]]:
+    """Return the chat messages that ask a question, after the turns before it, with or without passages."""
     listed = "".join(f"Passage {i}: {text}\n" for i, text in enumerate(passages, start=1))
-    return [{"role": "user", "content": _ANSWER.format(passages=listed, question=question_text(question))}]
+    asked = {"role": "user", "content": _ANSWER.format(passages=listed, question=question_text(question))}
+    return [*({"role": role, "content": text} for role, text in history), asked]
 
 
 def answer_target(answer: str) -> str:

@@ -22,6 +22,7 @@ Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 Weights = Literal["sum", "mean", "score"]
+Finish = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,11 @@ class UsedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with everything that led to it. `milliseconds` are by step: retrieve, fetch, inject, …"""
+    """An answer with everything that led to it. `milliseconds` are by step: retrieve, fetch, inject, …
+
+    `finish` says why it ended: `stop` (the model's end of turn, a line end, a stop text), `length`, or `error`: it is
+    empty then, and `error` says why.
+    """
 
     question: str
     mode: Mode
@@ -142,6 +147,8 @@ class Answer:
     prompt_tokens: int = 0
     new_tokens: int = 0
     snapshot: str = ""
+    finish: Finish = "stop"
+    error: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 
