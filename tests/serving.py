@@ -21,11 +21,11 @@ from test_lora import random_adapter
 
 from pipelines.job import describe
 from prag_core.adapter_store import AdapterStore
-from prag_core.config import Config, load_config
+from prag_core.config import Config
 from prag_core.records import LedgerRow, Passage
 from prag_core.retrieval import archive_index, build_index, find_index, index_id
 from prag_core.snapshot import Snapshot, make_snapshot, publish
-from prag_core.store import Store, open_store
+from prag_core.store import open_store
 from prag_core.trainer import TrainedAdapter
 
 
@@ -133,5 +133,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
