@@ -43,7 +43,7 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-@dataclass
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error: its HTTP status, its code, and what the client should know."""
 

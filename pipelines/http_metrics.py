@@ -167,6 +167,8 @@ def merged(texts: dict[str, str]) -> str:
     families: dict[str, Metric] = {}
     for replica, text in sorted(texts.items()):
         for family in text_string_to_metric_families(text):
+            if family.name.endswith("_created"):  # when each of them was first counted: nothing to show
+                continue
             into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 into.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))

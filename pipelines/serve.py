@@ -87,6 +87,7 @@ def application(config: Config) -> Application:
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": limits.deadline_s + 10,
+        "max_constructor_retry_count": 3,
     }
     if limits.min_replicas < limits.max_replicas:
         options["autoscaling_config"] = {
