@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from prag_core.config import Config
 from prag_core.prepare import Request
 from prag_core.records import Answer
 from prag_core.service import Service
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -59,6 +62,7 @@ class Desk:
                 watch.code = told.code
                 raise told from error
             watch.answer(answer)
+            _log_fallbacks(answer)
             return answer
 
     async def stream(self, route: str, request: Request, deadline_s: float | None) -> AsyncIterator[str | Answer]:
@@ -73,6 +77,7 @@ class Desk:
                     async for piece in pieces:
                         if isinstance(piece, Answer):
                             watch.answer(piece)
+                            _log_fallbacks(piece)
                         else:
                             watch.text()
                         yield piece
@@ -83,6 +88,12 @@ class Desk:
 
     def _deadline(self, wanted_s: float | None) -> float:
         return min(wanted_s or self.config.serve.deadline_s, self.config.serve.deadline_s)
+
+
+def _log_fallbacks(answer: Answer) -> None:
+    for passage in answer.passages:
+        if passage.note:
+            logger.warning("passage %s is in the prompt instead of the weights: %s", passage.key, passage.note)
 
 
 async def while_connected(http: fastapi.Request, work: Coroutine[Any, Any, T]) -> T:

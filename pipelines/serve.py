@@ -55,12 +55,14 @@ class Arguments(BaseModel):
     set: list[str] = Field([], description="As `--set` on the command line: `serve.max_replicas=4`.")
 
 
-def build(arguments: Arguments) -> Application:
-    """Return the application for a Serve config file (`import_path: pipelines.serve:build`).
+def build(args: dict[str, Any]) -> Application:
+    """Return the application for a Serve config file (`import_path: pipelines.serve:build`); see `Arguments`.
 
     Raises:
         ConfigError: when the configuration is wrong, or `serve.host` is public and there are no keys.
+        ValidationError: when `args` are others.
     """
+    arguments = Arguments.model_validate(args)
     return application(load_config(arguments.config, arguments.set))
 
 

@@ -29,7 +29,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from serving import Server, publish_adapters, write_config
 
-from pipelines.serve import Arguments, build
+from pipelines.serve import build
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config, load_config
 from prag_core.engine import AdapterSource, Engine, Request, open_engine
@@ -395,7 +395,7 @@ def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pyte
     schema = ServeDeploySchema.model_validate(document)
     (application,) = schema.applications
     assert application.import_path == "pipelines.serve:build"
-    made = build(Arguments(**application.args))
+    made = build(application.args)
     assert [one.name for one in application.deployments] == [made._bound_deployment.name]
     with pytest.raises(ConfigError, match="open to other machines"):
-        build(Arguments(config="examples/demo.yaml", set=["serve.host=0.0.0.0"]))
+        build({"config": "examples/demo.yaml", "set": ["serve.host=0.0.0.0"]})
