@@ -1,4 +1,4 @@
-"""The command line: `prag run`, `ask`, `rejects`, `demo`; more in `cli_cluster`, `cli_store` and `cli_evaluate`."""
+"""The command line: `prag run`, `ask`, `rejects`, `demo`; the other commands are in the modules `cli_*`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipelines import cli_cluster, cli_evaluate
+from pipelines import cli_cluster, cli_evaluate, cli_keys, cli_serve
 from pipelines.cli_store import store_app
 from pipelines.terminal import (
     DEFAULT_CONFIG,
@@ -47,12 +47,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(cli_keys.app, name="keys")
 # The operator's verbs of the store.
 app.add_typer(store_app)
 
 
 cli_cluster.register(app)
 cli_evaluate.register(app)
+cli_serve.register(app)
 
 
 @app.command()
