@@ -112,10 +112,25 @@ class AdapterStore:
         Raises:
             AdapterError: when the shard is missing, cut short, altered, or not of this layout.
         """
+        return self.unpack(row, self.read(row))
+
+    def read(self, row: LedgerRow | Located) -> bytes:
+        """Return the bytes of one adapter by one ranged read, as they are.
+
+        Raises:
+            AdapterError: when the shard is missing or cut short.
+        """
         try:
-            data = self.store.get(row.shard, row.offset, row.offset + row.length)
+            return self.store.get(row.shard, row.offset, row.offset + row.length)
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
+
+    def unpack(self, row: LedgerRow | Located, data: bytes) -> dict[str, Tensor]:
+        """Return the factors that an adapter's bytes hold, verified.
+
+        Raises:
+            AdapterError: when they are altered, or not of this layout.
+        """
         return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
 
 
@@ -161,6 +176,11 @@ class LedgerSource:
         self._adapters = adapters
         self._ledger = LedgerColumns(adapters.store, parts)
 
+    @property
+    def recipe(self) -> str:
+        """The fingerprint of the recipe of all these adapters."""
+        return self._adapters.recipe.fingerprint
+
     def __contains__(self, key: str) -> bool:
         return self._ledger.find(key) is not None
 
@@ -170,10 +190,26 @@ class LedgerSource:
         Raises:
             AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
         """
+        return self._adapters.fetch(self.row(key))
+
+    def row(self, key: str) -> Located:
+        """Return what the ledger says about where a passage's adapter lies.
+
+        Raises:
+            AdapterError: when the snapshot has none for it.
+        """
         located = self._ledger.find(key)
         if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
-        return self._adapters.fetch(located)
+        return located
+
+    def read(self, row: Located) -> bytes:
+        """Return an adapter's bytes as they are in the store; see `AdapterStore.read`."""
+        return self._adapters.read(row)
+
+    def unpack(self, row: Located, data: bytes) -> dict[str, Tensor]:
+        """Return the verified factors of an adapter's bytes; see `AdapterStore.unpack`."""
+        return self._adapters.unpack(row, data)
 
 
 def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
