@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_augmentation, make_passage
+from s3 import S3Server
 from test_maintenance import (
     PASSAGES,
     RECIPE,
@@ -45,6 +47,7 @@ from prag_core.lora import LoraLayout, find_targets
 from prag_core.maintenance import kind_of, list_objects
 from prag_core.models import BaseModel
 from prag_core.records import LedgerRow, Reject, from_table
+from prag_core.repair import repair
 from prag_core.shards import keys_in
 from prag_core.snapshot import (
     current_id,
@@ -69,8 +72,11 @@ def layout(tiny_session: BaseModel) -> LoraLayout:
 
 @pytest.fixture
 def store(tmp_path: Path, layout: LoraLayout) -> Store:
+    return filled(Store(str(tmp_path / "store")), layout)
+
+
+def filled(store: Store, layout: LoraLayout) -> Store:
     """A store whose passages 0 to 7 were trained twice, and 0 to 4 a third time."""
-    store = Store(str(tmp_path / "store"))
     put_inputs(store, "run0", RunInputs(VERSION, RECIPE.fingerprint))
     run_again(store, layout)
     adapters = adapters_of(store, layout)
@@ -247,6 +253,30 @@ def test_int8_adapters_move_bit_by_bit(store: Store, layout: LoraLayout) -> None
     factors = adapters.fetch(moved)
     assert all(torch.equal(factors[name], before[KEYS[2]][name]) for name in factors)
     assert verify(store) == []
+
+
+@pytest.mark.slow
+def test_checked_mended_compacted_and_collected_on_s3(s3_server: S3Server, layout: LoraLayout) -> None:
+    store = filled(Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"), layout)
+    assert verify(store) == verify(store, full=False) == []
+    rows = {
+        row.shard: row for row in from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))
+    }
+    flipped, cut, gone = sorted(row.shard for row in rows.values() if row.augmentation == "d")[:3]
+    data = store.get(flipped)
+    store.put(flipped, data[:-1] + bytes([data[-1] ^ 1]))
+    store.put(cut, store.get(cut)[:-1])
+    store.remove(gone)
+    findings = verify(store)
+    assert {finding.name: finding.kind for finding in findings} == {flipped: "checksum", cut: "size", gone: "missing"}
+    repair(store, findings)
+    assert verify(store) == []
+    run_again(store, layout)
+    compact(store)
+    assert {kind_of(name) for name in clean(store)} >= {"snapshots", "ledger", "shards"}
+    assert verify(store) == []
+    assert all(is_trained(layout, key, factors, seed_of(key)) for key, factors in served(store).items())
+    assert len(served(store)) == len(KEYS)
 
 
 # ---- forgetting
