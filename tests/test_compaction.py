@@ -117,7 +117,7 @@ def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, l
     assert [row.key for row in rows] == sorted(KEYS)
     assert visible_parts(store, RECIPE.fingerprint) == [part]
     # The shard of 8 with 3 live ones was written anew, the one of 5 stays, of the oldest only the untouched stay.
-    assert {kind_of(name) for name in clean(store, keep=2)} == set()
+    assert {kind_of(name) for name in clean(store, keep=3)} == set()
     gone = clean(store)
     assert {kind_of(name) for name in gone} == {"snapshots", "ledger", "compactions", "shards"}
     assert set(old.ledger_parts) <= gone
@@ -170,7 +170,7 @@ def test_readers_see_each_adapter_once_at_every_moment(
     assert len(looked) > 12
 
 
-@pytest.mark.parametrize("stop_at", range(5))
+@pytest.mark.parametrize("stop_at", range(6))
 def test_a_compaction_that_was_killed_is_done_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
@@ -224,7 +224,7 @@ def test_a_second_compaction_replaces_what_the_first_had_replaced(store: Store, 
     # Without the first one's part and record, its old parts must not count again.
     Path(store.path(first[0])).unlink()
     assert visible_parts(store, RECIPE.fingerprint) == list(second)
-    assert len(old | {*second} & {*store.list("adapters", ".parquet")}) == len(old) + 1
+    assert old < {*store.list("adapters", ".parquet")}
 
 
 def test_a_damaged_shard_is_left_for_repair(store: Store) -> None:
@@ -287,7 +287,7 @@ def rerun(store: Store, layout: LoraLayout, version: str, index: str) -> None:
     snapshot = load_snapshot(store)
     write_corpus(store, version, [p for p in PASSAGES if p.key not in snapshot.tombstones])
     write_index(store, index, version)
-    put_inputs(store, f"run-{version}", RunInputs(version, RECIPE.fingerprint))
+    put_inputs(store, f"run1-{version}", RunInputs(version, RECIPE.fingerprint))
     publish(store, with_tombstones(replace(snapshot, corpus_version=version, index=index), []), replaces=snapshot.id)
 
 
