@@ -42,6 +42,8 @@ def ray_session(profile: Profile) -> Iterator[None]:
 
     if os.environ.get("RAY_ADDRESS"):
         passed_on = {name: value for name, value in os.environ.items() if is_passed_on(name)}
+        # A job of the job server has an environment already; where both name a variable, Ray refuses by default.
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in ENVIRONMENT}}}
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from pipelines.report import StageReport
+from pipelines.tables import read_columns
 from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
 from prag_core.errors import InputError
@@ -102,6 +103,14 @@ def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
     ).take_all()
     names = sorted(row["part"] for row in parts if row["part"])
     store.put_json(manifest, {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)})
+
+
+def stored_passages(store: Store, version: str, partitions: int) -> ray.data.Dataset:
+    """Return the passages of a stored corpus version; they are read anew wherever they are needed."""
+    parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
+    if not parts:
+        return ray.data.from_arrow(schema(Passage).empty_table())
+    return read_columns(store, parts, schema(Passage).names, partitions)
 
 
 def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
-from prag_core.records import Mode, Weights
+from prag_core.records import Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
@@ -110,6 +110,7 @@ class TrainConfig(_Strict):
     weight_decay: float | None = Field(None, ge=0)
     epochs: int | None = Field(None, ge=1)
     examples: Literal["paper", "closed_book"] | None = None
+    template: Template | None = Field(None, description="How questions are asked: 'direct' or 'chain_of_thought'.")
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
@@ -130,14 +131,37 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
     weights: Weights = "sum"
-    max_new_tokens: int = Field(32, ge=1, le=1024)
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
+    )
     batch_size: int = Field(16, ge=1, description="Questions answered in one forward pass.")
+
+
+class ServeConfig(_Strict):
+    """How a serving replica runs: machine facts, which never enter a fingerprint."""
+
+    slots: int = Field(16, ge=1, description="Requests that decode together.")
+    max_queue: int = Field(64, ge=0, description="Requests that wait beyond these; one more is turned away.")
+    prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
+    batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")
+    cache_bytes: int = Field(1_000_000_000, ge=0, description="Adapters held in memory.")
+    disk_cache_bytes: int = Field(10_000_000_000, ge=0, description="Adapters held on the local disk; 0: none.")
+    fetch_timeout_s: float = Field(2.0, gt=0, description="A later adapter is replaced by its passage in the prompt.")
+    fetch_threads: int = Field(16, ge=1, description="Adapters fetched at once.")
+    negative_ttl_s: float = Field(10.0, ge=0, description="How long an adapter that failed is not tried again.")
+    refresh_s: float = Field(10.0, gt=0, description="How often the store is asked for a new snapshot.")
+    stuck_s: float = Field(60.0, gt=0, description="A replica that makes no step for so long is replaced.")
 
 
 class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
     profile: Literal["laptop", "gpu", "cluster"] = "laptop"
+    actors_min: int | None = Field(None, ge=1, description="Model-holding actors a stage begins with.")
+    actors_max: int | None = Field(None, ge=1, description="… and how many it may grow to.")
+    actor_cpus: float | None = Field(None, gt=0, description="What each of them takes of its node.")
+    actor_gpus: float | None = Field(None, ge=0, description="0 on a cluster without GPUs.")
+    partitions: int | None = Field(None, ge=1, description="Blocks that a shuffle makes.")
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(
         8, ge=1, description="Passages of a training task at least; in a large corpus as many as fill a shard."
@@ -151,7 +175,19 @@ class RunConfig(_Strict):
         description="Token budget of one training step, padding included (the profile's when absent); halved when "
         "memory is short.",
     )
+    checkpoint_activations: bool = Field(
+        False, description="Train with a fraction of the memory, at the price of a second forward pass."
+    )
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
+    passage_attempts: int = Field(
+        3, ge=1, description="How often a passage may be in a worker that dies, before it is rejected once it is alone."
+    )
+    passage_timeout_s: float = Field(
+        600.0, gt=0, description="How long a worker may take over a passage; a batch has as much for each of its own."
+    )
+    worker_memory_gb: float | None = Field(
+        None, gt=0, description="What a worker may hold; by default its share of what Ray counts as its node's memory."
+    )
 
 
 class StorageConfig(_Strict):
@@ -181,6 +217,7 @@ class Config(_Strict):
     train: TrainConfig = TrainConfig()
     index: IndexConfig = IndexConfig()
     answer: AnswerConfig = AnswerConfig()
+    serve: ServeConfig = ServeConfig()
     run: RunConfig = RunConfig()
 
 

@@ -2,31 +2,31 @@
 
 The engine holds the frozen model, the index and the way to the adapters; a request's adapters are arguments of
 its forward passes (`prag_core.lora`), so that one batch mixes modes, passages and numbers of passages, and
-nothing of a request stays behind.
+nothing of a request stays behind. It serves one caller at a time: for many users see `prag_core.service`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
-from prag_core.decode import Decoder, DecodeRequest
-from prag_core.errors import AdapterError, StoreError
-from prag_core.examples import answer_prefix_ids, question_ids
+from prag_core.decode import Decoder
+from prag_core.errors import AdapterError, GenerationError, StoreError
 from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, cache_dir, load_base_model
-from prag_core.prompts import passage_text
+from prag_core.prepare import Preparation, Prepared, Request, hit_weights
 from prag_core.recipe import TrainRecipe
-from prag_core.records import Answer, Hit, Mode, Passage, UsedPassage, Weights
+from prag_core.records import Answer
 from prag_core.retrieval import Retriever, open_index
 from prag_core.snapshot import Snapshot, load_snapshot
 from prag_core.store import Store
+
+__all__ = ["AdapterSource", "Engine", "Request", "check_base_model", "hit_weights", "open_engine"]
 
 
 class AdapterSource(Protocol):
@@ -37,32 +37,6 @@ class AdapterSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Request:
-    """One question and how it is to be answered.
-
-    `hits` are the retrieved passages when the caller has them already (an oracle, an evaluation); otherwise the
-    engine retrieves.
-    """
-
-    question: str
-    mode: Mode = "combine"
-    top_k: int = 3
-    weights: Weights = "sum"
-    hits: tuple[Hit, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A request made ready to generate: its prompt, its weighted adapters, and what becomes of each passage."""
-
-    request: Request
-    prompt: list[int]
-    adapters: list[tuple[Factors, float]]
-    passages: tuple[UsedPassage, ...]
-    milliseconds: dict[str, float]
-
-
 class Engine:
     """Answers questions on one machine, in batches.
 
@@ -71,8 +45,9 @@ class Engine:
         recipe: The recipe that the adapters were trained by; gives their layout and scale.
         retriever: Finds passages; never called in the mode `closed`.
         adapters: Gives adapters by key.
-        snapshot: The id that answers carry.
-        max_new_tokens: The most tokens of an answer.
+        snapshot: The snapshot that it answers from, or its id alone.
+        max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
+            the recipe's template lets the model reason.
         batch_size: How many questions are decoded at once.
     """
 
@@ -83,110 +58,79 @@ class Engine:
         retriever: Retriever,
         adapters: AdapterSource,
         *,
-        snapshot: str = "",
-        max_new_tokens: int = 32,
+        snapshot: Snapshot | str = "",
+        max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
         self.base = base
         self._injector = Injector(base.model, recipe)
-        self._retriever = retriever
         self._adapters = adapters
-        self._snapshot = snapshot
-        self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
-        # An answer is one line: a newline ends it as the end of turn does.
-        newline = base.tokenizer.encode("\n", add_special_tokens=False)
-        self._stop_ids = frozenset([base.tokenizer.eos_token_id, *newline[-1:]])
+        id, hidden = (snapshot, ()) if isinstance(snapshot, str) else (snapshot.id, snapshot.tombstones)
+        self._preparation = Preparation(
+            base, retriever, template=recipe.template, snapshot=id, max_new_tokens=max_new_tokens, hidden=hidden
+        )
 
     def answer(self, request: Request) -> Answer:
-        """Answer one question; see `answer_batch`."""
-        return self.answer_batch([request])[0]
+        """Answer one question; see `answer_batch`.
+
+        Raises:
+            PromptTooLongError: when the question with its passages exceeds the model's context.
+            GenerationError: when the model's output is not finite.
+        """
+        answers = self._answer_all([request])
+        if isinstance(answers[0], GenerationError):
+            raise answers[0]
+        return answers[0]
 
     def answer_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer questions together, in the order given.
 
-        A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so. The
-        milliseconds are the question's own, but for what is done for other questions meanwhile.
-
-        Raises:
-            PromptTooLongError: when a question with its passages exceeds the model's context.
+        A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so. A question
+        that cannot be answered (too long for the model's context, output that is not finite) gets an empty answer
+        with `finish` = `error` and the reason in `error`; the others are not touched. The milliseconds are the
+        question's own, but for what is done for other questions meanwhile.
         """
-        return self._generate([self._prepare(request) for request in requests])
+        return [
+            self._preparation.failed(request, answer) if isinstance(answer, GenerationError) else answer
+            for request, answer in zip(requests, self._answer_all(requests), strict=True)
+        ]
 
     def close(self) -> None:
         """Leave the base model as it was found."""
         self._injector.close()
 
-    def _prepare(self, request: Request) -> _Prepared:
-        milliseconds = {}
-        # 1. Retrieve.
-        begun = time.perf_counter()
-        hits: Sequence[Hit] = request.hits or ()
-        if request.mode == "closed":
-            hits = ()
-        elif request.hits is None:
-            hits = self._retriever.search(request.question, request.top_k)
-        milliseconds["retrieve"] = (time.perf_counter() - begun) * 1e3
-
-        # 2. Update: fetch the adapters; what cannot be had goes into the prompt.
-        begun = time.perf_counter()
-        adapters: list[tuple[Factors, float]] = []
-        used = []
-        in_prompt: list[Passage] = []
-        for hit, weight in zip(hits, hit_weights(hits, request.weights), strict=True):
-            passage = hit.passage
-            entry = UsedPassage(
-                key=passage.key,
-                title=passage.title,
-                sources=passage.sources,
-                score=hit.score,
-                in_weights=False,
-                in_prompt=request.mode in ("rag", "combine"),
-            )
-            if request.mode in ("prag", "combine"):
-                try:
-                    adapters.append((self._adapters.get(passage.key), weight))
-                    entry = replace(entry, in_weights=True, weight=weight)
-                except AdapterError as error:
-                    entry = replace(entry, in_prompt=True, note=error.message)
-            if entry.in_prompt:
-                in_prompt.append(passage)
-            used.append(entry)
-        milliseconds["fetch"] = (time.perf_counter() - begun) * 1e3
-
-        # 3. The prompt opens the answer with the words that every answer in training opens with.
-        tokenizer = self.base.tokenizer
-        prompt = question_ids(tokenizer, request.question, [passage_text(passage) for passage in in_prompt])
-        prompt += answer_prefix_ids(tokenizer)
-        return _Prepared(request, prompt, adapters, tuple(used), milliseconds)
-
-    def _generate(self, batch: Sequence[_Prepared]) -> list[Answer]:
+    def _answer_all(self, requests: Sequence[Request]) -> list[Answer | GenerationError]:
+        prepared = [self._prepare(request) for request in requests]
         # A decoder for each call: calls from several threads share nothing that changes.
         decoder = Decoder(self.base, self._injector, slots=self._batch_size)
-        decoded = decoder.run(
-            [
-                DecodeRequest(item.prompt, self._max_new_tokens, stop_ids=self._stop_ids, adapters=tuple(item.adapters))
-                for item in batch
-            ]
-        )
-        return [
-            Answer(
-                question=item.request.question,
-                mode=item.request.mode,
-                text=result.text.strip().rstrip("."),
-                passages=item.passages,
-                prompt_tokens=len(item.prompt),
-                new_tokens=len(result.tokens),
-                snapshot=self._snapshot,
-                milliseconds={
-                    **item.milliseconds,
-                    "inject": result.inject_ms,
-                    "prefill": result.prefill_ms,
-                    "decode": result.decode_ms,
-                },
-            )
-            for item, result in zip(batch, decoded, strict=True)
-        ]
+        answers: list[Answer | GenerationError | None] = []
+        for item in prepared:
+            try:
+                decoder.check(item.decode)
+                answers.append(None)
+            except GenerationError as error:
+                answers.append(error)
+        fitting = [place for place, answer in enumerate(answers) if answer is None]
+        for place, decoded in zip(fitting, decoder.run([prepared[place].decode for place in fitting]), strict=True):
+            try:
+                answers[place] = self._preparation.answer(prepared[place], decoded)
+            except GenerationError as error:
+                answers[place] = error
+        return [answer for answer in answers if answer is not None]
+
+    def _prepare(self, request: Request) -> Prepared:
+        begun = time.perf_counter()
+        hits = self._preparation.search(request)
+        found = time.perf_counter()
+        adapters: dict[str, Factors | AdapterError] = {}
+        for hit in hits if request.updates else ():
+            try:
+                adapters[hit.passage.key] = self._adapters.get(hit.passage.key)
+            except AdapterError as error:
+                adapters[hit.passage.key] = error
+        spent = {"retrieve": (found - begun) * 1e3, "fetch": (time.perf_counter() - found) * 1e3}
+        return self._preparation.build(request, hits, adapters, spent)
 
 
 def open_engine(store: Store, config: Config, snapshot_id: str | None = None) -> Engine:
@@ -208,7 +152,7 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
         train,
         retriever,
         LedgerSource(adapter_store, snapshot.ledger_parts),
-        snapshot=snapshot.id,
+        snapshot=snapshot,
         max_new_tokens=config.answer.max_new_tokens,
         batch_size=config.answer.batch_size,
     )
@@ -226,13 +170,3 @@ def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) ->
             f"model.name = {name!r} is {found}",
             "name the model that the store was made with, or another store for this model",
         )
-
-
-def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:
-    """Return the weight of each hit's adapter: 1 (`sum`, the paper), 1/k (`mean`), or its share of the scores."""
-    if weights == "sum":
-        return [1.0] * len(hits)
-    if weights == "mean":
-        return [1.0 / len(hits) for _ in hits]
-    total = sum(max(hit.score, 0.0) for hit in hits)
-    return [max(hit.score, 0.0) / total if total else 1.0 / len(hits) for hit in hits]

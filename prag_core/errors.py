@@ -80,3 +80,40 @@ class LeaseError(PragError):
     """Another run holds the store's lease, or has taken it over."""
 
     exit_code = 10
+
+
+class PreflightError(PragError):
+    """Several things are wrong at once; the message names each with its remedy."""
+
+    exit_code = 11
+
+
+class ClusterError(PragError):
+    """The Ray cluster cannot be reached, or refused a job."""
+
+    exit_code = 12
+
+
+class OverloadedError(PragError):
+    """The service has as many requests as it takes, or is shutting down; `retry_after_s` says when to come back."""
+
+    exit_code = 11
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, f"ask again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        return OverloadedError, (self.message, self.retry_after_s)
+
+
+class DeadlineError(PragError):
+    """A request was not answered before its deadline; it was dropped, and its slot is free."""
+
+    exit_code = 12
+
+
+class EngineStuckError(PragError):
+    """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
+
+    exit_code = 13

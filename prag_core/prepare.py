@@ -1,0 +1,257 @@
+"""From a request to what the decoder takes, and from what the decoder gives to an answer.
+
+The engine (`prag ask`, the demo) and the service share it, so that both ask the same question in the same words.
+What differs is how they wait: for adapters, and for the decoder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from prag_core.decode import Decoded, DecodeRequest
+from prag_core.errors import AdapterError, GenerationError
+from prag_core.examples import answer_prefix_ids, question_ids
+from prag_core.lora import Factors
+from prag_core.models import BaseModel
+from prag_core.prompts import Role, final_answer, passage_text
+from prag_core.records import Answer, Hit, Mode, Passage, Template, UsedPassage, Weights
+from prag_core.retrieval import Retriever
+
+_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question and how it is to be answered.
+
+    Args:
+        question: Any text. What looks like a token of the chat template in it is text.
+        mode: `closed`, `rag`, `prag` or `combine`.
+        top_k: The most passages to use.
+        weights: How their adapters are added.
+        hits: The retrieved passages when the caller has them already (an oracle, an evaluation); otherwise they
+            are retrieved.
+        max_new_tokens: The most tokens of the answer; None stands for the configuration's `answer.max_new_tokens`.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        seed: With the prompt it decides what is drawn.
+        stop: Texts that end the answer and are not part of it, besides the end of the turn and of the line.
+        ignore_eos: Go on to `max_new_tokens` whatever the model says; for measuring.
+        min_score: Passages that score less are not used: nothing relevant means no adapter.
+        history: The turns before the question, as (role, text); the roles are `system`, `user` and `assistant`.
+        access: The access tags that the asker holds: passages with other tags alone are not seen. None stands for
+            a caller who may read everything (the command line, an evaluation); the empty set sees what is public.
+
+    Raises:
+        ValueError: when a number is out of range, or a role is not one of these.
+    """
+
+    question: str
+    mode: Mode = "combine"
+    top_k: int = 3
+    weights: Weights = "sum"
+    hits: tuple[Hit, ...] | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    min_score: float = 0.0
+    history: tuple[tuple[Role, str], ...] = ()
+    access: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode) or self.weights not in get_args(Weights):
+            raise ValueError(f"mode {self.mode!r}, weights {self.weights!r}: no such thing")
+        if self.top_k < 1 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
+            raise ValueError(f"top_k {self.top_k}, max_new_tokens {self.max_new_tokens}: both must be positive")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}: out of range")
+        if "" in self.stop:
+            raise ValueError("an empty stop string would end every answer at once")
+        if others := {role for role, _ in self.history} - set(get_args(Role)):
+            raise ValueError(f"roles {sorted(others)}: known are {', '.join(get_args(Role))}")
+
+    @property
+    def updates(self) -> bool:
+        """Whether passages go into the weights."""
+        return self.mode in ("prag", "combine")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request made ready to generate: what the decoder takes, and what becomes of each passage."""
+
+    request: Request
+    decode: DecodeRequest
+    passages: tuple[UsedPassage, ...]
+    milliseconds: dict[str, float]
+
+    @property
+    def fallbacks(self) -> int:
+        """How many passages are in the prompt because their adapters could not be had."""
+        return sum(bool(passage.note) for passage in self.passages)
+
+
+class Preparation:
+    """Retrieves, writes prompts and reads answers for one snapshot.
+
+    Args:
+        base: The frozen base model.
+        retriever: Finds passages; never called in the mode `closed`.
+        template: How questions are asked: the recipe's, by which the adapters were trained.
+        snapshot: The id that answers carry.
+        max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
+            the template lets the model reason.
+        hidden: Keys of passages that must not be used any more.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        retriever: Retriever,
+        *,
+        template: Template = "direct",
+        snapshot: str = "",
+        max_new_tokens: int | None = None,
+        hidden: Iterable[str] = (),
+    ) -> None:
+        self.snapshot = snapshot
+        self._tokenizer = base.tokenizer
+        self._model_name = base.name
+        self._retriever = retriever
+        self._template = template
+        self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
+        self._hidden = frozenset(hidden)
+        # An answer is one line: a newline ends it as the end of turn does.
+        newline = self._tokenizer.encode("\n", add_special_tokens=False)
+        self._stop_ids = frozenset([self._tokenizer.eos_token_id, *newline[-1:]])
+
+    def search(self, request: Request) -> tuple[Hit, ...]:
+        """Return the passages for a request, best first: those it brings, or the best that its asker may see.
+
+        Raises:
+            RetrievalError: when the index cannot be searched.
+        """
+        if request.mode == "closed":
+            return ()
+        if request.hits is not None:
+            return tuple(hit for hit in request.hits if self._may_use(hit.passage, request))
+        wanted = request.top_k
+        while True:
+            hits = self._retriever.search(request.question, wanted, request.min_score)
+            seen = [hit for hit in hits if self._may_use(hit.passage, request)]
+            # What is hidden takes no place among the top k: look further down.
+            if len(seen) >= request.top_k or len(hits) < wanted:
+                return tuple(seen[: request.top_k])
+            wanted *= 4
+
+    def build(
+        self,
+        request: Request,
+        hits: Sequence[Hit],
+        adapters: Mapping[str, Factors | AdapterError],
+        milliseconds: Mapping[str, float],
+    ) -> Prepared:
+        """Return a request made ready: a passage whose adapter is an error goes into the prompt instead.
+
+        Args:
+            request: The request.
+            hits: What `search` found for it.
+            adapters: The factors of each hit, or why they cannot be had; not looked at unless it `updates`.
+            milliseconds: What was spent so far, by step.
+        """
+        # 1. Which passages go where.
+        summands: list[tuple[Factors, float]] = []
+        used = []
+        in_prompt: list[Passage] = []
+        for hit, weight in zip(hits, hit_weights(hits, request.weights), strict=True):
+            passage = hit.passage
+            factors = adapters[passage.key] if request.updates else None
+            fallback = isinstance(factors, AdapterError)
+            entry = UsedPassage(
+                key=passage.key,
+                title=passage.title,
+                sources=passage.sources,
+                score=hit.score,
+                in_weights=request.updates and not fallback,
+                in_prompt=fallback or request.mode in ("rag", "combine"),
+                weight=weight if request.updates and not fallback else 0.0,
+                note=factors.message if isinstance(factors, AdapterError) else "",
+            )
+            if factors is not None and not isinstance(factors, AdapterError):
+                summands.append((factors, weight))
+            if entry.in_prompt:
+                in_prompt.append(passage)
+            used.append(entry)
+        # 2. The prompt opens the answer with the words that every answer in training opens with.
+        begun = time.perf_counter()
+        texts = [passage_text(passage) for passage in in_prompt]
+        prompt = question_ids(
+            self._tokenizer, request.question, texts, history=request.history, template=self._template
+        )
+        prompt += answer_prefix_ids(self._tokenizer, self._template)
+        decode = DecodeRequest(
+            prompt,
+            request.max_new_tokens or self._max_new_tokens,
+            stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
+            stop_strings=request.stop,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            adapters=tuple(summands),
+        )
+        spent = {**milliseconds, "prompt": (time.perf_counter() - begun) * 1e3}
+        return Prepared(request, decode, tuple(used), spent)
+
+    def answer(self, prepared: Prepared, decoded: Decoded) -> Answer:
+        """Return the answer that was decoded.
+
+        Raises:
+            GenerationError: when the model's output was not finite.
+        """
+        if decoded.finish == "not_finite":
+            titles = ", ".join(passage.title or passage.key for passage in prepared.passages if passage.in_weights)
+            raise GenerationError(
+                f"{self._model_name}: its output is not finite with the adapters of {titles or 'no passage'}",
+                "load it as float32 (model.dtype), or make these adapters again",
+            )
+        return Answer(
+            question=prepared.request.question,
+            mode=prepared.request.mode,
+            text=final_answer(decoded.text, self._template),
+            reasoning="" if self._template == "direct" else decoded.text.strip(),
+            passages=prepared.passages,
+            prompt_tokens=len(prepared.decode.prompt),
+            new_tokens=len(decoded.tokens),
+            snapshot=self.snapshot,
+            finish=decoded.finish,
+            milliseconds={
+                **prepared.milliseconds,
+                "wait": decoded.wait_ms,
+                "inject": decoded.inject_ms,
+                "prefill": decoded.prefill_ms,
+                "decode": decoded.decode_ms,
+            },
+        )
+
+    def failed(self, request: Request, error: GenerationError) -> Answer:
+        """Return the empty answer that stands for a request which could not be answered, and says why."""
+        return Answer(request.question, request.mode, "", snapshot=self.snapshot, finish="error", error=error.message)
+
+    def _may_use(self, passage: Passage, request: Request) -> bool:
+        return passage.key not in self._hidden
+
+
+def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:
+    """Return the weight of each hit's adapter: 1 (`sum`, the paper), 1/k (`mean`), or its share of the scores."""
+    if weights == "sum":
+        return [1.0] * len(hits)
+    if weights == "mean":
+        return [1.0 / len(hits) for _ in hits]
+    total = sum(max(hit.score, 0.0) for hit in hits)
+    return [max(hit.score, 0.0) / total if total else 1.0 / len(hits) for hit in hits]
