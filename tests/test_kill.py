@@ -1,8 +1,8 @@
 """Whatever is killed at whatever moment: run again, and each passage has one adapter, as if nothing had happened.
 
-The moments are drawn over the time of an undisturbed run, from a seed. An episode is a fresh store and a few kills: of
-workers and of the S3 server, which the run survives, and of drivers, after which it is run again. CI has a few episodes;
-`PRAG_KILLS=20 python -m pytest tests/test_kill.py` has twenty kills a backend (issue 5 asks for 40 in all).
+The moments are drawn over the time of an undisturbed run, from a seed. An episode is a fresh store and a few kills:
+of workers and of the S3 server, which the run survives, and of drivers, after which it is run again. CI has few;
+`PRAG_KILLS=20 python -m pytest tests/test_kill.py` has twenty kills on each backend.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_killed_at_random_moments(backend: str, scene: Scene, undisturbed: Undis
 
 
 def kill(target: str, driver: Driver, scene: Scene, dice: random.Random) -> bool:
-    """Kill a process, of a stage's workers the Ray actor or the child that has the model; return whether there was one."""
+    """Kill a process; return whether there was one. Of a stage's workers, the Ray actor or the child with the model."""
     if target == "driver":
         driver.kill()
     elif target == "server":
