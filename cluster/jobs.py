@@ -105,6 +105,8 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
     Raises:
         JobServerError: when it stays away, or knows the job no more.
     """
+    import aiohttp
+
     shown, heard = 0, time.monotonic()
 
     async def tail() -> None:
@@ -123,7 +125,7 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
             asyncio.run(tail())
             job = client.get_job_info(id)
             heard = time.monotonic()
-        except (ConnectionError, RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if "does not exist" in str(error) or time.monotonic() - heard > PATIENCE_S:
                 raise JobServerError(f"job {id}: {_first_line(error)}") from None
         else:

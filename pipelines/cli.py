@@ -55,6 +55,9 @@ def run(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
     ] = False,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0, help="Wait so many seconds for another run's lease, also a dead one's.")
+    ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Do the main job: corpus → augment → train → store → index → publish.
@@ -65,7 +68,7 @@ def run(
 
     settings = settings_of(config, set_, profile)
     with _result_only():
-        report = run_job(settings, _progress_to, take_over=take_over)
+        report = run_job(settings, _progress_to, take_over=take_over, wait_s=wait)
     if as_json:
         _print_json(report.to_json())
         return

@@ -114,7 +114,6 @@ def preflight(
 
 
 def submit(
-    context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="What to run, e.g. `run`; its options after `--`.")],
     config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,

@@ -26,7 +26,7 @@ from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
 from prag_core.adapter_store import AdapterStore, put_start
 from prag_core.config import Config, dump_config
-from prag_core.lease import Lease, hold_lease
+from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.lora import LoraLayout
 from prag_core.recipe import Recipe
 from prag_core.snapshot import current_id, make_snapshot, publish
@@ -66,8 +66,10 @@ class RunReport:
         }
 
 
-def run_job(config: Config, console: Console, *, take_over: bool = False) -> RunReport:
+def run_job(config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
+
+    A lease that another run holds is waited for, `wait_s` at most.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
@@ -81,6 +83,8 @@ def run_job(config: Config, console: Console, *, take_over: bool = False) -> Run
         (preflight(config) if on_cluster() else found).described()
     console.print(found.summary())
     store, (recipe, layout) = open_store(config), found.described()
+    if wait_s and not take_over:
+        wait_for_lease(store, wait_s)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with hold_lease(store, run, take_over=take_over) as lease:
         return _run(config, store, recipe, layout, lease, console, begun)

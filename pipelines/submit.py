@@ -15,8 +15,8 @@ from prag_core.errors import ClusterError, ConfigError
 from prag_core.identity import fingerprint
 
 CONFIG_FILE = "prag-config.yaml"
-# Machine facts: the same work with another of them is the same job still.
-_NOT_THE_WORK = {"run", "storage"}
+# Machine facts: the same work with others of them is the same job still.
+_NOT_THE_WORK = {"run"}
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,27 @@ def check_holder(store: Store, run: str) -> None:
         )
 
 
+def wait_for_lease(
+    store: Store, wait_s: float, *, skew_s: float = SKEW_S, look_every_s: float = 2.0
+) -> LeaseRecord | None:
+    """Wait until no run holds the store's lease, `wait_s` at most; return who holds it still, or None.
+
+    A job that is started again after its machine was lost finds its own dead lease, which expires.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        held = _read(store)[1]
+        if held is None or held.released or _is_over(held, time.time(), skew_s):
+            return None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return held
+        time.sleep(min(look_every_s, left))
+
+
 def read_lease(store: Store) -> LeaseRecord | None:
     """Return what the store's lease says, or None when no run ever took it.
 

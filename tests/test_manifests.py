@@ -210,7 +210,10 @@ def test_the_nightly_job_forbids_overlap_and_follows_its_job(schemas: dict[str, 
     assert problems(pod, job["template"]) == []
     (container,) = job["template"]["spec"]["containers"]
     assert container["image"] == IMAGE
-    check_command(container["command"])
+    submit, job_command = container["command"][:7], container["command"][7:]
+    assert submit[-1] == "--"
+    check_command(submit)
+    check_command(["prag", *job_command])
     assert "--no-wait" not in container["command"]  # its pod must live as long as the job
     address = container["command"][container["command"].index("--address") + 1]
     assert address == f"http://{load('cluster/raycluster.yaml')['metadata']['name']}-head-svc:8265"

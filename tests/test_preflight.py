@@ -19,7 +19,8 @@ from cluster.preflight import (
     gpus,
     versions,
 )
-from pipelines.preflight import PACKAGES, Preflight, _gpu_memory, check_here
+from pipelines.checks import Preflight
+from pipelines.preflight import PACKAGES, _gpu_memory, check_here
 from pipelines.profiles import profile_of
 from prag_core.config import Config, parse_config
 from prag_core.errors import PragError, PreflightError
