@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import cli_cluster
+from pipelines import cli_cluster, cli_reindex
 from pipelines.cli_options import DEFAULT_CONFIG, ConfigOption, JsonOption, ProfileOption, SetOption, settings_of
 from prag_core.config import Config, load_config
 from prag_core.errors import PragError
@@ -30,8 +30,8 @@ app = typer.Typer(
         '`prag ask -c examples/demo.yaml --compare "Who built the Cazambra Lighthouse?"`.\n\n'
         "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, 5 store, "
         "6 somebody else changed the store first, 7 retrieval or Java, 8 generator, 9 too many rejects, "
-        "10 another run works on the store, 11 several things are wrong, 12 the cluster. `prag submit` ends with the "
-        "code of its job."
+        "10 another run works on the store, 11 several things are wrong, 12 the cluster, 16 the canary. "
+        "`prag submit` ends with the code of its job."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -45,6 +45,7 @@ _out = Console(file=sys.stdout)
 
 
 cli_cluster.register(app)
+cli_reindex.register(app)
 
 
 @app.command()
