@@ -68,7 +68,7 @@ def ask_canaries(config: Config, store: Store, snapshot: str, canaries: Sequence
 
 def _ask(config: Config, store: Store, snapshot: str, canaries: Sequence[Canary]) -> float:
     from prag_core.engine import Request, open_engine
-    from prag_core.evaluate import f1
+    from prag_core.metrics import f1
 
     engine = open_engine(store, config, snapshot)
     how = config.answer

@@ -1,9 +1,7 @@
-"""The command line: `prag plan`, `run`, `ask`, `rejects`, `demo`, and those of `pipelines.cli_cluster`."""
+"""The command line: `prag run`, `ask`, `rejects`, `demo`; the other commands are in the modules `cli_*`."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
@@ -13,11 +11,22 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from pipelines import cli_cluster, cli_reindex
-from pipelines.cli_options import DEFAULT_CONFIG, ConfigOption, JsonOption, ProfileOption, SetOption, settings_of
+from pipelines import cli_cluster, cli_evaluate, cli_keys, cli_reindex, cli_serve
+from pipelines.cli_store import store_app
+from pipelines.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    ProfileOption,
+    SetOption,
+    out,
+    print_json,
+    progress_to,
+    result_only,
+    settings_of,
+)
 from prag_core.config import Config, load_config
 from prag_core.errors import PragError
 from prag_core.records import MODES, Answer, Mode, Reject, Weights
@@ -28,24 +37,25 @@ app = typer.Typer(
         "Parametric RAG: passages become LoRA adapters; a question adds the adapters it needs to the weights.\n\n"
         "A first session: `prag plan -c examples/demo.yaml`, `prag run -c examples/demo.yaml`, "
         '`prag ask -c examples/demo.yaml --compare "Who built the Cazambra Lighthouse?"`.\n\n'
-        "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, 5 store, "
-        "6 somebody else changed the store first, 7 retrieval or Java, 8 generator, 9 too many rejects, "
-        "10 another run works on the store, 11 several things are wrong, 12 the cluster, 16 the canary. "
-        "`prag submit` ends with the code of its job."
+        "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, "
+        "5 store (out of reach, or damaged), 6 somebody else changed the store first, 7 retrieval or Java, "
+        "8 generator, 9 too many rejects, 10 another run works on the store, 11 several things are wrong, "
+        "12 the cluster, 16 the canary. `prag submit` ends with the code of its job."
     ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-_progress_to = Console(stderr=True)
-# Bound to the real standard output, see `_result_only`.
-_out = Console(file=sys.stdout)
+app.add_typer(cli_keys.app, name="keys")
+# The operator's verbs of the store.
+app.add_typer(store_app)
 
 
 cli_cluster.register(app)
 cli_reindex.register(app)
+cli_evaluate.register(app)
+cli_serve.register(app)
 
 
 @app.command()
@@ -68,10 +78,10 @@ def run(
     from pipelines.job import run_job
 
     settings = settings_of(config, set_, profile)
-    with _result_only():
-        report = run_job(settings, _progress_to, take_over=take_over, wait_s=wait)
+    with result_only():
+        report = run_job(settings, progress_to, take_over=take_over, wait_s=wait)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
     table = Table(title=f"Run {report.run}")
     for name in ("stage", "in", "done", "earlier", "rejected", "seconds", "passages/s", "bytes"):
@@ -87,8 +97,8 @@ def run(
             f"{stage.per_second:.2f}",
             cli_cluster.size_text(stage.bytes) if stage.bytes else "",
         )
-    _out.print(table)
-    _out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
+    out.print(table)
+    out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
 
 
 @app.command()
@@ -111,10 +121,10 @@ def ask(
     overrides += [f"answer.{name}={value}" for name, value in (("mode", mode), ("weights", weights)) if value]
     overrides += [f"answer.top_k={top_k}"] if top_k else []
     settings = load_config(config, overrides)
-    with _result_only():
+    with result_only():
         answers = _ask(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
     if as_json:
-        _print_json([asdict(answer) for answer in answers])
+        print_json([asdict(answer) for answer in answers])
         return
     _show_answers(answers)
 
@@ -147,16 +157,16 @@ def rejects(
     }
     rows = sorted(found.values(), key=lambda r: (r.stage, r.reason, r.source))
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
     for (of_stage, reason), count in sorted(Counter((r.stage, r.reason) for r in rows).items()):
-        _out.print(f"{of_stage}/{reason}: {count}")
+        out.print(f"{of_stage}/{reason}: {count}")
     if not rows:
-        _out.print("no rejects")
+        out.print("no rejects")
     for row in rows[:limit]:
-        _out.print(f"  {row.source}: {row.stage}/{row.reason}: {row.detail}", highlight=False)
+        out.print(f"  {row.source}: {row.stage}/{row.reason}: {row.detail}", highlight=False)
     if len(rows) > limit:
-        _out.print(f"  … and {len(rows) - limit} more; see --limit or --json")
+        out.print(f"  … and {len(rows) - limit} more; see --limit or --json")
 
 
 @app.command()
@@ -168,21 +178,16 @@ def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
     from pipelines.demo import run_demo
 
     settings = load_config(config, set_ or [])
-    with _result_only():
-        result = run_demo(settings, _out)
-    _print_json(result)
-
-
-def _result_only() -> contextlib.AbstractContextManager[Any]:
-    """Within this context, what libraries print goes to standard error: standard output is for the result alone."""
-    return contextlib.redirect_stdout(sys.stderr)
+    with result_only():
+        result = run_demo(settings, out)
+    print_json(result)
 
 
 def _show_answers(answers: list[Answer]) -> None:
     for answer in answers:
-        _out.print(f"[bold]{answer.mode:>8}[/]  {answer.text}", highlight=False)
+        out.print(f"[bold]{answer.mode:>8}[/]  {answer.text}", highlight=False)
         steps = ", ".join(f"{step} {ms:.0f}" for step, ms in answer.milliseconds.items())
-        _out.print(f"          {steps} ms; {answer.prompt_tokens} prompt tokens, {answer.new_tokens} new")
+        out.print(f"          {steps} ms; {answer.prompt_tokens} prompt tokens, {answer.new_tokens} new")
     last = max(answers, key=lambda answer: len(answer.passages))
     if last.passages:
         table = Table(title="Retrieved passages")
@@ -196,26 +201,13 @@ def _show_answers(answers: list[Answer]) -> None:
             table.add_row(
                 f"{passage.score:.2f}", passage.title, ", ".join(passage.sources), "\n".join(uses[passage.key])
             )
-        _out.print(table)
+        out.print(table)
 
 
 def _use(passage: Any) -> str:
     places = [n for n, used in (("weights", passage.in_weights), ("prompt", passage.in_prompt)) if used]
     note = f" ({passage.note})" if passage.note else ""
     return " and ".join(places) + note
-
-
-def _rows(title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column()
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
-
-
-def _print_json(document: Any) -> None:
-    _out.file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

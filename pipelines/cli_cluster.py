@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli_options import DEFAULT_CONFIG, ConfigOption, JsonOption, ProfileOption, SetOption, settings_of
+from pipelines.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    ProfileOption,
+    SetOption,
+    out,
+    print_json,
+    settings_of,
+)
 from prag_core.errors import ConfigError
 
-# Bound to the real standard output: what libraries print while a command works goes to standard error.
-_out = Console(file=sys.stdout)
 _STYLES = {"ok": "green", "failed": "red", "warning": "yellow", "skipped": "dim"}
 
 
@@ -50,7 +56,7 @@ def plan(
     with contextlib.redirect_stdout(sys.stderr):
         made = make_plan(settings, Console(stderr=True), measured=measure, price_gpu_hour=price_gpu_hour)
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
         return
     rejected = ", ".join(f"{reason} {n}" for reason, n in sorted(made.rejected.items())) or "none"
     table = Table(title="Plan", show_header=False)
@@ -78,7 +84,7 @@ def plan(
     rows += [("times rest on", made.basis), ("recipe", made.recipe)]
     for row in rows:
         table.add_row(*row)
-    _out.print(table)
+    out.print(table)
 
 
 def preflight(
@@ -100,7 +106,7 @@ def preflight(
         found = look(settings)
     seconds = {"load": round(loaded - begun, 2), "check": round(time.perf_counter() - loaded, 2)}
     if as_json:
-        _print_json({"findings": [vars(finding) for finding in found.findings], "seconds": seconds})
+        print_json({"findings": [vars(finding) for finding in found.findings], "seconds": seconds})
     else:
         table = Table(title="Preflight")
         for name in ("check", "", "node", "what"):
@@ -108,8 +114,8 @@ def preflight(
         for f in found.findings:
             remedy = f"\n→ {f.remedy}" if f.remedy else ""
             table.add_row(f.check, f"[{_STYLES[f.outcome]}]{f.outcome}[/]", f.where, f"{f.detail}{remedy}")
-        _out.print(table)
-        _out.print(f"{seconds['check']:.2f} s, after {seconds['load']:.2f} s to load the libraries")
+        out.print(table)
+        out.print(f"{seconds['check']:.2f} s, after {seconds['load']:.2f} s to load the libraries")
     found.described()
 
 
@@ -165,24 +171,24 @@ def status(
         state = ""
         for run in follow(store, every):
             state = run.state
-            _print_json(vars(run)) if as_json else _out.print(run.line(), highlight=False, soft_wrap=True)
+            print_json(vars(run)) if as_json else out.print(run.line(), highlight=False, soft_wrap=True)
         if not state:
-            _out.print(f"{store.url}: no run yet")
+            out.print(f"{store.url}: no run yet")
         raise typer.Exit(0 if state in ("finished", "") else 1)
     found = read_status(store)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
         return
     if found.snapshot is None:
-        _out.print(f"{store.url}: nothing is published yet; run `prag run`")
+        out.print(f"{store.url}: nothing is published yet; run `prag run`")
     else:
         table = Table(title=f"Snapshot {found.snapshot.id}", show_header=False)
         for name in ("created", "passages", "adapters", "corpus_version", "index", "recipe", "base_model"):
             value = getattr(found.snapshot, name)
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
-        _out.print(table)
+        out.print(table)
     for run in found.runs:
-        _out.print(run.line(), highlight=False, soft_wrap=True)
+        out.print(run.line(), highlight=False, soft_wrap=True)
 
 
 def size_text(size: float) -> str:
@@ -216,10 +222,5 @@ def _variable(item: str) -> tuple[str, str]:
 
 
 def _write(text: str) -> None:
-    _out.file.write(text)
-    _out.file.flush()
-
-
-def _print_json(document: Any) -> None:
-    _out.file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    _out.file.flush()
+    out.file.write(text)
+    out.file.flush()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from pipelines.cli_options import DEFAULT_CONFIG, ConfigOption, JsonOption, ProfileOption, SetOption, settings_of
-
-_out = Console(file=sys.stdout)
+from pipelines.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    ProfileOption,
+    SetOption,
+    print_json,
+    print_rows,
+    progress_to,
+    result_only,
+    settings_of,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -51,32 +55,26 @@ def reindex(
 
     overrides = [*(set_ or []), *([f"corpus.path={corpus}"] if corpus else [])]
     settings = settings_of(config, overrides, profile)
-    with contextlib.redirect_stdout(sys.stderr):
+    with result_only():
         report = run(
             settings,
-            Console(stderr=True),
+            progress_to,
             canary=canary,
             canary_min=canary_min,
             take_over=take_over,
             wait_s=wait_s,
         )
     if as_json:
-        _out.file.write(json.dumps(report.to_json(), ensure_ascii=False) + "\n")
+        print_json(report.to_json())
         return
     difference = report.difference
-    table = Table(title=f"Reindex {report.run}", show_header=False)
     rows = [
-        (
-            "passages",
-            f"{difference.passages_new} new, {difference.passages_gone} gone, {difference.passages_kept} kept",
-        ),
+        ("passages", f"{difference.passages_new} new, {difference.passages_gone} gone"),
+        ("kept passages", f"{difference.passages_kept}, {difference.moved} ids of them new"),
         ("ids", f"{difference.added} added, {difference.changed} changed, {difference.removed} removed"),
-        ("ids of kept passages", f"{difference.moved} moved"),
         ("made", f"{report.augmented} augmentations, {report.trained} adapters"),
         ("rejected", ", ".join(f"{reason} {n}" for reason, n in sorted(report.rejected.items())) or "none"),
         ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}"),
         ("in service", report.snapshot if report.published else f"{report.snapshot}, as before: nothing changed"),
     ]
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
+    print_rows(f"Reindex {report.run}", rows)

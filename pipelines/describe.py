@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.augment import generator_fingerprint
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import start_fingerprint
+from prag_core.adapter_store import is_start_name, start_fingerprint
 from prag_core.config import Config
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
@@ -24,8 +24,9 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
     layout, _ = find_targets(model_skeleton(folder), train)
-    if config.train.start:
-        train = replace(train, start=start_fingerprint(import_peft(layout, Path(config.train.start))))
+    if start := config.train.start:
+        named = is_start_name(start)
+        train = replace(train, start=start if named else start_fingerprint(import_peft(layout, Path(start))))
     base_model = model_fingerprint(folder)
     augmenting = augment_recipe(config.augment, generator_fingerprint(config, base_model))
     return Recipe(base_model, augmenting, train), layout

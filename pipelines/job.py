@@ -25,10 +25,11 @@ from pipelines.recovery import anew
 from pipelines.report import StageReport
 from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import AdapterStore, put_start
+from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start
 from prag_core.config import Config, dump_config
+from prag_core.garbage import RunInputs, put_inputs
 from prag_core.lease import Lease, hold_lease, wait_for_lease
-from prag_core.lora import LoraLayout
+from prag_core.lora import LoraLayout, check_factors
 from prag_core.recipe import Recipe
 from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish, same_content
 from prag_core.store import Store, open_store
@@ -111,7 +112,9 @@ def _run(
     run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
-    if config.train.start:
+    if config.train.start and is_start_name(config.train.start):
+        check_factors(layout, get_start(store, config.train.start), f"start {config.train.start}")
+    elif config.train.start:
         put_start(store, layout, import_peft(layout, Path(config.train.start)))
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     progress = RunProgress(store, run, console)
@@ -139,8 +142,10 @@ def _stages(
     # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
     serving = current_id(store)
     before = load_snapshot(store, serving) if serving else None
+    forgotten = before.tombstones if before else ()
     # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
-    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run), progress)
+    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
+    put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
@@ -170,7 +175,7 @@ def _stages(
         ledger_parts=tuple(AdapterStore(store, recipe, layout).ledger_parts()),
         passages=corpus.count,
         adapters=adapters,
-        tombstones=before.tombstones if before else (),
+        tombstones=forgotten,
     )
     if gate is not None and (before is None or not same_content(before, snapshot)):
         gate(before, snapshot, progress)
@@ -187,7 +192,7 @@ def _stages(
     return result
 
 
-def _read_corpus(config: Config, store: Store, profile: Profile, run: str) -> ingest.Corpus:
-    corpus = ingest.ingest(config.corpus, profile.partitions)
+def _read_corpus(config: Config, store: Store, profile: Profile, run: str, forgotten: tuple[str, ...]) -> ingest.Corpus:
+    corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
     ingest.store_corpus(store, corpus, run)
     return corpus

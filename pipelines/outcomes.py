@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,12 @@ class Budget:
             )
 
 
+def outcome_blocks(outcomes: ray.data.Dataset) -> Iterator[list[Outcome]]:
+    """Run a pipeline to its end, yielding the outcomes of each block as it is done."""
+    for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+
+
 def follow(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress, budget: Budget) -> Tally:
     """Run a stage's pipeline to its end, counting and telling its outcomes as they come.
 
@@ -103,8 +109,7 @@ def follow(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProg
     """
     tally = Tally()
     with progress.stage(stage, total, tally) as advance:
-        for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            rows = [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+        for rows in outcome_blocks(outcomes):
             for row in rows:
                 tally.add(row)
             advance(rows, tally)

@@ -66,7 +66,7 @@ class RunProgress:
         self._metrics.begin(stage, total)
         self._describe(stage, total, tally)
         self._write()
-        with _shown(self.console, stage, total) as show:
+        with stage_progress(self.console, stage, total) as show:
 
             def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
                 self._metrics.count(stage, outcomes, tally.seconds)
@@ -150,9 +150,12 @@ class RunProgress:
 
 
 @contextmanager
-def _shown(console: Console, stage: str, total: int) -> Iterator[Callable[[int, int], None]]:
+def stage_progress(
+    console: Console, stage: str, total: int, unit: str = "passages"
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to be called with (done, rejected) so far of the `total` of a stage."""
     if console.is_terminal:
-        with _bar(console) as progress:
+        with _bar(console, unit) as progress:
             task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
             begun = time.perf_counter()
 
@@ -174,17 +177,17 @@ def _shown(console: Console, stage: str, total: int) -> Iterator[Callable[[int, 
         last = now
         rate = finished / (now - begun)
         left = f"{(total - finished) / rate:.0f} s left" if rate else "time left unknown"
-        console.print(f"{stage}: {finished}/{total}, {rate:.2f} passages/s, {left}, {rejected} rejected")
+        console.print(f"{stage}: {finished}/{total}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
 
     yield report
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} passages/s"),
+        TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
         TextColumn("{task.fields[rejects]} rejected"),
         TimeElapsedColumn(),
         TextColumn("left"),

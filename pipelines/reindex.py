@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from pipelines.canary import ask_canaries, read_canaries
+from pipelines.canary import Canary, ask_canaries, read_canaries
 from pipelines.difference import Difference, compare
 from pipelines.job import run_job
 from pipelines.profiles import profile_of
@@ -78,47 +78,57 @@ def reindex(
     canaries = read_canaries(canary) if canary else []
     serving = current_id(store)
     before = load_snapshot(store, serving) if serving else None
-    found: dict[str, Any] = {"difference": None, "f1": None}
-
-    def look(old: Snapshot | None, new: Snapshot, progress: RunProgress) -> None:
-        # 1. What changed.
-        profile = profile_of(config)
-        found["difference"] = compare(
-            store, old.corpus_version if old else None, new.corpus_version, profile.partitions
-        )
-        console.print(f"difference: {found['difference']}")
-        # 2. Whether the candidate is whole.
-        check_whole(store, new, profile.partitions)
-        # 3. Whether it answers.
-        if canaries:
-            put_snapshot(store, new)
-            score = found["f1"] = ask_canaries(config, store, new.id, canaries, profile.train)
-            console.print(f"canary: F1 {score:.3f} of {len(canaries)} questions, {canary_min} is asked for")
-            if score < canary_min:
-                refused = {"candidate": new.id, "canary_f1": score, "difference": asdict(found["difference"])}
-                store.put_json(f"runs/{progress.run}/reindex.json", {"run": progress.run, "before": serving, **refused})
-                raise CanaryError(
-                    f"the candidate {new.id} answers {len(canaries)} canary questions with F1 {score:.3f}, below "
-                    f"--canary-min {canary_min}: it was not published, {serving or 'nothing'} stays in service",
-                    f"ask it with `prag ask --snapshot {new.id}`; if it is good, publish it with a lower --canary-min",
-                )
-
+    look = _Look(config, store, canaries, canary_min)
     report = run_job(config, console, take_over=take_over, wait_s=wait_s, gate=look)
     new = {stage.stage: stage.done - stage.earlier for stage in report.stages}
-    unchanged = Difference(passages_kept=before.passages if before else 0)
     result = ReindexReport(
         run=report.run,
         before=serving,
         snapshot=report.snapshot,
-        difference=found["difference"] or unchanged,
+        difference=look.difference or Difference(passages_kept=before.passages if before else 0),
         augmented=new["augment"],
         trained=new["train"],
         rejected=report.rejected,
-        canary_f1=found["f1"],
+        canary_f1=look.canary_f1,
         seconds=time.perf_counter() - begun,
     )
     store.put_json(f"runs/{report.run}/reindex.json", result.to_json())
     return result
+
+
+class _Look:
+    """The gate before publication: what changed, whether the candidate is whole, whether it answers."""
+
+    def __init__(self, config: Config, store: Store, canaries: Sequence[Canary], canary_min: float) -> None:
+        self._config = config
+        self._store = store
+        self._canaries = canaries
+        self._canary_min = canary_min
+        self.difference: Difference | None = None
+        self.canary_f1: float | None = None
+
+    def __call__(self, old: Snapshot | None, new: Snapshot, progress: RunProgress) -> None:
+        profile = profile_of(self._config)
+        version = old.corpus_version if old else None
+        self.difference = compare(self._store, version, new.corpus_version, profile.partitions)
+        progress.console.print(f"difference: {self.difference}")
+        check_whole(self._store, new, profile.partitions)
+        if not self._canaries:
+            return
+        put_snapshot(self._store, new)
+        self.canary_f1 = ask_canaries(self._config, self._store, new.id, self._canaries, profile.train)
+        said = f"{len(self._canaries)} canary questions with F1 {self.canary_f1:.3f}"
+        progress.console.print(f"the candidate {new.id} answers {said}")
+        if self.canary_f1 < self._canary_min:
+            serving = old.id if old else None
+            report = {"before": serving, "candidate": new.id, "canary_f1": self.canary_f1, "published": False}
+            whole = {**report, "run": progress.run, "difference": asdict(self.difference)}
+            self._store.put_json(f"runs/{progress.run}/reindex.json", whole)
+            raise CanaryError(
+                f"the candidate {new.id} answers {said}, below --canary-min {self._canary_min}: it was not published, "
+                f"{serving or 'nothing'} stays in service",
+                f"ask it with `prag ask --snapshot {new.id}`; if it is good, publish it with a lower --canary-min",
+            )
 
 
 def check_whole(store: Store, snapshot: Snapshot, partitions: int) -> None:

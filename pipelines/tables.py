@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from prag_core.compaction import visible_parts
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, schema
 from prag_core.store import Store
@@ -76,13 +77,13 @@ def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions:
     augmented, trained = recipe.augment.fingerprint, recipe.fingerprint
     parts = [
         {"kind": kind, "column": column, "recipe": fingerprint, "part": part}
-        for kind, column, fingerprint, folder in (
-            ("augmentation", "digest", "", f"augmentations/{augmented}"),
-            ("adapter", "augmentation", "", f"adapters/{trained}/ledger"),
-            ("augment_rejected", "reason", augmented, "rejects/augment"),
-            ("train_rejected", "reason", trained, "rejects/train"),
+        for kind, column, fingerprint, names in (
+            ("augmentation", "digest", "", store.list(f"augmentations/{augmented}", ".parquet")),
+            ("adapter", "augmentation", "", visible_parts(store, trained)),
+            ("augment_rejected", "reason", augmented, store.list("rejects/augment", ".parquet")),
+            ("train_rejected", "reason", trained, store.list("rejects/train", ".parquet")),
         )
-        for part in store.list(folder, ".parquet")
+        for part in names
     ]
     facts = passages.select_columns(["key"]).map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
     if parts:
@@ -113,7 +114,7 @@ def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -
     return read_columns(store, parts, columns, partitions) if parts else None
 
 
-def read_columns(store: Store, parts: list[str], columns: list[str], partitions: int) -> ray.data.Dataset:
+def read_columns(store: Store, parts: Sequence[str], columns: list[str], partitions: int) -> ray.data.Dataset:
     """Read columns of Parquet parts of the store, of which there is one at least."""
     return _tasks([{"part": part} for part in parts], partitions).map_batches(
         _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "columns": columns}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import pyarrow.compute as pc
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
+from prag_core.compaction import visible_parts
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum, fingerprint
+from prag_core.identity import checksum, fingerprint, is_intact, seal
 from prag_core.ledger import LedgerColumns, Located
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
@@ -44,7 +47,7 @@ class AdapterStore:
         """Write the recipe and the layout in full beside what they make."""
         name = f"{self.folder}/recipe.json"
         if not self.store.exists(name):
-            self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
+            self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
     def committed(self, batch: Batch) -> list[LedgerRow]:
         """Return what an earlier attempt at this very batch committed; mostly nothing.
@@ -100,8 +103,8 @@ class AdapterStore:
         return f"{folder}/{fingerprint([list(item) for item in sorted(batch)])}" if batch else folder
 
     def ledger_parts(self) -> list[str]:
-        """Return the names of the ledger parts that there are now."""
-        return self.store.list(f"{self.folder}/ledger", ".parquet")
+        """Return the names of the ledger parts that count now: none that a compaction has replaced."""
+        return visible_parts(self.store, self.recipe.fingerprint)
 
     def fetch(self, row: LedgerRow | Located) -> dict[str, Tensor]:
         """Return one adapter's factors by one ranged read, verified.
@@ -119,6 +122,11 @@ class AdapterStore:
 def start_fingerprint(factors: Factors) -> str:
     """Name the factors that a recipe's adapters start from: the hash of their bytes."""
     return checksum(b"".join(factors[name].float().contiguous().numpy().tobytes() for name in sorted(factors)))
+
+
+def is_start_name(text: str) -> bool:
+    """Whether a text is a fingerprint that `put_start` gives, and not a path."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
 def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:
@@ -168,13 +176,31 @@ class LedgerSource:
         return self._adapters.fetch(located)
 
 
+def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
+    """Return the row of a passage's adapter, as the ledger parts of a snapshot name it; reads one part at a time.
+
+    Raises:
+        AdapterError: when they name none.
+        StoreError: when a part cannot be read.
+    """
+    found: list[LedgerRow] = []
+    for part in parts:
+        table = store.get_table(LedgerRow, [part])
+        found += from_table(LedgerRow, table.filter(pc.equal(table["key"], key)))
+    if not found:
+        raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
+    return max(found, key=lambda row: row.created)
+
+
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
     """Return the adapters of a recipe by its fingerprint, and how they were trained.
 
     Raises:
-        StoreError: when the recipe that must lie beside them is missing or another one.
+        StoreError: when the recipe that must lie beside them is missing, altered or another one.
     """
     document = store.get_json(f"adapters/{fingerprint}/recipe.json")
+    if not is_intact(document):
+        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
     recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
     if recipe.fingerprint != fingerprint:
         raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")

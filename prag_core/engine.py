@@ -8,7 +8,7 @@ nothing of a request stays behind. It serves one caller at a time: for many user
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
 from prag_core.decode import Decoder
 from prag_core.errors import AdapterError, GenerationError, StoreError
+from prag_core.forgetting import forgotten_keys
 from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.prepare import Preparation, Prepared, Request, hit_weights
@@ -45,7 +46,8 @@ class Engine:
         recipe: The recipe that the adapters were trained by; gives their layout and scale.
         retriever: Finds passages; never called in the mode `closed`.
         adapters: Gives adapters by key.
-        snapshot: The snapshot that it answers from, or its id alone.
+        snapshot: The id that answers carry.
+        forgotten: Keys of passages that are never used, whoever retrieved them.
         max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
             the recipe's template lets the model reason.
         batch_size: How many questions are decoded at once.
@@ -58,7 +60,8 @@ class Engine:
         retriever: Retriever,
         adapters: AdapterSource,
         *,
-        snapshot: Snapshot | str = "",
+        snapshot: str = "",
+        forgotten: Collection[str] = (),
         max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
@@ -66,9 +69,13 @@ class Engine:
         self._injector = Injector(base.model, recipe)
         self._adapters = adapters
         self._batch_size = batch_size
-        id, hidden = (snapshot, ()) if isinstance(snapshot, str) else (snapshot.id, snapshot.tombstones)
         self._preparation = Preparation(
-            base, retriever, template=recipe.template, snapshot=id, max_new_tokens=max_new_tokens, hidden=hidden
+            base,
+            retriever,
+            template=recipe.template,
+            snapshot=snapshot,
+            max_new_tokens=max_new_tokens,
+            hidden=forgotten,
         )
 
     def answer(self, request: Request) -> Answer:
@@ -152,7 +159,8 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
         train,
         retriever,
         LedgerSource(adapter_store, snapshot.ledger_parts),
-        snapshot=snapshot,
+        snapshot=snapshot.id,
+        forgotten=forgotten_keys(store, snapshot),
         max_new_tokens=config.answer.max_new_tokens,
         batch_size=config.answer.batch_size,
     )

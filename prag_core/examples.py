@@ -58,7 +58,12 @@ def training_examples(
     each rewrite, and then each question without, the way in which it will be asked: fewer tokens, and more of
     them about the answer. Each example is truncated to `recipe.max_tokens` tokens; one of which nothing is left
     to learn then (`loss: answer`, and the question alone is too long) is left out.
+
+    With `recipe.without` the rewrites are left out, and nothing stands in for them; or the questions are, and the
+    texts themselves are trained, one after the other; or both, and the passage alone is.
     """
+    if recipe.without in ("qa", "both"):
+        return _text_examples(tokenizer, passage, augmentation, recipe)
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
         question = question_ids(tokenizer, pair.question, [context] if context else [], template=recipe.template)
@@ -72,9 +77,18 @@ def training_examples(
     return tuple(examples)
 
 
+def _text_examples(
+    tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
+) -> tuple[TrainingExample, ...]:
+    texts = [passage_text(passage), *(() if recipe.without == "both" else augmentation.rewrites)]
+    end = [tokenizer.eos_token_id] if recipe.eos else []
+    ids = [tuple([*tokenizer.encode(text), *end][: recipe.max_tokens]) for text in texts]
+    return tuple(TrainingExample(of) for of in ids if len(of) > 1)
+
+
 def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:
     text = passage_text(passage)
-    contexts = [text, *(augmentation.rewrites or (text,))]
+    contexts = [text] if recipe.without == "rewrites" else [text, *(augmentation.rewrites or (text,))]
     pairs = augmentation.pairs
     if recipe.examples == "closed_book":
         with_passage, without = pairs[:1], pairs

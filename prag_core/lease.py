@@ -141,7 +141,8 @@ def acquire_lease(
         run: The run's id, which others are told.
         ttl_s: How long the lease lasts after its last heartbeat.
         skew_s: How far the clocks of two machines may differ.
-        take_over: Take it from a run that still holds it, because it is known to be dead.
+        take_over: Take it from a run that still holds it, because it is known to be dead; also one that cannot be
+            read.
 
     Raises:
         LeaseError: when another run holds it: who, where, since when, until when, and how to take it over.
@@ -159,7 +160,12 @@ def acquire_lease(
         ttl_s=ttl_s,
         started=_process(os.getpid())[1],
     )
-    before, held = _read(store)
+    try:
+        before, held = _read(store)
+    except StoreError:
+        if not take_over:
+            raise
+        before, held = store.get_if_exists(LEASE), None
     if held is not None and not (take_over or held.released or _is_over(held, now, skew_s)):
         raise _held(store, held, skew_s)
     try:
@@ -245,7 +251,9 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
     try:
         return data, from_dict(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
-        raise StoreError(f"{store.url}/{LEASE}: not a lease: {error}", "remove it when no run is at work") from None
+        raise StoreError(
+            f"{store.url}/{LEASE}: not a lease: {error}", "no run at work? then run again with --take-over"
+        ) from None
 
 
 def _encode(record: LeaseRecord) -> bytes:

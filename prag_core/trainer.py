@@ -198,7 +198,7 @@ class Trainer:
             rows = sum(1 for count in steps if step < count)
             batch = [job.examples[step % len(job.examples)] for job in jobs[:rows]]
             active = {place: (a[:rows], b[:rows]) for place, (a, b) in parameters.items()}
-            total, mean = self._loss(batch, active)
+            total, mean = self.loss(batch, active)
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -234,7 +234,7 @@ class Trainer:
             )
         return trained
 
-    def _loss(
+    def loss(
         self,
         batch: Sequence[TrainingExample],
         factors: dict[tuple[int, str], tuple[Tensor, Tensor]],

@@ -103,3 +103,14 @@ def test_the_model_may_reason_first(tiny_session: BaseModel) -> None:
 def test_the_short_answer_ends_the_reasoning(text: str, answer: str) -> None:
     assert final_answer(text, "chain_of_thought") == answer
     assert final_answer(" 4.5 million.") == "4.5 million"
+
+
+def test_ablations_leave_out_what_they_say(tiny_session: BaseModel) -> None:
+    small = RECIPES["small"]
+    assert contexts(texts(tiny_session, replace(small, without="rewrites"))) == ["passage", "passage", "none"]
+    end, rewrite = tiny_session.tokenizer.eos_token, AUGMENTATION.rewrites[0]
+    assert texts(tiny_session, replace(small, without="qa")) == [PASSAGE.text + end, rewrite + end]
+    assert texts(tiny_session, replace(small, without="both")) == [PASSAGE.text + end]
+    assert texts(tiny_session, replace(RECIPES["paper"], without="both")) == [PASSAGE.text]
+    short = training(tiny_session, replace(small, without="qa", max_tokens=10))
+    assert [(len(example.ids), example.scored_from) for example in short] == [(10, 1), (10, 1)]

@@ -88,8 +88,9 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Scene]:
-    with cluster() as ray:
+    with cluster(s3_server.environment) as ray:
         yield Scene(tmp_path_factory.mktemp("kill"), ray, s3_server)
+        assert ray.logs_with(s3_server.environment["AWS_SECRET_ACCESS_KEY"]) == []
 
 
 @pytest.fixture(scope="module")
