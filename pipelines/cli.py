@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipelines import cli_cluster, cli_evaluate, cli_keys, cli_serve
+from pipelines import cli_cluster, cli_evaluate, cli_keys, cli_reindex, cli_serve
 from pipelines.cli_store import store_app
 from pipelines.terminal import (
     DEFAULT_CONFIG,
@@ -40,7 +40,7 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, "
         "5 store (out of reach, or damaged), 6 somebody else changed the store first, 7 retrieval or Java, "
         "8 generator, 9 too many rejects, 10 another run works on the store, 11 several things are wrong, "
-        "12 the cluster. `prag submit` ends with the code of its job."
+        "12 the cluster, 16 the canary. `prag submit` ends with the code of its job."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -53,6 +53,7 @@ app.add_typer(store_app)
 
 
 cli_cluster.register(app)
+cli_reindex.register(app)
 cli_evaluate.register(app)
 cli_serve.register(app)
 

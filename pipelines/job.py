@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +31,12 @@ from prag_core.garbage import RunInputs, put_inputs
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.lora import LoraLayout, check_factors
 from prag_core.recipe import Recipe
-from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish, same_content
 from prag_core.store import Store, open_store
+
+# Called with the snapshot in service, if there is one, and with the one that is about to take its place, unless both
+# say the same; it raises to prevent that. Ray runs meanwhile.
+Gate = Callable[[Snapshot | None, Snapshot, RunProgress], None]
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,18 @@ class RunReport:
         }
 
 
-def run_job(config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0) -> RunReport:
+def run_job(
+    config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0, gate: Gate | None = None
+) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
-    A lease that another run holds is waited for, `wait_s` at most.
+    A lease that another run holds is waited for, `wait_s` at most. `gate` may keep what was made from being published.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
         PragError: what `pipelines.preflight` finds wrong, or a stage; each says what to do.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
+        ConflictError: when somebody else published meanwhile.
     """
     begun = time.perf_counter()
     found = check_here(config)
@@ -88,11 +96,18 @@ def run_job(config: Config, console: Console, *, take_over: bool = False, wait_s
         wait_for_lease(store, wait_s)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with hold_lease(store, run, take_over=take_over) as lease:
-        return _run(config, store, recipe, layout, lease, console, begun)
+        return _run(config, store, recipe, layout, lease, console, begun, gate)
 
 
 def _run(
-    config: Config, store: Store, recipe: Recipe, layout: LoraLayout, lease: Lease, console: Console, begun: float
+    config: Config,
+    store: Store,
+    recipe: Recipe,
+    layout: LoraLayout,
+    lease: Lease,
+    console: Console,
+    begun: float,
+    gate: Gate | None,
 ) -> RunReport:
     run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
@@ -109,7 +124,7 @@ def _run(
             check_nodes(config, found)
             console.print(found.summary())
             found.described()
-        return _stages(config, store, recipe, layout, lease, profile, progress, begun)
+        return _stages(config, store, recipe, layout, lease, profile, progress, begun, gate)
 
 
 def _stages(
@@ -121,11 +136,13 @@ def _stages(
     profile: Profile,
     progress: RunProgress,
     begun: float,
+    gate: Gate | None,
 ) -> RunReport:
     run = progress.run
     # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
     serving = current_id(store)
-    forgotten = load_snapshot(store, serving).tombstones if serving else ()
+    before = load_snapshot(store, serving) if serving else None
+    forgotten = before.tombstones if before else ()
     # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
     corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
     put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
@@ -149,8 +166,7 @@ def _stages(
     progress.finish(report)
     reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
     Budget(corpus.count, config.run.max_reject_share).check(reasons)
-    # 5. Publish, unless another run took the store over meanwhile.
-    lease.check()
+    # 5. Publish, unless another run took the store over or published meanwhile.
     snapshot = make_snapshot(
         corpus_version=corpus.version,
         index=index_id,
@@ -161,6 +177,9 @@ def _stages(
         adapters=adapters,
         tombstones=forgotten,
     )
+    if gate is not None and (before is None or not same_content(before, snapshot)):
+        gate(before, snapshot, progress)
+    lease.check()
     publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,

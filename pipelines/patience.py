@@ -149,8 +149,10 @@ def run_actors(
     """
     work = pickle.dumps((actor, arguments))
     patient = (work, actor.__module__, desk, limits, silence_s, actors.memory_bytes)
+    # Ray shows a stage's workers by the name of their class.
+    named = type(actor.__name__, (Patient,), {})
     return missing.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
-        Patient, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **actors.pool()
+        named, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **actors.pool()
     )
 
 

@@ -117,3 +117,9 @@ class EngineStuckError(PragError):
     """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
 
     exit_code = 13
+
+
+class CanaryError(PragError):
+    """A candidate snapshot answered its canary questions worse than was asked for; it was not published."""
+
+    exit_code = 16

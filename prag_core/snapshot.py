@@ -121,6 +121,11 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in _ids(store)]
 
 
+def put_snapshot(store: Store, snapshot: Snapshot) -> None:
+    """Store a snapshot without putting it into service: it can be asked, and put into service with `rollback`."""
+    store.put_json(_document(snapshot.id), asdict(snapshot))
+
+
 def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> bool:
     """Put a snapshot into service by one conditional write; returns False when the one in service says the same.
 
@@ -136,9 +141,9 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
     """
     previous = store.get_if_exists(CURRENT)
     serving = _named_in(store, previous)
-    if serving is not None and _same(load_snapshot(store, serving), snapshot):
+    if serving is not None and same_content(load_snapshot(store, serving), snapshot):
         return False
-    store.put_json(_document(snapshot.id), asdict(snapshot))
+    put_snapshot(store, snapshot)
     if replaces not in (ANY, serving):
         raise _conflict(store, snapshot.id, serving)
     _move(store, previous, snapshot.id)
@@ -251,7 +256,8 @@ def _tombstones_of(store: Store, id: str | None) -> set[str]:
         return set()
 
 
-def _same(left: Snapshot, right: Snapshot) -> bool:
+def same_content(left: Snapshot, right: Snapshot) -> bool:
+    """Whether two snapshots say the same, whenever they were made."""
     return replace(left, id="", created="") == replace(right, id="", created="")
 
 

@@ -208,10 +208,10 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     settings += ["--set", "run.passage_timeout_s=2", "--set", "run.worker_memory_gb=2"]
     harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
     reports, sources = [], []
-    for name, chosen in (("poisoned", passages), ("clean", harmless)):
+    for name, corpus in (("poisoned", passages), ("clean", harmless)):
         folder = tmp_path / name
         folder.mkdir()
-        work = Workspace(folder, chosen)
+        work = Workspace(folder, corpus)
         poison(folder / "tiny")
         reports.append(json.loads(work.run("run", "-c", "config.yaml", *settings, "--json")))
         store = Store(str(folder / "store"))
