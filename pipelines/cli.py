@@ -177,7 +177,9 @@ def serve(
     overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]
     settings = load_config(config, overrides)
     with _result_only():
-        serve_here(settings, lambda url: _out.print(_welcome(settings, url), highlight=False))
+        serve_here(
+            settings, lambda url: _out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
+        )
 
 
 def _welcome(config: Config, url: str) -> str:
