@@ -22,11 +22,11 @@ from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config, dump_config
 from prag_core.corpus import list_files
-from prag_core.engine import check_base_model
 from prag_core.errors import BudgetError, PragError
 from prag_core.lease import Lease, hold_lease
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
+from prag_core.opened import check_base_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.retrieval import find_jdk
 from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish

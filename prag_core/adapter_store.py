@@ -91,10 +91,25 @@ class AdapterStore:
         Raises:
             AdapterError: when the shard is missing, cut short, altered, or not of this layout.
         """
+        return self.unpack(row, self.read(row))
+
+    def read(self, row: LedgerRow) -> bytes:
+        """Return the bytes of one adapter by one ranged read, as they are.
+
+        Raises:
+            AdapterError: when the shard is missing or cut short.
+        """
         try:
-            data = self.store.get(row.shard, row.offset, row.offset + row.length)
+            return self.store.get(row.shard, row.offset, row.offset + row.length)
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
+
+    def unpack(self, row: LedgerRow, data: bytes) -> dict[str, Tensor]:
+        """Return the factors that an adapter's bytes hold, verified.
+
+        Raises:
+            AdapterError: when they are altered, or not of this layout.
+        """
         return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
 
 
@@ -156,9 +171,25 @@ class LedgerSource:
         Raises:
             AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
         """
+        return self._adapters.fetch(self.row(key))
+
+    def row(self, key: str) -> LedgerRow:
+        """Return what the ledger says about a passage's adapter.
+
+        Raises:
+            AdapterError: when the snapshot has none for it.
+        """
         if key not in self._positions:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
-        return self._adapters.fetch(from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0])
+        return from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0]
+
+    def read(self, row: LedgerRow) -> bytes:
+        """Return an adapter's bytes as they are in the store; see `AdapterStore.read`."""
+        return self._adapters.read(row)
+
+    def unpack(self, row: LedgerRow, data: bytes) -> dict[str, Tensor]:
+        """Return the verified factors of an adapter's bytes; see `AdapterStore.unpack`."""
+        return self._adapters.unpack(row, data)
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
