@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo eval test check fast slow format clean help s3 \
+.PHONY: setup demo eval test check fast slow format clean help s3 browser \
 	bench-augment bench-precision bench-store bench-train bench-train-gpu
 
 help:
@@ -47,7 +47,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: setup
+# Debian's Chromium, for the test of the page; where it cannot be installed that test says so, and fails in CI.
+browser:
+	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
+	fi || true
+
+slow: setup browser
 	$(BIN)/python -m pytest -m slow
 
 # Fast things first: a typo fails in seconds.

@@ -103,11 +103,10 @@ class Column {
 
   /** Ask, and show the answer as it comes. */
   async ask(body) {
-    this.stop();
+    this.clear();
     const control = new AbortController();
     this.#control = control;
     this.body = body;
-    this.clear();
     this.#offer("Stop");
     this.root.setAttribute("aria-busy", "true");
     const begun = performance.now();
@@ -142,8 +141,13 @@ class Column {
     }
   }
 
+  /** Forget the question: what may still come of it is not shown. */
   clear() {
+    this.stop();
+    this.#control = null;
     clearTimeout(this.#timer);
+    this.root.setAttribute("aria-busy", "false");
+    this.button.hidden = true;
     this.problem = null;
     this.answer.textContent = "";
     this.answer.classList.remove("none");
