@@ -8,8 +8,11 @@
    process of its own: seconds, the driver's memory, and what goes through shuffles.
 3. The survey of a million passages that are almost all done: what every resumed run begins with.
 
+4. The Lucene index of a hundred thousand made-up passages of a hundred words: built anew, against fetched, unpacked,
+   added to (a hundredth of it), and packed again.
+
 `overhead_share` is what a passage costs beside its 0.2 s, of the whole: the loss at the rate of one actor, and its
-share of planning a million. `--only` runs one part of the three, `--rows` and `--passages` less of it.
+share of planning a million. `--only` runs one part of the four, `--rows` and `--passages` less of it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ ACTORS = (1, 2, 4, 8)
 BATCH = 20
 ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
 FILES = 20
-PARTS = ("rates", "plan", "scan")
+PARTS = ("rates", "plan", "scan", "index")
 
 
 def main() -> None:
@@ -46,7 +49,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         what, argument, folder = arguments.child.split(" ")
-        print(json.dumps({"rates": rate, "plan": plan, "scan": scan}[what](int(argument), Path(folder))))
+        print(
+            json.dumps({"rates": rate, "plan": plan, "scan": scan, "index": index}[what](int(argument), Path(folder)))
+        )
         return
     print(machine())
     parts = [arguments.only] if arguments.only else PARTS
@@ -77,6 +82,9 @@ def main() -> None:
             result = in_process("scan", ROWS["1m"], Path(scratch))
             print(f"a million passages surveyed: {result}", flush=True)
             found["resume_scan_s_1m"] = round(result["seconds"], 1)
+        if "index" in parts:
+            found["index_100k_s"] = in_process("index", ROWS["100k"], Path(scratch))
+            print(f"a hundred thousand passages indexed: {found['index_100k_s']}", flush=True)
     if "passages_per_s_fake" in found and "1m" in found.get("plan_s", {}):
         each = 1 / found["passages_per_s_fake"]["1"] + found["plan_s"]["1m"] / ROWS["1m"]
         found["overhead_share"] = round(1 - WORK_S / each, 4)
@@ -261,6 +269,70 @@ def scan(rows: int, folder: Path) -> dict[str, Any]:
 
     write_million(str(folder / "store"), rows, 1000)
     return dict(plan_million(argparse.Namespace(store=str(folder / "store"), rows=rows)))
+
+
+# ---- 4. a new index, or an old one with additions
+
+
+def index(rows: int, folder: Path) -> dict[str, Any]:
+    from prag_core.retrieval import archive_index, build_index, fetch_index
+    from prag_core.store import Store
+
+    store = Store(str(folder / "store"))
+    seconds = {}
+
+    def timed(name: str, begun: float) -> None:
+        seconds[name] = round(time.perf_counter() - begun, 1)
+
+    begun = time.perf_counter()
+    documents = build_index(made_up(0, rows), folder / "built")
+    timed("build", begun)
+    begun = time.perf_counter()
+    archive_index(folder / "built", store, "old", "made up", documents)
+    timed("pack", begun)
+    begun = time.perf_counter()
+    unpacked = fetch_index(store, "old", folder / "cache")
+    timed("fetch", begun)
+    begun = time.perf_counter()
+    add_to_index(unpacked, made_up(rows, rows // 100), [passage.key for passage in made_up(0, rows // 100)])
+    timed("add", begun)
+    begun = time.perf_counter()
+    archive_index(unpacked, store, "new", "made up", documents)
+    timed("pack_again", begun)
+    return seconds
+
+
+def made_up(begin: int, count: int) -> Iterator[Any]:
+    from prag_core.identity import passage_key
+    from prag_core.records import Passage
+
+    for n in range(begin, begin + count):
+        text = " ".join(f"w{(n * 7919 + i * i * 31) % 99_991}" for i in range(100))
+        yield Passage(passage_key(f"Row {n}", text), f"Row {n}", text, (f"p{n}",))
+
+
+def add_to_index(directory: Path, passages: Iterator[Any], gone: list[str]) -> None:
+    """Do to an index what the pipeline does not: delete from it, and add to it, as `prag_core.retrieval` writes."""
+    import jnius
+
+    new = jnius.autoclass
+    keep_raw = new("io.anserini.index.IndexCollection$Args")()
+    keep_raw.storeRaw = True
+    generator = new("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
+    document = new("io.anserini.collection.JsonCollection$Document")
+    analyzer = new("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
+    settings = new("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+    settings.setOpenMode(new("org.apache.lucene.index.IndexWriterConfig$OpenMode").APPEND)
+    path = new("java.nio.file.Paths").get(str(directory))
+    writer = new("org.apache.lucene.index.IndexWriter")(new("org.apache.lucene.store.FSDirectory").open(path), settings)
+    for key in gone:
+        writer.deleteDocuments([new("org.apache.lucene.index.Term")("id", key)])
+    for passage in passages:
+        contents = f"{passage.title}\n{passage.text}"
+        fields = {"id": passage.key, "title": passage.title, "contents": contents, "sources": passage.sources}
+        writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
+    writer.forceMerge(1)  # as a new index is: one segment
+    writer.close()
 
 
 if __name__ == "__main__":
