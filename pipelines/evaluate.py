@@ -27,7 +27,7 @@ from prag_core.adapter_store import LedgerSource, get_start, open_adapters
 from prag_core.config import Config
 from prag_core.controls import ControlSource, task_job, task_sets
 from prag_core.datasets import Question, match_gold
-from prag_core.engine import Engine, Request, check_base_model
+from prag_core.engine import Engine, Request
 from prag_core.errors import AdapterError, InputError, StoreError
 from prag_core.evaluate import (
     EVALUATION_VERSION,
@@ -40,9 +40,12 @@ from prag_core.evaluate import (
     make_ask,
 )
 from prag_core.examples import training_examples
+from prag_core.forgetting import forgotten_keys
 from prag_core.identity import fingerprint
 from prag_core.lora import Factors, LoraLayout, check_factors
 from prag_core.models import load_base_model
+from prag_core.opened import check_base_model
+from prag_core.prepare import Preparation
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, Passage, Weights, from_table, to_table
 from prag_core.snapshot import Snapshot, load_snapshot
@@ -366,10 +369,15 @@ class AnswerAsks:
         self._engine = Engine(
             base,
             train,
-            _NoRetriever(),
+            Preparation(
+                base,
+                _NoRetriever(),
+                template=train.template,
+                snapshot=snapshot.id,
+                max_new_tokens=config.answer.max_new_tokens,
+                hidden=forgotten_keys(store, snapshot),
+            ),
             source,
-            snapshot=snapshot,
-            max_new_tokens=config.answer.max_new_tokens,
             batch_size=config.answer.batch_size,
         )
         self._store = store

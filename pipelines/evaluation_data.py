@@ -110,7 +110,7 @@ class SearchIndex:
     """The actor that searches: the JVM lives in a process of its own."""
 
     def __init__(self, config: Config, store: Store, snapshot: Snapshot, depth: int) -> None:
-        self._index = open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", config.index)
+        self._index = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
         self._gone = frozenset(snapshot.tombstones)
         self._depth = depth + len(self._gone)
         self._index.search("warm up", 1)

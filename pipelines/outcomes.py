@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pipelines.progress import RunProgress
 
 
+# A column of what an actor gets: the name of the batch that Ray gave out, also when this is a part of it.
+TASK = "task"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one passage in one stage; `rejected` is the reason, or empty when it is done.

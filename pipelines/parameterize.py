@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Profile
-from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
+from pipelines.outcomes import TASK, Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
 from pipelines.recovery import persist
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
 from prag_core.adapter_io import adapter_size_bytes
-from prag_core.adapter_store import AdapterStore, Batch, get_start
+from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.lease import check_holder
@@ -57,12 +57,13 @@ class TrainAdapters:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Train a batch of passages; give back one outcome each, and a sign of life with each that is trained.
 
-        What another attempt at the batch committed, before its process died, is not trained again.
+        What another attempt at the batch, or at one that it is a part of, committed before its process died is not
+        trained again: both have the same column `task`.
         """
         recipe = self._adapters.recipe
         digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
-        batch = sorted(digests.items())
-        rows = self._adapters.committed(batch)
+        task = table[TASK][0].as_py()
+        rows = [row for row in self._adapters.committed(task) if digests.get(row.key) == row.augmentation]
         earlier = {row.key for row in rows}
         sources = {}
         jobs = []
@@ -90,18 +91,18 @@ class TrainAdapters:
                 waiting.append((adapter, digests[adapter.key]))
             # What is committed is told at once: it stays so, whatever becomes of the rest of the batch.
             if len(waiting) >= self._a_shard or time.monotonic() - since >= self._commit_every_s:
-                yield _outcomes(self._commit(waiting, batch))
+                yield _outcomes(self._commit(waiting, task))
                 waiting, since = [], time.monotonic()
             yield _outcomes([])
-        yield _outcomes(self._commit(waiting, batch))
+        yield _outcomes(self._commit(waiting, task))
         put_rejects(self._adapters.store, self._run, rejects)
         yield outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects)
 
-    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], batch: Batch) -> list[LedgerRow]:
+    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str) -> list[LedgerRow]:
         if not adapters:
             return []
         check_holder(self._adapters.store, self._run)
-        return self._adapters.commit(adapters, batch)
+        return self._adapters.commit(adapters, task)
 
 
 def _outcomes(rows: Sequence[LedgerRow]) -> pa.Table:

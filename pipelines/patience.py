@@ -21,9 +21,10 @@ import ray.data
 
 from cluster.resources import Actors
 from pipelines.child import Child, ChildLostError, Limits
-from pipelines.outcomes import Outcome, outcome_table
+from pipelines.outcomes import TASK, Outcome, outcome_table
 from prag_core.config import RunConfig
 from prag_core.errors import PragError
+from prag_core.identity import fingerprint
 from prag_core.records import Reject
 from prag_core.store import Store, put_rejects
 
@@ -81,6 +82,9 @@ class Patient:
         Raises:
             PragError: what the actor raised on purpose, or when it cannot even be started.
         """
+        # Ray tries a batch again as it was; here it may be tried again in parts. Both find what was done of it.
+        task = pa.scalar(fingerprint(sorted(table["key"].to_pylist())))
+        table = table.append_column(TASK, pa.repeat(task, table.num_rows))
         todo: deque[tuple[pa.Table, int]] = deque([(table, 0)])
         outcomes: list[pa.Table] = []
         rejects: list[Reject] = []

@@ -23,7 +23,7 @@ WAIT_S = 120.0
 
 
 class Cluster:
-    """A Ray of its own ports that outlives its drivers; `actors` finds the processes of its actors."""
+    """A Ray of its own ports that outlives its drivers; `workers` finds the processes of its actors."""
 
     def __init__(self, process: subprocess.Popen[bytes], address: str, folder: Path) -> None:
         self._process = process
@@ -36,16 +36,23 @@ class Cluster:
         assert logs
         return [path for path in logs if text.encode() in path.read_bytes()]
 
-    def actors(self, name: str) -> list[psutil.Process]:
-        """Return the worker processes whose title holds `name`, the class of an actor."""
-        found = []
+    def workers(self, stage: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Return the processes of a stage, named by its module: its Ray actors, and the children that do the work.
+
+        An actor forks its children from a process that was told to import that module.
+        """
+        actors, children = [], []
         for process in psutil.Process(self._process.pid).children(recursive=True):
             try:
-                if name in " ".join(process.cmdline()):
-                    found.append(process)
+                if stage in " ".join(process.cmdline()):
+                    parent = process.parent()
+                    if parent is not None and stage in " ".join(parent.cmdline()):
+                        children.append(process)
+                    elif parent is not None:
+                        actors.append(parent)
             except psutil.Error:
                 continue
-        return found
+        return actors, children
 
 
 @contextmanager

@@ -23,11 +23,11 @@ import pytest
 import schemathesis
 import yaml
 from conftest import make_passage
+from live import Server, publish_adapters, write_config
 from ray.serve.schema import ServeDeploySchema
 from s3 import S3Server
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from serving import Server, publish_adapters, write_config
 
 from pipelines.serve import build
 from prag_core.adapter_store import LedgerSource, open_adapters
@@ -35,6 +35,7 @@ from prag_core.config import Config, load_config
 from prag_core.engine import AdapterSource, Engine, Request, open_engine
 from prag_core.errors import AdapterError, ConfigError
 from prag_core.models import cache_dir, load_base_model
+from prag_core.prepare import Preparation
 from prag_core.records import MODES, LedgerRow
 from prag_core.retrieval import open_index
 from prag_core.snapshot import Snapshot, load_snapshot, rollback
@@ -317,12 +318,13 @@ class Oracle:
             self._parts[id] = (
                 load_base_model(self._config.model),
                 train,
-                open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", self._config.index),
+                open_index(store, snapshot.index, cache_dir() / "indexes", self._config.index),
                 LedgerSource(adapters, snapshot.ledger_parts),
             )
         base, train, retriever, source = self._parts[id]
         limit = self._config.answer.max_new_tokens
-        return Engine(base, train, retriever, Without(source, missing), snapshot=id, max_new_tokens=limit)
+        preparation = Preparation(base, retriever, template=train.template, snapshot=id, max_new_tokens=limit)
+        return Engine(base, train, preparation, Without(source, missing))
 
 
 def test_faults_under_load_give_no_wrong_answer(world: World) -> None:
