@@ -23,11 +23,11 @@ import pytest
 import schemathesis
 import yaml
 from conftest import make_passage
+from live import Server, publish_adapters, write_config
 from ray.serve.schema import ServeDeploySchema
 from s3 import S3Server
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from serving import Server, publish_adapters, write_config
 
 from pipelines.serve import build
 from prag_core.adapter_store import LedgerSource, open_adapters
