@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo eval test check fast slow format clean help s3 bench-augment bench-precision bench-train bench-train-gpu
+.PHONY: setup demo eval test check fast slow format clean help s3 \
+	bench-augment bench-precision bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -15,6 +16,7 @@ help:
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
 	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
+	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
@@ -67,6 +69,9 @@ bench-precision: setup
 
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
+
+bench-store: setup
+	$(BIN)/python benchmarks/store.py
 
 format: setup
 	$(BIN)/ruff check --fix .

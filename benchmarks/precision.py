@@ -24,10 +24,11 @@ from pipelines.demo import read_questions
 from prag_core.config import ModelConfig
 from prag_core.engine import Engine, Request
 from prag_core.errors import AdapterError
-from prag_core.evaluate import f1, paired_bootstrap
 from prag_core.examples import training_examples
 from prag_core.lora import Factors
+from prag_core.metrics import f1, paired_bootstrap
 from prag_core.models import BaseModel, load_base_model
+from prag_core.prepare import Preparation
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Hit, Mode, Passage
 from prag_core.trainer import Trainer, TrainingJob
@@ -128,7 +129,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     questions = read_questions(Path(ATLAS) / "questions.jsonl", passages)
     scores: dict[str, dict[str, list[float]]] = {}
     for name, adapters in (("fp32", factors), ("bf16", rounded)):
-        engine = Engine(fp32, RECIPE, NoIndex(), Adapters(adapters))
+        engine = Engine(fp32, RECIPE, Preparation(fp32, NoIndex()), Adapters(adapters))
         scores[name] = {}
         for mode in MODES:
             requests = [Request(q.question, mode, hits=(Hit(passages[q.passage], 1.0),)) for q in questions]

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 from rich.console import Console
 
-from pipelines.options import DEFAULT_CONFIG, ConfigOption, JsonOption, SetOption, result_only
+from pipelines.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    out,
+    progress_to,
+    result_only,
+)
 from prag_core.config import load_config
 from prag_core.errors import ConfigError
 from prag_core.records import MODES, Weights
@@ -26,8 +34,8 @@ _NAMED = {"atlas": Path("examples/atlas/questions.jsonl")}
 _EXPORTS = ("jsonl", "paper")
 
 
-def register(app: typer.Typer, out: Console, progress_to: Console) -> None:
-    """Add the commands to the command line; results go to `out`, progress to `progress_to`."""
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
 
     @app.command()
     def evaluate(

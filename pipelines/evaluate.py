@@ -15,17 +15,19 @@ import ray.data
 import safetensors.torch
 from rich.console import Console
 
-from cluster.resources import PROFILES, Profile
+from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import evaluation_data as data
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
+from pipelines.outcomes import Outcome, Tally, outcome_blocks, outcome_table
+from pipelines.profiles import profile_of
+from pipelines.progress import stage_progress
 from pipelines.tables import set_threads
 from prag_core.adapter_io import pack_shard
 from prag_core.adapter_store import LedgerSource, get_start, open_adapters
 from prag_core.config import Config
 from prag_core.controls import ControlSource, task_job, task_sets
 from prag_core.datasets import Question, match_gold
-from prag_core.engine import Engine, Request, check_base_model
+from prag_core.engine import Engine, Request
 from prag_core.errors import AdapterError, InputError, StoreError
 from prag_core.evaluate import (
     EVALUATION_VERSION,
@@ -38,9 +40,12 @@ from prag_core.evaluate import (
     make_ask,
 )
 from prag_core.examples import training_examples
+from prag_core.forgetting import forgotten_keys
 from prag_core.identity import fingerprint
 from prag_core.lora import Factors, LoraLayout, check_factors
 from prag_core.models import load_base_model
+from prag_core.opened import check_base_model
+from prag_core.prepare import Preparation
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, Passage, Weights, from_table, to_table
 from prag_core.snapshot import Snapshot, load_snapshot
@@ -77,7 +82,7 @@ def run_evaluation(
     store = open_store(config)
     snapshot = load_snapshot(store, snapshot_id)
     adapters, _ = open_adapters(store, snapshot.recipe)
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     wanted = columns(plan)
     with ray_session(profile):
         # 1. The gold passages, and which questions can be asked.
@@ -230,11 +235,8 @@ def _train_tasks(
         rows = [{"name": names[of], "keys": list(of)} for of in missing]
         texts = {key: (passages[key], augmentations[key]) for of in missing for key in of}
         arguments = (config, store, recipe, folder, texts, plan.task_rounds, profile)
-        outcomes = run_actors(
-            TrainTasks, arguments, ray.data.from_items(rows), len(rows), config.run.train_batch, profile
-        )
-        tally = Tally()
-        follow(outcomes, len(rows), "task", console, tally)
+        made = ray.data.from_items(rows)
+        tally = _work(TrainTasks, arguments, made, len(rows), config.run.train_batch, "task", profile, console)
         if tally.rejected:
             raise AdapterError(f"task adapters: {dict(tally.rejected)}", "see what training says of these passages")
     return [tuple(names[of[numbers[i]]] for of, numbers in chosen) for i in range(len(contexts))]
@@ -296,6 +298,33 @@ def _read_task(store: Store, folder: str, layout: LoraLayout, name: str) -> Fact
     return factors
 
 
+def _work(
+    actor: type,
+    arguments: tuple[Any, ...],
+    rows: ray.data.Dataset,
+    total: int,
+    batch: int,
+    stage: str,
+    profile: Profile,
+    console: Console,
+) -> Tally:
+    """Have a pool of actors work on `rows`, a block of `batch` at a time, and show how it goes."""
+    outcomes = rows.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
+        actor,
+        batch_size=batch,
+        batch_format="pyarrow",
+        fn_constructor_args=arguments,
+        **profile.model_actors.pool(),
+    )
+    tally = Tally()
+    with stage_progress(console, stage, total, "rows") as advance:
+        for block in outcome_blocks(outcomes):
+            for outcome in block:
+                tally.add(outcome)
+            advance(tally.done, sum(tally.rejected.values()))
+    return tally
+
+
 # ---- asking
 
 
@@ -312,8 +341,7 @@ def _ask(
         return
     arguments = (config, store, snapshot, folder, profile)
     rows = ray.data.from_arrow(to_table(Ask, asks))
-    outcomes = run_actors(AnswerAsks, arguments, rows, len(asks), 2 * config.answer.batch_size, profile)
-    follow(outcomes, len(asks), "ask", console, Tally())
+    _work(AnswerAsks, arguments, rows, len(asks), 2 * config.answer.batch_size, "ask", profile, console)
 
 
 def _stored(store: Store, folder: str) -> dict[str, Reply]:
@@ -343,10 +371,15 @@ class AnswerAsks:
         self._engine = Engine(
             base,
             train,
-            _NoRetriever(),
+            Preparation(
+                base,
+                _NoRetriever(),
+                template=train.template,
+                snapshot=snapshot.id,
+                max_new_tokens=config.answer.max_new_tokens,
+                hidden=forgotten_keys(store, snapshot),
+            ),
             source,
-            snapshot=snapshot,
-            max_new_tokens=config.answer.max_new_tokens,
             batch_size=config.answer.batch_size,
         )
         self._store = store

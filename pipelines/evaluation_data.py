@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from pipelines.tables import read_parts, read_these
+from pipelines.tables import read_columns, read_parts
 from prag_core.config import Config
 from prag_core.datasets import GoldIndex, Question
 from prag_core.models import cache_dir
@@ -48,7 +48,7 @@ def find_passages(store: Store, snapshot: Snapshot, keys: Iterable[str], partiti
 
 def _passages(store: Store, snapshot: Snapshot, chosen: Callable[[Passage], bool], partitions: int) -> list[Passage]:
     parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
-    rows = read_these(store, parts, schema(Passage).names, partitions)
+    rows = read_columns(store, parts, schema(Passage).names, partitions)
     kept = rows.map_batches(_choose, batch_format="pyarrow", fn_kwargs={"chosen": chosen})
     gone = set(snapshot.tombstones)
     return sorted((p for p in _records(Passage, kept) if p.key not in gone), key=lambda p: p.key)
@@ -64,7 +64,7 @@ def trained_keys(
     if not snapshot.ledger_parts:
         return frozenset(), []
     wanted, gone = sorted(set(asked)), set(snapshot.tombstones)
-    rows = read_these(store, snapshot.ledger_parts, ["key"], partitions)
+    rows = read_columns(store, snapshot.ledger_parts, ["key"], partitions)
     kept = rows.map_batches(_wanted_or_small, batch_format="pyarrow", fn_kwargs={"wanted": wanted, "size": size})
     keys = sorted({key for batch in batches(kept) for key in batch["key"].to_pylist()} - gone)
     return frozenset(wanted) & frozenset(keys), keys[:size]
@@ -113,7 +113,7 @@ class SearchIndex:
     """The actor that searches: the JVM lives in a process of its own."""
 
     def __init__(self, config: Config, store: Store, snapshot: Snapshot, depth: int) -> None:
-        self._index = open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", config.index)
+        self._index = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
         self._gone = frozenset(snapshot.tombstones)
         self._depth = depth + len(self._gone)
         self._index.search("warm up", 1)

@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import augment, ingest
 from pipelines import evaluation_data as data
-from pipelines.job import describe
-from pipelines.tables import read_these, survey
+from pipelines.describe import describe
+from pipelines.profiles import profile_of
+from pipelines.tables import read_columns, survey
 from prag_core.adapter_store import open_adapters
 from prag_core.augment_import import paper_passages
 from prag_core.config import Config
@@ -45,7 +45,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     recipe, _ = describe(config)
     only = config.model_copy(update={"augment": config.augment.model_copy(update={"generator": "none"})})
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     with hold_lease(store, run), ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile.partitions)
         ingest.store_corpus(store, corpus, run)
@@ -78,10 +78,10 @@ def export_from_store(config: Config, file: Path, form: str, snapshot_id: str | 
     store = open_store(config)
     snapshot = load_snapshot(store, snapshot_id)
     adapters, _ = open_adapters(store, snapshot.recipe)
-    partitions = PROFILES[config.run.profile].partitions
-    with ray_session(PROFILES[config.run.profile]):
+    partitions = profile_of(config).partitions
+    with ray_session(profile_of(config)):
         parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
-        rows = read_these(store, parts, schema(Passage).names, partitions)
+        rows = read_columns(store, parts, schema(Passage).names, partitions)
         passages = [p for batch in data.batches(rows) for p in from_table(Passage, batch)]
         keys = {passage.key for passage in passages} - set(snapshot.tombstones)
         augmentations = data.find_augmentations(store, adapters.recipe.augment.fingerprint, keys, partitions)

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines import evaluation_data as data
-from pipelines.job import describe
+from pipelines.describe import describe
+from pipelines.profiles import profile_of
 from pipelines.tables import read_parts, set_threads
 from prag_core.adapter_io import export_peft
 from prag_core.adapter_store import get_start, put_start
@@ -73,7 +73,7 @@ def run_warmup(
     store = open_store(config)
     store.check_writable()
     recipe, layout = describe(config)
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     with ray_session(profile):
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer

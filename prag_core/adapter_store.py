@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import pyarrow.compute as pc
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
+from prag_core.compaction import visible_parts
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum, fingerprint
+from prag_core.identity import checksum, is_intact, seal
 from prag_core.ledger import LedgerColumns, Located
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store import Store
 from prag_core.trainer import TrainedAdapter
-
-# What one task is to train: the keys of its passages, each with the digest of its augmentation.
-Batch = Sequence[tuple[str, str]]
 
 
 class AdapterStore:
@@ -45,21 +45,21 @@ class AdapterStore:
         """Write the recipe and the layout in full beside what they make."""
         name = f"{self.folder}/recipe.json"
         if not self.store.exists(name):
-            self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
+            self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
-    def committed(self, batch: Batch) -> list[LedgerRow]:
-        """Return what an earlier attempt at this very batch committed; mostly nothing.
+    def committed(self, task: str) -> list[LedgerRow]:
+        """Return what was committed for a task so far; mostly nothing, unless it is tried again.
 
         Raises:
             StoreError: when the store cannot be read.
         """
-        parts = self.store.list(self._ledger_of(batch), ".parquet")
+        parts = self.store.list(f"{self.folder}/ledger/{task}", ".parquet")
         return from_table(LedgerRow, self.store.get_table(LedgerRow, parts))
 
-    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], batch: Batch = ()) -> list[LedgerRow]:
+    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str = "") -> list[LedgerRow]:
         """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
 
-        `batch` is all that their task is to train; under it, `committed` finds what was stored of it.
+        `task` names what they were trained for; under it, `committed` finds them.
 
         Raises:
             AdapterError: when one does not fit the layout; nothing is stored then.
@@ -93,16 +93,12 @@ class AdapterStore:
             for place, (adapter, digest) in zip(placed, adapters, strict=True)
         ]
         self.store.put(shard, data)
-        self.store.put_table(self._ledger_of(batch), to_table(LedgerRow, rows))
+        self.store.put_table(posixpath.join(self.folder, "ledger", task).rstrip("/"), to_table(LedgerRow, rows))
         return rows
 
-    def _ledger_of(self, batch: Batch) -> str:
-        folder = f"{self.folder}/ledger"
-        return f"{folder}/{fingerprint([list(item) for item in sorted(batch)])}" if batch else folder
-
     def ledger_parts(self) -> list[str]:
-        """Return the names of the ledger parts that there are now."""
-        return self.store.list(f"{self.folder}/ledger", ".parquet")
+        """Return the names of the ledger parts that count now: none that a compaction has replaced."""
+        return visible_parts(self.store, self.recipe.fingerprint)
 
     def fetch(self, row: LedgerRow | Located) -> dict[str, Tensor]:
         """Return one adapter's factors by one ranged read, verified.
@@ -110,10 +106,25 @@ class AdapterStore:
         Raises:
             AdapterError: when the shard is missing, cut short, altered, or not of this layout.
         """
+        return self.unpack(row, self.read(row))
+
+    def read(self, row: LedgerRow | Located) -> bytes:
+        """Return the bytes of one adapter by one ranged read, as they are.
+
+        Raises:
+            AdapterError: when the shard is missing or cut short.
+        """
         try:
-            data = self.store.get(row.shard, row.offset, row.offset + row.length)
+            return self.store.get(row.shard, row.offset, row.offset + row.length)
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
+
+    def unpack(self, row: LedgerRow | Located, data: bytes) -> dict[str, Tensor]:
+        """Return the factors that an adapter's bytes hold, verified.
+
+        Raises:
+            AdapterError: when they are altered, or not of this layout.
+        """
         return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
 
 
@@ -159,6 +170,11 @@ class LedgerSource:
         self._adapters = adapters
         self._ledger = LedgerColumns(adapters.store, parts)
 
+    @property
+    def recipe(self) -> str:
+        """The fingerprint of the recipe of all these adapters."""
+        return self._adapters.recipe.fingerprint
+
     def __contains__(self, key: str) -> bool:
         return self._ledger.find(key) is not None
 
@@ -168,19 +184,53 @@ class LedgerSource:
         Raises:
             AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
         """
+        return self._adapters.fetch(self.row(key))
+
+    def row(self, key: str) -> Located:
+        """Return what the ledger says about where a passage's adapter lies.
+
+        Raises:
+            AdapterError: when the snapshot has none for it.
+        """
         located = self._ledger.find(key)
         if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
-        return self._adapters.fetch(located)
+        return located
+
+    def read(self, row: Located) -> bytes:
+        """Return an adapter's bytes as they are in the store; see `AdapterStore.read`."""
+        return self._adapters.read(row)
+
+    def unpack(self, row: Located, data: bytes) -> dict[str, Tensor]:
+        """Return the verified factors of an adapter's bytes; see `AdapterStore.unpack`."""
+        return self._adapters.unpack(row, data)
+
+
+def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
+    """Return the row of a passage's adapter, as the ledger parts of a snapshot name it; reads one part at a time.
+
+    Raises:
+        AdapterError: when they name none.
+        StoreError: when a part cannot be read.
+    """
+    found: list[LedgerRow] = []
+    for part in parts:
+        table = store.get_table(LedgerRow, [part])
+        found += from_table(LedgerRow, table.filter(pc.equal(table["key"], key)))
+    if not found:
+        raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
+    return max(found, key=lambda row: row.created)
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
     """Return the adapters of a recipe by its fingerprint, and how they were trained.
 
     Raises:
-        StoreError: when the recipe that must lie beside them is missing or another one.
+        StoreError: when the recipe that must lie beside them is missing, altered or another one.
     """
     document = store.get_json(f"adapters/{fingerprint}/recipe.json")
+    if not is_intact(document):
+        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
     recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
     if recipe.fingerprint != fingerprint:
         raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")

@@ -191,6 +191,11 @@ class Decoder:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._readings or self._live)
 
+    @property
+    def running(self) -> int:
+        """The slots in use: requests whose prompts are read or that decode."""
+        return len(self._live) + sum(len(reading.rows) for reading in self._readings)
+
     def check(self, request: DecodeRequest) -> None:
         """Check that a request can be served.
 

@@ -13,20 +13,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
 from prag_core.decode import Decoder
-from prag_core.errors import AdapterError, GenerationError, StoreError
+from prag_core.errors import AdapterError, GenerationError
 from prag_core.lora import Factors, Injector
-from prag_core.models import BaseModel, cache_dir, load_base_model
-from prag_core.prepare import Preparation, Prepared, Request, hit_weights
+from prag_core.models import BaseModel, load_base_model
+from prag_core.opened import open_snapshot
+from prag_core.prepare import Preparation, Prepared, Request
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Answer
-from prag_core.retrieval import Retriever, open_index
-from prag_core.snapshot import Snapshot, load_snapshot
+from prag_core.snapshot import load_snapshot
 from prag_core.store import Store
 
-__all__ = ["AdapterSource", "Engine", "Request", "check_base_model", "hit_weights", "open_engine"]
+__all__ = ["AdapterSource", "Engine", "Request", "open_engine"]
 
 
 class AdapterSource(Protocol):
@@ -43,11 +42,8 @@ class Engine:
     Args:
         base: The frozen base model.
         recipe: The recipe that the adapters were trained by; gives their layout and scale.
-        retriever: Finds passages; never called in the mode `closed`.
+        preparation: Retrieves and writes prompts.
         adapters: Gives adapters by key.
-        snapshot: The snapshot that it answers from, or its id alone.
-        max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
-            the recipe's template lets the model reason.
         batch_size: How many questions are decoded at once.
     """
 
@@ -55,21 +51,16 @@ class Engine:
         self,
         base: BaseModel,
         recipe: TrainRecipe,
-        retriever: Retriever,
+        preparation: Preparation,
         adapters: AdapterSource,
         *,
-        snapshot: Snapshot | str = "",
-        max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
         self.base = base
         self._injector = Injector(base.model, recipe)
         self._adapters = adapters
         self._batch_size = batch_size
-        id, hidden = (snapshot, ()) if isinstance(snapshot, str) else (snapshot.id, snapshot.tombstones)
-        self._preparation = Preparation(
-            base, retriever, template=recipe.template, snapshot=id, max_new_tokens=max_new_tokens, hidden=hidden
-        )
+        self._preparation = preparation
 
     def answer(self, request: Request) -> Answer:
         """Answer one question; see `answer_batch`.
@@ -142,31 +133,6 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
-    snapshot = load_snapshot(store, snapshot_id)
     base = load_base_model(config.model)
-    check_base_model(snapshot, store, config.model.name, base.fingerprint)
-    retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
-    adapter_store, train = open_adapters(store, snapshot.recipe)
-    return Engine(
-        base,
-        train,
-        retriever,
-        LedgerSource(adapter_store, snapshot.ledger_parts),
-        snapshot=snapshot,
-        max_new_tokens=config.answer.max_new_tokens,
-        batch_size=config.answer.batch_size,
-    )
-
-
-def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
-    """Check that the base model `name`, whose fingerprint is `found`, is the snapshot's.
-
-    Raises:
-        StoreError: when the snapshot was made with another one.
-    """
-    if found != snapshot.base_model:
-        raise StoreError(
-            f"store = {store.url!r} holds adapters for the base model {snapshot.base_model}; "
-            f"model.name = {name!r} is {found}",
-            "name the model that the store was made with, or another store for this model",
-        )
+    opened = open_snapshot(base, config, store, load_snapshot(store, snapshot_id))
+    return Engine(base, opened.recipe, opened.preparation, opened.source, batch_size=config.answer.batch_size)

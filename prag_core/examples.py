@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
+from prag_core.errors import TurnsError
 from prag_core.prompts import Role, answer_messages, answer_prefix, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Template
@@ -31,13 +34,22 @@ def question_ids(
     """Return the token ids that ask a question and open the assistant's turn, as training and answering do.
 
     What looks like a token of the chat template in a question, a passage or an earlier turn is read as text.
+
+    Raises:
+        TurnsError: when the template refuses the turns (some know no system text), or the tokenizer makes a
+            token of the template from plain text.
     """
-    ids: list[int] = tokenizer.apply_chat_template(
-        answer_messages(question, passages, history=history, template=template),
-        add_generation_prompt=True,
-        return_dict=False,
-        sanitize_control_tokens=True,
-    )
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            answer_messages(question, passages, history=history, template=template),
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except (TemplateError, ValueError) as error:
+        raise TurnsError(
+            f"the model's chat template cannot write this: {error}", "leave out system texts, or take turns"
+        ) from None
     return ids
 
 

@@ -141,7 +141,8 @@ def acquire_lease(
         run: The run's id, which others are told.
         ttl_s: How long the lease lasts after its last heartbeat.
         skew_s: How far the clocks of two machines may differ.
-        take_over: Take it from a run that still holds it, because it is known to be dead.
+        take_over: Take it from a run that still holds it, because it is known to be dead; also one that cannot be
+            read.
 
     Raises:
         LeaseError: when another run holds it: who, where, since when, until when, and how to take it over.
@@ -159,7 +160,12 @@ def acquire_lease(
         ttl_s=ttl_s,
         started=_process(os.getpid())[1],
     )
-    before, held = _read(store)
+    try:
+        before, held = _read(store)
+    except StoreError:
+        if not take_over:
+            raise
+        before, held = store.get_if_exists(LEASE), None
     if held is not None and not (take_over or held.released or _is_over(held, now, skew_s)):
         raise _held(store, held, skew_s)
     try:
@@ -208,6 +214,27 @@ def check_holder(store: Store, run: str) -> None:
         )
 
 
+def wait_for_lease(
+    store: Store, wait_s: float, *, skew_s: float = SKEW_S, look_every_s: float = 2.0
+) -> LeaseRecord | None:
+    """Wait until no run holds the store's lease, `wait_s` at most; return who holds it still, or None.
+
+    A job that is started again after its machine was lost finds its own dead lease, which expires.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        held = _read(store)[1]
+        if held is None or held.released or _is_over(held, time.time(), skew_s):
+            return None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return held
+        time.sleep(min(look_every_s, left))
+
+
 def read_lease(store: Store) -> LeaseRecord | None:
     """Return what the store's lease says, or None when no run ever took it.
 
@@ -224,7 +251,9 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
     try:
         return data, from_dict(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
-        raise StoreError(f"{store.url}/{LEASE}: not a lease: {error}", "remove it when no run is at work") from None
+        raise StoreError(
+            f"{store.url}/{LEASE}: not a lease: {error}", "no run at work? then run again with --take-over"
+        ) from None
 
 
 def _encode(record: LeaseRecord) -> bytes:

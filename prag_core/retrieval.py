@@ -24,14 +24,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 from filelock import FileLock
 
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError, StoreError
-from prag_core.identity import KEY_BYTES, fingerprint
+from prag_core.identity import KEY_BYTES, fingerprint, seal
 from prag_core.records import Hit, Passage, from_dict
 from prag_core.store import Store
 
@@ -315,7 +315,7 @@ def archive_index(directory: Path, store: Store, id: str, corpus_version: str, d
         store.put_file(_archive(id), packed)
         pyserini = importlib.metadata.version("pyserini")
         stored = StoredIndex(id, corpus_version, documents, size_bytes, checksum, pyserini)
-        store.put_json(_record(id), dataclasses.asdict(stored))
+        store.put_json(_record(id), seal(dataclasses.asdict(stored)))
     return stored
 
 
@@ -394,9 +394,16 @@ def _pack(directory: Path, packed: Path) -> None:
 
 
 def _checksum(file: Path) -> str:
-    """Return the checksum of a file: that of `identity.checksum`."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).hexdigest()
+        return checksum_stream(stream)
+
+
+def checksum_stream(stream: IO[bytes]) -> str:
+    """Return the checksum (that of `identity.checksum`) of a stream, without holding it in memory."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    while chunk := stream.read(COPY_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_record(store: Store, id: str) -> StoredIndex | None:

@@ -1,40 +1,49 @@
 """The serving core: answers for many users at once, from the snapshot in service, in one mixed batch.
 
 One replica holds one `Service`. It knows neither Ray nor HTTP: whoever serves it to the network calls `answer`,
-`stream` and `refresh` from an event loop (any, also several).
+`stream` and `refresh` from an event loop (any, also several). Three kinds of threads work for it: one searches and
+writes prompts (the Java machine takes one caller at a time anyway), some fetch adapters, one decodes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from prag_core.config import Config
-from prag_core.engine import Engine, open_engine
-from prag_core.errors import DeadlineError, OverloadedError
-from prag_core.prepare import Request
-from prag_core.records import Answer
-from prag_core.snapshot import current_id
+from prag_core.cache import AdapterCache, CacheStats, Lease
+from prag_core.config import Config, ServeConfig
+from prag_core.decode import Decoded
+from prag_core.decode_thread import DecodeThread, Ticket
+from prag_core.disk_cache import DiskCache
+from prag_core.errors import (
+    DeadlineError,
+    OverloadedError,
+    PragError,
+    PromptTooLongError,
+)
+from prag_core.models import BaseModel, cache_dir, load_base_model
+from prag_core.opened import Opened, open_snapshot
+from prag_core.prepare import Prepared, Request
+from prag_core.records import Answer, Hit
+from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store
+from prag_core.streaming import TextStream
 
-__all__ = ["Request", "Service", "ServiceStats", "open_service"]
+__all__ = ["CacheStats", "Request", "Service", "ServiceStats", "open_service"]
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class CacheStats:
-    """What the adapter cache did since it was made (counts), and what it holds (bytes, entries)."""
+T = TypeVar("T")
 
-    hits: int = 0
-    disk_hits: int = 0
-    misses: int = 0
-    failures: int = 0
-    evictions: int = 0
-    entries: int = 0
-    size_bytes: int = 0
-    disk_bytes: int = 0
+_LONGEST_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,12 @@ class ServiceStats:
         snapshots_held: How many are open: more than one while requests of a former one are under way.
         requests: Requests that ended, by (mode, outcome); an outcome is `ok`, `overloaded`, `deadline`,
             `cancelled`, `too_long` or `failed`.
-        waiting: Requests that were accepted and have no slot yet.
+        open: Requests that were accepted and have not ended.
+        waiting: Of these, the ones whose prompts are ready and that have no slot yet.
         running: Slots in use.
         slots: Slots in all.
-        new_tokens: Tokens generated.
-        prompt_tokens: Prompt tokens of the requests answered.
+        new_tokens: Tokens generated for requests that were answered.
+        prompt_tokens: Their prompt tokens.
         fallbacks: Passages that went into a prompt because their adapters could not be had.
         steps: Steps of the decoder.
         step_s: Seconds that the last step took.
@@ -61,6 +71,7 @@ class ServiceStats:
     snapshot: str
     snapshots_held: int = 1
     requests: dict[tuple[str, str], int] = field(default_factory=dict)
+    open: int = 0
     waiting: int = 0
     running: int = 0
     slots: int = 0
@@ -70,58 +81,85 @@ class ServiceStats:
     steps: int = 0
     step_s: float = 0.0
     swaps: int = 0
-    cache: CacheStats = CacheStats()
+    cache: CacheStats = field(default_factory=CacheStats)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the search gave, and the adapters that have begun to come."""
+
+    hits: tuple[Hit, ...]
+    lease: Lease
+    retrieve_ms: float
 
 
 class Service:
     """One replica's core: answers requests in one mixed batch, each with its own sum of adapters.
 
-    Made by `open_service`. Its methods may be called from any event loop; it works on threads of its own.
+    Made by `open_service`. Its methods may be called from any event loop and thread.
+
+    Args:
+        base: The frozen base model; nothing else may put hooks on it.
+        opener: Opens a snapshot of the store by its id, or the one in service.
+        current: Gives the id of the snapshot in service.
+        cache: The adapters at hand.
+        config: How the replica runs.
     """
 
-    def __init__(self, engine: Engine, store: Store, config: Config, snapshot: str) -> None:
-        self._engine = engine
-        self._store = store
+    def __init__(
+        self,
+        base: BaseModel,
+        opener: Callable[[str | None], Opened],
+        current: Callable[[], str | None],
+        cache: AdapterCache,
+        config: ServeConfig,
+    ) -> None:
+        self._opener = opener
+        self._current = current
+        self._cache = cache
         self._config = config
-        self._snapshot = snapshot
-        self._one = threading.Lock()
+        self._tokenizer = base.tokenizer
+        self._lock = threading.Lock()
+        self._served = opener(None)
+        self._held: dict[Opened, int] = {self._served: 0}
         self._requests: Counter[tuple[str, str]] = Counter()
-        self._open = 0
+        self._open = self._new_tokens = self._prompt_tokens = self._fallbacks = self._swaps = 0
+        self._mean_s = 1.0
         self._draining = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._search_pool = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._refresh_pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
+        self._decoding = DecodeThread(
+            base, slots=config.slots, prefill_chunk=config.prefill_chunk, max_tokens=config.batch_tokens
+        )
 
     @property
     def snapshot(self) -> str:
         """The id of the snapshot that new requests are answered from."""
-        return self._snapshot
+        return self._served.id
 
     async def answer(self, request: Request, *, deadline_s: float | None = None) -> Answer:
         """Answer a request. A caller that is cancelled frees its slot.
 
         Args:
-            request: The request; `hits` are not taken from users.
+            request: The request; `hits` are not to be taken from users.
             deadline_s: Seconds from now after which the answer is of no use.
 
         Raises:
             OverloadedError: when the queue is full or the service is shutting down.
             DeadlineError: when the deadline has passed.
             PromptTooLongError: when the question with its passages exceeds the model's context.
-            GenerationError: when the model's output is not finite, or decoding failed.
+            GenerationError: when the model's output is not finite, decoding failed, or the model's chat template
+                refuses the turns.
             RetrievalError: when the index cannot be searched.
             EngineStuckError: when the decoding thread has ended.
         """
-        if self._draining or self._open >= self._config.serve.slots + self._config.serve.max_queue:
-            raise OverloadedError("the service has as many requests as it takes", 1.0)
-        self._open += 1
-        try:
-            async with asyncio.timeout(deadline_s):
-                answer = await asyncio.to_thread(self._answer, request)
-        except TimeoutError:
-            self._requests[request.mode, "deadline"] += 1
-            raise DeadlineError("the deadline has passed", "ask for fewer tokens, or later") from None
-        finally:
-            self._open -= 1
-        self._requests[request.mode, "ok"] += 1
-        return answer
+        async with contextlib.aclosing(self._run(request, deadline_s, every_token=False)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    return event
+        raise AssertionError("a run ends with an answer or an error")
 
     async def stream(self, request: Request, *, deadline_s: float | None = None) -> AsyncIterator[str | Answer]:
         """Yield the pieces of an answer's text as they are made, and the whole answer last.
@@ -129,10 +167,14 @@ class Service:
         The pieces together are the answer's text. Closing the iterator (`aclose`) cancels the request and frees its
         slot. It raises what `answer` raises.
         """
-        answer = await self.answer(request, deadline_s=deadline_s)
-        if answer.text:
-            yield answer.text
-        yield answer
+        text = TextStream(self._tokenizer, request.stop)
+        async with contextlib.aclosing(self._run(request, deadline_s, every_token=True)) as events:
+            async for event in events:
+                piece = text.end(event.text) if isinstance(event, Answer) else text.add(event)
+                if piece:
+                    yield piece
+                if isinstance(event, Answer):
+                    yield event
 
     async def refresh(self) -> bool:
         """Look at `CURRENT`, and put another snapshot into service here; True when it did.
@@ -143,41 +185,244 @@ class Service:
         Raises:
             StoreError, RetrievalError, ModelError: when the new one cannot be opened; the old one stays.
         """
-        return await asyncio.to_thread(current_id, self._store) not in (None, self._snapshot)
+        # One thread: of two calls at once the second one finds the work done.
+        return await asyncio.wrap_future(self._refresh_pool.submit(self._swap))
 
     def stats(self) -> ServiceStats:
         """Return what was done so far and what is under way."""
-        return ServiceStats(self._snapshot, requests=dict(self._requests), slots=self._config.serve.slots)
+        with self._lock:
+            return ServiceStats(
+                snapshot=self._served.id,
+                snapshots_held=len(self._held),
+                requests=dict(self._requests),
+                open=self._open,
+                waiting=self._decoding.waiting,
+                running=self._decoding.running,
+                slots=self._config.slots,
+                new_tokens=self._new_tokens,
+                prompt_tokens=self._prompt_tokens,
+                fallbacks=self._fallbacks,
+                steps=self._decoding.steps,
+                step_s=self._decoding.step_s,
+                swaps=self._swaps,
+                cache=self._cache.stats(),
+            )
 
     def check(self) -> None:
         """Check that the replica works.
 
         Raises:
-            EngineStuckError: when the decoding thread has died, or has made no step for `serve.stuck_s` seconds
-                though work waits.
+            EngineStuckError: when the decoding thread has died, keeps failing, or has made no step for
+                `serve.stuck_s` seconds though work waits.
         """
+        self._decoding.check(self._config.stuck_s)
 
     async def drain(self) -> None:
         """Accept nothing new (`OverloadedError`), and wait until what is under way has ended."""
-        self._draining = True
-        while self._open:
-            await asyncio.sleep(0.01)
+        with self._lock:
+            self._draining = True
+        await asyncio.to_thread(self._idle.wait)
 
     def close(self) -> None:
         """End at once: what is under way fails; threads and files are let go."""
-        self._engine.close()
+        with self._lock:
+            self._draining = True
+        self._decoding.close()
+        self._refresh_pool.shutdown(cancel_futures=True)
+        self._search_pool.shutdown(cancel_futures=True)
+        self._cache.close()
+        with self._lock:
+            held, self._held = list(self._held), {}
+        for opened in held:
+            opened.close()
 
-    def _answer(self, request: Request) -> Answer:
-        with self._one:
-            return self._engine.answer(request)
+    # ---- a request
+
+    async def _run(
+        self, request: Request, deadline_s: float | None, every_token: bool
+    ) -> AsyncGenerator[list[int] | Answer, None]:
+        """Yield the tokens so far as they grow, where `every_token` asks for it, and the answer last."""
+        begun = time.monotonic()
+        deadline = None if deadline_s is None else begun + deadline_s
+        opened = self._admit(request)
+        outcome = "cancelled"
+        searching: Future[_Found] | None = None
+        ticket: Ticket | None = None
+        try:
+            # 1. Search; the adapters begin to come as soon as it is known which.
+            searching = self._search_pool.submit(self._search, opened, request)
+            found = await _within(deadline, asyncio.wrap_future(searching))
+            # 2. Wait for them, but not long: what has not come goes into the prompt.
+            fetching = time.monotonic()
+            prepared = await self._ready(opened, request, found, deadline)
+            fetch_ms = (time.monotonic() - fetching) * 1e3 - prepared.milliseconds["prompt"]
+            prepared.milliseconds["fetch"] = fetch_ms
+            # 3. Decode.
+            inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
+            put = _putter(asyncio.get_running_loop(), inbox)
+            ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if every_token else None, put)
+            self._decoding.submit(ticket)
+            tokens: list[int] = []
+            while not isinstance(event := await _within(deadline, inbox.get()), Decoded):
+                if isinstance(event, PragError):
+                    raise event
+                tokens.append(event)
+                yield tokens
+            ticket = None
+            answer = opened.preparation.answer(prepared, event)
+            self._count(answer, prepared.fallbacks, time.monotonic() - begun)
+            outcome = "ok"
+            yield answer
+        except DeadlineError:
+            outcome = "deadline"
+            raise
+        except PromptTooLongError:
+            outcome = "too_long"
+            raise
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            if ticket is not None:
+                self._decoding.cancel(ticket)
+            self._end(opened, request, outcome, searching)
+
+    def _admit(self, request: Request) -> Opened:
+        """Count a request in and hold the snapshot in service for it, or turn it away."""
+        with self._lock:
+            most = self._config.slots + self._config.max_queue
+            if self._draining or self._open >= most:
+                self._requests[request.mode, "overloaded"] += 1
+                if self._draining:
+                    raise OverloadedError("the service is shutting down", 1.0)
+                waits_s = self._mean_s * self._config.max_queue / self._config.slots
+                raise OverloadedError(
+                    f"{self._open} requests are under way, and the service takes no more",
+                    min(max(1.0, waits_s), _LONGEST_RETRY_S),
+                )
+            self._open += 1
+            self._idle.clear()
+            self._held[self._served] += 1
+            return self._served
+
+    def _search(self, opened: Opened, request: Request) -> _Found:
+        begun = time.perf_counter()
+        hits = opened.preparation.search(request)
+        lease = self._cache.lease(opened.source, [hit.passage.key for hit in hits] if request.updates else [])
+        return _Found(hits, lease, (time.perf_counter() - begun) * 1e3)
+
+    async def _ready(self, opened: Opened, request: Request, found: _Found, deadline: float | None) -> Prepared:
+        pending = [asyncio.wrap_future(future) for future in found.lease.futures if not future.done()]
+        if pending:
+            await _within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
+        factors = found.lease.factors(self._config.fetch_timeout_s)
+        spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
+        building = self._search_pool.submit(opened.preparation.build, request, found.hits, factors, spent)
+        return await _within(deadline, asyncio.wrap_future(building))
+
+    def _count(self, answer: Answer, fallbacks: int, seconds: float) -> None:
+        with self._lock:
+            self._new_tokens += answer.new_tokens
+            self._prompt_tokens += answer.prompt_tokens
+            self._fallbacks += fallbacks
+            self._mean_s += (seconds - self._mean_s) / 16
+
+    def _end(self, opened: Opened, request: Request, outcome: str, searching: Future[_Found] | None) -> None:
+        """Count a request out; what it holds is let go when its search, which nothing interrupts, has ended."""
+        with self._lock:
+            self._requests[request.mode, outcome] += 1
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+
+        def let_go(search: Future[_Found]) -> None:
+            if not search.cancelled() and search.exception() is None:
+                search.result().lease.release()
+            self._release(opened)
+
+        if searching is None or searching.cancel():
+            self._release(opened)
+        else:
+            searching.add_done_callback(let_go)
+
+    # ---- snapshots
+
+    def _swap(self) -> bool:
+        id = self._current()
+        if id is None or id == self._served.id:
+            return False
+        opened = self._opener(id)
+        with self._lock:
+            former, self._served = self._served, opened
+            self._held[opened] = 0
+            self._swaps += 1
+            self._held[former] += 1
+        log.info("snapshot %s came into service after %s", opened.id, former.id)
+        self._release(former)
+        return True
+
+    def _release(self, opened: Opened) -> None:
+        """Let go of a snapshot once; one that is not in service is closed with its last user."""
+        with self._lock:
+            if opened not in self._held:  # the service was closed meanwhile
+                return
+            self._held[opened] -= 1
+            if self._held[opened] or opened is self._served:
+                return
+            del self._held[opened]
+            retired = all(other.layout != opened.layout for other in self._held)
+        opened.close()
+        if retired:
+            self._decoding.retire(opened.layout)
+
+
+async def _within(deadline: float | None, awaited: Awaitable[T]) -> T:
+    """Await something until a deadline on the monotonic clock.
+
+    Raises:
+        DeadlineError: when it has passed.
+    """
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            return await awaited
+    except TimeoutError:
+        raise DeadlineError(
+            "the request was not answered before its deadline", "allow more time, or ask for fewer tokens"
+        ) from None
+
+
+def _putter(
+    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[int | Decoded | PragError]
+) -> Callable[[int | Decoded | PragError], None]:
+    """Return what puts an event into an inbox from another thread."""
+
+    def put(event: int | Decoded | PragError) -> None:
+        # A loop that was closed has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+    return put
 
 
 def open_service(config: Config, store: Store) -> Service:
     """Open the snapshot in service of a store, and start the threads that answer from it.
 
+    Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`).
+
     Raises:
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
-    engine = open_engine(store, config)
-    return Service(engine, store, config, current_id(store) or "")
+    settings = config.serve
+    base = load_base_model(config.model)
+    disk = DiskCache(cache_dir() / "adapters", settings.disk_cache_bytes) if settings.disk_cache_bytes else None
+    cache = AdapterCache(
+        settings.cache_bytes, disk=disk, threads=settings.fetch_threads, negative_ttl_s=settings.negative_ttl_s
+    )
+    return Service(
+        base,
+        lambda id: open_snapshot(base, config, store, load_snapshot(store, id)),
+        lambda: current_id(store),
+        cache,
+        settings,
+    )

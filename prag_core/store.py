@@ -239,6 +239,17 @@ class Store:
         files = (path for path, info in found.items() if info["type"] == "file")  # some servers list empty folders
         return sorted(path[len(self.root) + 1 :] for path in files if path.endswith(suffix))
 
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of each object of the store, by name, by listing alone.
+
+        Raises:
+            StoreError: when the store cannot be listed.
+        """
+        with self._explained(self.url, "listed"):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        return {path[len(self.root) + 1 :]: info for path, info in found.items() if info["type"] == "file"}
+
     def remove(self, name: str) -> None:
         """Remove an object.
 
@@ -342,8 +353,13 @@ class Store:
             wanted = pa.schema([wanted.field(column) for column in columns])
         tables = []
         for name in sorted(names):
+            data = self.get(name)
+            # Parquet has no checksum of its own here: an altered page can decode to other values without a word.
+            stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
+            if len(stem) == len(checksum(b"")) and stem != checksum(data):
+                raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
             try:
-                part = pq.read_table(pa.BufferReader(self.get(name)), columns=wanted.names)
+                part = pq.read_table(pa.BufferReader(data), columns=wanted.names)
             except (pa.ArrowException, OSError) as error:
                 raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
             tables.append(part.cast(wanted))

@@ -23,40 +23,57 @@ WAIT_S = 120.0
 
 
 class Cluster:
-    """A Ray of its own ports that outlives its drivers; `actors` finds the processes of its actors."""
+    """A Ray of its own ports that outlives its drivers; `workers` finds the processes of its actors."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], address: str, folder: Path) -> None:
         self._process = process
+        self._folder = folder
         self.address = address
 
-    def actors(self, name: str) -> list[psutil.Process]:
-        """Return the worker processes whose title holds `name`, the class of an actor."""
-        found = []
+    def logs_with(self, text: str) -> list[Path]:
+        """Return the log files of the cluster that hold a text."""
+        logs = [path for path in self._folder.glob("session_*/logs/**/*") if path.is_file()]
+        assert logs
+        return [path for path in logs if text.encode() in path.read_bytes()]
+
+    def workers(self, stage: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Return the processes of a stage, named by its module: its Ray actors, and the children that do the work.
+
+        An actor forks its children from a process that was told to import that module.
+        """
+        actors, children = [], []
         for process in psutil.Process(self._process.pid).children(recursive=True):
             try:
-                if name in " ".join(process.cmdline()):
-                    found.append(process)
+                if stage in " ".join(process.cmdline()):
+                    parent = process.parent()
+                    if parent is not None and stage in " ".join(parent.cmdline()):
+                        children.append(process)
+                    elif parent is not None:
+                        actors.append(parent)
             except psutil.Error:
                 continue
-        return found
+        return actors, children
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Start a Ray head in the foreground of a process of its own, and end that process afterwards."""
+def cluster(variables: dict[str, str]) -> Iterator[Cluster]:
+    """Start a Ray head in the foreground of a process of its own, and end that process afterwards.
+
+    `variables` are what its nodes have in their environment.
+    """
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets below it may not have long paths
     port, client_port = free_ports(2)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false", "--num-cpus=4"]
     command += [f"--object-store-memory={200 * 2**20}", "--node-ip-address=127.0.0.1"]
-    environment = {**os.environ, "RAY_idle_worker_killing_time_threshold_ms": "600000", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, **variables, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     log = Path(folder) / "start.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         wait(lambda: is_open(port), f"the cluster does not start: {log}")
-        yield Cluster(process, f"127.0.0.1:{port}")
+        yield Cluster(process, f"127.0.0.1:{port}", Path(folder))
     finally:
         left = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

@@ -9,11 +9,12 @@ import pytest
 from conftest import make_passage
 from test_lora import random_adapter
 
-from prag_core.engine import Engine, Request, hit_weights
+from prag_core.engine import Engine, Request
 from prag_core.errors import AdapterError
 from prag_core.examples import question_ids
 from prag_core.lora import find_targets
 from prag_core.models import BaseModel
+from prag_core.prepare import Preparation, hit_weights
 from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Hit
 
@@ -41,7 +42,9 @@ class Adapters:
 
 @pytest.fixture
 def engine(tiny_session: BaseModel):
-    made = Engine(tiny_session, RECIPE, KnownHits(), Adapters(tiny_session), max_new_tokens=6, batch_size=8)
+    made = Engine(
+        tiny_session, RECIPE, Preparation(tiny_session, KnownHits(), max_new_tokens=6), Adapters(tiny_session)
+    )
     yield made
     made.close()
 
@@ -70,21 +73,13 @@ def test_the_modes_put_passages_where_they_say(engine: Engine) -> None:
     assert places == {"closed": set(), "rag": {(False, True)}, "prag": {(True, False)}, "combine": {(True, True)}}
     assert answers["closed"].prompt_tokens == answers["prag"].prompt_tokens < answers["rag"].prompt_tokens
     assert len({answer.text for answer in answers.values()}) == 4
-    assert set(answers["prag"].milliseconds) == {
-        "retrieve",
-        "fetch",
-        "prompt",
-        "wait",
-        "inject",
-        "prefill",
-        "decode",
-    }
+    assert set(answers["prag"].milliseconds) == {"retrieve", "fetch", "prompt", "wait", "inject", "prefill", "decode"}
 
 
 def test_a_broken_adapter_puts_its_passage_into_the_prompt(tiny_session: BaseModel) -> None:
     adapters = Adapters(tiny_session)
     adapters.broken = {PASSAGES[1].key}
-    engine = Engine(tiny_session, RECIPE, KnownHits(), adapters, max_new_tokens=4)
+    engine = Engine(tiny_session, RECIPE, Preparation(tiny_session, KnownHits(), max_new_tokens=4), adapters)
     answer = engine.answer(Request("Who?", "prag", 2))
     engine.close()
     assert [(p.in_weights, p.in_prompt) for p in answer.passages] == [(True, False), (False, True)]
@@ -108,7 +103,9 @@ def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
         def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
             return []
 
-    engine = Engine(tiny_session, RECIPE, Nothing(), Adapters(tiny_session), max_new_tokens=6)
+    engine = Engine(
+        tiny_session, RECIPE, Preparation(tiny_session, Nothing(), max_new_tokens=6), Adapters(tiny_session)
+    )
     texts = {engine.answer(Request("Who?", mode)).text for mode in MODES}
     engine.close()
     assert len(texts) == 1
@@ -116,7 +113,8 @@ def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
 
 def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None:
     recipe = replace(RECIPE, template="chain_of_thought")
-    engine = Engine(tiny_session, recipe, KnownHits(), Adapters(tiny_session), max_new_tokens=4)
+    preparation = Preparation(tiny_session, KnownHits(), template=recipe.template, max_new_tokens=4)
+    engine = Engine(tiny_session, recipe, preparation, Adapters(tiny_session))
     answer = engine.answer(Request("Who?", "combine", 2))
     engine.close()
     asked = len(

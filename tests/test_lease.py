@@ -14,7 +14,16 @@ from dataclasses import asdict, replace
 import pytest
 
 from prag_core.errors import LeaseError
-from prag_core.lease import LEASE, Lease, LeaseRecord, acquire_lease, check_holder, hold_lease, read_lease
+from prag_core.lease import (
+    LEASE,
+    Lease,
+    LeaseRecord,
+    acquire_lease,
+    check_holder,
+    hold_lease,
+    read_lease,
+    wait_for_lease,
+)
 from prag_core.store import Store
 
 TTL_S = 1.0
@@ -91,6 +100,21 @@ def test_an_expired_one_is_taken_but_only_after_the_skew(store: Store) -> None:
         record = read_lease(store)
         assert record is not None
         assert record.run == "run-8"
+
+
+def test_a_dead_one_is_waited_for_and_a_live_one_no_longer_than_asked(store: Store) -> None:
+    assert wait_for_lease(store, 0) is None
+    write(store, elsewhere(time.time()))
+    held = wait_for_lease(store, 0.1, look_every_s=0.05)
+    assert held is not None
+    assert held.run == "run-7"
+    # Nobody renews it, so it expires while it is waited for.
+    assert wait_for_lease(store, 60, skew_s=0.1, look_every_s=0.05) is None
+    with hold_lease(store, "run-8", skew_s=0.1):
+        held = wait_for_lease(store, 0)
+        assert held is not None
+        assert held.run == "run-8"
+    assert wait_for_lease(store, 0) is None
 
 
 def test_it_can_be_taken_over_and_its_holder_notices(store: Store) -> None:

@@ -9,7 +9,8 @@ import pytest
 from conftest import make_augmentation, make_passage
 
 from cluster.resources import PROFILES
-from pipelines.job import describe
+from pipelines.describe import describe
+from pipelines.outcomes import TASK
 from pipelines.parameterize import TrainAdapters, adapters_a_shard, passages_a_task
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config, parse_config
@@ -43,7 +44,8 @@ def batch_of(count: int) -> pa.Table:
     table = to_table(Passage, passages)
     for name in texts.column_names:
         table = table.append_column(name, texts[name])
-    return table.append_column("augmentation", pa.array([a.digest for a in augmentations]))
+    table = table.append_column("augmentation", pa.array([a.digest for a in augmentations]))
+    return table.append_column(TASK, pa.array([f"task of {count}"] * count))
 
 
 def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:
@@ -85,9 +87,9 @@ def test_a_batch_tried_again_trains_what_was_not_committed(tmp_path: Path, tiny_
     assert sorted(outcomes_again, key=str) == sorted(outcomes, key=str)
     # Once all is committed, nothing is trained at all.
     assert train(config, table)[1] == again
+    assert train(config, table.slice(3, 4))[1] == again
     # Another batch of the same passages is another task.
-    store, rows, _ = train(config, batch_of(11))
-    assert len(rows) == 23
+    assert len(train(config, batch_of(11))[1]) == 23
 
 
 def test_who_lost_the_lease_commits_nothing(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -1,0 +1,73 @@
+"""A snapshot opened on this machine: all that answering from it needs, beside the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prag_core.adapter_store import LedgerSource, open_adapters
+from prag_core.config import Config
+from prag_core.errors import StoreError
+from prag_core.forgetting import forgotten_keys
+from prag_core.lora import LoraLayout, find_targets
+from prag_core.models import BaseModel, cache_dir
+from prag_core.prepare import Preparation
+from prag_core.recipe import TrainRecipe
+from prag_core.retrieval import open_index
+from prag_core.snapshot import Snapshot
+from prag_core.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A snapshot's id, its searches and prompts, its adapters and their shape; `close` lets its files go."""
+
+    id: str
+    preparation: Preparation
+    source: LedgerSource
+    recipe: TrainRecipe
+    layout: LoraLayout
+    close: Callable[[], None]
+
+
+def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snapshot) -> Opened:
+    """Open a snapshot. Its index is unpacked into the local cache on first use; adapters come when they are needed.
+
+    Raises:
+        StoreError: when it was made with another base model, or what it names is missing.
+        ModelError: when the model has not the modules that the adapters are for.
+        RetrievalError: when the index cannot be opened.
+    """
+    check_base_model(snapshot, store, config.model.name, base.fingerprint)
+    adapters, recipe = open_adapters(store, snapshot.recipe)
+    layout, _ = find_targets(base.model, recipe)
+    if layout != adapters.layout:
+        raise StoreError(
+            f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}; its recipe means {layout} here",
+            "it was written by hand or by another version: run `prag run` again",
+        )
+    retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
+    preparation = Preparation(
+        base,
+        retriever,
+        template=recipe.template,
+        snapshot=snapshot.id,
+        max_new_tokens=config.answer.max_new_tokens,
+        hidden=forgotten_keys(store, snapshot),
+    )
+    source = LedgerSource(adapters, snapshot.ledger_parts)
+    return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)
+
+
+def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
+    """Check that the base model `name`, whose fingerprint is `found`, is the snapshot's.
+
+    Raises:
+        StoreError: when the snapshot was made with another one.
+    """
+    if found != snapshot.base_model:
+        raise StoreError(
+            f"store = {store.url!r} holds adapters for the base model {snapshot.base_model}; "
+            f"model.name = {name!r} is {found}",
+            "name the model that the store was made with, or another store for this model",
+        )
