@@ -58,5 +58,5 @@ def _index(config: Config, store: Store, corpus: str, passages: list[Passage]) -
     id = index_id(corpus, config.index)
     with tempfile.TemporaryDirectory() as scratch:
         documents = build_index(passages, Path(scratch) / "lucene")
-        archive_index(Path(scratch) / "lucene", store.fs, store.root, id, corpus, documents)
+        archive_index(Path(scratch) / "lucene", store, id, corpus, documents)
     return id
