@@ -343,7 +343,7 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
     lines = [
         {
             "id": f"q{i}{j}",
-            "question": f"What is Quorl {i} number {j}?",
+            "question": f"What is part {'abcd'[j]} of Quorl {i}?",
             "answers": [f"thing {j}"],
             "passage_id": f"p{i}",
         }
