@@ -120,13 +120,13 @@ class Sleeper:
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        from pipelines.outcomes import Outcome, outcome_table
+        from pipelines.outcomes import TASK, Outcome, outcome_table
         from prag_core.trainer import TrainedAdapter
 
         keys, digests = table["key"].to_pylist(), table["augmentation"].to_pylist()
         time.sleep(WORK_S * len(keys))
         trained = [TrainedAdapter(key, self._factors, 20, 3000, 3.0, 0.5, WORK_S) for key in keys]
-        rows = self._adapters.commit(list(zip(trained, digests, strict=True)), list(zip(keys, digests, strict=True)))
+        rows = self._adapters.commit(list(zip(trained, digests, strict=True)), table[TASK][0].as_py())
         yield outcome_table(Outcome(row.key, bytes=row.length, seconds=row.seconds) for row in rows)
 
 
