@@ -19,7 +19,7 @@ import psutil
 import yaml
 from test_lora import random_adapter
 
-from pipelines.job import describe
+from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
 from prag_core.records import LedgerRow, Passage
