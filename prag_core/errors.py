@@ -70,6 +70,10 @@ class PromptTooLongError(GenerationError):
     """A prompt and the text it asks for do not fit into the model's context."""
 
 
+class TurnsError(GenerationError):
+    """The model's chat template cannot write these turns."""
+
+
 class BudgetError(PragError):
     """More passages were rejected than the run's failure budget allows."""
 
@@ -80,6 +84,18 @@ class LeaseError(PragError):
     """Another run holds the store's lease, or has taken it over."""
 
     exit_code = 10
+
+
+class PreflightError(PragError):
+    """Several things are wrong at once; the message names each with its remedy."""
+
+    exit_code = 11
+
+
+class ClusterError(PragError):
+    """The Ray cluster cannot be reached, or refused a job."""
+
+    exit_code = 12
 
 
 class OverloadedError(PragError):
@@ -105,3 +121,9 @@ class EngineStuckError(PragError):
     """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
 
     exit_code = 13
+
+
+class CanaryError(PragError):
+    """A candidate snapshot answered its canary questions worse than was asked for; it was not published."""
+
+    exit_code = 16
