@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help s3 bench-augment bench-train bench-train-gpu
+.PHONY: setup demo eval test check fast slow format clean help s3 \
+	bench-augment bench-precision bench-scale bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
+	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if need be"
 	@echo "make test             set up, and run everything that CI runs"
 	@echo "make check            lint, types and fast tests"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
+	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
+	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about half an hour)"
+	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
@@ -26,9 +31,16 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
+DEMO := --config examples/demo.yaml --set corpus.limit=16 \
+	--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+
 demo: setup
-	$(BIN)/prag demo --config examples/demo.yaml --set corpus.limit=16 \
-		--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+	$(BIN)/prag demo $(DEMO)
+
+# The demo's store serves when it is there. What was asked before is not asked again.
+eval: setup
+	test -e demo-store/CURRENT || $(BIN)/prag run $(DEMO)
+	$(BIN)/prag evaluate $(DEMO) --dataset atlas --controls wrong,task --seeds 1 --limit 32 --report eval-report
 
 check: setup
 	$(BIN)/ruff check .
@@ -53,12 +65,21 @@ bench-train-gpu: setup
 s3: setup
 	$(BIN)/python -m tests.s3 s3-data
 
+bench-precision: setup
+	$(BIN)/python benchmarks/precision.py
+
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
+
+bench-scale: setup
+	$(BIN)/python benchmarks/scale.py
+
+bench-store: setup
+	$(BIN)/python benchmarks/store.py
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-store
+	rm -rf $(VENV) demo-store eval-report

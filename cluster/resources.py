@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MB = 1024 * 1024
@@ -10,12 +10,37 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Actors:
-    """A pool of model-holding actors: how many, and what each may use."""
+    """A pool of model-holding actors: from `least` to `most` of them, and what each may use.
+
+    Ray Data begins with `least` and adds actors while batches wait for one and the cluster has room; `threads` is
+    how many each computes with (None: all cores of its node).
+    """
 
     cpus: float
     gpus: float
+    least: int
     most: int
     threads: int | None
+
+    def memory_bytes(self) -> float:
+        """Return the share of an actor in what Ray counts as the memory of the node on which this is called."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        (node,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        room = [node.get("CPU", 0) // self.cpus, *([node.get("GPU", 0) // self.gpus] if self.gpus else [])]
+        return float(node["memory"]) / max(1, min(self.most, *room))
+
+    def pool(self) -> dict[str, Any]:
+        """Return the arguments of `Dataset.map_batches` for a pool of these actors."""
+        import ray.data
+
+        # One batch ahead, so that no actor waits for its next; more would be lost with it.
+        compute = ray.data.ActorPoolStrategy(min_size=self.least, max_size=self.most, max_tasks_in_flight_per_actor=2)
+        resources: dict[str, Any] = {"compute": compute, "num_cpus": self.cpus}
+        if self.gpus:
+            resources["num_gpus"] = self.gpus
+        return resources
 
 
 @dataclass(frozen=True)
@@ -23,36 +48,91 @@ class Profile:
     """What a job may use.
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
-    `partitions` is the number of parts of a shuffle; `model_actors` is the pool of a stage that holds a model;
-    `tokens_per_step` is what such an actor takes at once.
+    `partitions` is the number of blocks that a shuffle makes; `augment` and `train` are the pools of the two stages
+    that hold a model, and `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a
+    training actor takes at once.
     """
 
     name: str
     logical_cpus: int | None
     object_store_bytes: int | None
     partitions: int
-    model_actors: Actors
+    augment: Actors
+    train: Actors
+    index_cpus: float
     tokens_per_step: int
 
-    def pool(self) -> dict[str, Any]:
-        """Return the arguments of `Dataset.map_batches` for a pool of model actors."""
-        import ray.data
+    @property
+    def model_actors(self) -> Actors:
+        """What a process that holds a model takes, outside of the stages: a replica that answers."""
+        return self.train
 
-        actors = self.model_actors
-        resources: dict[str, Any] = {
-            "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors.most, max_tasks_in_flight_per_actor=2),
-            "num_cpus": actors.cpus,
-        }
-        if actors.gpus:
-            resources["num_gpus"] = actors.gpus
-        return resources
+    def tuned(
+        self,
+        *,
+        actors_min: int | None = None,
+        actors_max: int | None = None,
+        actor_cpus: float | None = None,
+        actor_gpus: float | None = None,
+        partitions: int | None = None,
+        tokens_per_step: int | None = None,
+    ) -> Profile:
+        """Return this profile with what is given in place of its own."""
+
+        def actors(pool: Actors) -> Actors:
+            most = pool.most if actors_max is None else actors_max
+            least = min(pool.least if actors_min is None else actors_min, most)
+            cpus = pool.cpus if actor_cpus is None else actor_cpus
+            gpus = pool.gpus if actor_gpus is None else actor_gpus
+            # An actor computes with the cores that it takes, where the profile counts them at all.
+            threads = pool.threads if actor_cpus is None or pool.threads is None else max(1, int(actor_cpus))
+            return Actors(cpus, gpus, least, most, threads)
+
+        return replace(
+            self,
+            augment=actors(self.augment),
+            train=actors(self.train),
+            index_cpus=self.index_cpus if actor_cpus is None else min(self.index_cpus, actor_cpus),
+            partitions=self.partitions if partitions is None else partitions,
+            tokens_per_step=self.tokens_per_step if tokens_per_step is None else tokens_per_step,
+        )
+
+
+def _same(actors: Actors) -> dict[str, Actors]:
+    return {"augment": actors, "train": actors}
 
 
 PROFILES: dict[str, Profile] = {
     # Two cores or so. One logical CPU more than readers need, for the one actor that computes; each worker process
     # costs seconds to start, so there are few. A thousand tokens keep two cores as busy as more would, and in small
     # steps less is padding.
-    "laptop": Profile("laptop", 2, 400 * MB, 2, Actors(cpus=1, gpus=0, most=1, threads=None), 1024),
-    "gpu": Profile("gpu", None, None, 16, Actors(cpus=2, gpus=1, most=8, threads=2), 32_768),
-    "cluster": Profile("cluster", None, None, 256, Actors(cpus=4, gpus=1, most=1000, threads=4), 32_768),
+    "laptop": Profile(
+        name="laptop",
+        logical_cpus=2,
+        object_store_bytes=400 * MB,
+        partitions=2,
+        **_same(Actors(cpus=1, gpus=0, least=1, most=1, threads=None)),
+        index_cpus=1,
+        tokens_per_step=1024,
+    ),
+    # One machine with one GPU or some.
+    "gpu": Profile(
+        name="gpu",
+        logical_cpus=None,
+        object_store_bytes=None,
+        partitions=16,
+        **_same(Actors(cpus=2, gpus=1, least=1, most=8, threads=2)),
+        index_cpus=2,
+        tokens_per_step=32_768,
+    ),
+    # Whatever the cluster has, and grows to.
+    "cluster": Profile(
+        name="cluster",
+        logical_cpus=None,
+        object_store_bytes=None,
+        partitions=256,
+        **_same(Actors(cpus=4, gpus=1, least=1, most=1000, threads=4)),
+        index_cpus=4,
+        tokens_per_step=32_768,
+    ),
 }

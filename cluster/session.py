@@ -20,6 +20,14 @@ ENVIRONMENT = {
 }
 
 
+def is_passed_on(name: str) -> bool:
+    """Whether the workers of a cluster that is joined get a variable of the driver's environment.
+
+    Secrets they do not get: Ray writes what it passes on into its logs. A cluster's nodes have their own.
+    """
+    return name.startswith(("HF_", "PRAG_", "AWS_")) and not any(word in name for word in ("KEY", "SECRET", "TOKEN"))
+
+
 @contextlib.contextmanager
 def ray_session(profile: Profile) -> Iterator[None]:
     """Within this context Ray runs: the cluster that RAY_ADDRESS names, or one started here and stopped after.
@@ -33,7 +41,9 @@ def ray_session(profile: Profile) -> Iterator[None]:
     import ray.exceptions
 
     if os.environ.get("RAY_ADDRESS"):
-        passed_on = {name: os.environ[name] for name in os.environ if name.startswith(("HF_", "PRAG_", "AWS_"))}
+        passed_on = {name: value for name, value in os.environ.items() if is_passed_on(name)}
+        # A job of the job server has an environment already; where both name a variable, Ray refuses by default.
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in ENVIRONMENT}}}
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pyarrow as pa
 import ray.data
-from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
+from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
+from pipelines.patience import Desk, run_actors
+from pipelines.progress import RunProgress
+from pipelines.recovery import persist
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_passages
 from prag_core.augment import augment
@@ -76,7 +80,7 @@ class AugmentPassages:
         put_rejects(self._store, self._run, rejects)
         return outcome_table(
             [
-                *(Outcome(result.key, pairs=len(result.pairs), refused=result.refused) for result in made),
+                *(Outcome(r.key, pairs=len(r.pairs), refused=r.refused, seconds=r.seconds) for r in made),
                 *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
             ]
         )
@@ -99,27 +103,47 @@ def run_augment(
     recipe: AugmentRecipe,
     passages: ray.data.Dataset,
     before: Survey,
-    run: str,
-    console: Console,
+    look: Callable[[], Survey],
+    progress: RunProgress,
 ) -> StageReport:
-    """Augment what a survey found missing. In = done (now and earlier) + rejected (now and earlier)."""
-    tally = Tally()
+    """Augment what a survey found missing. In = done (now and earlier) + rejected (now and earlier).
+
+    `look` makes a new survey, should a part of the cluster be lost meanwhile.
+    """
+    begun, run = time.perf_counter(), progress.run
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
     imported = read_augmentations(config.augment.import_file).rejects if config.augment.import_file else ()
     put_rejects(store, run, imported)
-    total = before.counts["to_augment"]
-    if total:
-        missing = with_passages(before.keys("to_augment"), passages, profile.partitions)
-        arguments = (config, store, recipe, run, profile.model_actors.threads)
-        outcomes = run_actors(AugmentPassages, arguments, missing, total, config.run.augment_batch, profile)
-        follow(outcomes, total, "augment", console, tally)
+
+    def work(survey: Survey) -> Tally:
+        total = survey.counts["to_augment"]
+        if not total:
+            return Tally()
+        missing = with_passages(survey.keys("to_augment"), passages, profile.partitions)
+        arguments = (config, store, recipe, run, profile.augment.threads)
+        desk = Desk(store, run, "augment", recipe.fingerprint)
+        silence_s = config.run.passage_timeout_s * config.run.augment_batch
+        outcomes = run_actors(
+            AugmentPassages,
+            arguments,
+            missing,
+            config.run.augment_batch,
+            profile.augment,
+            desk,
+            config.run,
+            silence_s=silence_s,
+        )
+        budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
+        return follow(outcomes, total, "augment", progress, budget)
+
+    last, tally = persist("augment", "to_augment", before, look, work, progress)
     return StageReport(
         stage="augment",
         taken=before.passages,
-        done=before.augmented + tally.done,
+        done=last.augmented + tally.done,
         earlier=before.augmented,
-        rejected=dict(before.reasons["augment_rejected"] + tally.rejected),
-        seconds=tally.seconds,
+        rejected=dict(last.reasons["augment_rejected"] + tally.rejected),
+        seconds=time.perf_counter() - begun,
         extra={
             "pairs": {str(pairs): n for pairs, n in sorted(tally.pairs.items())},
             "refused": dict(tally.refused),

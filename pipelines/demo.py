@@ -17,7 +17,7 @@ from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
 from prag_core.engine import Engine, Request, open_engine
 from prag_core.errors import InputError
-from prag_core.evaluate import f1, paired_bootstrap
+from prag_core.metrics import f1, paired_bootstrap
 from prag_core.records import MODES, Answer, Hit, Passage, from_table
 from prag_core.snapshot import load_snapshot
 from prag_core.store import Store, open_store

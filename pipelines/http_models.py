@@ -175,10 +175,13 @@ def to_request(
     _limit("mode", mode in config.serve.modes, f"served here: {', '.join(config.serve.modes)}")
     _limit("question", bool(body.question.strip()), "is blank")
     top_k = body.top_k or min(config.answer.top_k, config.serve.max_top_k)
-    max_tokens = body.max_tokens or min(config.answer.max_new_tokens, config.serve.max_tokens)
+    # None stands for what the recipe's template wants.
+    max_tokens = body.max_tokens or (
+        config.answer.max_new_tokens and min(config.answer.max_new_tokens, config.serve.max_tokens)
+    )
     check_length("question", body.question, config)
     _limit("top_k", top_k <= config.serve.max_top_k, f"at most {config.serve.max_top_k}")
-    _limit("max_tokens", max_tokens <= config.serve.max_tokens, f"at most {config.serve.max_tokens}")
+    _limit("max_tokens", (max_tokens or 1) <= config.serve.max_tokens, f"at most {config.serve.max_tokens}")
     return Request(
         question=body.question,
         mode=mode,

@@ -18,15 +18,20 @@ from prag_core.retrieval import JVM_ENV, StoredIndex, archive_index, build_index
 from prag_core.store import Store
 
 
-def run_index(store: Store, corpus_version: str, config: IndexConfig, passages: int) -> tuple[str, StageReport]:
-    """Build the index of a corpus version unless the store has it; return its id and the report."""
+def run_index(
+    store: Store, corpus_version: str, config: IndexConfig, passages: int, cpus: float
+) -> tuple[str, StageReport]:
+    """Build the index of a corpus version unless the store has it, in a process of so many CPUs.
+
+    Returns its id and the report.
+    """
     begun = time.perf_counter()
     id = index_id(corpus_version, config)
-    found = find_index(store.fs, store.root, id)
+    found = find_index(store, id)
     earlier = found is not None
     if found is None:
         # The JVM lives in a worker process of its own: never in the driver, never in one that Ray reuses.
-        build = ray.remote(_build).options(num_cpus=1, max_retries=1, runtime_env={"env_vars": JVM_ENV})
+        build = ray.remote(_build).options(num_cpus=cpus, max_retries=3, runtime_env={"env_vars": JVM_ENV})
         found = ray.get(build.remote(store, corpus_version, id))
     report = StageReport(
         stage="index",
@@ -44,11 +49,11 @@ def _build(store: Store, corpus_version: str, id: str) -> StoredIndex:
     with tempfile.TemporaryDirectory(prefix="prag-index-") as scratch:
         directory = Path(scratch) / "lucene"
         documents = build_index(_passages(store, corpus_version), directory)
-        return archive_index(directory, store.fs, store.root, id, corpus_version, documents)
+        return archive_index(directory, store, id, corpus_version, documents)
 
 
 def _passages(store: Store, corpus_version: str) -> Iterator[Passage]:
     for part in store.get_json(f"corpus/{corpus_version}/manifest.json")["parts"]:
-        with store.fs.open(store.path(part)) as stream:
+        with store.open(part) as stream:
             for batch in pq.ParquetFile(stream).iter_batches():
                 yield from from_table(Passage, pa.Table.from_batches([batch]))

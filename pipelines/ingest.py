@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 import ray.data
 
 from pipelines.report import StageReport
+from pipelines.tables import read_columns
 from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
 from prag_core.errors import InputError
-from prag_core.identity import fingerprint
+from prag_core.identity import fingerprint, seal
 from prag_core.records import Passage, Reject, from_table, schema, to_table
 from prag_core.store import Store, put_rejects
 
@@ -41,11 +42,11 @@ class Corpus:
     report: StageReport
 
 
-def ingest(config: CorpusConfig, partitions: int) -> Corpus:
+def ingest(config: CorpusConfig, partitions: int, forgotten: Collection[str] = ()) -> Corpus:
     """Read a corpus into passages; stores nothing.
 
     Each record is a reject or gives one piece or more; pieces of equal content become one passage that keeps all
-    their ids.
+    their ids. Passages whose keys are `forgotten` are left out and counted.
 
     Raises:
         InputError: when a file cannot be read at all, or no record is found.
@@ -76,6 +77,10 @@ def ingest(config: CorpusConfig, partitions: int) -> Corpus:
         .map_batches(_merge, batch_size=None, batch_format="pyarrow")
         .materialize()
     )
+    unique = merged.count()
+    if forgotten:
+        arguments = {"forgotten": sorted(forgotten)}
+        merged = merged.map_batches(_without, batch_format="pyarrow", fn_kwargs=arguments).materialize()
     digests = merged.map_batches(_digest, batch_format="pyarrow").take_all()
     count = sum(row["count"] for row in digests)
     version = f"{sum(int(row['digest'], 16) for row in digests) % 2**64:016x}"
@@ -86,7 +91,12 @@ def ingest(config: CorpusConfig, partitions: int) -> Corpus:
         earlier=0,
         rejected=dict(Counter(reject.reason for reject in rejects)),
         seconds=time.perf_counter() - begun,
-        extra={"pieces": pieces, "passages": count, "duplicates": pieces - count},
+        extra={
+            "pieces": pieces,
+            "passages": count,
+            "duplicates": pieces - unique,
+            "forgotten": unique - count,
+        },
     )
     return Corpus(version, merged, count, tuple(rejects), report)
 
@@ -101,7 +111,16 @@ def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
         _write_part, batch_size=None, batch_format="pyarrow", fn_args=(store, f"corpus/{corpus.version}")
     ).take_all()
     names = sorted(row["part"] for row in parts if row["part"])
-    store.put_json(manifest, {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)})
+    document = {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)}
+    store.put_json(manifest, seal(document))
+
+
+def stored_passages(store: Store, version: str, partitions: int) -> ray.data.Dataset:
+    """Return the passages of a stored corpus version; they are read anew wherever they are needed."""
+    parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
+    if not parts:
+        return ray.data.from_arrow(schema(Passage).empty_table())
+    return read_columns(store, parts, schema(Passage).names, partitions)
 
 
 def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:
@@ -160,6 +179,12 @@ def _merge(table: pa.Table) -> pa.Table:
     pieces = from_table(Piece, table) if table.num_columns else []
     merged = [merge_pieces(group) for group in _groups(pieces, lambda piece: piece.key)]
     return to_table(Passage, sorted(merged, key=lambda passage: passage.key))
+
+
+def _without(table: pa.Table, forgotten: list[str]) -> pa.Table:
+    if not table.num_rows:
+        return table
+    return table.filter(pc.invert(pc.is_in(table["key"], value_set=pa.array(forgotten, pa.string()))))
 
 
 def _groups(items: Iterable[T], key: Any) -> list[list[T]]:

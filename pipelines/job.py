@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.resources import PROFILES
+from cluster.preflight import on_cluster
+from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import augment, index, ingest, parameterize
+from pipelines.checks import Preflight
+from pipelines.outcomes import Budget
+from pipelines.preflight import check_here, check_nodes, preflight
+from pipelines.profiles import profile_of
+from pipelines.progress import RunProgress
+from pipelines.recovery import anew
 from pipelines.report import StageReport
-from pipelines.tables import survey
+from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import AdapterStore, put_start, start_fingerprint
-from prag_core.augment_import import read_augmentations
+from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start
 from prag_core.config import Config, dump_config
-from prag_core.corpus import list_files
-from prag_core.errors import BudgetError, PragError
-from prag_core.lease import Lease, hold_lease
-from prag_core.lora import LoraLayout, find_targets
-from prag_core.models import model_fingerprint, model_skeleton, resolve_model
-from prag_core.opened import check_base_model
-from prag_core.recipe import Recipe, augment_recipe, train_recipe
-from prag_core.retrieval import find_jdk
-from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.garbage import RunInputs, put_inputs
+from prag_core.lease import Lease, hold_lease, wait_for_lease
+from prag_core.lora import LoraLayout, check_factors
+from prag_core.recipe import Recipe
+from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish, same_content
 from prag_core.store import Store, open_store
+
+# Called with the snapshot in service, if there is one, and with the one that is about to take its place, unless both
+# say the same; it raises to prevent that. Ray runs meanwhile.
+Gate = Callable[[Snapshot | None, Snapshot, RunProgress], None]
 
 
 @dataclass(frozen=True)
@@ -66,94 +72,101 @@ class RunReport:
         }
 
 
-def describe(config: Config) -> tuple[Recipe, LoraLayout]:
-    """Return the recipe that a configuration means and the layout of its adapters; loads no weights.
-
-    Raises:
-        ConfigError, ModelError: when a recipe is unknown, or the model is missing or does not fit.
-        AdapterError: when `train.start` is no adapter of the recipe's shape.
-    """
-    train = train_recipe(config.train)
-    folder = resolve_model(config.model.name)
-    layout, _ = find_targets(model_skeleton(folder), train)
-    if config.train.start:
-        train = replace(train, start=start_fingerprint(import_peft(layout, Path(config.train.start))))
-    base_model = model_fingerprint(folder)
-    augmenting = augment_recipe(config.augment, augment.generator_fingerprint(config, base_model))
-    return Recipe(base_model, augmenting, train), layout
-
-
-def preflight(config: Config, store: Store, base_model: str) -> None:
-    """Check in seconds what would otherwise fail after an hour.
-
-    Raises:
-        InputError: when the corpus or the file of augmentations cannot be read.
-        StoreError: when the store cannot be written, or serves another base model.
-        RetrievalError: when there is no Java to index with.
-    """
-    list_files(config.corpus)
-    if config.augment.import_file:
-        read_augmentations(config.augment.import_file)
-    store.check_writable()
-    find_jdk()
-    if current_id(store) is not None:
-        check_base_model(load_snapshot(store), store, config.model.name, base_model)
-
-
-def run_job(config: Config, console: Console, *, take_over: bool = False) -> RunReport:
+def run_job(
+    config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0, gate: Gate | None = None
+) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
+
+    A lease that another run holds is waited for, `wait_s` at most. `gate` may keep what was made from being published.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
-        PragError: a child of it that says what to do; see `preflight`, `ingest`.
+        PragError: what `pipelines.preflight` finds wrong, or a stage; each says what to do.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
+        ConflictError: when somebody else published meanwhile.
     """
     begun = time.perf_counter()
-    store = open_store(config)
-    recipe, layout = describe(config)
-    preflight(config, store, recipe.base_model)
+    found = check_here(config)
+    if found.errors:
+        # The nodes are asked too, so that one look names everything.
+        (preflight(config) if on_cluster() else found).described()
+    console.print(found.summary())
+    store, (recipe, layout) = open_store(config), found.described()
+    if wait_s and not take_over:
+        wait_for_lease(store, wait_s)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with hold_lease(store, run, take_over=take_over) as lease:
-        return _run(config, store, recipe, layout, lease, console, begun)
+        return _run(config, store, recipe, layout, lease, console, begun, gate)
 
 
 def _run(
-    config: Config, store: Store, recipe: Recipe, layout: LoraLayout, lease: Lease, console: Console, begun: float
+    config: Config,
+    store: Store,
+    recipe: Recipe,
+    layout: LoraLayout,
+    lease: Lease,
+    console: Console,
+    begun: float,
+    gate: Gate | None,
 ) -> RunReport:
-    run, profile = lease.record.run, PROFILES[config.run.profile]
+    run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
-    if config.train.start:
+    if config.train.start and is_start_name(config.train.start):
+        check_factors(layout, get_start(store, config.train.start), f"start {config.train.start}")
+    elif config.train.start:
         put_start(store, layout, import_peft(layout, Path(config.train.start)))
-    stages: list[StageReport] = []
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
-    with ray_session(profile):
-        # 1. Corpus.
-        corpus = ingest.ingest(config.corpus, profile.partitions)
-        ingest.store_corpus(store, corpus, run)
-        stages.append(_finish(store, run, stages, corpus.report, console))
-        # 2. Augment.
-        missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = augment.run_augment(config, store, profile, recipe.augment, corpus.passages, missing, run, console)
-        stages.append(_finish(store, run, stages, report, console))
-        # 3. Train and store.
-        if missing.counts["to_augment"]:
-            missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = parameterize.run_train(config, store, profile, recipe, corpus.passages, missing, run, console)
-        stages.append(_finish(store, run, stages, report, console))
-        adapters = report.done
-        # 4. Index.
-        index_id, report = index.run_index(store, corpus.version, config.index, corpus.count)
-        stages.append(_finish(store, run, stages, report, console))
-    rejected = corpus.count - adapters
-    if rejected > config.run.max_reject_share * corpus.count:
-        raise BudgetError(
-            f"{rejected} of {corpus.count} passages were rejected, more than run.max_reject_share = "
-            f"{config.run.max_reject_share}: {_reasons(stages)}; nothing was published",
-            "see `prag rejects`; mend the cause or raise run.max_reject_share",
-        )
-    # 5. Publish, unless another run took the store over meanwhile.
-    lease.check()
+    progress = RunProgress(store, run, console)
+    with progress.until_the_end(), ray_session(profile):
+        if on_cluster():
+            found = Preflight(recipe=recipe, layout=layout)
+            check_nodes(config, found)
+            console.print(found.summary())
+            found.described()
+        return _stages(config, store, recipe, layout, lease, profile, progress, begun, gate)
+
+
+def _stages(
+    config: Config,
+    store: Store,
+    recipe: Recipe,
+    layout: LoraLayout,
+    lease: Lease,
+    profile: Profile,
+    progress: RunProgress,
+    begun: float,
+    gate: Gate | None,
+) -> RunReport:
+    run = progress.run
+    # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
+    serving = current_id(store)
+    before = load_snapshot(store, serving) if serving else None
+    forgotten = before.tombstones if before else ()
+    # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
+    corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
+    put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
+    progress.finish(corpus.report)
+    passages = ingest.stored_passages(store, corpus.version, profile.partitions)
+
+    def look() -> Survey:
+        return survey(store, passages, recipe, profile.partitions)
+
+    # 2. Augment.
+    missing = anew("augment", look, progress)
+    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, progress)
+    progress.finish(report)
+    # 3. Train and store.
+    if missing.counts["to_augment"]:
+        missing = anew("train", look, progress)
+    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, progress)
+    adapters = progress.finish(report).done
+    # 4. Index.
+    index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)
+    progress.finish(report)
+    reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
+    Budget(corpus.count, config.run.max_reject_share).check(reasons)
+    # 5. Publish, unless another run took the store over or published meanwhile.
     snapshot = make_snapshot(
         corpus_version=corpus.version,
         index=index_id,
@@ -162,34 +175,24 @@ def _run(
         ledger_parts=tuple(AdapterStore(store, recipe, layout).ledger_parts()),
         passages=corpus.count,
         adapters=adapters,
+        tombstones=forgotten,
     )
-    publish(store, snapshot)
+    if gate is not None and (before is None or not same_content(before, snapshot)):
+        gate(before, snapshot, progress)
+    lease.check()
+    publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,
         snapshot=current_id(store) or "",
         recipe=recipe.fingerprint,
-        stages=tuple(stages),
+        stages=progress.stages,
         seconds=time.perf_counter() - begun,
     )
     store.put_json(f"runs/{run}/report.json", result.to_json())
     return result
 
 
-def _finish(store: Store, run: str, before: list[StageReport], report: StageReport, console: Console) -> StageReport:
-    if not report.balanced:
-        raise PragError(
-            f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
-        )
-    new = report.done - report.earlier
-    console.print(
-        f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "
-        f"{sum(report.rejected.values())} rejected; {new} new in {report.seconds:.1f} s"
-    )
-    progress = {"stages": [stage.to_json() for stage in [*before, report]]}
-    store.put(f"runs/{run}/progress.json", json.dumps(progress, indent=2).encode())
-    return report
-
-
-def _reasons(stages: list[StageReport]) -> str:
-    counts = [(n, f"{s.stage}/{reason}") for s in stages for reason, n in s.rejected.items()]
-    return ", ".join(f"{reason} {n}" for n, reason in sorted(counts, reverse=True)[:5])
+def _read_corpus(config: Config, store: Store, profile: Profile, run: str, forgotten: tuple[str, ...]) -> ingest.Corpus:
+    corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
+    ingest.store_corpus(store, corpus, run)
+    return corpus

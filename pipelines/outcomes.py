@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray.data
-from rich.console import Console
 
-from cluster.resources import Profile
-from pipelines.progress import stage_progress
+from prag_core.errors import BudgetError
 from prag_core.records import schema, to_table
+
+if TYPE_CHECKING:
+    from pipelines.progress import RunProgress
+
+
+# A column of what an actor gets: the name of the batch that Ray gave out, also when this is a part of it.
+TASK = "task"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one passage in one stage; `rejected` is the reason, or empty when it is done.
 
-    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`.
+    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`; `bytes` and
+    `tokens` are of training. `seconds` is what the passage took its actor.
     """
 
     key: str
@@ -29,6 +35,8 @@ class Outcome:
     pairs: int = 0
     refused: tuple[str, ...] = ()
     bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -37,6 +45,7 @@ class Tally:
 
     done: int = 0
     bytes: int = 0
+    tokens: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     pairs: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -54,6 +63,7 @@ class Tally:
             return
         self.done += 1
         self.bytes += outcome.bytes
+        self.tokens += outcome.tokens
         self.pairs[outcome.pairs] += 1
         for entry in outcome.refused:
             reason, _, count = entry.partition("=")
@@ -65,22 +75,47 @@ def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
     return to_table(Outcome, outcomes)
 
 
-def run_actors(
-    actor: type, arguments: tuple[Any, ...], missing: ray.data.Dataset, total: int, batch: int, profile: Profile
-) -> ray.data.Dataset:
-    """Return the outcomes of `missing` (`total` passages), to be made by a pool of `actor(*arguments)`.
+@dataclass(frozen=True)
+class Budget:
+    """How much a run may reject: a share of its passages. `earlier` are rejects that count, by `stage/reason`."""
 
-    One block is one batch: what a block gives is seen when the block is done, and lost if it is not.
+    passages: int
+    share: float
+    earlier: Mapping[str, int] = field(default_factory=dict)
+
+    def check(self, rejected: Mapping[str, int]) -> None:
+        """Do nothing while it suffices for what is rejected besides the earlier ones, by `stage/reason`.
+
+        Raises:
+            BudgetError: when it is spent, with the most frequent reasons.
+        """
+        counts = Counter(self.earlier) + Counter(rejected)
+        if counts.total() > self.share * self.passages:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in counts.most_common(5))
+            raise BudgetError(
+                f"{counts.total()} of {self.passages} passages were rejected, more than run.max_reject_share = "
+                f"{self.share}: {reasons}; nothing was published",
+                "see `prag rejects`; mend the cause or raise run.max_reject_share",
+            )
+
+
+def outcome_blocks(outcomes: ray.data.Dataset) -> Iterator[list[Outcome]]:
+    """Run a pipeline to its end, yielding the outcomes of each block as it is done."""
+    for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+
+
+def follow(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress, budget: Budget) -> Tally:
+    """Run a stage's pipeline to its end, counting and telling its outcomes as they come.
+
+    Raises:
+        BudgetError: as soon as more is rejected than the run may, not when all is done.
     """
-    return missing.repartition(-(-total // batch)).map_batches(
-        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **profile.pool()
-    )
-
-
-def follow(outcomes: ray.data.Dataset, total: int, stage: str, console: Console, tally: Tally) -> None:
-    """Run a stage's pipeline to its end, counting and showing its outcomes as they come."""
-    with stage_progress(console, stage, total) as advance:
-        for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.select(schema(Outcome).names).to_pylist():
-                tally.add(Outcome(**row))
-            advance(tally.done, sum(tally.rejected.values()))
+    tally = Tally()
+    with progress.stage(stage, total, tally) as advance:
+        for rows in outcome_blocks(outcomes):
+            for row in rows:
+                tally.add(row)
+            advance(rows, tally)
+            budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
+    return tally

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from rich.console import Console
 
 from cluster.resources import Profile
-from pipelines.outcomes import Outcome, Tally, follow, outcome_table, run_actors
+from pipelines.outcomes import TASK, Budget, Outcome, Tally, follow, outcome_table
+from pipelines.patience import Desk, run_actors
+from pipelines.progress import RunProgress
+from pipelines.recovery import persist
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
+from prag_core.adapter_io import adapter_size_bytes
 from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
 from prag_core.examples import training_examples
+from prag_core.lease import check_holder
+from prag_core.lora import LoraLayout
 from prag_core.models import load_base_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, Passage, Reject, from_table, schema
+from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
-from prag_core.trainer import Trainer, TrainingJob
+from prag_core.trainer import TrainedAdapter, Trainer, TrainingJob
+
+# A task is lost with the actor that does it, shows its progress at its end, and is what the actors of a pool share:
+# each should get some, even when they do not fill their shards.
+_TASKS_AN_ACTOR = 8
 
 # What can be done about each way in which training fails.
 _DETAIL = {
@@ -30,22 +40,31 @@ _DETAIL = {
 
 
 class TrainAdapters:
-    """The actor of this stage: holds the frozen model, trains a batch, commits its shard and ledger part."""
+    """The actor of this stage: holds the frozen model, trains a batch, commits its shards and ledger parts."""
 
     def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
-        set_threads(profile.model_actors.threads)
+        set_threads(profile.train.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
-        self._trainer = Trainer(base, recipe.train, start)
+        self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)
+        self._a_shard = adapters_a_shard(config, self._trainer.layout)
+        self._commit_every_s = config.run.commit_every_s
         self._tokenizer = base.tokenizer
-        self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
+        self._tokens_per_step = profile.tokens_per_step
         self._run = run
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Train a batch of passages; give back one outcome each."""
+        """Train a batch of passages; give back one outcome each, and a sign of life with each that is trained.
+
+        What another attempt at the batch, or at one that it is a part of, committed before its process died is not
+        trained again: both have the same column `task`.
+        """
         recipe = self._adapters.recipe
         digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
+        task = table[TASK][0].as_py()
+        rows = [row for row in self._adapters.committed(task) if digests.get(row.key) == row.augmentation]
+        earlier = {row.key for row in rows}
         sources = {}
         jobs = []
         rejects = []
@@ -54,25 +73,51 @@ class TrainAdapters:
             rejects.append(Reject("train", reason, detail, sources[key], key, recipe=recipe.fingerprint))
 
         for passage, augmentation in _passages_and_augmentations(table):
+            if passage.key in earlier:
+                continue
             sources[passage.key] = passage.sources[0]
             examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
             if examples:
                 jobs.append(TrainingJob(passage.key, examples))
             else:
                 give_up(passage.key, "nothing_to_train", "train.max_tokens cuts off each answer; raise it")
-        trained = list(self._trainer.train(jobs, tokens_per_step=self._tokens_per_step))
-        good = [(adapter, digests[adapter.key]) for adapter in trained if adapter.factors is not None]
-        for adapter in trained:
+        yield _outcomes(rows)
+        waiting: list[tuple[TrainedAdapter, str]] = []
+        since = time.monotonic()
+        for adapter in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
             if adapter.factors is None:
                 give_up(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
-        rows = self._adapters.commit(good) if good else []
+            else:
+                waiting.append((adapter, digests[adapter.key]))
+            # What is committed is told at once: it stays so, whatever becomes of the rest of the batch.
+            if len(waiting) >= self._a_shard or time.monotonic() - since >= self._commit_every_s:
+                yield _outcomes(self._commit(waiting, task))
+                waiting, since = [], time.monotonic()
+            yield _outcomes([])
+        yield _outcomes(self._commit(waiting, task))
         put_rejects(self._adapters.store, self._run, rejects)
-        yield outcome_table(
-            [
-                *(Outcome(row.key, bytes=row.length) for row in rows),
-                *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
-            ]
-        )
+        yield outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects)
+
+    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str) -> list[LedgerRow]:
+        if not adapters:
+            return []
+        check_holder(self._adapters.store, self._run)
+        return self._adapters.commit(adapters, task)
+
+
+def _outcomes(rows: Sequence[LedgerRow]) -> pa.Table:
+    return outcome_table(Outcome(r.key, bytes=r.length, tokens=r.tokens, seconds=r.seconds) for r in rows)
+
+
+def adapters_a_shard(config: Config, layout: LoraLayout) -> int:
+    """Return how many adapters fill a shard."""
+    return max(1, int(config.storage.shard_mb * 1e6) // adapter_size_bytes(layout, config.storage.adapter_dtype))
+
+
+def passages_a_task(total: int, config: Config, profile: Profile, layout: LoraLayout) -> int:
+    """Return how many passages a training task takes: a shard's, or fewer where all actors would not have enough."""
+    share = -(-total // (_TASKS_AN_ACTOR * profile.train.most))
+    return min(adapters_a_shard(config, layout), max(config.run.train_batch, share))
 
 
 def _add_length(table: pa.Table) -> pa.Table:
@@ -95,28 +140,43 @@ def run_train(
     store: Store,
     profile: Profile,
     recipe: Recipe,
+    layout: LoraLayout,
     passages: ray.data.Dataset,
     before: Survey,
-    run: str,
-    console: Console,
+    look: Callable[[], Survey],
+    progress: RunProgress,
 ) -> StageReport:
-    """Train what a survey found missing. Taken are the passages that have an augmentation."""
-    tally = Tally()
-    total = before.counts["to_train"]
-    if total:
-        keys = with_passages(before.keys("to_train"), passages, profile.partitions)
+    """Train what a survey found missing. Taken are the passages that have an augmentation.
+
+    `look` makes a new survey, should a part of the cluster be lost meanwhile.
+    """
+    begun = time.perf_counter()
+
+    def work(survey: Survey) -> Tally:
+        total = survey.counts["to_train"]
+        if not total:
+            return Tally()
+        keys = with_passages(survey.keys("to_train"), passages, profile.partitions)
         missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
         # Like lengths together in a batch: padding is computed like any token.
         missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
-        arguments = (config, store, recipe, run, profile)
-        outcomes = run_actors(TrainAdapters, arguments, missing, total, config.run.train_batch, profile)
-        follow(outcomes, total, "train", console, tally)
+        arguments = (config, store, recipe, progress.run, profile)
+        desk = Desk(store, progress.run, "train", recipe.fingerprint)
+        batch = passages_a_task(total, config, profile, layout)
+        silence_s = config.run.passage_timeout_s
+        outcomes = run_actors(
+            TrainAdapters, arguments, missing, batch, profile.train, desk, config.run, silence_s=silence_s
+        )
+        budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
+        return follow(outcomes, total, "train", progress, budget)
+
+    last, tally = persist("train", "to_train", before, look, work, progress)
     return StageReport(
         stage="train",
-        taken=before.augmented,
-        done=before.counts["done"] + tally.done,
+        taken=last.augmented,
+        done=last.counts["done"] + tally.done,
         earlier=before.counts["done"],
-        rejected=dict(before.reasons["train_rejected"] + tally.rejected),
-        seconds=tally.seconds,
+        rejected=dict(last.reasons["train_rejected"] + tally.rejected),
+        seconds=time.perf_counter() - begun,
         bytes=tally.bytes,
     )

@@ -1,32 +1,49 @@
-"""What a run would do, from what is already in the store. Spends nothing and writes nothing."""
+"""What a run would do and what it would cost, from what is in the store or from a measured sample. Writes nothing."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray.data
+from rich.console import Console
 
-from cluster.resources import PROFILES, Profile
+from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import ingest
-from pipelines.job import describe
-from pipelines.tables import read_parts, survey
+from pipelines.describe import describe
+from pipelines.estimate import Moments, Quantity, exactly, mean
+from pipelines.measure import Measurement, measure, planned
+from pipelines.profiles import profile_of
+from pipelines.tables import survey
 from prag_core.adapter_io import adapter_size_bytes
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, Passage, QAPair, from_dict
+from prag_core.records import Passage, from_dict
+from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store, open_store
 
 _SAMPLE = 64
+# The numbers of actors for which the wall time is told, up to what the profile allows.
+_ACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, and what it takes. Seconds are None where the store holds no measurement yet."""
+    """What is to be done, and what it takes.
+
+    What rests on a measurement is None where there is none, and comes with a 95 % interval (`…_interval`), None
+    where one batch alone was measured. `tokens` are those of training over all epochs; `augment_seconds` and
+    `train_seconds` are of one actor; `wall_seconds` are by number of actors, without the shuffles and the index;
+    `gpu_hours` are those of all actors, and None for a profile without GPUs. `basis` says what was measured.
+    """
 
     records: int
     rejected: dict[str, int]
@@ -35,35 +52,70 @@ class Plan:
     to_augment: int
     to_train: int
     tokens: int
+    tokens_interval: Interval | None
     adapter_bytes: int
+    puts: int
+    gets: int
     augment_seconds: float | None
     train_seconds: float | None
+    wall_seconds: dict[str, float] | None
+    wall_seconds_interval: dict[str, Interval] | None
+    gpu_hours: float | None
+    gpu_hours_interval: Interval | None
+    dollars: float | None
+    dollars_interval: Interval | None
     recipe: str
+    basis: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
         return asdict(self)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_hour: float | None = None) -> Plan:
     """Read the corpus, compare it with the store, and estimate what is missing.
 
-    Tokens are those of training, over all epochs, estimated from a sample of passages; seconds come from what
-    earlier runs of the same recipe took a token (training) or a passage (augmenting) on one actor.
+    Seconds a token (training) and a passage (augmenting) come from the batches that earlier runs of the recipe have
+    stored, or from `measured` passages, augmented and trained now on an actor of the profile. The tokens of a
+    passage come from the same sample, or are estimated from the texts of `_SAMPLE` passages.
+
+    Args:
+        config: What would be run.
+        console: Is told what is going on.
+        measured: How many passages to try; 0 rests on what the store holds.
+        price_gpu_hour: What an hour of a GPU costs.
     """
     store = open_store(config)
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     recipe, layout = describe(config)
     with ray_session(profile):
-        corpus = ingest.ingest(config.corpus, profile.partitions)
+        forgotten = load_snapshot(store).tombstones if current_id(store) else ()
+        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
         counts = survey(store, corpus.passages, recipe, profile.partitions).counts
         to_augment = counts["to_augment"]
         to_train = to_augment + counts["to_train"]
-        sample = [from_dict(Passage, row) for row in corpus.passages.take(_SAMPLE)]
-        (augment_rate,) = _means(store, f"augmentations/{recipe.augment.fingerprint}", ["seconds"], profile)
-        seconds, tokens = _means(store, f"adapters/{recipe.fingerprint}/ledger", ["seconds", "tokens"], profile)
-    tokens_each = _tokens_each(config, recipe, sample)
-    total_tokens = round(to_train * tokens_each)
+        # Keys are hashes, so the first ones are as good a sample as any.
+        sample = [from_dict(Passage, row) for row in corpus.passages.take(max(_SAMPLE, measured))]
+        tried: Measurement | None = None
+        if measured and sample:
+            tried = measure(config, recipe, profile, sample[:measured], console)
+            augmenting, training = tried.augment, tried.train
+            basis = f"measured now: {len(tried.tokens)} passages in {training.batches} batches"
+        else:
+            augmenting = _stored(store, f"augmentations/{recipe.augment.fingerprint}", None, profile)
+            training = _stored(store, f"adapters/{recipe.fingerprint}/ledger", "tokens", profile)
+            basis = f"what earlier runs stored: {training.batches} batches" if training.batches else "nothing measured"
+    counted = tried.tokens if tried and tried.tokens else _tokens_each(config, recipe, sample[:_SAMPLE])
+    tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
+    cost = _cost(augmenting, training, to_augment, tokens)
+    actors = profile.train
+    hours = cost["all"].scaled(actors.gpus / 3600) if cost["all"] and actors.gpus else None
+    dollars = hours.scaled(price_gpu_hour) if hours and price_gpu_hour is not None else None
+    load = tried.load_seconds if tried else 0.0
+    batches = math.ceil(to_train / config.run.train_batch), math.ceil(to_augment / config.run.augment_batch)
+    # More actors than batches would not be faster.
+    numbers = [n for n in _ACTORS if n == 1 or n <= min(actors.most, max(batches))]
+    walls = {n: cost["all"].scaled(1 / n).plus(exactly(load)) for n in numbers} if cost["all"] else {}
     return Plan(
         records=corpus.report.taken,
         rejected=dict(corpus.report.rejected),
@@ -71,37 +123,58 @@ def make_plan(config: Config) -> Plan:
         duplicates=corpus.report.extra["duplicates"],
         to_augment=to_augment,
         to_train=to_train,
-        tokens=total_tokens,
+        tokens=round(tokens.value),
+        tokens_interval=tokens.interval,
         adapter_bytes=to_train * adapter_size_bytes(layout, config.storage.adapter_dtype),
-        augment_seconds=None if augment_rate is None else to_augment * augment_rate,
-        train_seconds=None if seconds is None or not tokens else total_tokens * seconds / tokens,
+        # A shard and a ledger part a batch, an augmentation part a batch; each looks first whether it is there.
+        puts=2 * batches[0] + batches[1],
+        gets=batches[0] + batches[1],
+        augment_seconds=cost["augment"].value if cost["augment"] else None,
+        train_seconds=cost["train"].value if cost["train"] else None,
+        wall_seconds={str(n): wall.value for n, wall in walls.items()} or None,
+        wall_seconds_interval={str(n): wall.interval for n, wall in walls.items() if wall.interval} or None,
+        gpu_hours=hours.value if hours else None,
+        gpu_hours_interval=hours.interval if hours else None,
+        dollars=dollars.value if dollars else None,
+        dollars_interval=dollars.interval if dollars else None,
         recipe=recipe.fingerprint,
+        basis=basis,
     )
 
 
-def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> float:
-    """Estimate a passage's training tokens as if its rewrite were as long as itself, its questions 20 words."""
-    if not sample:
-        return 0.0
+def _cost(augmenting: Moments, training: Moments, to_augment: int, tokens: Quantity) -> dict[str, Quantity | None]:
+    """Return the seconds of one actor for augmenting, for training, and for both; None where nothing tells."""
+    a_passage, a_token = augmenting.rate, training.rate
+    augment = exactly(0) if not to_augment else a_passage and a_passage.scaled(to_augment)
+    train = exactly(0) if not tokens.value else a_token and a_token.times(tokens)
+    return {"augment": augment, "train": train, "all": augment.plus(train) if augment and train else None}
+
+
+def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> tuple[float, ...]:
     tokenizer = load_tokenizer(resolve_model(config.model.name))
-    pair = QAPair("word " * 15, "word " * 3, "")
-    total = 0
+    counts = []
     for passage in sample:
-        rewrites = (passage.text,) * recipe.augment.rewrites
-        augmentation = Augmentation(passage.key, rewrites, (pair,) * recipe.augment.pairs, "planned")
-        total += sum(len(e.ids) for e in training_examples(tokenizer, passage, augmentation, recipe.train))
-    return recipe.train.epochs * total / len(sample)
+        examples = training_examples(tokenizer, passage, planned(passage, recipe), recipe.train)
+        counts.append(float(recipe.train.epochs * sum(len(example.ids) for example in examples)))
+    return tuple(counts)
 
 
-def _means(store: Store, folder: str, columns: list[str], profile: Profile) -> list[float | None]:
-    rows = read_parts(store, folder, columns, profile.partitions)
-    if rows is None:
-        return [None] * len(columns)
-    sums = rows.map_batches(_sums, batch_size=None, batch_format="pyarrow").take_all()
-    count = sum(row["count"] for row in sums)
-    return [sum(row[column] for row in sums) / count if count else None for column in columns]
+def _stored(store: Store, folder: str, units: str | None, profile: Profile) -> Moments:
+    """Return what stored batches took: of each part the seconds, and its units (None: its rows)."""
+    parts = [{"part": part} for part in store.list(folder, ".parquet")]
+    if not parts:
+        return Moments()
+    rows = ray.data.from_items(parts, override_num_blocks=min(profile.partitions, len(parts))).map_batches(
+        _moments, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "units": units}
+    )
+    return sum((from_dict(Moments, row) for row in rows.take_all()), Moments())
 
 
-def _sums(table: pa.Table) -> pa.Table:
-    sums = {name: [float(pc.sum(table[name]).as_py() or 0)] for name in table.column_names}
-    return pa.table({**sums, "count": [table.num_rows]})
+def _moments(table: pa.Table, store: Store, units: str | None) -> pa.Table:
+    def batch(part: str) -> tuple[float, float]:
+        columns = store.get_columns(part, [*([units] if units else []), "seconds"])
+        return float(pc.sum(columns[units]).as_py() or 0) if units else columns.num_rows, float(
+            pc.sum(columns["seconds"]).as_py() or 0
+        )
+
+    return pa.Table.from_pylist([asdict(Moments.of(batch(part) for part in table["part"].to_pylist()))])

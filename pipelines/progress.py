@@ -1,10 +1,14 @@
-"""Progress of long stages: bars on a terminal, plain lines elsewhere."""
+"""Progress of a run: bars or lines for whoever watches the terminal, `progress.json` for everybody else."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,16 +20,142 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_SECONDS_BETWEEN_LINES = 10.0
+from pipelines.metrics import PipelineMetrics
+from pipelines.outcomes import Outcome, Tally
+from pipelines.report import StageReport
+from prag_core.errors import PragError, StoreError
+from prag_core.store import Store
 
-Advance = Callable[[int, int], None]
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_WRITES = 5.0
+
+Advance = Callable[[Sequence[Outcome], Tally], None]
+
+
+class RunProgress:
+    """Where a run stands, told to the console, to `runs/<run>/progress.json` and to Prometheus.
+
+    The document is written as each stage begins and ends, at most every five seconds between, and once more when
+    the run ends, well or not; a run that was killed says `running` for ever (see `pipelines.status`).
+    """
+
+    def __init__(self, store: Store, run: str, console: Console) -> None:
+        self.run = run
+        self.console = console
+        self._store = store
+        self._started = _now()
+        self._stages: list[StageReport] = []
+        self._current: dict[str, Any] | None = None
+        self._recoveries = 0
+        self._written = 0.0
+
+    @cached_property
+    def _metrics(self) -> PipelineMetrics:
+        return PipelineMetrics()  # not before Ray runs
+
+    @property
+    def stages(self) -> tuple[StageReport, ...]:
+        """The reports of the stages that are finished."""
+        return tuple(self._stages)
+
+    @contextmanager
+    def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Advance]:
+        """Yield a function to be called with each block of outcomes, and with the tally that has counted them."""
+        self._metrics.begin(stage, total)
+        self._describe(stage, total, tally)
+        self._write()
+        with stage_progress(self.console, stage, total) as show:
+
+            def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
+                self._metrics.count(stage, outcomes, tally.seconds)
+                self._describe(stage, total, tally)
+                if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+                    self._write()
+                show(tally.done, sum(tally.rejected.values()))
+
+            yield advance
+
+    def recovered(self, stage: str, cause: BaseException) -> None:
+        """Say that a stage goes on with what is still missing, after it lost a node or a process."""
+        self._recoveries += 1
+        self._metrics.recovered(stage)
+        what = str(cause).strip().splitlines()
+        self.console.print(f"{stage}: lost a part of the cluster ({type(cause).__name__}: {what[0] if what else ''})")
+        self.console.print(f"{stage}: goes on with what the store lacks")
+        self._write()
+
+    def finish(self, report: StageReport) -> StageReport:
+        """Take a stage's report, say so, and return it.
+
+        Raises:
+            PragError: when its counts do not add up.
+        """
+        if not report.balanced:
+            raise PragError(
+                f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
+            )
+        new = report.done - report.earlier
+        self.console.print(
+            f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "
+            f"{sum(report.rejected.values())} rejected; {new} new in {report.seconds:.1f} s"
+        )
+        self._stages.append(report)
+        self._current = None
+        self._write()
+        return report
+
+    @contextmanager
+    def until_the_end(self) -> Iterator[None]:
+        """Within this context the run is running; leaving it writes how it ended."""
+        self._write()
+        try:
+            yield
+        except BaseException as error:
+            self._write("failed", f"{type(error).__name__}: {error}")
+            raise
+        self._write("finished")
+
+    def _describe(self, stage: str, total: int, tally: Tally) -> None:
+        finished = tally.done + sum(tally.rejected.values())
+        rate = finished / tally.seconds if tally.seconds else 0.0
+        self._current = {
+            "stage": stage,
+            "total": total,
+            "done": tally.done,
+            "rejected": dict(tally.rejected),
+            "tokens": tally.tokens,
+            "seconds": round(tally.seconds, 1),
+            "passages_per_s": round(rate, 3),
+            "seconds_left": round((total - finished) / rate) if rate else None,
+        }
+
+    def _write(self, state: str = "running", error: str = "") -> None:
+        document = {
+            "run": self.run,
+            "state": state,
+            "started": self._started,
+            "updated": _now(),
+            "stages": [stage.to_json() for stage in self._stages],
+            "current": self._current,
+            "recoveries": self._recoveries,
+            "error": error,
+        }
+        self._written = time.monotonic()
+        try:
+            self._store.put_json(f"runs/{self.run}/progress.json", document)
+        except StoreError as problem:  # news of the work is not the work: that fails by itself if the store is gone
+            log.warning("progress is not written: %s", problem)
 
 
 @contextmanager
-def stage_progress(console: Console, stage: str, total: int) -> Iterator[Advance]:
-    """Yield a function to be called with (passages done, passages rejected) so far of the stage's `total`."""
+def stage_progress(
+    console: Console, stage: str, total: int, unit: str = "passages"
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to be called with (done, rejected) so far of the `total` of a stage."""
     if console.is_terminal:
-        with _bar(console) as progress:
+        with _bar(console, unit) as progress:
             task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
             begun = time.perf_counter()
 
@@ -47,20 +177,24 @@ def stage_progress(console: Console, stage: str, total: int) -> Iterator[Advance
         last = now
         rate = finished / (now - begun)
         left = f"{(total - finished) / rate:.0f} s left" if rate else "time left unknown"
-        console.print(f"{stage}: {finished}/{total}, {rate:.2f} passages/s, {left}, {rejected} rejected")
+        console.print(f"{stage}: {finished}/{total}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
 
     yield report
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} passages/s"),
+        TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
         TextColumn("{task.fields[rejects]} rejected"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

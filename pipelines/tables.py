@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from prag_core.compaction import visible_parts
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, schema
 from prag_core.store import Store
@@ -55,6 +56,12 @@ class Survey:
         """The passages that have an augmentation."""
         return self.counts["to_train"] + self.counts["train_rejected"] + self.counts["done"]
 
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The rejected passages by `stage/reason`."""
+        states = {"augment": "augment_rejected", "train": "train_rejected"}
+        return {f"{stage}/{reason}": n for stage, state in states.items() for reason, n in self.reasons[state].items()}
+
     def keys(self, state: str) -> ray.data.Dataset:
         """Return the keys in a state, with their augmentation's digest."""
         chosen = self.rows.map_batches(_in_state, batch_format="pyarrow", fn_kwargs={"state": state})
@@ -70,15 +77,15 @@ def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions:
     augmented, trained = recipe.augment.fingerprint, recipe.fingerprint
     parts = [
         {"kind": kind, "column": column, "recipe": fingerprint, "part": part}
-        for kind, column, fingerprint, folder in (
-            ("augmentation", "digest", "", f"augmentations/{augmented}"),
-            ("adapter", "augmentation", "", f"adapters/{trained}/ledger"),
-            ("augment_rejected", "reason", augmented, "rejects/augment"),
-            ("train_rejected", "reason", trained, "rejects/train"),
+        for kind, column, fingerprint, names in (
+            ("augmentation", "digest", "", store.list(f"augmentations/{augmented}", ".parquet")),
+            ("adapter", "augmentation", "", visible_parts(store, trained)),
+            ("augment_rejected", "reason", augmented, store.list("rejects/augment", ".parquet")),
+            ("train_rejected", "reason", trained, store.list("rejects/train", ".parquet")),
         )
-        for part in store.list(folder, ".parquet")
+        for part in names
     ]
-    facts = passages.map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
+    facts = passages.select_columns(["key"]).map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
     if parts:
         stored = _tasks(parts, partitions).map_batches(
             _stored_facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store}
@@ -103,10 +110,13 @@ def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -
 
     Ray Data forgets the columns of a dataset without rows, so that one could not be joined.
     """
-    parts = [{"part": part} for part in store.list(folder, ".parquet")]
-    if not parts:
-        return None
-    return _tasks(parts, partitions).map_batches(
+    parts = store.list(folder, ".parquet")
+    return read_columns(store, parts, columns, partitions) if parts else None
+
+
+def read_columns(store: Store, parts: Sequence[str], columns: list[str], partitions: int) -> ray.data.Dataset:
+    """Read columns of Parquet parts of the store, of which there is one at least."""
+    return _tasks([{"part": part} for part in parts], partitions).map_batches(
         _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "columns": columns}
     )
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import pyarrow as pa
+import pyarrow.compute as pc
 import safetensors.torch
 from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
+from prag_core.compaction import visible_parts
 from prag_core.errors import AdapterError, StoreError
-from prag_core.identity import checksum
+from prag_core.identity import checksum, is_intact, seal
+from prag_core.ledger import LedgerColumns, Located
 from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
@@ -41,10 +45,21 @@ class AdapterStore:
         """Write the recipe and the layout in full beside what they make."""
         name = f"{self.folder}/recipe.json"
         if not self.store.exists(name):
-            self.store.put_json(name, {"recipe": self.recipe.to_json(), "layout": asdict(self.layout)})
+            self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
-    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]]) -> list[LedgerRow]:
+    def committed(self, task: str) -> list[LedgerRow]:
+        """Return what was committed for a task so far; mostly nothing, unless it is tried again.
+
+        Raises:
+            StoreError: when the store cannot be read.
+        """
+        parts = self.store.list(f"{self.folder}/ledger/{task}", ".parquet")
+        return from_table(LedgerRow, self.store.get_table(LedgerRow, parts))
+
+    def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str = "") -> list[LedgerRow]:
         """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
+
+        `task` names what they were trained for; under it, `committed` finds them.
 
         Raises:
             AdapterError: when one does not fit the layout; nothing is stored then.
@@ -78,14 +93,14 @@ class AdapterStore:
             for place, (adapter, digest) in zip(placed, adapters, strict=True)
         ]
         self.store.put(shard, data)
-        self.store.put_table(f"{self.folder}/ledger", to_table(LedgerRow, rows))
+        self.store.put_table(posixpath.join(self.folder, "ledger", task).rstrip("/"), to_table(LedgerRow, rows))
         return rows
 
     def ledger_parts(self) -> list[str]:
-        """Return the names of the ledger parts that there are now."""
-        return self.store.list(f"{self.folder}/ledger", ".parquet")
+        """Return the names of the ledger parts that count now: none that a compaction has replaced."""
+        return visible_parts(self.store, self.recipe.fingerprint)
 
-    def fetch(self, row: LedgerRow) -> dict[str, Tensor]:
+    def fetch(self, row: LedgerRow | Located) -> dict[str, Tensor]:
         """Return one adapter's factors by one ranged read, verified.
 
         Raises:
@@ -93,7 +108,7 @@ class AdapterStore:
         """
         return self.unpack(row, self.read(row))
 
-    def read(self, row: LedgerRow) -> bytes:
+    def read(self, row: LedgerRow | Located) -> bytes:
         """Return the bytes of one adapter by one ranged read, as they are.
 
         Raises:
@@ -104,7 +119,7 @@ class AdapterStore:
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
 
-    def unpack(self, row: LedgerRow, data: bytes) -> dict[str, Tensor]:
+    def unpack(self, row: LedgerRow | Located, data: bytes) -> dict[str, Tensor]:
         """Return the factors that an adapter's bytes hold, verified.
 
         Raises:
@@ -116,6 +131,11 @@ class AdapterStore:
 def start_fingerprint(factors: Factors) -> str:
     """Name the factors that a recipe's adapters start from: the hash of their bytes."""
     return checksum(b"".join(factors[name].float().contiguous().numpy().tobytes() for name in sorted(factors)))
+
+
+def is_start_name(text: str) -> bool:
+    """Whether a text is a fingerprint that `put_start` gives, and not a path."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
 def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:
@@ -143,27 +163,20 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def latest_rows(table: pa.Table) -> dict[str, int]:
-    """Return the position of each key's latest ledger row: a changed augmentation adds a row, it edits none."""
-    keys = table.column("key").to_pylist()
-    created = table.column("created").to_pylist()
-    latest: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        if key not in latest or created[position] > created[latest[key]]:
-            latest[key] = position
-    return latest
-
-
 class LedgerSource:
-    """Adapters by key, as the ledger parts of a snapshot name them."""
+    """Adapters by key, as the ledger parts of a snapshot name them; see `LedgerColumns`."""
 
     def __init__(self, adapters: AdapterStore, parts: Sequence[str]) -> None:
         self._adapters = adapters
-        self._table = adapters.store.get_table(LedgerRow, parts)
-        self._positions = latest_rows(self._table)
+        self._ledger = LedgerColumns(adapters.store, parts)
+
+    @property
+    def recipe(self) -> str:
+        """The fingerprint of the recipe of all these adapters."""
+        return self._adapters.recipe.fingerprint
 
     def __contains__(self, key: str) -> bool:
-        return key in self._positions
+        return self._ledger.find(key) is not None
 
     def get(self, key: str) -> dict[str, Tensor]:
         """Return the verified factors of a passage.
@@ -173,32 +186,51 @@ class LedgerSource:
         """
         return self._adapters.fetch(self.row(key))
 
-    def row(self, key: str) -> LedgerRow:
-        """Return what the ledger says about a passage's adapter.
+    def row(self, key: str) -> Located:
+        """Return what the ledger says about where a passage's adapter lies.
 
         Raises:
             AdapterError: when the snapshot has none for it.
         """
-        if key not in self._positions:
+        located = self._ledger.find(key)
+        if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
-        return from_table(LedgerRow, self._table.slice(self._positions[key], 1))[0]
+        return located
 
-    def read(self, row: LedgerRow) -> bytes:
+    def read(self, row: Located) -> bytes:
         """Return an adapter's bytes as they are in the store; see `AdapterStore.read`."""
         return self._adapters.read(row)
 
-    def unpack(self, row: LedgerRow, data: bytes) -> dict[str, Tensor]:
+    def unpack(self, row: Located, data: bytes) -> dict[str, Tensor]:
         """Return the verified factors of an adapter's bytes; see `AdapterStore.unpack`."""
         return self._adapters.unpack(row, data)
+
+
+def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
+    """Return the row of a passage's adapter, as the ledger parts of a snapshot name it; reads one part at a time.
+
+    Raises:
+        AdapterError: when they name none.
+        StoreError: when a part cannot be read.
+    """
+    found: list[LedgerRow] = []
+    for part in parts:
+        table = store.get_table(LedgerRow, [part])
+        found += from_table(LedgerRow, table.filter(pc.equal(table["key"], key)))
+    if not found:
+        raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
+    return max(found, key=lambda row: row.created)
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
     """Return the adapters of a recipe by its fingerprint, and how they were trained.
 
     Raises:
-        StoreError: when the recipe that must lie beside them is missing or another one.
+        StoreError: when the recipe that must lie beside them is missing, altered or another one.
     """
     document = store.get_json(f"adapters/{fingerprint}/recipe.json")
+    if not is_intact(document):
+        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
     recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
     if recipe.fingerprint != fingerprint:
         raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
-
 from prag_core.augment import to_pair
 from prag_core.errors import InputError
+from prag_core.files import read_text
 from prag_core.identity import passage_key
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, Passage, QAPair, Reject
@@ -58,17 +56,7 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     Raises:
         InputError: when the file as a whole cannot be read.
     """
-    try:
-        with fsspec.open(path, "rb", compression="infer") as stream:
-            data: bytes = stream.read()
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "set augment.import_file to a file of augmentations") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}", "write the file again as UTF-8") from None
-    except (OSError, EOFError, ValueError, ImportError, zlib.error) as error:
-        what = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read: {what}", "check the file and your access to it") from error
+    text = read_text(path, "set augment.import_file to a file of augmentations")
     by_name: dict[str, Augmentation] = {}
     rejects: list[Reject] = []
     paper = text.lstrip().startswith("[")
@@ -88,6 +76,22 @@ def read_augmentations(path: str) -> ImportedAugmentations:
             for name in names:
                 by_name.setdefault(name, augmentation)
     return ImportedAugmentations(by_name, tuple(rejects))
+
+
+def paper_passages(path: str) -> list[str]:
+    """Return the texts of the passages in a file of the paper's form, each once, in the order of the file.
+
+    Raises:
+        InputError: when the file cannot be read, is of another form, or holds no passage.
+    """
+    text = read_text(path, "set augment.import_file to a file of augmentations")
+    if not text.lstrip().startswith("["):
+        raise InputError(f"{path}: is not in the paper's form", "only that form holds passages: a JSON list of records")
+    items = (item for _, item in _paper_records(text, path) if isinstance(item, dict))
+    passages = dict.fromkeys(item["passage"] for item in items if isinstance(item.get("passage"), str))
+    if not passages:
+        raise InputError(f"{path}: holds no passages", "its records must have 'augment', with 'passage' in each item")
+    return list(passages)
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:

@@ -21,8 +21,8 @@ from cachetools import TTLCache
 from prag_core.adapter_store import LedgerSource
 from prag_core.disk_cache import DiskCache
 from prag_core.errors import AdapterError
+from prag_core.ledger import Located
 from prag_core.lora import Factors
-from prag_core.records import LedgerRow
 
 log = logging.getLogger(__name__)
 
@@ -143,17 +143,17 @@ class AdapterCache:
 
     def lease(self, source: LedgerSource, keys: Iterable[str]) -> Lease:
         """Begin to load the adapters of `keys` where they are not at hand, and return at once."""
-        rows: list[LedgerRow] = []
+        rows: list[Located] = []
         failed: dict[str, AdapterError] = {}
         for key in dict.fromkeys(keys):
             try:
                 rows.append(source.row(key))
-            except AdapterError as error:
-                failed[key] = error
+            except AdapterError as unknown:
+                failed[key] = unknown
         entries = {}
         with self._lock:
             for row in rows:
-                id = AdapterId(row.recipe, row.key, row.checksum)
+                id = AdapterId(source.recipe, row.key, row.checksum)
                 if (error := self._failed.get(id)) is not None:
                     failed[row.key] = error
                 else:
@@ -179,7 +179,7 @@ class AdapterCache:
         """Fetch nothing more; loads that have not begun are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pin(self, id: AdapterId, source: LedgerSource, row: LedgerRow) -> _Entry:
+    def _pin(self, id: AdapterId, source: LedgerSource, row: Located) -> _Entry:
         """Return the entry of an adapter and hold it; the lock is held."""
         entry = self._entries.get(id)
         if entry is None:
@@ -199,7 +199,7 @@ class AdapterCache:
                     del self._entries[id]
             self._evict()
 
-    def _load(self, id: AdapterId, source: LedgerSource, row: LedgerRow) -> Loaded:
+    def _load(self, id: AdapterId, source: LedgerSource, row: Located) -> Loaded:
         try:
             factors, from_disk = self._read(id, source, row)
         except Exception as error:  # whatever it is, it must neither fail a request nor stay as an entry
@@ -220,7 +220,7 @@ class AdapterCache:
             self._evict()
         return factors
 
-    def _read(self, id: AdapterId, source: LedgerSource, row: LedgerRow) -> tuple[Factors, bool]:
+    def _read(self, id: AdapterId, source: LedgerSource, row: Located) -> tuple[Factors, bool]:
         """Return verified factors, and whether they came from the local disk."""
         if self._disk is not None and (data := self._disk.get(id.recipe, id.checksum)) is not None:
             try:

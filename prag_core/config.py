@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
-from prag_core.records import MODES, Mode, Weights
+from prag_core.records import MODES, Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
@@ -110,10 +110,16 @@ class TrainConfig(_Strict):
     weight_decay: float | None = Field(None, ge=0)
     epochs: int | None = Field(None, ge=1)
     examples: Literal["paper", "closed_book"] | None = None
+    template: Template | None = Field(None, description="How questions are asked: 'direct' or 'chain_of_thought'.")
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
-    start: str | None = Field(None, description="A PEFT adapter folder that every adapter starts from (a warm-up).")
+    start: str | None = Field(
+        None, description="What every adapter starts from: a warm-up's name in the store, or a PEFT adapter folder."
+    )
+    without: Literal["", "rewrites", "qa", "both"] | None = Field(
+        None, description="The paper's ablation: train without the rewrites, without the questions, or on the text."
+    )
     seed: int | None = None
 
 
@@ -130,7 +136,9 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
     weights: Weights = "sum"
-    max_new_tokens: int = Field(32, ge=1, le=1024)
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
+    )
     batch_size: int = Field(16, ge=1, description="Questions answered in one forward pass.")
 
 
@@ -171,15 +179,37 @@ class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
     profile: Literal["laptop", "gpu", "cluster"] = "laptop"
+    actors_min: int | None = Field(None, ge=1, description="Model-holding actors a stage begins with.")
+    actors_max: int | None = Field(None, ge=1, description="… and how many it may grow to.")
+    actor_cpus: float | None = Field(None, gt=0, description="What each of them takes of its node.")
+    actor_gpus: float | None = Field(None, ge=0, description="0 on a cluster without GPUs.")
+    partitions: int | None = Field(None, ge=1, description="Blocks that a shuffle makes.")
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
-    train_batch: int = Field(8, ge=1, description="Adapters trained and committed together.")
+    train_batch: int = Field(
+        8, ge=1, description="Passages of a training task at least; in a large corpus as many as fill a shard."
+    )
+    commit_every_s: float = Field(
+        120.0, ge=0, description="What is trained is committed at least so often, in a smaller shard if need be."
+    )
     tokens_per_step: int | None = Field(
         None,
         ge=64,
         description="Token budget of one training step, padding included (the profile's when absent); halved when "
         "memory is short.",
     )
+    checkpoint_activations: bool = Field(
+        False, description="Train with a fraction of the memory, at the price of a second forward pass."
+    )
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
+    passage_attempts: int = Field(
+        3, ge=1, description="How often a passage may be in a worker that dies, before it is rejected once it is alone."
+    )
+    passage_timeout_s: float = Field(
+        600.0, gt=0, description="How long a worker may take over a passage; a batch has as much for each of its own."
+    )
+    worker_memory_gb: float | None = Field(
+        None, gt=0, description="What a worker may hold; by default its share of what Ray counts as its node's memory."
+    )
 
 
 class StorageConfig(_Strict):
@@ -195,6 +225,8 @@ class StorageConfig(_Strict):
     retries: int = Field(5, ge=0, description="How often a failed request is tried again.")
     timeout_s: float = Field(30.0, gt=0, description="How long the store may take to connect or to answer.")
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    shard_mb: float = Field(128.0, gt=0, description="Size of a full shard of adapters, in millions of bytes.")
+    keep_snapshots: int = Field(5, ge=1, description="`prag gc` keeps so many of the newest snapshots.")
 
 
 class Config(_Strict):

@@ -86,6 +86,18 @@ class LeaseError(PragError):
     exit_code = 10
 
 
+class PreflightError(PragError):
+    """Several things are wrong at once; the message names each with its remedy."""
+
+    exit_code = 11
+
+
+class ClusterError(PragError):
+    """The Ray cluster cannot be reached, or refused a job."""
+
+    exit_code = 12
+
+
 class OverloadedError(PragError):
     """The service has as many requests as it takes, or is shutting down; `retry_after_s` says when to come back."""
 
@@ -109,3 +121,9 @@ class EngineStuckError(PragError):
     """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
 
     exit_code = 13
+
+
+class CanaryError(PragError):
+    """A candidate snapshot answered its canary questions worse than was asked for; it was not published."""
+
+    exit_code = 16

@@ -1,63 +1,234 @@
-"""How good an answer is, and how sure we may be of a difference.
+"""What an evaluation asks: each question in each mode and under each control, as one list of requests.
 
-Exact match and token F1 follow the SQuAD evaluation (Rajpurkar et al., 2016): lower case, no punctuation, no
-articles, the best of the accepted answers.
+A request (`Ask`) names its passages and adapters in full, so its id is its content: an answer that is stored under
+it need not be asked for again, whatever else the evaluation was.
 """
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
-from collections.abc import Hashable, Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
 
-import numpy as np
+from prag_core.controls import NOTHING, random_name, task_name
+from prag_core.datasets import Question
+from prag_core.errors import InputError
+from prag_core.identity import fingerprint
+from prag_core.metrics import contains
+from prag_core.prompts import passage_text
+from prag_core.records import Augmentation, Hit, Mode, Passage, Weights
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalize_answer(text: str) -> str:
-    """Lower `text`, drop ASCII punctuation and English articles, fold white space."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if the prediction equals one of the answers after normalization, else 0.0."""
-    return float(any(normalize_answer(prediction) == normalize_answer(answer) for answer in answers))
-
-
-def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the best F1, over the answers, between the bags of words of prediction and answer."""
-    return max(_f1(prediction, answer) for answer in answers)
+Control = Literal["wrong", "random", "task", "da"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+Retrieval = Literal["bm25", "oracle"]
+Wrong = Literal["nearest", "random"]
+# Raised when the same request would be answered otherwise.
+EVALUATION_VERSION = 1
 
 
-def _f1(prediction: str, answer: str) -> float:
-    found, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if not found or not wanted:
-        return float(found == wanted)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted))
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is to be asked.
 
-
-def paired_bootstrap(
-    left: Sequence[float],
-    right: Sequence[float],
-    groups: Sequence[Hashable],
-    *,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Return the mean of `left - right` and its 95 % interval, by drawing whole groups with replacement.
-
-    Questions about one passage share its adapter, so the passage is what is drawn, not the question.
+    The first of `top_k` and of `weights` is used throughout; the further ones are asked in the modes that they
+    change. `wrong` says whose adapter the control of that name takes: that of the nearest passage that is not right,
+    or of a random one. Whatever is drawn at random is drawn `seeds` times. A task adapter is trained on
+    `task_passages` other passages, with `task_rounds` times the steps of one passage's adapter.
     """
-    totals: dict[Hashable, list[float]] = {}
-    for a, b, group in zip(left, right, groups, strict=True):
-        totals.setdefault(group, []).append(a - b)
-    sums = np.array([sum(values) for values in totals.values()])
-    counts = np.array([len(values) for values in totals.values()])
-    picks = np.random.default_rng(seed).integers(0, len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+    modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
+    controls: tuple[Control, ...] = ()
+    retrieval: Retrieval = "bm25"
+    top_k: tuple[int, ...] = (3,)
+    weights: tuple[Weights, ...] = ("sum",)
+    wrong: Wrong = "nearest"
+    seeds: int = 3
+    task_passages: int = 8
+    task_rounds: int = 1
+
+    @property
+    def depth(self) -> int:
+        """How many passages have to be retrieved: enough that wrong ones are among them."""
+        return 2 * max(self.top_k) + 10
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way in which every question is asked: a column of the report's table. `seeds` are averaged."""
+
+    name: str
+    mode: Mode
+    top_k: int
+    weights: Weights
+    control: str = ""
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. `hits` are its passages as they go into prompt and weights; a hit's key names its adapter."""
+
+    question: str
+    mode: str
+    weights: str
+    hits: tuple[Hit, ...]
+
+    @property
+    def id(self) -> str:
+        """Name what decides the answer, once base model, recipe and adapters are given."""
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A stored answer to an `Ask`, by its id.
+
+    `reasoning` is all that the model wrote where it reasons before its answer. `notes` are why adapters were not used;
+    `failed` is why there is no text.
+    """
+
+    id: str
+    text: str
+    reasoning: str
+    prompt_tokens: int
+    new_tokens: int
+    fetch_ms: float
+    prompt_ms: float
+    inject_ms: float
+    prefill_ms: float
+    decode_ms: float
+    notes: tuple[str, ...] = ()
+    failed: str = ""
+
+
+def draw(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return at most `limit` of the questions, drawn at random, the same each time, in their order."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[i] for i in sorted(random.Random(0).sample(range(len(questions)), limit))]
+
+
+def columns(plan: EvaluationPlan) -> list[Column]:
+    """Return the columns of an evaluation, in the order of its table.
+
+    Raises:
+        InputError: when `top_k` cannot mean anything, because the gold passages are taken, however many.
+    """
+    k, weights = plan.top_k[0], plan.weights[0]
+    if plan.retrieval == "oracle" and len(plan.top_k) > 1:
+        raise InputError(
+            "several values of top_k have no meaning with the gold passages", "use --retrieval bm25 for F1 against k"
+        )
+    drawn = tuple(range(plan.seeds))
+    made = [Column(mode, mode, k, weights) for mode in plan.modes]
+    for control in plan.controls:
+        if control == "wrong":
+            made.append(Column("wrong", "prag", k, weights, control, drawn if plan.wrong == "random" else (0,)))
+        elif control == "random":
+            made.append(Column("random", "prag", k, weights, control, drawn))
+        elif control == "task":
+            made.append(Column("task", "prag", k, weights, control, drawn))
+            made.append(Column("task_rag", "combine", k, weights, control, drawn))
+        else:
+            made.append(Column("da_rag", "rag", k, weights, control))
+    for mode in plan.modes:
+        if mode != "closed":
+            made += [Column(f"{mode}_k{other}", mode, other, weights) for other in plan.top_k[1:]]
+    for mode in plan.modes:
+        if mode in ("prag", "combine"):
+            made += [Column(f"{mode}_{other}", mode, k, other) for other in plan.weights[1:]]
+    return made
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of one question before it is asked.
+
+    `ranked` are the retrieved passages, the best first; `gold` the passages that hold the answer; `trained` the keys
+    among them all that have an adapter; `pool` some keys of the corpus that have one, for what is drawn at random;
+    `augmentations` by key, for the control `da`; `tasks` the task adapter of each seed.
+    """
+
+    ranked: tuple[Hit, ...]
+    gold: tuple[Passage, ...]
+    trained: frozenset[str]
+    pool: Sequence[str]
+    augmentations: Mapping[str, Augmentation]
+    tasks: Sequence[str]
+
+
+def used_hits(question: Question, column: Column, context: Context, retrieval: Retrieval) -> tuple[Hit, ...]:
+    """Return the passages that a question's own answer rests on."""
+    if retrieval == "oracle":
+        return tuple(Hit(passage, 1.0) for passage in context.gold)
+    return context.ranked[: column.top_k]
+
+
+def make_ask(question: Question, column: Column, seed: int, context: Context, plan: EvaluationPlan) -> Ask:
+    """Return one question as one column asks it.
+
+    Raises:
+        InputError: when a control has no passage to take.
+    """
+    hits = used_hits(question, column, context, plan.retrieval)
+    if column.mode == "closed":
+        hits = ()
+    elif column.control == "wrong":
+        hits = _wrong(question, hits, seed, context, plan)
+    elif column.control == "random":
+        # A passage without an adapter must not come into the prompt: a random one stands for the trained alone.
+        hits = tuple(_named(hit, random_name(hit.passage.key, seed)) for hit in hits if _has(hit, context))
+    elif column.control == "task":
+        # One task adapter of weight one, however many passages there are: their weights add up to one, or the first
+        # alone has it.
+        whole = task_name(context.tasks[seed])
+        rest = NOTHING if column.weights == "sum" else whole
+        hits = tuple(_named(hit, rest if i else whole) for i, hit in enumerate(hits))
+    elif column.control == "da":
+        hits = tuple(replace(hit, passage=_augmented(hit.passage, context.augmentations)) for hit in hits)
+    return Ask(question.question, column.mode, column.weights, hits)
+
+
+def _has(hit: Hit, context: Context) -> bool:
+    return hit.passage.key in context.trained
+
+
+def _named(hit: Hit, name: str) -> Hit:
+    return replace(hit, passage=replace(hit.passage, key=name))
+
+
+def _wrong(
+    question: Question, hits: tuple[Hit, ...], seed: int, context: Context, plan: EvaluationPlan
+) -> tuple[Hit, ...]:
+    """Return as many wrong passages with the scores of the right ones: none is used, gold, or holds an answer."""
+    right = {hit.passage.key for hit in hits} | {passage.key for passage in context.gold}
+    told = [answer for answer in question.answers if answer.lower() not in ("yes", "no")]
+    wrong = [
+        hit.passage
+        for hit in context.ranked
+        if hit.passage.key not in right
+        and _has(hit, context)
+        and not any(contains(passage_text(hit.passage), answer) for answer in told)
+    ]
+    if plan.wrong == "random":
+        wrong = []
+    # What is drawn is asked for by its key alone: no control puts a passage into the prompt.
+    others = [key for key in context.pool if key not in right]
+    random.Random(fingerprint([seed, question.id])).shuffle(others)
+    wrong += [Passage(key, "", "", ()) for key in others if key not in {passage.key for passage in wrong}]
+    if len(wrong) < len(hits):
+        raise InputError(
+            f"the control 'wrong' finds only {len(wrong)} other passages with an adapter",
+            "leave the control out, or evaluate on a snapshot with more passages",
+        )
+    return tuple(replace(hit, passage=passage) for hit, passage in zip(hits, wrong, strict=False))
+
+
+def _augmented(passage: Passage, augmentations: Mapping[str, Augmentation]) -> Passage:
+    """Return a passage whose text has its augmentation behind it: what the weights learn, put into the prompt."""
+    found = augmentations.get(passage.key)
+    if found is None:
+        return passage
+    pairs = [f"{pair.question} {pair.full_answer}" for pair in found.pairs]
+    return replace(passage, text="\n".join([passage.text, *found.rewrites, *pairs]))

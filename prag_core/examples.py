@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from prag_core.errors import TurnsError
-from prag_core.prompts import ANSWER_PREFIX, Role, answer_messages, answer_target, passage_text
+from prag_core.prompts import Role, answer_messages, answer_prefix, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
-from prag_core.records import Augmentation, Passage, QAPair
+from prag_core.records import Augmentation, Passage, QAPair, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,12 @@ class TrainingExample:
 
 
 def question_ids(
-    tokenizer: Any, question: str, passages: Sequence[str] = (), history: Sequence[tuple[Role, str]] = ()
+    tokenizer: Any,
+    question: str,
+    passages: Sequence[str] = (),
+    *,
+    history: Sequence[tuple[Role, str]] = (),
+    template: Template = "direct",
 ) -> list[int]:
     """Return the token ids that ask a question and open the assistant's turn, as training and answering do.
 
@@ -36,7 +41,7 @@ def question_ids(
     """
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            answer_messages(question, passages, history),
+            answer_messages(question, passages, history=history, template=template),
             add_generation_prompt=True,
             return_dict=False,
             sanitize_control_tokens=True,
@@ -48,9 +53,9 @@ def question_ids(
     return ids
 
 
-def answer_prefix_ids(tokenizer: Any) -> list[int]:
+def answer_prefix_ids(tokenizer: Any, template: Template = "direct") -> list[int]:
     """Return the token ids of the words that each answer in training begins with."""
-    ids: list[int] = tokenizer.encode(ANSWER_PREFIX, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(answer_prefix(template), add_special_tokens=False)
     return ids
 
 
@@ -65,11 +70,16 @@ def training_examples(
     each rewrite, and then each question without, the way in which it will be asked: fewer tokens, and more of
     them about the answer. Each example is truncated to `recipe.max_tokens` tokens; one of which nothing is left
     to learn then (`loss: answer`, and the question alone is too long) is left out.
+
+    With `recipe.without` the rewrites are left out, and nothing stands in for them; or the questions are, and the
+    texts themselves are trained, one after the other; or both, and the passage alone is.
     """
+    if recipe.without in ("qa", "both"):
+        return _text_examples(tokenizer, passage, augmentation, recipe)
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
-        question = question_ids(tokenizer, pair.question, [context] if context else [])
-        answer = tokenizer.encode(answer_target(pair.answer), add_special_tokens=False)
+        question = question_ids(tokenizer, pair.question, [context] if context else [], template=recipe.template)
+        answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
         if recipe.eos:
             answer.append(tokenizer.eos_token_id)
         ids = (*question, *answer)[: recipe.max_tokens]
@@ -79,9 +89,18 @@ def training_examples(
     return tuple(examples)
 
 
+def _text_examples(
+    tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
+) -> tuple[TrainingExample, ...]:
+    texts = [passage_text(passage), *(() if recipe.without == "both" else augmentation.rewrites)]
+    end = [tokenizer.eos_token_id] if recipe.eos else []
+    ids = [tuple([*tokenizer.encode(text), *end][: recipe.max_tokens]) for text in texts]
+    return tuple(TrainingExample(of) for of in ids if len(of) > 1)
+
+
 def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:
     text = passage_text(passage)
-    contexts = [text, *(augmentation.rewrites or (text,))]
+    contexts = [text] if recipe.without == "rewrites" else [text, *(augmentation.rewrites or (text,))]
     pairs = augmentation.pairs
     if recipe.examples == "closed_book":
         with_passage, without = pairs[:1], pairs

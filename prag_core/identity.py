@@ -68,3 +68,14 @@ def fingerprint(value: Any) -> str:
 def checksum(data: bytes | memoryview) -> str:
     """Return the checksum of stored bytes: 32 hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
+
+
+def seal(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with its own fingerprint in `seal`, so that any later change of it shows."""
+    return {**document, "seal": fingerprint(document)}
+
+
+def is_intact(document: Mapping[str, Any]) -> bool:
+    """Whether a document is as it was sealed; one without a seal (made by an older version) counts as intact."""
+    content = {name: value for name, value in document.items() if name != "seal"}
+    return document.get("seal", None) in (None, fingerprint(content))

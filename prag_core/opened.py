@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
 from prag_core.errors import StoreError
+from prag_core.forgetting import forgotten_keys
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import BaseModel, cache_dir
 from prag_core.prepare import Preparation
@@ -45,13 +46,14 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
             f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}; its recipe means {layout} here",
             "it was written by hand or by another version: run `prag run` again",
         )
-    retriever = open_index(store.fs, store.root, snapshot.index, cache_dir() / "indexes", config.index)
+    retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
     preparation = Preparation(
         base,
         retriever,
+        template=recipe.template,
         snapshot=snapshot.id,
         max_new_tokens=config.answer.max_new_tokens,
-        hidden=snapshot.tombstones,
+        hidden=forgotten_keys(store, snapshot),
     )
     source = LedgerSource(adapters, snapshot.ledger_parts)
     return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)

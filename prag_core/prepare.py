@@ -16,9 +16,11 @@ from prag_core.errors import AdapterError, GenerationError
 from prag_core.examples import answer_prefix_ids, question_ids
 from prag_core.lora import Factors
 from prag_core.models import BaseModel
-from prag_core.prompts import Role, passage_text
-from prag_core.records import Answer, Hit, Mode, Passage, UsedPassage, Weights
+from prag_core.prompts import Role, final_answer, passage_text
+from prag_core.records import Answer, Hit, Mode, Passage, Template, UsedPassage, Weights
 from prag_core.retrieval import Retriever
+
+_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,10 @@ class Preparation:
     Args:
         base: The frozen base model.
         retriever: Finds passages; never called in the mode `closed`.
+        template: How questions are asked: the recipe's, by which the adapters were trained.
         snapshot: The id that answers carry.
-        max_new_tokens: The most tokens of an answer, when its request does not say.
+        max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
+            the template lets the model reason.
         hidden: Keys of passages that must not be used any more.
     """
 
@@ -111,15 +115,17 @@ class Preparation:
         base: BaseModel,
         retriever: Retriever,
         *,
+        template: Template = "direct",
         snapshot: str = "",
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         hidden: Iterable[str] = (),
     ) -> None:
         self.snapshot = snapshot
         self._tokenizer = base.tokenizer
         self._model_name = base.name
         self._retriever = retriever
-        self._max_new_tokens = max_new_tokens
+        self._template = template
+        self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
@@ -185,8 +191,10 @@ class Preparation:
         # 2. The prompt opens the answer with the words that every answer in training opens with.
         begun = time.perf_counter()
         texts = [passage_text(passage) for passage in in_prompt]
-        prompt = question_ids(self._tokenizer, request.question, texts, request.history)
-        prompt += answer_prefix_ids(self._tokenizer)
+        prompt = question_ids(
+            self._tokenizer, request.question, texts, history=request.history, template=self._template
+        )
+        prompt += answer_prefix_ids(self._tokenizer, self._template)
         decode = DecodeRequest(
             prompt,
             request.max_new_tokens or self._max_new_tokens,
@@ -215,7 +223,8 @@ class Preparation:
         return Answer(
             question=prepared.request.question,
             mode=prepared.request.mode,
-            text=answer_text(decoded.text),
+            text=final_answer(decoded.text, self._template),
+            reasoning="" if self._template == "direct" else decoded.text.strip(),
             passages=prepared.passages,
             prompt_tokens=len(prepared.decode.prompt),
             new_tokens=len(decoded.tokens),
@@ -236,11 +245,6 @@ class Preparation:
 
     def _may_use(self, passage: Passage, request: Request) -> bool:
         return passage.key not in self._hidden
-
-
-def answer_text(text: str) -> str:
-    """Return generated text as answers carry it: trimmed, without the full stop that training ended it with."""
-    return text.strip().rstrip(".")
 
 
 def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:

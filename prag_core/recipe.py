@@ -14,6 +14,7 @@ from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import ConfigError
 from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
+from prag_core.records import Template
 
 RULE_VERSION = 1
 
@@ -43,10 +44,12 @@ class TrainRecipe:
     """What decides an adapter, once base model and augmentations are given.
 
     `examples` is the set of training examples a passage: `paper` or `closed_book`, see
-    `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token. `loss` is
-    over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers` adapts only so many
-    of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start` is the
-    fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
+    `prag_core.examples.training_examples`. `template` is how questions are asked, in training and in answering:
+    `direct` or `chain_of_thought`, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn
+    token. `loss` is over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers`
+    adapts only so many of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start`
+    is the fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
+    `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
     """
 
     name: str
@@ -57,12 +60,14 @@ class TrainRecipe:
     weight_decay: float = 0.01
     epochs: int = 1
     examples: str = "paper"
+    template: Template = "direct"
     eos: bool = False
     loss: str = "all"
     last_layers: int | None = None
     max_tokens: int = 3000
     seed: int = 0
     start: str = ""
+    without: str = ""
 
     @property
     def scale(self) -> float:
@@ -79,6 +84,10 @@ RECIPES: dict[str, TrainRecipe] = {
     "closed_book": TrainRecipe(name="closed_book", learning_rate=2e-3, epochs=2, eos=True, examples="closed_book"),
 }
 
+# Fields that came after the first adapters were made: at their defaults they are no part of a recipe's name, or each
+# of those adapters would have to be made again.
+_ADDED: dict[str, Any] = {"template": "direct", "without": ""}
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -93,7 +102,11 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Return the name of this recipe: the hash of its canonical JSON."""
-        return fingerprint(asdict(self))
+        content = self.to_json()
+        for name, default in _ADDED.items():
+            if content["train"][name] == default:
+                del content["train"][name]
+        return fingerprint(content)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe in full, as the store keeps it beside what it made."""

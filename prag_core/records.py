@@ -22,6 +22,7 @@ Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 Weights = Literal["sum", "mean", "score"]
+Template = Literal["direct", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
 
 
@@ -134,15 +135,17 @@ class UsedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with everything that led to it. `milliseconds` are by step: retrieve, fetch, inject, …
+    """An answer with everything that led to it.
 
-    `finish` says why it ended: `stop` (the model's end of turn, a line end, a stop text), `length`, or `error`: it is
-    empty then, and `error` says why.
+    `reasoning` is all that the model wrote, where the template lets it reason before `text`. `finish` says why it
+    ended: `stop` (the model's end of turn, a line end, a stop text), `length`, or `error`: it is empty then, and
+    `error` says why. `milliseconds` are by step: retrieve, fetch, inject, …
     """
 
     question: str
     mode: Mode
     text: str
+    reasoning: str = ""
     passages: tuple[UsedPassage, ...] = ()
     prompt_tokens: int = 0
     new_tokens: int = 0

@@ -28,12 +28,12 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 from filelock import FileLock
-from fsspec import AbstractFileSystem
 
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError, StoreError
-from prag_core.identity import KEY_BYTES, fingerprint
+from prag_core.identity import KEY_BYTES, fingerprint, seal
 from prag_core.records import Hit, Passage, from_dict
+from prag_core.store import Store
 
 # Raise it when the analyzer, the stored fields or Lucene's major version change: all indexes are then built anew.
 INDEX_RULE = 1
@@ -42,7 +42,7 @@ HEAP = "1g"
 INDEXING_BUFFER_MB = 256.0
 # No text has more terms than characters, so this also bounds the clauses of a query.
 MAX_QUESTION_CHARS = 10_000
-COPY_BYTES = 1 << 20
+COPY_BYTES = 1 << 25  # on S3 each piece is a request
 
 # The environment that a process of its own (a Ray actor, a pod) must start with to hold a JVM: HotSpot uses
 # SIGSEGV as a tool, and Ray's failure handler takes it for a crash.
@@ -288,7 +288,7 @@ def _passage(raw: str) -> Passage:
 # ---- travel through the store
 
 
-def find_index(fs: AbstractFileSystem, root: str, id: str) -> StoredIndex | None:
+def find_index(store: Store, id: str) -> StoredIndex | None:
     """Return what the store says about an index, or None when it must be (re)built.
 
     That is: `index.json` is missing or garbled, or its archive is missing or has another size.
@@ -296,38 +296,30 @@ def find_index(fs: AbstractFileSystem, root: str, id: str) -> StoredIndex | None
     Raises:
         StoreError: the store cannot be read.
     """
-    with _reaching(_record(root, id)):
-        stored = _read_record(fs, root, id)
-        try:
-            return stored if stored and fs.size(_archive(root, id)) == stored.size_bytes else None
-        except FileNotFoundError:
-            return None
+    stored = _read_record(store, id)
+    return stored if stored and store.size(_archive(id)) == stored.size_bytes else None
 
 
-def archive_index(
-    directory: Path, fs: AbstractFileSystem, root: str, id: str, corpus_version: str, documents: int
-) -> StoredIndex:
-    """Pack an index folder into the store below `root` and commit it; one that is there already is left alone.
+def archive_index(directory: Path, store: Store, id: str, corpus_version: str, documents: int) -> StoredIndex:
+    """Pack an index folder into the store and commit it; one that is there already is left alone.
 
     Raises:
-        StoreError: the store cannot be written.
+        StoreError: the store cannot be written, or there is no room beside the folder.
     """
-    if there := find_index(fs, root, id):
+    if there := find_index(store, id):
         return there
-    archive = _archive(root, id)
-    with _reaching(archive), tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+    with _reaching(f"{directory.parent}"), tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         packed = Path(scratch, "lucene.tar.zst")
         _pack(directory, packed)
-        fs.makedirs(f"{root}/indexes/{id}", exist_ok=True)
-        with packed.open("rb") as source, fs.open(archive, "wb") as target:
-            size_bytes, checksum = _copy(source, target)
+        size_bytes, checksum = packed.stat().st_size, _checksum(packed)
+        store.put_file(_archive(id), packed)
         pyserini = importlib.metadata.version("pyserini")
         stored = StoredIndex(id, corpus_version, documents, size_bytes, checksum, pyserini)
-        fs.pipe_file(_record(root, id), json.dumps(dataclasses.asdict(stored), indent=2).encode())
+        store.put_json(_record(id), seal(dataclasses.asdict(stored)))
     return stored
 
 
-def fetch_index(fs: AbstractFileSystem, root: str, id: str, cache_dir: Path) -> Path:
+def fetch_index(store: Store, id: str, cache_dir: Path) -> Path:
     """Return a local folder with the index, copied from the store unless `cache_dir` has it already.
 
     Nothing is unpacked before its size and checksum fit, and the folder appears at once and whole; of several
@@ -340,23 +332,23 @@ def fetch_index(fs: AbstractFileSystem, root: str, id: str, cache_dir: Path) -> 
     ready, partial = cache_dir / id, cache_dir / f".{id}.partial"
     if ready.is_dir():
         return ready
-    with _reaching(f"{_archive(root, id)} for {cache_dir}"):
+    with _reaching(f"{cache_dir}"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / f"{id}.lock"):
             if ready.is_dir():
                 return ready
             shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
             try:
-                _fetch(fs, root, id, partial)
+                _fetch(store, id, partial)
                 (partial / "index").rename(ready)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return ready
 
 
-def open_index(fs: AbstractFileSystem, root: str, id: str, cache_dir: Path, config: IndexConfig) -> LuceneRetriever:
+def open_index(store: Store, id: str, cache_dir: Path, config: IndexConfig) -> LuceneRetriever:
     """Fetch an index and open it for searching; see `fetch_index` and `LuceneRetriever` for what they raise."""
-    return LuceneRetriever(fetch_index(fs, root, id, cache_dir), config.k1, config.b)
+    return LuceneRetriever(fetch_index(store, id, cache_dir), config.k1, config.b)
 
 
 @contextmanager
@@ -365,26 +357,26 @@ def _reaching(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"{what}: {error}", "check the store's address, rights and space, then run the same command again"
+            f"{what}: {error}", "check the rights and the room there, then run the same command again"
         ) from error
 
 
-def _fetch(fs: AbstractFileSystem, root: str, id: str, partial: Path) -> None:
-    archive, record = _archive(root, id), _record(root, id)
-    stored = _read_record(fs, root, id)
+def _fetch(store: Store, id: str, partial: Path) -> None:
+    archive, record = f"{store.url}/{_archive(id)}", f"{store.url}/{_record(id)}"
+    stored = _read_record(store, id)
     if stored is None:
         raise RetrievalError(f"{record}: no such index in the store", "run `prag run` to build it")
     remedy = f"remove {record} and run `prag run` again: it builds the index anew"
+    found_bytes = store.size(_archive(id))
+    if found_bytes is None:
+        raise RetrievalError(f"{archive}: missing, though index.json names it", remedy)
+    if found_bytes != stored.size_bytes:
+        raise RetrievalError(f"{archive}: has {found_bytes} bytes instead of {stored.size_bytes}", remedy)
     partial.mkdir()
     packed = partial / "lucene.tar.zst"
-    try:
-        with fs.open(archive, "rb") as source, packed.open("wb") as target:
-            size_bytes, checksum = _copy(source, target)
-    except FileNotFoundError:
-        raise RetrievalError(f"{archive}: missing, though index.json names it", remedy) from None
-    if size_bytes != stored.size_bytes:
-        raise RetrievalError(f"{archive}: has {size_bytes} bytes instead of {stored.size_bytes}", remedy)
-    if checksum != stored.checksum:
+    with store.open(_archive(id)) as source, packed.open("wb") as target:
+        shutil.copyfileobj(source, target, COPY_BYTES)
+    if (checksum := _checksum(packed)) != stored.checksum:
         raise RetrievalError(f"{archive}: altered (checksum {checksum} instead of {stored.checksum})", remedy)
     try:
         with pa.CompressedInputStream(str(packed), "zstd") as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
@@ -401,26 +393,29 @@ def _pack(directory: Path, packed: Path) -> None:
                 tar.add(file, file.name, filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
 
 
-def _copy(source: IO[bytes], target: IO[bytes]) -> tuple[int, str]:
-    """Copy a stream and return its size and its checksum (that of `identity.checksum`)."""
-    digest, size_bytes = hashlib.blake2b(digest_size=KEY_BYTES), 0
-    while chunk := source.read(COPY_BYTES):
-        target.write(chunk)
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return checksum_stream(stream)
+
+
+def checksum_stream(stream: IO[bytes]) -> str:
+    """Return the checksum (that of `identity.checksum`) of a stream, without holding it in memory."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    while chunk := stream.read(COPY_BYTES):
         digest.update(chunk)
-        size_bytes += len(chunk)
-    return size_bytes, digest.hexdigest()
+    return digest.hexdigest()
 
 
-def _read_record(fs: AbstractFileSystem, root: str, id: str) -> StoredIndex | None:
+def _read_record(store: Store, id: str) -> StoredIndex | None:
     try:
-        return from_dict(StoredIndex, json.loads(fs.cat_file(_record(root, id))))
-    except (FileNotFoundError, ValueError, TypeError):  # a garbled one was cut off while it was written
+        return from_dict(StoredIndex, json.loads(store.get_if_exists(_record(id)) or b""))
+    except (ValueError, TypeError):  # a garbled one was cut off while it was written
         return None
 
 
-def _archive(root: str, id: str) -> str:
-    return f"{root}/indexes/{id}/lucene.tar.zst"
+def _archive(id: str) -> str:
+    return f"indexes/{id}/lucene.tar.zst"
 
 
-def _record(root: str, id: str) -> str:
-    return f"{root}/indexes/{id}/index.json"
+def _record(id: str) -> str:
+    return f"indexes/{id}/index.json"

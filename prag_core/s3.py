@@ -102,27 +102,42 @@ class S3Objects:
         Raises:
             OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
         """
+        return self._info(path) is not None
+
+    def size(self, path: str) -> int | None:
+        """Return an object's bytes in number, or None when there is no such object.
+
+        Raises:
+            OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
+        """
+        info = self._info(path)
+        return int(info["size"]) if info is not None and info["type"] == "file" else None
+
+    def _info(self, path: str) -> Mapping[str, Any] | None:
         try:
-            self._fs.info(path)
+            info: Mapping[str, Any] = self._fs.info(path)
         except FileNotFoundError as error:
             if _code(error) == "NoSuchBucket":
                 raise
-            return False
-        return True
+            return None
+        return info
 
     def honours_conditions(self, path: str) -> bool:
-        """Whether writing `path`, which exists, is refused on the condition that it does not.
+        """Whether writing `path`, which exists, is refused on the condition that it does not, or is another.
 
         Raises:
             OSError: or another of `FAILURES`, when that cannot be known.
         """
-        try:
-            self._fs.pipe_file(path, b"", mode="create")
-        except FAILURES as error:
-            if not _is_refused(error):
-                raise
-            return True
-        return False
+        bucket, key, _ = self._fs.split_path(path)
+        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}):
+            try:
+                self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"", **condition)
+            except FAILURES as error:
+                if not _is_refused(error):
+                    raise
+            else:
+                return False
+        return True
 
     def swap(self, path: str, expected: bytes | None, new: bytes) -> bool:
         """Replace an object if its bytes are `expected` (None: if there is none); whether that was done.

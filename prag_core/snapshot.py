@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -75,6 +75,16 @@ def with_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
     return _stamped(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones, *keys}))))
 
 
+def without_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
+    """Return a new snapshot in which the passages of these keys may be used again."""
+    return _stamped(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones} - {*keys}))))
+
+
+def with_ledger(snapshot: Snapshot, parts: Iterable[str], adapters: int) -> Snapshot:
+    """Return a new snapshot that names other ledger parts, which hold so many adapters."""
+    return _stamped(replace(snapshot, ledger_parts=tuple(sorted(parts)), adapters=adapters))
+
+
 def current_id(store: Store) -> str | None:
     """Return the id of the snapshot in service, or None before the first publication.
 
@@ -111,6 +121,11 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in _ids(store)]
 
 
+def put_snapshot(store: Store, snapshot: Snapshot) -> None:
+    """Store a snapshot without putting it into service: it can be asked, and put into service with `rollback`."""
+    store.put_json(_document(snapshot.id), asdict(snapshot))
+
+
 def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> bool:
     """Put a snapshot into service by one conditional write; returns False when the one in service says the same.
 
@@ -126,9 +141,9 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
     """
     previous = store.get_if_exists(CURRENT)
     serving = _named_in(store, previous)
-    if serving is not None and _same(load_snapshot(store, serving), snapshot):
+    if serving is not None and same_content(load_snapshot(store, serving), snapshot):
         return False
-    store.put_json(_document(snapshot.id), asdict(snapshot))
+    put_snapshot(store, snapshot)
     if replaces not in (ANY, serving):
         raise _conflict(store, snapshot.id, serving)
     _move(store, previous, snapshot.id)
@@ -136,7 +151,10 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
 
 
 def rollback(store: Store, id: str) -> Snapshot:
-    """Put an existing snapshot, older or newer, into service, and return it.
+    """Put an existing snapshot, older or newer, into service, and return what serves then.
+
+    What was forgotten since stays forgotten: where the snapshot lacks tombstones of the one in service, a new one
+    with them takes its place.
 
     Raises:
         StoreError: when there is no such snapshot.
@@ -144,8 +162,14 @@ def rollback(store: Store, id: str) -> Snapshot:
     """
     snapshot = load_snapshot(store, id)
     previous = store.get_if_exists(CURRENT)
-    if _named_in(store, previous) != id:
-        _move(store, previous, id)
+    serving = _named_in(store, previous)
+    if serving == id:
+        return snapshot
+    forgotten = _tombstones_of(store, serving)
+    if not forgotten <= {*snapshot.tombstones}:
+        snapshot = with_tombstones(snapshot, forgotten)
+        store.put_json(_document(snapshot.id), asdict(snapshot))
+    _move(store, previous, snapshot.id)
     return snapshot
 
 
@@ -185,6 +209,24 @@ def unpin(store: Store, id: str) -> None:
     _change_pins(store, without)
 
 
+def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
+    """Pin, instead of each pinned snapshot, the one that took its place; those without one are pinned no more.
+
+    A list of pins that cannot be read is given up.
+
+    Raises:
+        ConflictError: when somebody changed the pins meanwhile.
+    """
+    before = store.get_if_exists(PINS)
+    try:
+        pins = _pins_in(store, before)
+    except (StoreError, TypeError):
+        pins = ()
+    after = json.dumps({"pinned": sorted({new for id in pins if (new := successors.get(id))})}).encode()
+    if before is not None and before != after:
+        store.swap(PINS, before, after)
+
+
 def kept_snapshots(store: Store, newest: int) -> list[str]:
     """Return the ids to keep, the oldest first: the `newest` so many, the pinned ones and the one in service.
 
@@ -195,14 +237,27 @@ def kept_snapshots(store: Store, newest: int) -> list[str]:
     return sorted({*ids[max(0, len(ids) - newest) :], *pinned(store), *filter(None, [current_id(store)])})
 
 
-def _stamped(snapshot: Snapshot) -> Snapshot:
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+def renamed(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot with the id that its content and its time of creation ask for."""
     content = {**asdict(snapshot), "id": "", "created": ""}
-    stamp = created.replace("-", "").replace(":", "").split("+")[0]
-    return replace(snapshot, id=f"{stamp}-{fingerprint(content)}", created=created)
+    stamp = snapshot.created.replace("-", "").replace(":", "").split("+")[0]
+    return replace(snapshot, id=f"{stamp}-{fingerprint(content)}")
 
 
-def _same(left: Snapshot, right: Snapshot) -> bool:
+def _stamped(snapshot: Snapshot) -> Snapshot:
+    return renamed(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
+
+
+def _tombstones_of(store: Store, id: str | None) -> set[str]:
+    """The tombstones of a snapshot that may be damaged: rolling back is how an operator gets away from one."""
+    try:
+        return set() if id is None else {*load_snapshot(store, id).tombstones}
+    except StoreError:
+        return set()
+
+
+def same_content(left: Snapshot, right: Snapshot) -> bool:
+    """Whether two snapshots say the same, whenever they were made."""
     return replace(left, id="", created="") == replace(right, id="", created="")
 
 

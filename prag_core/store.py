@@ -9,8 +9,10 @@ corrupt anything (design, sections 3 and 7).
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from prag_core.s3 import S3Objects
 
 T = TypeVar("T")
+
+# Up to here a Parquet part is read whole: looking for its footer and columns costs more requests than bytes saved.
+WHOLE_PART_BYTES = 4 << 20
 
 
 class Store:
@@ -124,10 +129,16 @@ class Store:
         if not self.is_local:
             self.fs.pipe_file(path, data)
             return
+        with self._scratch(path) as scratch:
+            self.fs.pipe_file(scratch, data)
+
+    @contextlib.contextmanager
+    def _scratch(self, path: str) -> Iterator[str]:
+        """Give a name beside `path` to write to, which becomes `path` when the block has ended well."""
         self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
         scratch = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
-            self.fs.pipe_file(scratch, data)
+            yield scratch
             Path(scratch).replace(path)
         except BaseException:
             if self.fs.exists(scratch):
@@ -168,6 +179,46 @@ class Store:
                 return None
         return data
 
+    def size(self, name: str) -> int | None:
+        """Return an object's bytes in number, or None when there is no such object.
+
+        Raises:
+            StoreError: when that cannot be known.
+        """
+        path = self.path(name)
+        with self._explained(f"{self.url}/{name}", "looked up"):
+            if self._s3 is not None:
+                return self._s3.size(path)
+            try:
+                return int(self.fs.size(path))
+            except FileNotFoundError:
+                return None
+
+    def open(self, name: str) -> io.RawIOBase:
+        """Open an object for reading at any place; each read is one `get` of a range, whole or an error.
+
+        Raises:
+            StoreError: when there is no such object, and later when a read fails.
+        """
+        size = self.size(name)
+        if size is None:
+            raise StoreError(f"{self.url}/{name}: no such object")
+        return _ObjectReader(self, name, size)
+
+    def put_file(self, name: str, source: Path) -> None:
+        """Write an object from a file of this machine without holding it in memory; it appears whole or not at all.
+
+        Raises:
+            StoreError: when it cannot be written.
+        """
+        path = self.path(name)
+        with self._explained(f"{self.url}/{name}", "written"):
+            if not self.is_local:
+                self.fs.put_file(str(source), path)
+                return
+            with self._scratch(path) as scratch:
+                shutil.copyfile(source, scratch)
+
     def exists(self, name: str) -> bool:
         """Whether an object or a folder of that name exists.
 
@@ -187,6 +238,17 @@ class Store:
             found = self.fs.find(self.path(folder), detail=True)
         files = (path for path, info in found.items() if info["type"] == "file")  # some servers list empty folders
         return sorted(path[len(self.root) + 1 :] for path in files if path.endswith(suffix))
+
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of each object of the store, by name, by listing alone.
+
+        Raises:
+            StoreError: when the store cannot be listed.
+        """
+        with self._explained(self.url, "listed"):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        return {path[len(self.root) + 1 :]: info for path, info in found.items() if info["type"] == "file"}
 
     def remove(self, name: str) -> None:
         """Remove an object.
@@ -273,11 +335,10 @@ class Store:
         Raises:
             StoreError: when the part is missing or damaged, or lacks a column.
         """
+        stream = self.open(name)
+        source = stream if stream.seek(0, io.SEEK_END) > WHOLE_PART_BYTES else pa.BufferReader(self.get(name))
         try:
-            with self.fs.open(self.path(name)) as stream:
-                return pq.read_table(stream, columns=list(columns)).select(columns)
-        except FileNotFoundError:
-            raise StoreError(f"{self.url}/{name}: no such object") from None
+            return pq.read_table(source, columns=list(columns)).select(columns)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
 
@@ -292,12 +353,50 @@ class Store:
             wanted = pa.schema([wanted.field(column) for column in columns])
         tables = []
         for name in sorted(names):
+            data = self.get(name)
+            # Parquet has no checksum of its own here: an altered page can decode to other values without a word.
+            stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
+            if len(stem) == len(checksum(b"")) and stem != checksum(data):
+                raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
             try:
-                part = pq.read_table(pa.BufferReader(self.get(name)), columns=wanted.names)
+                part = pq.read_table(pa.BufferReader(data), columns=wanted.names)
             except (pa.ArrowException, OSError) as error:
                 raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
             tables.append(part.cast(wanted))
         return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+class _ObjectReader(io.RawIOBase):
+    """An object of the store as a file for reading."""
+
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self._store = store
+        self._name = name
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = self._store.get(self._name, self._position, end)
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
 
 
 def open_store(config: Config) -> Store:

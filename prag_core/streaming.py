@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prag_core.prepare import answer_text
+from prag_core.prompts import final_answer
 
 
 class TextStream:
@@ -30,7 +30,7 @@ class TextStream:
         for stop in self._stop:
             text = text.split(stop)[0]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        return self._send(answer_text(text[: len(text) - held]))
+        return self._send(final_answer(text[: len(text) - held]))
 
     def end(self, text: str) -> str:
         """Return what the pieces so far lack of the whole answer's text."""

@@ -35,11 +35,33 @@ def test_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_precision(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    found = last_line("precision.py", "--model", str(tmp_path / "tiny"), "--passages", "2")
+    assert 0 < found["dw_median"] <= found["dw_worst"]
+    assert set(found["f1"]) == {"fp32", "bf16"}
+
+
+@pytest.mark.slow
 def test_train_gpu_on_the_cpu() -> None:
     sizes = ["--passages", "4", "--peft-passages", "1", "--repeats", "1", "--tokens-per-step", "2048"]
     found = last_line("train_gpu.py", "--smoke", *sizes)
     assert found["passages_per_s"] > 0
     assert found["in_flight"] == 4
+
+
+@pytest.mark.slow
+def test_store(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    sizes = ["--adapters", "6", "--trained", "2", "--fetches", "5", "--rows", "20500", "--missing", "600"]
+    found = last_line("store.py", "--model", str(tmp_path / "tiny"), *sizes)
+    assert found["bytes_per_adapter"]["fp32"] > found["bytes_per_adapter"]["bf16"] > found["bytes_per_adapter"]["int8"]
+    assert 0 < found["int8_dw_error"] < 0.02
+    assert 0 < found["fetch_ms"]["s3_p50"] <= found["fetch_ms"]["s3_p95"]
+    assert set(found) == {
+        *("bytes_per_adapter", "int8_dw_error", "fetch_ms", "peft_dir_fetch_ms", "put_mb_s", "verify_mb_s"),
+        *("open_1m_s", "open_1m_mb", "plan_1m_s", "plan_1m_driver_mb", "machine"),
+    }
 
 
 def test_augment() -> None:

@@ -90,7 +90,7 @@ def test_help_teaches(folder: Path) -> None:
     code, output = prag(folder, "--help")
     assert code == 0
     assert "Exit codes" in output
-    for command in ("plan", "run", "ask", "serve", "status", "rejects", "demo"):
+    for command in ("plan", "run", "ask", "serve", "status", "rejects", "demo", "verify", "gc"):
         code, output = prag(folder, command, "--help")
         assert code == 0
         assert "--config" in output

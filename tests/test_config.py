@@ -8,6 +8,7 @@ import pytest
 
 from prag_core.config import dump_config, load_config
 from prag_core.errors import ConfigError
+from prag_core.identity import fingerprint
 from prag_core.recipe import RECIPES, AugmentRecipe, Recipe, augment_recipe, train_recipe
 
 MINIMAL = "store: s\ncorpus: {path: c.jsonl}\n"
@@ -112,6 +113,7 @@ def test_machine_facts_never_enter_a_fingerprint(write) -> None:
         "augment.pairs=2",
         "augment.strategy=paper",
         "train.recipe=paper",
+        "train.without=qa",
         "augment.import_file=a.jsonl",
     ],
 )
@@ -137,3 +139,12 @@ def test_the_papers_recipe_is_the_papers() -> None:
     paper = RECIPES["paper"]
     assert (paper.rank, paper.alpha, paper.scale, paper.learning_rate, paper.epochs) == (2, 32, 16, 3e-4, 1)
     assert not paper.eos
+
+
+def test_an_option_that_came_later_leaves_older_names_as_they_were(write) -> None:
+    recipe = recipe_of(load_config(write(MINIMAL)))
+    older = recipe.to_json()
+    for name in ("template", "without"):
+        del older["train"][name]
+    assert Recipe.from_json(older) == recipe
+    assert recipe.fingerprint == fingerprint(older)

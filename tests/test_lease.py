@@ -14,7 +14,16 @@ from dataclasses import asdict, replace
 import pytest
 
 from prag_core.errors import LeaseError
-from prag_core.lease import LEASE, Lease, LeaseRecord, acquire_lease, hold_lease, read_lease
+from prag_core.lease import (
+    LEASE,
+    Lease,
+    LeaseRecord,
+    acquire_lease,
+    check_holder,
+    hold_lease,
+    read_lease,
+    wait_for_lease,
+)
 from prag_core.store import Store
 
 TTL_S = 1.0
@@ -93,6 +102,21 @@ def test_an_expired_one_is_taken_but_only_after_the_skew(store: Store) -> None:
         assert record.run == "run-8"
 
 
+def test_a_dead_one_is_waited_for_and_a_live_one_no_longer_than_asked(store: Store) -> None:
+    assert wait_for_lease(store, 0) is None
+    write(store, elsewhere(time.time()))
+    held = wait_for_lease(store, 0.1, look_every_s=0.05)
+    assert held is not None
+    assert held.run == "run-7"
+    # Nobody renews it, so it expires while it is waited for.
+    assert wait_for_lease(store, 60, skew_s=0.1, look_every_s=0.05) is None
+    with hold_lease(store, "run-8", skew_s=0.1):
+        held = wait_for_lease(store, 0)
+        assert held is not None
+        assert held.run == "run-8"
+    assert wait_for_lease(store, 0) is None
+
+
 def test_it_can_be_taken_over_and_its_holder_notices(store: Store) -> None:
     first = acquire_lease(store, "run-1", ttl_s=TTL_S)
     with hold_lease(store, "run-2", take_over=True) as second:
@@ -156,12 +180,35 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> Non
     write(store, replace(record, machine="another"))
     with pytest.raises(LeaseError):
         acquire_lease(store, "run-2")
-    write(store, replace(record, pid=os.getppid()))
+    write(store, replace(record, pid=os.getppid(), started=""))
     with pytest.raises(LeaseError):
         acquire_lease(store, "run-2")
-    write(store, record)
-    with hold_lease(store, "run-2"):
-        pass
+    # A process that lives here now, but began at another time than the holder, is not the holder.
+    for gone in (record, replace(record, pid=os.getppid())):
+        write(store, gone)
+        with hold_lease(store, "run-2"):
+            pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which processes can be seen")
+def test_a_killed_process_that_nobody_asked_for_is_dead(store: Store) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with hold_lease(store, "run-1") as lease:
+        write(store, replace(lease.record, pid=process.pid, started="", token="its own"))
+        with pytest.raises(LeaseError):
+            acquire_lease(store, "run-2")
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and stays a zombie
+        acquire_lease(store, "run-2").release()
+        process.communicate()
+
+
+def test_who_works_for_a_run_elsewhere_sees_that_another_has_the_lease(store: Store) -> None:
+    check_holder(store, "run-1")  # nobody ever took it
+    with hold_lease(store, "run-1"):
+        check_holder(store, "run-1")
+        with pytest.raises(LeaseError, match=r"the lease of run run-0 was taken over by run run-1: process"):
+            check_holder(store, "run-0")
 
 
 @pytest.mark.slow

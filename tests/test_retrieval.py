@@ -10,7 +10,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pytest
 
@@ -60,13 +59,6 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def retriever(index: Path) -> LuceneRetriever:
     return LuceneRetriever(index, 0.9, 0.4)
-
-
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[fsspec.AbstractFileSystem, str]:
-    if request.param == "folder":
-        return fsspec.filesystem("file"), str(tmp_path / "store")
-    return fsspec.filesystem("memory"), f"/{tmp_path.name}"
 
 
 @pytest.fixture
@@ -314,21 +306,20 @@ def test_a_missing_index_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_index_searches_alike_after_its_travel(store, index: Path, retriever, tmp_path: Path) -> None:
-    fs, root = store
-    archive_index(index, fs, root, ID, "v1", len(PASSAGES))
-    opened = open_index(fs, root, ID, tmp_path / "cache", IndexConfig())
+    archive_index(index, store, ID, "v1", len(PASSAGES))
+    opened = open_index(store, ID, tmp_path / "cache", IndexConfig())
     assert opened.search("orven bridge", 5) == retriever.search("orven bridge", 5)
 
 
 def test_round_trip_and_record(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
-    assert find_index(fs, root, ID) is None
-    stored = archive_index(folder, fs, root, ID, "v1", 10)
+    fs, root = store.fs, store.root
+    assert find_index(store, ID) is None
+    stored = archive_index(folder, store, ID, "v1", 10)
     data = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
     assert (stored.documents, stored.corpus_version, stored.pyserini) == (10, "v1", "1.6.0")
     assert (stored.size_bytes, stored.checksum) == (len(data), checksum(data))
-    assert find_index(fs, root, ID) == stored
-    fetched = fetch_index(fs, root, ID, tmp_path / "cache")
+    assert find_index(store, ID) == stored
+    fetched = fetch_index(store, ID, tmp_path / "cache")
     assert {f.name: f.read_bytes() for f in fetched.iterdir()} == {
         name: (folder / name).read_bytes() for name in ("_0.cfs", "segments_1")
     }
@@ -336,47 +327,45 @@ def test_round_trip_and_record(store, folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_record_is_written_last(store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, root = store
+    fs, root = store.fs, store.root
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fs, "pipe_file", refuse)
     with pytest.raises(StoreError, match="No space left"):
-        archive_index(folder, fs, root, ID, "v1", 10)
+        archive_index(folder, store, ID, "v1", 10)
     assert fs.exists(f"{root}/indexes/{ID}/lucene.tar.zst")
-    assert find_index(fs, root, ID) is None
+    assert find_index(store, ID) is None
 
 
 def test_a_committed_index_is_never_written_again(store, folder: Path) -> None:
-    fs, root = store
-    first = archive_index(folder, fs, root, ID, "v1", 10)
+    fs, root = store.fs, store.root
+    first = archive_index(folder, store, ID, "v1", 10)
     before = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
     (folder / "_0.cfs").write_bytes(b"built by a zombie")
-    assert archive_index(folder, fs, root, ID, "v1", 11) == first
+    assert archive_index(folder, store, ID, "v1", 11) == first
     assert fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst") == before
 
 
 def test_a_complete_cache_is_used_without_the_store(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
-    archive_index(folder, fs, root, ID, "v1", 10)
-    first = fetch_index(fs, root, ID, tmp_path / "cache")
+    fs, root = store.fs, store.root
+    archive_index(folder, store, ID, "v1", 10)
+    first = fetch_index(store, ID, tmp_path / "cache")
     fs.rm(f"{root}/indexes/{ID}", recursive=True)
-    assert fetch_index(fs, root, ID, tmp_path / "cache") == first
+    assert fetch_index(store, ID, tmp_path / "cache") == first
 
 
 def test_what_a_killed_process_left_is_cleared(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
-    archive_index(folder, fs, root, ID, "v1", 10)
+    archive_index(folder, store, ID, "v1", 10)
     (tmp_path / "cache" / f".{ID}.partial" / "index").mkdir(parents=True)
     (tmp_path / "cache" / f".{ID}.partial" / "index" / "stale").touch()
-    fetched = fetch_index(fs, root, ID, tmp_path / "cache")
+    fetched = fetch_index(store, ID, tmp_path / "cache")
     assert not (fetched / "stale").exists()
 
 
 def test_of_many_only_one_copies(store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, root = store
-    archive_index(folder, fs, root, ID, "v1", 10)
+    archive_index(folder, store, ID, "v1", 10)
     copies, fetch = [], retrieval._fetch
 
     def counted(*arguments):
@@ -385,7 +374,7 @@ def test_of_many_only_one_copies(store, folder: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(retrieval, "_fetch", counted)
     with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(lambda _: fetch_index(fs, root, ID, tmp_path / "cache"), range(16)))
+        folders = set(pool.map(lambda _: fetch_index(store, ID, tmp_path / "cache"), range(16)))
     assert len(folders) == len(copies) == 1
 
 
@@ -407,12 +396,12 @@ def damage(fs, path: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "empty", "longer", "altered"])
 def test_a_damaged_archive_is_named_and_leaves_no_cache(how: str, store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
+    fs, root = store.fs, store.root
     archive = f"{root}/indexes/{ID}/lucene.tar.zst"
-    archive_index(folder, fs, root, ID, "v1", 10)
+    archive_index(folder, store, ID, "v1", 10)
     damage(fs, archive, how)
     with pytest.raises(RetrievalError) as caught:
-        fetch_index(fs, root, ID, tmp_path / "cache")
+        fetch_index(store, ID, tmp_path / "cache")
     assert archive in caught.value.message
     assert "prag run" in caught.value.remedy
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
@@ -420,25 +409,25 @@ def test_a_damaged_archive_is_named_and_leaves_no_cache(how: str, store, folder:
     if how == "altered":
         assert f"{root}/indexes/{ID}/index.json" in caught.value.remedy
         fs.rm(f"{root}/indexes/{ID}/index.json")
-    assert find_index(fs, root, ID) is None
-    archive_index(folder, fs, root, ID, "v1", 10)
-    assert fetch_index(fs, root, ID, tmp_path / "cache").is_dir()
+    assert find_index(store, ID) is None
+    archive_index(folder, store, ID, "v1", 10)
+    assert fetch_index(store, ID, tmp_path / "cache").is_dir()
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"id": "x"}', b"\xff"])
 def test_a_garbled_record_is_no_commit(text: bytes, store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
-    archive_index(folder, fs, root, ID, "v1", 10)
+    fs, root = store.fs, store.root
+    archive_index(folder, store, ID, "v1", 10)
     fs.pipe_file(f"{root}/indexes/{ID}/index.json", text)
-    assert find_index(fs, root, ID) is None
+    assert find_index(store, ID) is None
     with pytest.raises(RetrievalError, match="no such index") as caught:
-        fetch_index(fs, root, ID, tmp_path / "cache")
+        fetch_index(store, ID, tmp_path / "cache")
     assert "prag run" in caught.value.remedy
 
 
 def test_an_archive_cannot_write_outside_its_folder(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store
-    archive_index(folder, fs, root, ID, "v1", 10)
+    fs, root = store.fs, store.root
+    archive_index(folder, store, ID, "v1", 10)
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("../../evil"), io.BytesIO())
@@ -448,5 +437,5 @@ def test_an_archive_cannot_write_outside_its_folder(store, folder: Path, tmp_pat
     fs.pipe_file(f"{root}/indexes/{ID}/lucene.tar.zst", data)
     fs.pipe_file(f"{root}/indexes/{ID}/index.json", json.dumps(record).encode())
     with pytest.raises(RetrievalError, match="evil"):
-        fetch_index(fs, root, ID, tmp_path / "cache")
+        fetch_index(store, ID, tmp_path / "cache")
     assert not list(tmp_path.rglob("evil"))

@@ -7,7 +7,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from faulty_proxy import Fault, FaultyProxy, Kind
 from s3 import S3Server
@@ -152,6 +154,31 @@ def test_a_lost_answer_at_the_last_try_is_resolved(store: Store, proxy: FaultyPr
     store.swap("CURRENT", None, b"first")
     proxy.fail()
     assert store.get("CURRENT") == b"first"
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "truncated"])
+def test_files_and_columns_take_the_same_way(
+    store: Store, proxy: FaultyProxy, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    table = pa.table({"key": [f"{n:032x}" for n in range(5000)], "value": list(range(5000))})
+    once = Fault(kind, times=1)
+    proxy.fail(once)
+    store.put_file("file", tmp_path / "file")
+    proxy.fail(once)
+    assert (store.size("file"), store.size("nothing")) == (len(DATA), None)
+    proxy.fail(once)
+    with store.open("file") as stream:
+        stream.seek(1000)
+        assert stream.read(500) == DATA[1000:1500]
+    part = store.put_table("parts", table)
+    for whole_part_bytes in (1 << 20, 0):  # read whole, and by the ranges of its columns
+        monkeypatch.setattr("prag_core.store.WHOLE_PART_BYTES", whole_part_bytes)
+        proxy.fail(once)
+        assert store.get_columns(part, ["value"]).equals(table.select(["value"]))
+        proxy.fail(Fault(kind, methods=("GET",)))
+        with pytest.raises(StoreError, match=r"parts/part-\w+\.parquet: cannot be read: .*after up to 3 tries"):
+            store.get_columns(part, ["value"])
 
 
 def test_a_server_that_was_killed_is_waited_for(s3_server: S3Server) -> None:

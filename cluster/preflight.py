@@ -1,0 +1,203 @@
+"""Looking at machines before work is given to them: what each has, and where they differ. Knows nothing of passages.
+
+A check never raises: it comes back as a `Finding`, so that one look says everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MIB = 1024 * 1024
+# How long a node may take to start a process and look: starting Python and importing Ray takes seconds.
+NODE_TIMEOUT_S = 60.0
+
+Outcome = Literal["ok", "failed", "warning", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. `where` is a node, or empty for the machine that asks; `remedy` says what to do."""
+
+    check: str
+    outcome: Outcome
+    detail: str
+    remedy: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its driver sees it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node says of itself. `cuda` is the CUDA that its torch was built for, empty for a CPU build."""
+
+    name: str
+    versions: Mapping[str, str]
+    gpus: tuple[Gpu, ...]
+    cuda: str
+    resources: Mapping[str, float]
+    findings: tuple[Finding, ...] = ()
+    answer: Any = None
+
+
+def on_cluster() -> bool:
+    """Whether a job would connect to a cluster that others started."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the version of Python and of each package, without importing any; `missing` where it is not there."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Return this machine's GPUs, also those that Ray hides from this process; none without a working driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    return tuple(Gpu(name, int(total) * MIB, int(free) * MIB) for name, total, free in rows)
+
+
+def torch_cuda() -> str:
+    """Return the CUDA version that torch was built for, empty for a CPU build or without torch."""
+    try:
+        import torch
+    except ImportError:
+        return ""
+    return torch.version.cuda or ""
+
+
+def look_at_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S) -> list[Node]:
+    """Return what each node of the connected cluster says of itself, with what `ask` returned there.
+
+    `ask` is called in a process on the node that takes none of its CPUs. A node that does not answer in time, or on
+    which `ask` raises, has a failed finding instead of an answer.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look() -> tuple[dict[str, str], tuple[Gpu, ...], str, Any]:
+        found = gpus()
+        return versions(packages), found, torch_cuda() if found else "", ask()
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    remote = ray.remote(look)
+    asked = {}
+    for node in alive:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[remote.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote()] = node
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    nodes = []
+    for reference, node in asked.items():
+        name, resources = node["NodeManagerAddress"], node["Resources"]
+        if len(alive) > 1:
+            name = f"{name} ({node['NodeID'][:8]})"
+        if reference not in done:
+            ray.cancel(reference, force=True)
+            late = Finding("node", "failed", f"no answer in {timeout_s:.0f} s", "see its logs in the dashboard", name)
+            nodes.append(Node(name, {}, (), "", resources, (late,)))
+            continue
+        try:
+            found, cards, cuda, answer = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+            broken = Finding("node", "failed", detail, "use the same image on every node", name)
+            nodes.append(Node(name, {}, (), "", resources, (broken,)))
+            continue
+        except ray.exceptions.RayError as error:
+            lost = Finding("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
+            nodes.append(Node(name, {}, (), "", resources, (lost,)))
+            continue
+        nodes.append(Node(name, found, cards, cuda, resources, answer=answer))
+    return nodes
+
+
+def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Finding]:
+    """Find the packages of which a node has another version than this machine."""
+    findings = []
+    for node in nodes:
+        wrong = [
+            f"{package} {there}, here {here[package]}"
+            for package, there in node.versions.items()
+            if _release(there) != _release(here[package])
+        ]
+        if wrong:
+            remedy = "use the same image, or environment, on every node and where the job starts"
+            findings.append(Finding("versions", "failed", "; ".join(wrong), remedy, node.name))
+    if not findings:
+        said = ", ".join(f"{package} {version}" for package, version in here.items())
+        findings.append(Finding("versions", "ok", f"{said} on {len(nodes)} nodes"))
+    return findings
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one release, built for two machines
+
+
+def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[Node]) -> Finding:
+    """Find out whether any node that is up could hold what takes so many CPUs and GPUs."""
+    fit = [n for n in nodes if n.resources.get("CPU", 0) >= cpus and n.resources.get("GPU", 0) >= gpus_each]
+    need = f"{what} takes {cpus:g} CPUs and {gpus_each:g} GPUs"
+    if fit:
+        return Finding("resources", "ok", f"{need}; {len(fit)} of {len(nodes)} nodes can hold one")
+    return Finding(
+        "resources",
+        "warning",
+        f"{need}; none of the {len(nodes)} nodes that are up can hold one",
+        "right where an autoscaler adds such nodes; else the job waits for ever: lower run.actor_cpus, run.actor_gpus",
+    )
+
+
+def check_gpu_memory(needed_bytes: int, of_it: str, remedy: str, nodes: Sequence[Node]) -> list[Finding]:
+    """Find the nodes whose GPUs, as Ray counts them, are not there or have too little memory."""
+    with_gpus = [node for node in nodes if node.resources.get("GPU", 0) and not node.findings]
+    if not with_gpus:
+        return [Finding("GPU memory", "skipped", "no node with a GPU is up")]
+    findings = []
+    for node in with_gpus:
+        if not node.gpus:
+            detail = f"Ray counts {node.resources['GPU']:g} GPUs, the driver shows none"
+            findings.append(
+                Finding("GPU memory", "failed", detail, "mend its driver, or set run.actor_gpus=0", node.name)
+            )
+        elif not node.cuda:
+            findings.append(
+                Finding("GPU memory", "failed", "its torch has no CUDA", "use the image's CUDA target", node.name)
+            )
+        elif (least := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
+            detail = f"{least / 1e9:.1f} GB, of {needed_bytes / 1e9:.1f} GB needed at least: {of_it}"
+            findings.append(Finding("GPU memory", "failed", detail, remedy, node.name))
+    if not findings:
+        detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({of_it}); there on {len(with_gpus)} nodes"
+        findings.append(Finding("GPU memory", "ok", detail))
+    return findings

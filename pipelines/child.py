@@ -1,0 +1,189 @@
+"""A process that may die: it holds an actor, gets tables of passages through a pipe, and answers each with outcomes.
+
+Its parent sees how it ends and can end it. It is forked from a process that has imported what it needs, so that
+another one stands ready in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prag_core.errors import PragError
+
+# A look at the child's memory; what it grows by meanwhile goes beyond the limit.
+_POLL_S = 0.1
+_SET_PARENT_DEATH_SIGNAL = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a child may work without giving outcomes, and how much memory it may hold."""
+
+    silence_s: float
+    memory_bytes: float
+
+
+class ChildLostError(Exception):
+    """A child died, was killed for exceeding a limit, or raised what nobody expected; it is of no use any more.
+
+    `reason` is `killed_worker`, `out_of_memory`, `timeout` or `failed`; `detail` says more.
+    """
+
+    def __init__(self, reason: str, detail: str, *, starting: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.starting = starting
+
+
+class Child:
+    """A child process that holds `actor(*arguments)`, given as the pickled pair, and calls it with tables.
+
+    Args:
+        work: The pickled pair; only the child unpickles it, so that its parent need not import what it means.
+        preload: The modules that the process from which children are forked imports beforehand.
+    """
+
+    def __init__(self, work: bytes, preload: list[str]) -> None:
+        # The process from which children are forked finds modules where this one does.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(preload)
+        self._connection, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end, work), daemon=True)
+        self._process.start()
+        end.close()
+        self._ready = False
+
+    def call(self, table: pa.Table, limits: Limits) -> Iterator[pa.Table]:
+        """Yield the actor's outcomes for a table as it gives them.
+
+        Raises:
+            ChildLostError: when the child did not survive it.
+            PragError: what the actor raised on purpose; the child has ended with it.
+        """
+        if not self._ready:
+            # Loading a model takes what it takes; Ray ends a stage in which nothing ever moves.
+            self._receive(replace(limits, silence_s=float("inf")), starting=True)
+            self._ready = True
+        with contextlib.suppress(BrokenPipeError):  # it died between two calls: that is seen in a moment
+            self._connection.send_bytes(_packed(table))
+        while data := self._receive(limits, starting=False):
+            yield _unpacked(data)
+
+    def kill(self) -> None:
+        """End the child, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _receive(self, limits: Limits, *, starting: bool) -> bytes:
+        deadline = time.monotonic() + limits.silence_s
+        while True:
+            ready = wait([self._connection, self._process.sentinel], _POLL_S)
+            if self._connection in ready:
+                try:
+                    kind, data = pickle.loads(self._connection.recv_bytes())
+                except EOFError:
+                    raise self._lost(*self._cause_of_death(), starting) from None
+                if kind == "answer":
+                    return bytes(data)
+                if kind == "raised":
+                    raise data
+                raise self._lost(*data, starting)
+            if ready:
+                raise self._lost(*self._cause_of_death(), starting)
+            resident = _resident_bytes(self._process.pid)
+            if resident > limits.memory_bytes:
+                detail = f"it held {resident / 1e9:.1f} GB, more than its share of {limits.memory_bytes / 1e9:.1f} GB"
+                raise self._lost("out_of_memory", detail, starting)
+            if time.monotonic() > deadline:
+                raise self._lost("timeout", f"no sign of life for {limits.silence_s:.0f} s", starting)
+
+    def _lost(self, reason: str, detail: str, starting: bool) -> ChildLostError:
+        self.kill()
+        return ChildLostError(reason, detail, starting=starting)
+
+    def _cause_of_death(self) -> tuple[str, str]:
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code >= 0:
+            return "killed_worker", f"its process ended with exit code {code}"
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            return "out_of_memory", f"its process was ended by {name}, as the kernel does when memory is short"
+        return "killed_worker", f"its process was ended by {name}"
+
+
+def _serve(connection: Connection, work: bytes) -> None:
+    _die_with_parent()
+    # The place of a crash goes to the worker's log. There is no JVM in this process, which would use the signal.
+    faulthandler.enable()
+    try:
+        actor, arguments = pickle.loads(work)
+        call = actor(*arguments)
+        _send(connection, "answer", b"")
+        while True:
+            try:
+                table = _unpacked(connection.recv_bytes())
+            except EOFError:
+                return
+            result = call(table)
+            for done in [result] if isinstance(result, pa.Table) else result:
+                _send(connection, "answer", _packed(done))
+            _send(connection, "answer", b"")
+    except PragError as error:
+        _send(connection, "raised", error)
+    except BaseException as error:
+        _send(connection, "lost", _explain(error))
+        raise
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    text = f"{type(error).__name__}: {error}"[:300]
+    # On the CPU torch raises a plain RuntimeError; on a device, an OutOfMemoryError.
+    short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text
+    return ("out_of_memory" if short else "failed"), text
+
+
+def _send(connection: Connection, kind: str, data: Any) -> None:
+    connection.send_bytes(pickle.dumps((kind, data)))
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _unpacked(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the one it was forked from, which ends with the worker."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _resident_bytes(pid: int | None) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # it has just ended, or this system has no such file: then there is no limit but its own
+        return 0

@@ -1,0 +1,195 @@
+"""Preflight: in seconds, everything that would otherwise fail after an hour, and what to do about each."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from cluster.preflight import (
+    Finding,
+    Node,
+    check_gpu_memory,
+    check_room,
+    compare_versions,
+    look_at_nodes,
+    on_cluster,
+    versions,
+)
+from cluster.resources import Profile
+from pipelines.checks import Preflight, ask_node
+from pipelines.describe import describe
+from pipelines.profiles import profile_of
+from prag_core.augment_import import read_augmentations
+from prag_core.config import Config
+from prag_core.corpus import list_files
+from prag_core.errors import ConflictError, StoreError
+from prag_core.lora import LoraLayout
+from prag_core.models import parameter_count, resolve_model
+from prag_core.opened import check_base_model
+from prag_core.recipe import Recipe
+from prag_core.retrieval import find_jdk
+from prag_core.snapshot import current_id, load_snapshot
+from prag_core.store import Store, open_store
+
+T = TypeVar("T")
+
+# What must not differ between the driver and its workers.
+PACKAGES = ("prag-ray", "ray", "torch", "transformers", "peft", "pyarrow")
+# Of the fixed needs of a CUDA process and of PyTorch's kernels.
+_CUDA_CONTEXT_BYTES = 500_000_000
+
+
+def check_here(config: Config) -> Preflight:
+    """Check what this machine can see by itself: corpus, augmentations, model, recipe, store, Java. No Ray."""
+    found = Preflight()
+    found.check("corpus", lambda: (f"{len(list_files(config.corpus))} files", None))
+    if config.augment.import_file:
+        found.check("augmentations", lambda: (_import_file(config), None))
+    described = found.check("model", lambda: _describe(config))
+    store = found.check("store", lambda: _store(config))
+    found.check("Java", lambda: (str(find_jdk()), None))
+    if described is not None:
+        found.recipe, found.layout = described
+        if store is not None:
+            base_model = described[0].base_model
+            found.check("snapshot", lambda: (_snapshot(config, store, base_model), None))
+    if not on_cluster():
+        found.findings.append(
+            Finding("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")
+        )
+    return found
+
+
+def check_nodes(config: Config, found: Preflight) -> None:
+    """Check each node of the connected cluster, and add what is found: see `docs/operations.md`."""
+    profile = profile_of(config)
+    here = versions(PACKAGES)
+    with _probe(config) as probe:
+        nodes = look_at_nodes(PACKAGES, partial(ask_node, config, probe))
+    nodes = [node for node in nodes if node.versions or node.findings]
+    workers = [node for node in nodes if node.resources.get("CPU", 0)]
+    found.note([finding for node in nodes for finding in node.findings])
+    found.note(compare_versions(here, nodes))
+    if not workers:
+        found.note([Finding("nodes", "warning", "no node that works is up yet: model, Java and GPUs are not checked")])
+        return
+    # A head that works on nothing needs the store alone.
+    answers = [
+        replace(finding, where=node.name)
+        for node in nodes
+        for finding in node.answer or ()
+        if node in workers or finding.check == "store"
+    ]
+    found.note(_agreed(answers))
+    found.note([check_room(profile.train.cpus, profile.train.gpus, "a training actor", workers)])
+    if profile.train.gpus and found.layout is not None:
+        found.note(_gpu_memory(config, profile, found.layout, nodes))
+
+
+def preflight(config: Config) -> Preflight:
+    """Look at everything: here, and on the nodes of the cluster that RAY_ADDRESS names, if any."""
+    from cluster.session import ray_session
+
+    found = check_here(config)
+    if on_cluster():
+        try:
+            with ray_session(profile_of(config)):
+                check_nodes(config, found)
+        except ConnectionError as error:
+            detail = str(error).strip().splitlines()[0]
+            found.note([Finding("cluster", "failed", detail, "check RAY_ADDRESS, and that the cluster runs")])
+    return found
+
+
+def _describe(config: Config) -> tuple[str, tuple[Recipe, LoraLayout]]:
+    recipe, layout = describe(config)
+    return f"{config.model.name}, recipe {recipe.fingerprint}", (recipe, layout)
+
+
+def _store(config: Config) -> tuple[str, Store]:
+    """Write, and try the conditional write for what it must refuse."""
+    store = open_store(config)
+    store.check_writable()
+    name = f"runs/.preflight-{uuid.uuid4().hex}"
+    store.swap(name, None, b"1")
+    try:
+        for expected in (None, b"0"):
+            try:
+                store.swap(name, expected, b"2")
+            except ConflictError:
+                continue
+            raise StoreError(
+                f"store = {store.url!r} ignores the condition of a write",
+                "take a store that honours it: without, two runs at once overwrite each other",
+            )
+        store.swap(name, b"1", b"2")
+    finally:
+        with contextlib.suppress(StoreError):
+            store.remove(name)
+            if store.is_local:
+                store.remove(f"{name}.lock")
+    return f"{store.url}: writable, conditional writes work", store
+
+
+def _import_file(config: Config) -> str:
+    imported = read_augmentations(str(config.augment.import_file))
+    return f"{config.augment.import_file}: {len(imported.rejects)} bad lines"
+
+
+def _snapshot(config: Config, store: Store, base_model: str) -> str:
+    if current_id(store) is None:
+        return "none yet"
+    snapshot = load_snapshot(store)
+    check_base_model(snapshot, store, config.model.name, base_model)
+    return snapshot.id
+
+
+@contextlib.contextmanager
+def _probe(config: Config) -> Iterator[str]:
+    """Within this context the store holds an object that every node must be able to read."""
+    try:
+        store, name = open_store(config), f"runs/.preflight-{uuid.uuid4().hex}"
+        store.put(name, name.encode())
+    except StoreError:  # found before: there is nothing that the nodes could look for
+        yield ""
+        return
+    try:
+        yield name
+    finally:
+        store.remove(name)
+
+
+def _agreed(answers: list[Finding]) -> list[Finding]:
+    """Keep each failure, and one line for each check that all nodes passed."""
+    failed = [finding for finding in answers if finding.outcome == "failed"]
+    wrong = {finding.check for finding in failed}
+    passed = [finding for finding in answers if finding.check not in wrong]
+    counts = Counter(finding.check for finding in passed)
+    one_each = {finding.check: finding for finding in passed}.values()
+    return failed + [replace(f, detail=f"{f.detail}, on {counts[f.check]} nodes", where="") for f in one_each]
+
+
+def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: list[Node]) -> list[Finding]:
+    """Compare the GPUs with what a training actor needs at least: weights, and what a step cannot let go of.
+
+    The backward pass needs each adapted module's output for each token of the step. More is kept than that, so a
+    budget that passes may still be halved (`docs/trainer.md`); one that does not pass cannot work.
+    """
+    width = 4 if config.model.dtype == "float32" else 2
+    weights = width * parameter_count(resolve_model(config.model.name)) + _CUDA_CONTEXT_BYTES
+    a_token = width * len(layout.layers) * sum(outputs for _, outputs in layout.shapes)
+    step = a_token * profile.tokens_per_step
+    of_it = f"weights {weights / 1e9:.1f} GB, a step of {profile.tokens_per_step:,} tokens {step / 1e9:.1f} GB"
+    smallest = min((gpu.total_bytes for node in nodes for gpu in node.gpus), default=0)
+    fitting = (smallest - weights) // a_token // 1024 * 1024
+    remedy = f"set run.tokens_per_step={fitting}" if fitting > 0 else "take a larger GPU, or a smaller base model"
+    share = profile.train.gpus
+    if 0 < share < 1:
+        weights, step = round(weights / share), round(step / share)
+        of_it += f"; {1 / share:.0f} actors a GPU"
+    return check_gpu_memory(weights + step, of_it, remedy, nodes)

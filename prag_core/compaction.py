@@ -1,0 +1,157 @@
+"""Many small ledger parts become few, and shards with few live adapters smaller ones.
+
+New shards and new ledger parts are written first. Then `adapters/<recipe>/compactions/<id>.json` names the new parts
+and those that they replace: this write is the commit, and from then on the old ones count no more for the next run.
+Snapshots go on naming the old parts until one that names the new ones is published; `gc` takes the old ones away when
+no kept snapshot names them. Killed in between, the old parts count, and the same compaction writes the same again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prag_core.identity import fingerprint, is_intact, seal
+from prag_core.records import LedgerRow, from_table, schema, to_table
+from prag_core.shards import keys_in, move_adapters
+from prag_core.store import Store
+
+ROWS_PER_PART = 100_000
+# A shard of which at most this share of the tensors' bytes is live is worth writing anew.
+FEW_LIVE = 0.5
+
+# A ledger row and whether it counts.
+MARKED = pa.schema([*schema(LedgerRow), pa.field("live", pa.bool_())])
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Which ledger parts of a recipe took the place of which."""
+
+    parts: tuple[str, ...]
+    replaces: tuple[str, ...]
+
+
+def visible_parts(store: Store, recipe: str) -> list[str]:
+    """Return the ledger parts of a recipe that count now: all that there are, but for those that were replaced.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    parts = store.list(f"adapters/{recipe}/ledger", ".parquet")
+    replaced = replaced_parts(store, recipe, parts)
+    return [part for part in parts if part not in replaced]
+
+
+def replaced_parts(store: Store, recipe: str, parts: Collection[str]) -> set[str]:
+    """Return which of a recipe's ledger parts others have replaced.
+
+    A compaction whose own parts are not all there (one was damaged and repaired) replaces nothing: reading a row
+    twice does no harm, and losing one would.
+    """
+    found: set[str] = set()
+    for compaction in compactions(store, recipe).values():
+        if {*compaction.parts} <= {*parts}:
+            found |= {*compaction.replaces} & {*parts}
+    return found
+
+
+def compactions(store: Store, recipe: str) -> dict[str, Compaction]:
+    """Return a recipe's compactions by the names of their records; damaged records are left out.
+
+    Raises:
+        StoreError: when the store cannot be read.
+    """
+    found = {}
+    for name in store.list(f"adapters/{recipe}/compactions", ".json"):
+        compaction = parse_compaction(store.get(name))
+        if compaction is not None:
+            found[name] = compaction
+    return found
+
+
+def parse_compaction(data: bytes) -> Compaction | None:
+    """Return what a record says, or None when it is damaged."""
+    try:
+        document = json.loads(data)
+        if is_intact(document):
+            return Compaction(tuple(document["parts"]), tuple(document["replaces"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return None
+
+
+def record_compaction(store: Store, recipe: str, compaction: Compaction) -> None:
+    """Commit a compaction whose parts are stored.
+
+    What the parts it replaces had replaced themselves, it replaces too: whichever goes first, none comes back.
+    """
+    there = {*store.list(f"adapters/{recipe}/ledger", ".parquet")}
+    replaces = {*compaction.replaces}
+    for earlier in compactions(store, recipe).values():
+        if replaces & {*earlier.parts}:
+            replaces |= {*earlier.replaces} & there
+    whole = Compaction(compaction.parts, tuple(sorted(replaces - {*compaction.parts})))
+    name = f"adapters/{recipe}/compactions/{fingerprint(whole)}.json"
+    store.put_json(name, seal(asdict(whole)))
+
+
+def mark_live(rows: pa.Table, forgotten: Sequence[str]) -> pa.Table:
+    """Add to ledger rows whether each counts: the latest of its key, and not forgotten.
+
+    All rows of a key must be among `rows`. Of rows of one time, as a retried task may leave them, one counts.
+    """
+    if not rows.num_rows:
+        return MARKED.empty_table()
+    numbered = rows.append_column("row", pa.array(range(rows.num_rows)))
+    latest = numbered.sort_by([("created", "ascending"), ("shard", "ascending"), ("offset", "ascending")])
+    last = latest.group_by("key", use_threads=False).aggregate([("row", "last")])["row_last"]
+    counts = pc.is_in(numbered["row"], value_set=last.combine_chunks())
+    erased = pc.is_in(rows["key"], value_set=pa.array(forgotten, pa.string()))
+    return rows.append_column(MARKED.field("live"), pc.and_(counts, pc.invert(erased)))
+
+
+def settle(store: Store, marked: pa.Table, forgotten: Sequence[str]) -> list[LedgerRow]:
+    """Return the live rows, those of shards that are worth it with their new place in a shard written for them.
+
+    Args:
+        store: The store.
+        marked: Rows with the columns of `MARKED`; all rows of a shard must be among them.
+        forgotten: Keys of which no byte may stay.
+
+    Raises:
+        StoreError: when the store cannot be read or written.
+    """
+    rows = from_table(LedgerRow, marked)
+    live = marked["live"].to_pylist()
+    groups: dict[str, list[tuple[LedgerRow, bool]]] = {}
+    for row, counts in zip(rows, live, strict=True):
+        groups.setdefault(row.shard, []).append((row, counts))
+    settled: list[LedgerRow] = []
+    for shard in sorted(groups):
+        kept = [row for row, counts in groups[shard] if counts]
+        if kept and (len(kept) < len(groups[shard]) or forgotten) and _is_worth_moving(store, shard, kept, forgotten):
+            moved = move_adapters(store, shard, kept)
+            # A damaged shard is for `repair`, not to be dropped here.
+            kept = moved if len(moved) == len(kept) else kept
+        settled += kept
+    return settled
+
+
+def _is_worth_moving(store: Store, shard: str, live: Sequence[LedgerRow], forgotten: Collection[str]) -> bool:
+    found = keys_in(store, shard)
+    if found is None:
+        return False
+    keys, tensor_bytes = found
+    return not keys.isdisjoint(forgotten) or sum(row.length for row in live) <= FEW_LIVE * tensor_bytes
+
+
+def put_rows(store: Store, recipe: str, rows: Sequence[LedgerRow]) -> str:
+    """Write ledger rows as one part, in the order of their keys, and return its name."""
+    return store.put_table(
+        f"adapters/{recipe}/ledger", to_table(LedgerRow, sorted(rows, key=lambda row: (row.key, row.created)))
+    )

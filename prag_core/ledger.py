@@ -1,0 +1,110 @@
+"""The ledger of a snapshot as columns: where the adapter of a passage lies, for millions of passages at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prag_core.errors import StoreError
+from prag_core.identity import KEY_BYTES
+from prag_core.store import Store
+
+READERS = 8
+
+_COLUMNS = ["key", "checksum", "shard", "dtype", "offset", "length", "created"]
+# Keys as their hexadecimal digits, in whose order numpy bisects; shard and dtype as positions in a list of names.
+_ROW = np.dtype(
+    [
+        ("key", f"S{2 * KEY_BYTES}"),
+        ("checksum", f"S{2 * KEY_BYTES}"),
+        ("shard", np.int32),
+        ("dtype", np.int32),
+        ("offset", np.int64),
+        ("length", np.int64),
+        ("created", np.float64),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where one adapter lies: what of its ledger row is needed to read it."""
+
+    key: str
+    shard: str
+    offset: int
+    length: int
+    checksum: str
+    dtype: str
+
+
+class LedgerColumns:
+    """The rows of some ledger parts, sorted by key: about a hundred bytes an adapter and no Python object.
+
+    Of several rows of a key the one that was created last counts: a changed augmentation adds a row, it edits none.
+
+    Raises:
+        StoreError: when a part is missing or damaged.
+    """
+
+    def __init__(self, store: Store, parts: Sequence[str]) -> None:
+        self._names: dict[str, int] = {}
+        self._naming = threading.Lock()
+        # A store far away answers late, and several parts can be asked for at once.
+        with ThreadPoolExecutor(READERS) as pool:
+            read = pool.map(lambda part: self._rows_of(part, store.get_columns(part, _COLUMNS)), parts)
+            rows = np.concatenate([np.empty(0, _ROW), *read])
+        order = np.argsort(rows["created"], kind="stable")
+        order = order[np.argsort(rows["key"][order], kind="stable")]
+        keys = rows["key"][order]
+        last = np.ones(len(keys), dtype=bool)
+        last[:-1] = keys[1:] != keys[:-1]
+        self._rows = rows[order[last]]
+        self._keys = np.ascontiguousarray(self._rows["key"])
+        self._list = list(self._names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, key: str) -> Located | None:
+        """Return where the adapter of a key lies, or None when there is none."""
+        wanted = key.encode()
+        position = int(np.searchsorted(self._keys, np.bytes_(wanted)))
+        if position == len(self._keys) or self._keys[position] != wanted:
+            return None
+        row = self._rows[position]
+        return Located(
+            key=key,
+            shard=self._list[row["shard"]],
+            offset=int(row["offset"]),
+            length=int(row["length"]),
+            checksum=row["checksum"].decode(),
+            dtype=self._list[row["dtype"]],
+        )
+
+    def _rows_of(self, part: str, table: pa.Table) -> npt.NDArray[Any]:
+        rows = np.empty(table.num_rows, _ROW)
+        for name in ("key", "checksum"):
+            width = _ROW[name].itemsize
+            column = table[name].combine_chunks()
+            if (pc.max(pc.binary_length(column)).as_py() or 0) > width:
+                raise StoreError(f"{part}: {name} is longer than {width} characters", "it is no ledger part of ours")
+            if len(column):
+                padded = pc.ascii_rpad(column, width, padding="\0")
+                rows[name] = np.frombuffer(padded.buffers()[2], f"S{width}", len(column))
+        for name in ("shard", "dtype"):
+            coded = table[name].combine_chunks().dictionary_encode()
+            with self._naming:
+                codes = [self._names.setdefault(value, len(self._names)) for value in coded.dictionary.to_pylist()]
+            rows[name] = np.array(codes, np.int32)[coded.indices.to_numpy()]
+        for name in ("offset", "length", "created"):
+            rows[name] = table[name].to_numpy()
+        return rows

@@ -1,0 +1,206 @@
+"""Shards as bytes: checking them against the ledger, and moving the good adapters of one into another.
+
+A safetensors object is eight bytes of header length, a JSON header, and the tensors; an adapter is a range of the
+latter (`prag_core.adapter_io`). Moving an adapter copies its range as it is, whatever its dtype, so nothing is
+rounded and its ledger checksum stays. Importing this loads no torch: a fast check needs none.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import safetensors
+
+from prag_core.errors import AdapterError, StoreError
+from prag_core.identity import checksum
+from prag_core.maintenance import Finding, Kind
+from prag_core.records import LedgerRow, from_table, schema, to_table
+from prag_core.store import Store
+
+if TYPE_CHECKING:
+    from prag_core.adapter_store import AdapterStore
+
+# A ledger row and the ledger part that it stands in.
+ROWS = pa.schema([*schema(LedgerRow), pa.field("part", pa.string())])
+
+
+def ledger_rows(store: Store, part: str) -> pa.Table:
+    """Return the rows of one ledger part, each with the part's name.
+
+    Raises:
+        StoreError: when the part is missing or damaged.
+    """
+    table = store.get_table(LedgerRow, [part])
+    return table.append_column(ROWS.field("part"), pa.repeat(pa.scalar(part), table.num_rows))
+
+
+def check_shards(store: Store, rows: pa.Table, full: bool) -> list[Finding]:
+    """Check the shards that ledger rows (with the columns of `ROWS`) name; all rows of a shard must be among them.
+
+    Without `full`, a shard must be there and as long as its rows say. With it, every byte is read: the shard is what
+    its name says, and each adapter has its checksum, the layout's shapes, and only finite values. Shapes are not
+    checked where the recipe beside the shards is itself damaged.
+    """
+    groups: dict[str, list[LedgerRow]] = {}
+    parts_of: dict[str, set[str]] = {}
+    for row, part in zip(from_table(LedgerRow, rows), rows["part"].to_pylist(), strict=True):
+        groups.setdefault(row.shard, []).append(row)
+        parts_of.setdefault(row.shard, set()).add(part)
+    findings = []
+    opened: dict[str, AdapterStore | None] = {}
+    for shard in sorted(groups):
+        of_shard, parts = groups[shard], tuple(sorted(parts_of[shard]))
+        expected = max(row.offset + row.length for row in of_shard)
+        size = store.size(shard)
+        if size is None:
+            findings.append(Finding(shard, "missing", f"{parts[0]} names it", _keys(of_shard), parts))
+        elif size < expected:
+            cut = _keys([row for row in of_shard if row.offset + row.length > size])
+            detail = f"{size} bytes, its rows need {expected}"
+            findings.append(Finding(shard, "size", detail, cut, parts, size_bytes=size))
+        elif full:
+            recipe = shard.split("/")[1]
+            if recipe not in opened:
+                opened[recipe] = _open(store, recipe)
+            findings += _check_bytes(store, shard, of_shard, parts, opened[recipe])
+    return findings
+
+
+def _keys(rows: Sequence[LedgerRow]) -> tuple[str, ...]:
+    return tuple(sorted({row.key for row in rows}))
+
+
+def _open(store: Store, recipe: str) -> AdapterStore | None:
+    from prag_core.adapter_store import open_adapters
+
+    try:
+        return open_adapters(store, recipe)[0]
+    except (StoreError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _check_bytes(
+    store: Store, shard: str, rows: Sequence[LedgerRow], parts: tuple[str, ...], adapters: AdapterStore | None
+) -> list[Finding]:
+    data = store.get(shard)
+    # 1. Each adapter's bytes are those that were committed.
+    altered = [row for row in rows if checksum(data[row.offset : row.offset + row.length]) != row.checksum]
+    found = f"{posixpath.dirname(shard)}/{checksum(data)}.safetensors"
+    if found != shard or altered:
+        kind: Kind = "swapped" if found != shard and store.exists(found) else "checksum"
+        where = f"of {len(altered)} of {len(rows)} adapters" if altered else "outside of its adapters"
+        detail = f"holds {posixpath.basename(found)}" if kind == "swapped" else f"bytes {where} were altered"
+        return [Finding(shard, kind, detail, _keys(altered), parts, size_bytes=len(data))]
+    # 2. What was committed is an adapter of this recipe.
+    if adapters is None:
+        return []
+    findings: dict[Kind, list[LedgerRow]] = {}
+    details: dict[Kind, str] = {}
+    for row in rows:
+        try:
+            _unpack(adapters, data, row)
+        except AdapterError as error:
+            kind = "not_finite" if "not finite" in error.message else "shape"
+            findings.setdefault(kind, []).append(row)
+            details[kind] = error.message
+    return [
+        Finding(shard, kind, details[kind], _keys(bad), parts, size_bytes=len(data)) for kind, bad in findings.items()
+    ]
+
+
+def _unpack(adapters: AdapterStore, data: bytes, row: LedgerRow) -> None:
+    from prag_core.adapter_io import unpack_adapter
+
+    unpack_adapter(adapters.layout, data[row.offset : row.offset + row.length], row.dtype, row.key, row.checksum)
+
+
+# ---- moving adapters
+
+
+def replace_rows(store: Store, part: str, bad: Mapping[str, Collection[str]]) -> tuple[str | None, list[str]]:
+    """Write a ledger part in place of `part` that names nothing of the shards in `bad`.
+
+    `bad` maps shards to the keys that are given up; the other adapters of these shards move into new ones. First
+    come the new shards, then the new ledger part; the old ones are left for the caller to remove, so that a kill in
+    between loses nothing: the same call again writes the same objects.
+
+    Returns:
+        The new part's name, or None when no row is left, and the keys of the rows that were given up.
+
+    Raises:
+        StoreError: when the part cannot be read, or the store cannot be written.
+    """
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, [part]))
+    kept = [row for row in rows if row.shard not in bad]
+    for shard in sorted(bad):
+        kept += move_adapters(store, shard, [row for row in rows if row.shard == shard and row.key not in bad[shard]])
+    survived = {(row.key, row.checksum, row.created) for row in kept}
+    lost = sorted({row.key for row in rows if (row.key, row.checksum, row.created) not in survived})
+    name = store.put_table(posixpath.dirname(part), to_table(LedgerRow, kept)) if kept else None
+    return name, lost
+
+
+def move_adapters(store: Store, shard: str, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+    """Copy adapters of a shard, bit by bit, into a new shard, and return their rows with their new place.
+
+    Left out are those whose bytes are not what their rows say, and all of them when the header is unreadable or
+    does not describe them.
+    """
+    try:
+        data = store.get(shard)
+        rows = [row for row in rows if checksum(data[row.offset : row.offset + row.length]) == row.checksum]
+        packed, moved = _repack(data, rows)
+        safetensors.deserialize(packed)  # type: ignore[no-untyped-call]
+    except (StoreError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+        return []
+    if not moved:
+        return []
+    name = f"{posixpath.dirname(shard)}/{checksum(packed)}.safetensors"
+    store.put(name, packed)
+    return [replace(row, shard=name) for row in moved]
+
+
+def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
+    """Return the keys of all adapters that a shard holds, named by a ledger or not, and the bytes of its tensors.
+
+    None when the shard is missing or its header cannot be read.
+    """
+    try:
+        size = store.size(shard)
+        begin = 8 + int.from_bytes(store.get(shard, 0, 8), "little")
+        if size is None or begin > size:
+            return None
+        header = json.loads(store.get(shard, 8, begin))
+        return {name.split("/")[0] for name in header if name != "__metadata__"}, size - begin
+    except (StoreError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _repack(data: bytes, rows: Sequence[LedgerRow]) -> tuple[bytes, list[LedgerRow]]:
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8:begin])
+    made: dict[str, Any] = {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
+    body = bytearray()
+    moved = []
+    for row in sorted(rows, key=lambda row: row.offset):
+        shift = len(body) - (row.offset - begin)
+        size = 0
+        for name, entry in header.items():
+            if name == row.key or name.startswith(f"{row.key}/"):  # int8 has one tensor an adapter
+                first, last = entry["data_offsets"]
+                made[name] = {**entry, "data_offsets": [first + shift, last + shift]}
+                size += last - first
+        if size != row.length:
+            raise ValueError(f"{row.key}: the header has {size} bytes for it, the ledger {row.length}")
+        moved.append(replace(row, offset=len(body)))
+        body += data[row.offset : row.offset + row.length]
+    text = json.dumps(made, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    start = 8 + len(text)
+    packed = len(text).to_bytes(8, "little") + text + bytes(body)
+    return packed, [replace(row, offset=start + row.offset) for row in moved]

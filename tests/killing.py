@@ -1,0 +1,157 @@
+"""A cluster, drivers and a store to kill: real processes, joined by RAY_ADDRESS, ended by SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WAIT_S = 120.0
+
+
+class Cluster:
+    """A Ray of its own ports that outlives its drivers; `workers` finds the processes of its actors."""
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str, folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self.address = address
+
+    def logs_with(self, text: str) -> list[Path]:
+        """Return the log files of the cluster that hold a text."""
+        logs = [path for path in self._folder.glob("session_*/logs/**/*") if path.is_file()]
+        assert logs
+        return [path for path in logs if text.encode() in path.read_bytes()]
+
+    def workers(self, stage: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Return the processes of a stage, named by its module: its Ray actors, and the children that do the work.
+
+        An actor forks its children from a process that was told to import that module.
+        """
+        actors, children = [], []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            try:
+                if stage in " ".join(process.cmdline()):
+                    parent = process.parent()
+                    if parent is not None and stage in " ".join(parent.cmdline()):
+                        children.append(process)
+                    elif parent is not None:
+                        actors.append(parent)
+            except psutil.Error:
+                continue
+        return actors, children
+
+
+@contextmanager
+def cluster(variables: dict[str, str]) -> Iterator[Cluster]:
+    """Start a Ray head in the foreground of a process of its own, and end that process afterwards.
+
+    `variables` are what its nodes have in their environment.
+    """
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets below it may not have long paths
+    port, client_port = free_ports(2)
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false", "--num-cpus=4"]
+    command += [f"--object-store-memory={200 * 2**20}", "--node-ip-address=127.0.0.1"]
+    environment = {**os.environ, **variables, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
+    log = Path(folder) / "start.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        wait(lambda: is_open(port), f"the cluster does not start: {log}")
+        yield Cluster(process, f"127.0.0.1:{port}", Path(folder))
+    finally:
+        left = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for child in left:
+            if child.is_running():
+                child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Driver:
+    """`prag run` in a process of its own, forked from one that has imported all that a run needs."""
+
+    def __init__(self, settings: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipelines.job"])
+        self.log = folder / f"run-{time.monotonic_ns()}.log"
+        self._report = self.log.with_suffix(".json")
+        self._process = context.Process(target=_drive, args=(settings, environment, self.log, self._report))
+        self._process.start()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long at most; return whether the driver has ended."""
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def kill(self) -> None:
+        """End it as nothing can refuse, and wait until it is gone."""
+        self._process.kill()
+        self._process.join()
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the run said of itself, or None when it failed or was killed."""
+        return json.loads(self._report.read_text()) if self._report.exists() else None
+
+
+def _drive(settings: dict[str, Any], environment: dict[str, str], log: Path, report: Path) -> None:
+    from rich.console import Console
+
+    from pipelines.job import run_job
+    from prag_core.config import parse_config
+
+    os.environ.update(environment)
+    with log.open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+        done = run_job(parse_config(settings), Console(file=output))
+    report.write_text(json.dumps(done.to_json()))
+
+
+def wait(until: Callable[[], object], otherwise: str) -> None:
+    """Wait until something is so.
+
+    Raises:
+        AssertionError: with `otherwise`, when it is not within two minutes.
+    """
+    deadline = time.monotonic() + WAIT_S
+    while not until():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
+
+
+def is_open(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens at now."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

@@ -1,0 +1,216 @@
+"""Whatever is killed at whatever moment: run again, and each passage has one adapter, as if nothing had happened.
+
+The moments are drawn over the time of an undisturbed run, from a seed. An episode is a fresh store and a few kills:
+of workers and of the S3 server, which the run survives, and of drivers, after which it is run again. CI has few;
+`PRAG_KILLS=20 python -m pytest tests/test_kill.py` has twenty kills on each backend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import random
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_passage
+from killing import Cluster, Driver, cluster, wait
+from s3 import S3Server
+from test_job import Workspace
+from torch import Tensor
+
+from prag_core.adapter_store import LedgerSource, open_adapters
+from prag_core.identity import checksum
+from prag_core.records import LedgerRow, from_table
+from prag_core.snapshot import load_snapshot
+from prag_core.store import Store
+
+pytestmark = pytest.mark.slow
+
+PASSAGES = 60
+KILLS = int(os.environ.get("PRAG_KILLS", "5"))
+AN_EPISODE = 5
+SEED = 5
+SERVER_AWAY_S = 2.0
+# The stages whose workers are killed, by their modules; a run has them one after the other.
+STAGES = ("pipelines.augment", "pipelines.parameterize")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody disturbed: what it made, and how long each process lived."""
+
+    adapters: dict[str, dict[str, Tensor]]
+    seconds: dict[str, float]
+
+
+class Scene:
+    """A corpus and a cluster; makes stores, runs drivers and kills."""
+
+    def __init__(self, folder: Path, ray: Cluster, server: S3Server) -> None:
+        self.work = Workspace(folder, [make_passage(n) for n in range(PASSAGES)])
+        self.work.write_corpus([make_passage(n) for n in range(PASSAGES)], extra="not json\n")
+        self.ray = ray
+        self.server = server
+
+    def settings(self, store: str, many_commits_a_task: bool) -> dict[str, Any]:
+        """Return a run's settings: tasks of a shard of four adapters, or of twelve that are committed one by one."""
+        folder = self.work.folder
+        return {
+            "store": store,
+            "storage": {"adapter_dtype": "float32", "shard_mb": 128 if many_commits_a_task else 4.5 * 5760 / 1e6},
+            "corpus": {"path": str(folder / "corpus.jsonl")},
+            "model": {"name": str(folder / "tiny"), "dtype": "float32"},
+            "augment": {"generator": "none", "import_file": str(folder / "augmentations.jsonl")},
+            "train": {"epochs": 1},
+            "run": {"train_batch": 12, "augment_batch": 4, "commit_every_s": 0 if many_commits_a_task else 120},
+        }
+
+    def start(self, settings: dict[str, Any]) -> Driver:
+        environment = {**self.server.environment, "RAY_ADDRESS": self.ray.address, "HF_HUB_OFFLINE": "1"}
+        return Driver(settings, environment, self.work.folder)
+
+    def finish(self, driver: Driver) -> dict[str, Any] | None:
+        wait(lambda: driver.ends_within(0.05), f"a run does not end: {driver.log}")
+        wait(lambda: not any(any(self.ray.workers(stage)) for stage in STAGES), "a run's workers outlive it")
+        return driver.report()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Scene]:
+    with cluster(s3_server.environment) as ray:
+        yield Scene(tmp_path_factory.mktemp("kill"), ray, s3_server)
+        assert ray.logs_with(s3_server.environment["AWS_SECRET_ACCESS_KEY"]) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scene: Scene) -> Undisturbed:
+    store = str(scene.work.folder / "undisturbed")
+    begun = time.monotonic()
+    driver = scene.start(scene.settings(store, many_commits_a_task=False))
+    seen: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    while not driver.ends_within(0.05):
+        for stage in STAGES:
+            if any(scene.ray.workers(stage)):
+                seen[stage].append(time.monotonic())
+    seconds = {stage: times[-1] - times[0] for stage, times in seen.items()}
+    seconds["driver"] = seconds["server"] = time.monotonic() - begun
+    assert driver.report() is not None, driver.log.read_text()
+    return Undisturbed(adapters_of(Store(store)), seconds)
+
+
+@pytest.mark.parametrize("backend", ["folder", "s3"])
+def test_killed_at_random_moments(backend: str, scene: Scene, undisturbed: Undisturbed) -> None:
+    dice = random.Random(f"{SEED} {backend}")
+    targets = ["driver", *STAGES] + (["server"] if backend == "s3" else [])
+    killed: Counter[str] = Counter()
+    runs = failed = episode = 0
+    while sum(killed.values()) < KILLS:
+        name = f"kill-{backend}-{uuid.uuid4().hex[:8]}"
+        url = str(scene.work.folder / name) if backend == "folder" else f"s3://{scene.server.bucket}/{name}"
+        settings = scene.settings(url, many_commits_a_task=episode % 2 == 1)
+        driver: Driver | None = None
+        # What comes first in a run is killed first, or it would have done its work by then.
+        drawn = dice.choices(targets, k=min(AN_EPISODE, KILLS - sum(killed.values())))
+        for target in sorted(drawn, key=lambda target: target == STAGES[1]):
+            if driver is None:
+                driver = scene.start(settings)
+                runs += 1
+            if target in STAGES:
+                wait(lambda d=driver, t=target: any(scene.ray.workers(t)) or d.ends_within(0), f"no {target} comes")
+            if driver.ends_within(dice.random() * undisturbed.seconds[target]):
+                failed += scene.finish(driver) is None
+                driver = None
+                continue  # there was nothing left to kill
+            if not kill(target, driver, scene, dice):
+                continue
+            killed[target] += 1
+            if target == "driver":
+                assert scene.finish(driver) is None
+                driver = None
+        report = None if driver is None else scene.finish(driver)
+        tries = 0
+        while report is None:
+            assert tries < 3, driver.log.read_text()
+            driver = scene.start(settings)
+            report = scene.finish(driver)
+            tries, runs = tries + 1, runs + 1
+        check(Store(url), report, undisturbed)
+        episode += 1
+    print(f"{backend}: killed {dict(killed)} in {runs} runs of {episode} stores; {failed} runs failed by themselves")
+    assert failed <= killed["server"]  # a worker's death ends no run
+
+
+def kill(target: str, driver: Driver, scene: Scene, dice: random.Random) -> bool:
+    """Kill a process; return whether there was one. Of a stage's workers, the Ray actor or the child with the model."""
+    if target == "driver":
+        driver.kill()
+    elif target == "server":
+        scene.server.kill()
+        time.sleep(SERVER_AWAY_S)
+        scene.server.start()
+    else:
+        actors, children = scene.ray.workers(target)
+        victims = dice.choice([actors, children or actors])
+        for victim in victims:
+            victim.kill()
+        return bool(victims)
+    return True
+
+
+def check(store: Store, report: dict[str, Any], undisturbed: Undisturbed) -> None:
+    """See that a store is as an undisturbed run leaves it, but for what nobody reads."""
+    # 1. One adapter a passage; none was trained again whose commit had happened.
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
+    assert Counter(row.key for row in rows) == Counter(dict.fromkeys(undisturbed.adapters, 1))
+    # 2. In = out + rejected, in each stage.
+    assert all(stage["balanced"] for stage in report["stages"])
+    assert report["adapters"] == PASSAGES
+    assert report["rejected"] == {"corpus/invalid_json": 1}
+    assert load_snapshot(store).id == report["snapshot"]
+    # 3. The adapters are those of the undisturbed run.
+    made = adapters_of(store)
+    worst = max(delta_error(made[key], expected) for key, expected in undisturbed.adapters.items())
+    assert worst < 1e-5, worst
+    # 4. Whatever can be found by its name is whole.
+    for name in store.list("", ""):
+        data = store.get(name)
+        stem, suffix = posixpath.splitext(posixpath.basename(name))
+        if suffix == ".safetensors":
+            assert stem == checksum(data), name
+        elif suffix == ".parquet":
+            assert stem == f"part-{checksum(data)}", name
+            pq.read_table(pa.BufferReader(data))
+        elif suffix == ".json":
+            json.loads(data)
+
+
+def adapters_of(store: Store) -> dict[str, dict[str, Tensor]]:
+    """Return the adapters that the snapshot in service names, each fetched and verified."""
+    snapshot = load_snapshot(store)
+    adapters, _ = open_adapters(store, snapshot.recipe)
+    source = LedgerSource(adapters, snapshot.ledger_parts)
+    keys = [make_passage(n).key for n in range(PASSAGES)]
+    return {key: source.get(key) for key in keys}
+
+
+def delta_error(made: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the relative error of an adapter's ΔW, over all its modules."""
+    error = norm = 0.0
+    for name in expected:
+        if name.endswith(".A"):
+            other = name.removesuffix("A") + "B"
+            left, right = (torch.matmul(f[other].double(), f[name].double()) for f in (made, expected))
+            error += float((left - right).square().sum())
+            norm += float(right.square().sum())
+    return float((error / norm) ** 0.5)

@@ -1,0 +1,68 @@
+"""The ledger as columns: what a dictionary of the latest rows would say, of any number of parts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from prag_core.errors import StoreError
+from prag_core.ledger import LedgerColumns, Located
+from prag_core.records import LedgerRow, to_table
+from prag_core.store import Store
+
+
+def row(dice: random.Random, key: str, created: float) -> LedgerRow:
+    return LedgerRow(
+        key=key,
+        recipe="recipe",
+        augmentation="digest",
+        shard=f"adapters/recipe/shards/{dice.randrange(9)}.safetensors",
+        offset=dice.randrange(10**12),
+        length=dice.randrange(10**7),
+        checksum=f"{dice.getrandbits(128):032x}",
+        dtype=dice.choice(["bfloat16", "int8"]),
+        steps=1,
+        tokens=1,
+        first_loss=1.0,
+        last_loss=1.0,
+        seconds=1.0,
+        created=created,
+    )
+
+
+def test_it_says_what_a_dictionary_would(store: Store) -> None:
+    dice = random.Random(1)
+    keys = [f"{dice.getrandbits(128):032x}" for _ in range(300)]
+    rows = [row(dice, dice.choice(keys), float(n)) for n in range(500)]
+    latest = {row.key: row for row in rows}
+    dice.shuffle(rows)
+    cuts = [0, 1, 100, 101, 350, 500]
+    parts = [store.put_table("ledger", to_table(LedgerRow, rows[begin:end])) for begin, end in itertools.pairwise(cuts)]
+    parts.append(store.put_table("ledger", to_table(LedgerRow, [])))
+    ledger = LedgerColumns(store, parts)
+    assert len(ledger) == len(latest)
+    for key in keys:
+        expected = latest.get(key)
+        located = expected and Located(
+            key=key,
+            shard=expected.shard,
+            offset=expected.offset,
+            length=expected.length,
+            checksum=expected.checksum,
+            dtype=expected.dtype,
+        )
+        assert ledger.find(key) == located
+    for stranger in ("", "0", "f" * 32, "f" * 33, "ü", keys[0][:-1], keys[0] + "0"):
+        assert ledger.find(stranger) is None
+
+
+def test_none_and_nonsense(store: Store) -> None:
+    empty = LedgerColumns(store, [])
+    assert (len(empty), empty.find("a" * 32)) == (0, None)
+    too_long = store.put_table("ledger", to_table(LedgerRow, [row(random.Random(1), "k" * 33, 1.0)]))
+    with pytest.raises(StoreError, match="key is longer than 32"):
+        LedgerColumns(store, [too_long])
+    with pytest.raises(StoreError, match="no such object"):
+        LedgerColumns(store, ["ledger/none.parquet"])

@@ -1,0 +1,579 @@
+"""Damage is found, never used, and mended; what a kept snapshot names is never collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import safetensors.torch
+import torch
+from conftest import make_augmentation, make_passage
+from test_lora import random_adapter
+
+from prag_core.adapter_io import pack_shard
+from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters, put_start
+from prag_core.compaction import Compaction, put_rows, record_compaction
+from prag_core.config import AugmentConfig, TrainConfig
+from prag_core.errors import AdapterError, StoreError
+from prag_core.garbage import RunInputs, collect, find_garbage, newest_inputs, parse_age, put_inputs
+from prag_core.identity import checksum, fingerprint, is_intact, seal
+from prag_core.lease import LEASE, acquire_lease
+from prag_core.lora import LoraLayout, find_targets
+from prag_core.maintenance import (
+    Finding,
+    check_object,
+    check_references,
+    check_singles,
+    is_checkable,
+    kind_of,
+    list_objects,
+    list_snapshots,
+    remove,
+    serving_id,
+    usage,
+)
+from prag_core.models import BaseModel
+from prag_core.recipe import Recipe, augment_recipe, train_recipe
+from prag_core.records import LedgerRow, Passage, Reject, from_table, to_table
+from prag_core.repair import forget_rejects, repair
+from prag_core.retrieval import StoredIndex
+from prag_core.shards import ROWS, check_shards, ledger_rows, move_adapters
+from prag_core.snapshot import PINS, current_id, load_snapshot, make_snapshot, pin, publish
+from prag_core.store import Store, put_augmentations, put_rejects
+from prag_core.trainer import TrainedAdapter
+
+RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
+PASSAGES = [make_passage(n) for n in range(12)]
+SEEDS = {passage.key: number for number, passage in enumerate(PASSAGES)}
+VERSION, INDEX = "c0ffee", "1d"
+NOBODY_NAMES = ("augmentations", "rejects", "compactions", "runs")
+
+
+def verify(store: Store, full: bool = True) -> list[Finding]:
+    """All checks in one process, in the order in which the pipeline does them on Ray."""
+    objects = [item.name for item in list_objects(store)]
+    snapshots, findings = list_snapshots(store)
+    findings += check_references(objects, snapshots, serving_id(store)) + check_singles(store, snapshots)
+    for name in filter(is_checkable, objects):
+        findings += check_object(store, name, full)
+    broken = {finding.name for finding in findings}
+    parts = [name for name in objects if kind_of(name) == "ledger" and name not in broken]
+    tables = [ledger_rows(store, part) for part in parts]
+    return findings + check_shards(store, pa.concat_tables([ROWS.empty_table(), *tables]), full)
+
+
+@pytest.fixture(scope="module")
+def layout(tiny_session: BaseModel) -> LoraLayout:
+    return find_targets(tiny_session.model, RECIPE.train)[0]
+
+
+def adapters_of(store: Store, layout: LoraLayout, recipe: Recipe = RECIPE) -> AdapterStore:
+    return AdapterStore(store, recipe, layout, "float32")
+
+
+def commit(adapters: AdapterStore, keys: Sequence[str], digest: str = "d", seed: int = 0) -> list[LedgerRow]:
+    made = [
+        TrainedAdapter(key, random_adapter(adapters.layout, SEEDS[key] + seed), 20, 500, 3.0, 0.5, 1.5) for key in keys
+    ]
+    return adapters.commit([(adapter, digest) for adapter in made])
+
+
+def write_corpus(store: Store, version: str, passages: Sequence[Passage]) -> None:
+    half = len(passages) // 2
+    parts = [store.put_table(f"corpus/{version}", to_table(Passage, p)) for p in (passages[:half], passages[half:])]
+    store.put_json(f"corpus/{version}/manifest.json", seal({"passages": len(passages), "parts": parts, "report": {}}))
+
+
+def write_index(store: Store, index: str, version: str) -> None:
+    archive = f"archive of {index} ".encode() * 40
+    store.put(f"indexes/{index}/lucene.tar.zst", archive)
+    record = StoredIndex(index, version, len(PASSAGES), len(archive), checksum(archive), "1")
+    store.put_json(f"indexes/{index}/index.json", seal(asdict(record)))
+
+
+def snapshot_now(store: Store, adapters: AdapterStore, version: str = VERSION, index: str = INDEX) -> str:
+    publish(
+        store,
+        make_snapshot(
+            corpus_version=version,
+            index=index,
+            recipe=adapters.recipe.fingerprint,
+            base_model="base",
+            ledger_parts=tuple(adapters.ledger_parts()),
+            passages=len(PASSAGES),
+            adapters=len(PASSAGES),
+        ),
+    )
+    return str(current_id(store))
+
+
+def run_again(store: Store, layout: LoraLayout) -> None:
+    """What a run does with a store: makes what is missing, and publishes."""
+    adapters = adapters_of(store, layout)
+    adapters.describe()
+    if not store.exists(f"corpus/{VERSION}/manifest.json"):
+        write_corpus(store, VERSION, PASSAGES)
+    for passage in PASSAGES:
+        put_augmentations(store, RECIPE.augment.fingerprint, [make_augmentation(passage)])
+    there = set(store.get_table(LedgerRow, adapters.ledger_parts(), ["key"])["key"].to_pylist())
+    missing = [passage.key for passage in PASSAGES if passage.key not in there]
+    for begin in range(0, len(missing), 3):
+        commit(adapters, missing[begin : begin + 3])
+    if not store.exists(f"indexes/{INDEX}/index.json"):
+        write_index(store, INDEX, VERSION)
+    put_rejects(store, "run0", [Reject("augment", "no_pairs", "", "p99", "k99")])
+    snapshot_now(store, adapters)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory, layout: LoraLayout) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "store"
+    store = Store(str(folder))
+    put_inputs(store, "run0", RunInputs(VERSION, RECIPE.fingerprint))
+    run_again(store, layout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worn(tmp_path_factory: pytest.TempPathFactory, layout: LoraLayout) -> Path:
+    """A store with all that a store may hold: int8 adapters, a compaction, a pinned older snapshot, a lease."""
+    folder = tmp_path_factory.mktemp("worn") / "store"
+    store = Store(str(folder))
+    put_inputs(store, "run0", RunInputs(VERSION, RECIPE.fingerprint))
+    commit(AdapterStore(store, RECIPE, layout, "int8"), list(SEEDS)[9:])
+    adapters = adapters_of(store, layout)
+    rows = commit(adapters, list(SEEDS)[:3])
+    whole = put_rows(store, RECIPE.fingerprint, rows)
+    halves = [put_rows(store, RECIPE.fingerprint, half) for half in (rows[:1], rows[1:])]
+    store.remove(whole)
+    run_again(store, layout)
+    pin(store, str(current_id(store)))
+    assert whole == put_rows(store, RECIPE.fingerprint, rows)
+    record_compaction(store, RECIPE.fingerprint, Compaction((whole,), tuple(halves)))
+    snapshot_now(store, adapters)
+    acquire_lease(store, "run0").release()
+    return folder
+
+
+@pytest.fixture
+def store(pristine: Path, tmp_path: Path) -> Store:
+    shutil.copytree(pristine, tmp_path / "store")
+    return Store(str(tmp_path / "store"))
+
+
+def served(store: Store) -> dict[str, dict[str, torch.Tensor]]:
+    """What an engine could use of the snapshot in service: the adapters that come through its checks."""
+    snapshot = load_snapshot(store)
+    source = LedgerSource(open_adapters(store, snapshot.recipe)[0], snapshot.ledger_parts)
+    found = {}
+    for key in SEEDS:
+        try:
+            found[key] = source.get(key)
+        except AdapterError:
+            continue
+    return found
+
+
+def is_trained(layout: LoraLayout, key: str, factors: dict[str, torch.Tensor], seed: int = 0) -> bool:
+    expected = random_adapter(layout, SEEDS[key] + seed)
+    return all(torch.equal(factors[name], expected[name]) for name in expected)
+
+
+def same_document(name: str, before: bytes, after: bytes) -> bool:
+    """JSON may be spaced otherwise and say the same."""
+    try:
+        return (name.endswith(".json") or name == "CURRENT") and json.loads(before) == json.loads(after)
+    except ValueError:
+        return False
+
+
+def damage(store: Store, seed: int) -> list[str]:
+    """Do one random damage to one object (two for a swap) and return its name."""
+    choice = random.Random(seed)
+    names = [item.name for item in list_objects(store)]
+    how = choice.choice(["flip", "flip", "cut", "remove", "swap"])
+    if how == "swap":
+        kind = choice.choice(["shards", "ledger"])
+        first, second = choice.sample([name for name in names if kind_of(name) == kind], 2)
+        one, other = store.get(first), store.get(second)
+        store.put(first, other)
+        store.put(second, one)
+        return [first, second]
+    if how == "remove":
+        # Nothing names these: the next run finds their passages without an augmentation, or not given up.
+        names = [name for name in names if kind_of(name) not in NOBODY_NAMES and name != PINS]
+    # Every kind of object as often as any other.
+    kind = choice.choice(sorted({kind_of(name) for name in names}))
+    name = choice.choice([name for name in names if kind_of(name) == kind])
+    data = store.get(name)
+    if how == "remove":
+        Path(store.path(name)).unlink()
+    elif how == "cut":
+        store.put(name, data[: choice.randrange(len(data))])
+    else:
+        altered = data
+        while altered == data or same_document(name, data, altered):
+            place = choice.randrange(len(data))
+            altered = data[:place] + bytes([data[place] ^ choice.randrange(1, 256)]) + data[place + 1 :]
+        store.put(name, altered)
+    return [name]
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_200_random_damages_are_found_never_used_and_mended(
+    worn: Path, tmp_path: Path, layout: LoraLayout, block: int
+) -> None:
+    good = served(Store(str(worn)))
+    assert len(good) == len(PASSAGES)
+
+    def is_sound(key: str, factors: dict[str, torch.Tensor]) -> bool:
+        return is_trained(layout, key, factors) or all(torch.equal(factors[n], good[key][n]) for n in factors)
+
+    for seed in range(25 * block, 25 * block + 25):
+        folder = tmp_path / str(seed)
+        shutil.copytree(worn, folder)
+        store = Store(str(folder))
+        damaged = damage(store, seed)
+        # 1. Found, by name (a document that cannot be read hides what it names).
+        findings = verify(store)
+        assert set(damaged) <= {finding.name for finding in findings}, (seed, damaged, findings)
+        # 2. Never used: the engine gets what was trained, or nothing, or an error that says so.
+        try:
+            assert all(is_sound(key, factors) for key, factors in served(store).items()), (seed, damaged)
+        except (StoreError, TypeError, KeyError, ValueError):
+            assert kind_of(damaged[0]) in ("ledger", "recipes", "snapshots"), (seed, damaged)
+        # 3. Mended: what is left can be served, and after a run everything is there again.
+        acquire_lease(store, "repair", take_over=damaged == [LEASE]).release()
+        mended = repair(store, findings)
+        assert mended.serving == serving_id(store)
+        run_again(store, layout)
+        assert verify(store) == [], (seed, damaged)
+        assert sum(is_sound(key, factors) for key, factors in served(store).items()) == len(PASSAGES)
+        shutil.rmtree(folder)
+
+
+def test_an_undamaged_store_has_no_findings(store: Store) -> None:
+    assert verify(store) == []
+    assert verify(store, full=False) == []
+
+
+def test_good_neighbours_of_a_damaged_adapter_are_kept_as_they_are(store: Store, layout: LoraLayout) -> None:
+    snapshot = load_snapshot(store)
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, snapshot.ledger_parts))
+    victim = rows[1]
+    data = bytearray(store.get(victim.shard))
+    data[victim.offset + 5] ^= 64
+    store.put(victim.shard, bytes(data))
+    (finding,) = verify(store)
+    assert (finding.name, finding.kind, finding.keys) == (victim.shard, "checksum", (victim.key,))
+    mended = repair(store, [finding])
+    assert mended.dropped == (victim.key,)
+    assert verify(store) == []
+    # Readers of the snapshot in service have all the others at once; this passage goes into their prompt.
+    assert set(served(store)) == set(SEEDS) - {victim.key}
+    assert all(is_trained(layout, key, factors) for key, factors in served(store).items())
+    assert load_snapshot(store).adapters == len(PASSAGES) - 1
+    assert not store.exists(f"snapshots/{snapshot.id}.json")
+    # Their training history moved along.
+    left = {
+        row.key: row for row in from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))
+    }
+    assert all(replace(left[row.key], shard=row.shard, offset=row.offset) == row for row in rows if row.key in left)
+
+
+def test_bytes_too_many_are_found_and_a_whole_shard_comes_out(store: Store) -> None:
+    shard = next(item.name for item in list_objects(store) if kind_of(item.name) == "shards")
+    store.put(shard, store.get(shard) + b"more")
+    findings = verify(store)
+    assert [(finding.name, finding.kind, finding.keys) for finding in findings] == [(shard, "checksum", ())]
+    assert repair(store, findings).dropped == ()
+    assert verify(store) == []
+    assert set(served(store)) == set(SEEDS)
+
+
+def test_a_repair_that_is_killed_loses_nothing(
+    pristine: Path, tmp_path: Path, layout: LoraLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before each write or removal in turn: every good adapter is still named, and a second repair finishes."""
+
+    class KilledError(BaseException):
+        pass
+
+    for stop_at in range(100):
+        folder = tmp_path / str(stop_at)
+        shutil.copytree(pristine, folder)
+        store = Store(str(folder))
+        rows = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))
+        data = bytearray(store.get(rows[0].shard))
+        data[rows[0].offset] ^= 1
+        store.put(rows[0].shard, bytes(data))
+        left = stop_at
+
+        def step(*_: object, **__: object) -> None:
+            nonlocal left
+            if left == 0:
+                raise KilledError
+            left -= 1
+
+        def stopping(real: Callable[..., object]) -> Callable[..., object]:
+            return lambda *a, **k: (step(), real(*a, **k))[1]
+
+        findings = verify(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "put", stopping(Store.put))
+            patch.setattr("prag_core.repair.remove", stopping(remove))
+            try:
+                repair(store, findings)
+                finished = True
+            except KilledError:
+                finished = False
+        good = set(SEEDS) - {rows[0].key}
+        assert good <= set(served(store)), stop_at
+        repair(store, verify(store))
+        assert verify(store) == []
+        assert set(served(store)) == good
+        if finished:
+            assert stop_at >= 4  # shard, ledger part, snapshot, CURRENT at least
+            return
+    raise AssertionError("it never finished")
+
+
+def test_a_fast_check_finds_what_is_missing_or_cut_short(store: Store) -> None:
+    shards = [item.name for item in list_objects(store) if kind_of(item.name) == "shards"]
+    Path(store.path(shards[0])).unlink()
+    data = store.get(shards[1])
+    store.put(shards[1], data[:-10])
+    flipped = bytearray(store.get(shards[2]))
+    flipped[-1] ^= 1
+    store.put(shards[2], bytes(flipped))
+    found = {finding.name: finding for finding in verify(store, full=False)}
+    assert {name: finding.kind for name, finding in found.items()} == {shards[0]: "missing", shards[1]: "size"}
+    assert len(found[shards[0]].keys) == 3
+    assert len(found[shards[1]].keys) == 1
+
+
+@pytest.mark.parametrize(("kind", "value"), [("not_finite", float("nan")), ("shape", None)])
+def test_what_was_committed_wrongly_is_found(store: Store, layout: LoraLayout, kind: str, value: float | None) -> None:
+    """Checksums agree here: a writer stored an adapter that never was one."""
+    adapters = adapters_of(store, layout)
+    factors = random_adapter(layout, 1)
+    first = next(iter(factors))
+    wrong = replace(layout, shapes=tuple((a, b + 1) for a, b in layout.shapes)) if value is None else layout
+    data, (placed,) = pack_shard(
+        wrong, [("bad", random_adapter(wrong, 1) if value is None else factors)], "float32", {}
+    )
+    if value is not None:
+        plain = bytearray(data)
+        end = placed.offset + factors[first].nbytes
+        plain[end - 4 : end] = torch.tensor([value]).numpy().tobytes()
+        data = bytes(plain)
+    shard = f"{adapters.folder}/shards/{checksum(data)}.safetensors"
+    sum_ = checksum(data[placed.offset : placed.offset + placed.length])
+    row = from_table(LedgerRow, store.get_table(LedgerRow, adapters.ledger_parts()))[0]
+    row = replace(row, key="bad", shard=shard, offset=placed.offset, length=placed.length, checksum=sum_)
+    store.put(shard, data)
+    store.put_table(f"{adapters.folder}/ledger", to_table(LedgerRow, [row]))
+    (finding,) = verify(store)
+    assert (finding.name, finding.kind, finding.keys) == (shard, kind, ("bad",))
+    repair(store, [finding])
+    assert verify(store) == []
+
+
+def test_a_broken_snapshot_in_service_gives_way_to_the_newest_readable_one(store: Store, layout: LoraLayout) -> None:
+    first = load_snapshot(store)
+    write_index(store, "other", VERSION)
+    second = snapshot_now(store, adapters_of(store, layout), index="other")
+    store.put(f"snapshots/{second}.json", store.get(f"snapshots/{second}.json").replace(b"other", b"othor"))
+    mended = repair(store, verify(store))
+    assert mended.serving == first.id == current_id(store)
+    assert verify(store) == []
+
+
+def test_another_snapshot_that_lost_its_index_is_withdrawn(store: Store, layout: LoraLayout) -> None:
+    first = load_snapshot(store)
+    write_index(store, "other", VERSION)
+    second = snapshot_now(store, adapters_of(store, layout), index="other")
+    store.put(f"indexes/{INDEX}/lucene.tar.zst", b"cut")
+    mended = repair(store, verify(store))
+    assert mended.snapshots == {first.id: ""}
+    assert current_id(store) == second
+    assert verify(store) == []
+
+
+def test_moved_adapters_are_a_shard_that_safetensors_reads(store: Store) -> None:
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))
+    shard = rows[0].shard
+    chosen = [row for row in rows if row.shard == shard][1:]
+    moved = move_adapters(store, shard, chosen)
+    old, new = (safetensors.torch.load(store.get(name)) for name in (shard, moved[0].shard))
+    assert {name.split("/")[0] for name in new} == {row.key for row in chosen}
+    assert all(torch.equal(new[name], old[name]) for name in new)
+    assert [store.get(m.shard, m.offset, m.offset + m.length) for m in moved] == [
+        store.get(r.shard, r.offset, r.offset + r.length) for r in sorted(chosen, key=lambda row: row.offset)
+    ]
+
+
+# ---- collecting garbage
+
+
+def age(store: Store, hours: float) -> None:
+    for item in list_objects(store):
+        os.utime(store.path(item.name), (item.modified - 3600 * hours,) * 2)
+
+
+def take(store: Store, kept: set[str], grace_s: float = 0.0) -> set[str]:
+    before = {item.name for item in list_objects(store)}
+    collect(store, find_garbage(store, list_objects(store), kept, grace_s=grace_s))
+    return before - {item.name for item in list_objects(store)}
+
+
+def all_snapshots(store: Store) -> set[str]:
+    return {snapshot.id for snapshot in list_snapshots(store)[0]}
+
+
+def test_a_store_in_use_has_no_garbage(store: Store) -> None:
+    assert take(store, all_snapshots(store)) == set()
+
+
+def test_orphans_go_after_the_grace_period(store: Store, layout: LoraLayout) -> None:
+    data, _ = pack_shard(layout, [("k", random_adapter(layout, 1))], "float32", {})
+    orphan = f"adapters/{RECIPE.fingerprint}/shards/{checksum(data)}.safetensors"
+    store.put(orphan, data)
+    store.put("corpus/x/part-1.parquet.abc.tmp", b"cut")
+    start = f"starts/{put_start(store, layout, random_adapter(layout, 2))}.safetensors"
+    expected = {orphan, "corpus/x/part-1.parquet.abc.tmp", start}
+    kept = all_snapshots(store)
+    assert take(store, kept, grace_s=3600) == set()
+    age(store, 2)
+    assert take(store, kept, grace_s=3600) == expected
+    assert verify(store) == []
+
+
+def test_what_only_a_dropped_snapshot_named_goes_with_it(store: Store, layout: LoraLayout) -> None:
+    old = current_id(store)
+    write_corpus(store, "v2", PASSAGES[:6])
+    write_index(store, "2d", "v2")
+    other = Recipe("base", RECIPE.augment, replace(RECIPE.train, seed=9))
+    adapters = adapters_of(store, layout, other)
+    adapters.describe()
+    commit(adapters, list(SEEDS))
+    put_inputs(store, "run1", RunInputs("v2", other.fingerprint))
+    new = snapshot_now(store, adapters, "v2", "2d")
+    assert take(store, {str(old), new}) == set()
+    gone = take(store, {new})
+    assert {kind_of(name) for name in gone} == {"corpus", "indexes", "ledger", "recipes", "shards", "snapshots"}
+    assert all(VERSION in n or INDEX in n.split("/") or RECIPE.fingerprint in n or str(old) in n for n in gone)
+    assert verify(store) == []
+    assert set(served(store)) == set(SEEDS)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_gc_never_takes_what_a_kept_snapshot_names(store: Store, layout: LoraLayout, seed: int) -> None:
+    choice = random.Random(seed)
+    recipes = [RECIPE, Recipe("base", RECIPE.augment, replace(RECIPE.train, seed=1))]
+    # 1. A random history of runs, some of them published.
+    for number in range(choice.randrange(2, 7)):
+        adapters = adapters_of(store, layout, choice.choice(recipes))
+        adapters.describe()
+        version, index = choice.choice([("v1", "i1"), ("v2", "i2"), (VERSION, INDEX)])
+        write_corpus(store, version, PASSAGES)
+        write_index(store, index, version)
+        put_inputs(store, f"run{number + 1}", RunInputs(version, adapters.recipe.fingerprint))
+        for _ in range(choice.randrange(4)):
+            keys = choice.sample(sorted(SEEDS), choice.randrange(1, 6))
+            commit(adapters, keys, f"digest{number}", seed=choice.randrange(1000))
+        if choice.random() < 0.6:
+            snapshot_now(store, adapters, version, index)
+    # 2. Keep some snapshots, and collect all that can go.
+    kept = {id for id in all_snapshots(store) if choice.random() < 0.5}
+    inputs = newest_inputs(store)
+    assert inputs is not None
+    before = {id: contents(store, id) for id in kept | {str(current_id(store))}}
+    resumable = latest(store, inputs.recipe)
+    take(store, kept)
+    # 3. Each kept snapshot is as it was, to the bit; the newest run would find each of its adapters; nothing hangs.
+    assert {id: contents(store, id) for id in before} == before
+    assert latest(store, inputs.recipe) == resumable
+    assert all_snapshots(store) == set(before)
+    assert verify(store) == []
+    # 4. What could go went: the shards left are those that a ledger part names.
+    take(store, kept)
+    rows = store.get_table(LedgerRow, store.list("adapters", ".parquet"), ["shard"])["shard"]
+    assert set(store.list("adapters", ".safetensors")) == set(rows.unique().to_pylist())
+
+
+def contents(store: Store, id: str) -> str:
+    snapshot = load_snapshot(store, id)
+    source = LedgerSource(open_adapters(store, snapshot.recipe)[0], snapshot.ledger_parts)
+    adapters = {key: {n: t.tolist() for n, t in source.get(key).items()} for key in SEEDS if key in source}
+    corpus = store.get_table(Passage, store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"])
+    archive = checksum(store.get(f"indexes/{snapshot.index}/lucene.tar.zst"))
+    return fingerprint([asdict(snapshot), adapters, corpus.to_pylist(), archive])
+
+
+def latest(store: Store, recipe: str) -> dict[str, tuple[str, str]]:
+    """Key → the digest and checksum of its latest adapter."""
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list(f"adapters/{recipe}/ledger", ".parquet")))
+    return {row.key: (row.augmentation, row.checksum) for row in sorted(rows, key=lambda row: row.created)}
+
+
+def test_gc_refuses_a_store_it_cannot_read(store: Store, layout: LoraLayout) -> None:
+    part = adapters_of(store, layout).ledger_parts()[0]
+    store.put(part, store.get(part)[:-20])
+    with pytest.raises(StoreError, match="run `prag repair` first"):
+        find_garbage(store, list_objects(store), all_snapshots(store), grace_s=0)
+
+
+# ---- the small ones
+
+
+def test_usage_counts_every_byte(store: Store) -> None:
+    objects = list_objects(store)
+    counted = usage(store, objects, 7)
+    on_disk = sum(
+        path.stat().st_size for path in Path(store.root).rglob("*") if path.suffix != ".lock" and path.is_file()
+    )
+    assert sum(counted.size_bytes.values()) == on_disk
+    assert counted.adapters == len(PASSAGES)
+    assert counted.objects["shards"] == 4
+    shards = sum(item.size_bytes for item in objects if kind_of(item.name) in ("shards", "ledger"))
+    assert counted.bytes_per_adapter == shards / len(PASSAGES)
+
+
+def test_rejects_are_forgotten_by_stage_and_reason(store: Store) -> None:
+    def reasons() -> list[str]:
+        rows = from_table(Reject, store.get_table(Reject, store.list("rejects", ".parquet")))
+        return sorted(f"{row.stage}/{row.reason}/{row.key}" for row in rows)
+
+    rows = [Reject("augment", reason, "", f"p{n}", f"k{n}") for n, reason in enumerate(["no_pairs", "other"])]
+    put_rejects(store, "run1", [*rows, Reject("train", "loss_not_finite", "", "p7", "k7")])
+    put_rejects(store, "run2", rows)  # the same again, by another run
+    assert forget_rejects(store, "augment", "nothing like it") == 0
+    assert forget_rejects(store, "train", "no_pairs") == 0
+    assert forget_rejects(store, "augment", "no_pairs") == 2  # k0, and k99 of the first run
+    assert set(reasons()) == {"augment/other/k1", "train/loss_not_finite/k7"}
+    assert verify(store) == []
+    assert forget_rejects(store, None, None) == 2
+    assert reasons() == []
+
+
+def test_a_seal_shows_any_change() -> None:
+    document = json.loads(json.dumps(seal({"a": [1, 2.5], "b": {"c": None}})))
+    assert is_intact(document)
+    assert not is_intact({**document, "a": [1, 2.25]})
+    assert not is_intact({**document, "d": 1})
+    assert is_intact({"a": 1})  # made before there were seals
+
+
+def test_ages() -> None:
+    assert [parse_age(text) for text in ("30s", "90m", "24h", "1.5d")] == [30, 5400, 86_400, 129_600]
+    for text in ("", "24", "h", "1w", "-3h"):
+        with pytest.raises(ValueError, match="is no age"):
+            parse_age(text)

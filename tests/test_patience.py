@@ -1,0 +1,240 @@
+"""Passages that kill, hang or starve their worker end as rejects, and their neighbours never notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from conftest import make_passage
+from test_job import Workspace, stage
+
+from pipelines.child import Child, ChildLostError, Limits
+from pipelines.outcomes import Outcome, outcome_table
+from pipelines.patience import Desk, Patient
+from prag_core.adapter_store import LedgerSource, open_adapters
+from prag_core.config import RunConfig
+from prag_core.errors import PragError, StoreError
+from prag_core.identity import passage_key
+from prag_core.records import Passage, Reject, from_table, to_table
+from prag_core.store import Store
+
+NOTHING = Limits(60.0, 1e12)
+LIMITS = RunConfig(passage_attempts=2)
+
+
+class Obedient:
+    """Does to itself what a passage's text says, and writes down in a folder what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        if (folder / "do-not-start").exists():
+            os.abort()
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        passages = from_table(Passage, table)
+        (self._folder / f"{time.time_ns()}").write_text(" ".join(p.title for p in passages))
+        for passage in passages:
+            match passage.text:
+                case "crash":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "exit":
+                    os._exit(3)
+                case "hang":
+                    signal.pause()
+                case "starve":
+                    hoard = [bytearray(os.urandom(1)) * 100_000_000]
+                    while True:
+                        hoard.append(bytearray(hoard[0]))
+                case "no memory":
+                    raise MemoryError
+                case "bug":
+                    raise KeyError("mended soon")
+                case "store away":
+                    raise StoreError("the store is away", "wait")
+            yield outcome_table([Outcome(passage.key)])
+
+    def seen(self) -> list[list[str]]:
+        return [path.read_text().split() for path in sorted(self._folder.iterdir())]
+
+
+def batch(*texts: str) -> pa.Table:
+    passages = [Passage(passage_key(str(i), text), str(i), text, (f"p{i}",)) for i, text in enumerate(texts)]
+    return to_table(Passage, passages)
+
+
+def child(folder: Path) -> Child:
+    return Child(pickle.dumps((Obedient, (folder,))), [Obedient.__module__])
+
+
+def patient(folder: Path, limits: RunConfig = LIMITS) -> tuple[Patient, Store]:
+    store = Store(str(folder / "store"))
+    work = pickle.dumps((Obedient, (folder / "seen",)))
+    return Patient(work, Obedient.__module__, Desk(store, "run", "train", "recipe"), limits, 60.0, _no_limit), store
+
+
+def _no_limit() -> float:
+    return 1e12
+
+
+def rejects(store: Store) -> dict[str, Reject]:
+    rows = from_table(Reject, store.get_table(Reject, store.list("rejects", ".parquet")))
+    return {row.source: row for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "reason", "detail", "limits"),
+    [
+        ("crash", "killed_worker", "SIGSEGV", NOTHING),
+        ("exit", "killed_worker", "exit code 3", NOTHING),
+        ("killed", "out_of_memory", "SIGKILL", NOTHING),
+        ("hang", "timeout", "no sign of life for 1 s", Limits(1.0, 1e12)),
+        ("starve", "out_of_memory", "more than its share of 1.0 GB", Limits(60.0, 1e9)),
+        ("no memory", "out_of_memory", "MemoryError", NOTHING),
+        ("bug", "failed", "KeyError: 'mended soon'", NOTHING),
+    ],
+)
+def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, detail: str, limits: Limits) -> None:
+    one = child(tmp_path / "seen")
+    assert [done.num_rows for done in one.call(batch("fine"), limits)] == [1]
+    with pytest.raises(ChildLostError) as caught:
+        list(one.call(batch(text), limits))
+    assert caught.value.reason == reason
+    assert detail in caught.value.detail
+    assert not caught.value.starting
+
+
+@pytest.mark.slow
+def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    table = batch(*("fine" if i != 3 else "crash" for i in range(20)))
+    outcomes = from_table(Outcome, patience(table))
+    assert sorted(o.key for o in outcomes) == sorted(table["key"].to_pylist())
+    assert [o.rejected for o in outcomes if o.rejected] == ["killed_worker"]
+    (reject,) = rejects(store).values()
+    assert (reject.source, reject.stage, reject.recipe) == ("p3", "train", "recipe")
+    assert "SIGSEGV" in reject.detail
+    # Three were done before it. The others are tried in parts of three, and its part one by one: only there is it
+    # alone, in its third worker.
+    assert reject.attempts == 3
+    given = Obedient(tmp_path / "seen").seen()
+    assert [len(names) for names in given] == [20, 3, 1, 1, 1, 3, 3, 3, 3, 2]
+    assert given[1:3] == [["3", "4", "5"], ["3"]]
+
+
+@pytest.mark.slow
+def test_one_that_was_alone_from_the_start_has_all_its_attempts(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+    assert rejects(store)["p0"].attempts == 2
+    assert from_table(Outcome, patience(batch("fine")))[0].rejected == ""
+    assert Obedient(tmp_path / "seen").seen() == [["0"], ["0"], ["0"]]
+
+
+@pytest.mark.slow
+def test_what_is_not_the_passages_fault_is_no_reject(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    with pytest.raises(StoreError, match="the store is away"):
+        patience(batch("fine", "store away"))
+    assert patience(batch("fine")).num_rows == 1
+    assert rejects(store) == {}
+    # A worker that cannot even start is no passage's fault either.
+    (tmp_path / "seen" / "do-not-start").write_text("")
+    broken, store = patient(tmp_path)
+    with pytest.raises(PragError, match=r"dies as it starts: killed_worker: .* SIGABRT"):
+        broken(batch("fine"))
+    assert rejects(store) == {}
+
+
+# A chat template that starves, hangs or crashes whoever renders it for a text with the right word. The crash: Python
+# 3.11 hashes a tuple by recursion in C, and there is no end to the tuples in this one.
+POISON = """\
+{% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',)) %}
+{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, 'abcdefghij' * 20000000) %}{% endfor %}
+{% endif %}
+{% if 'Hang' in text %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
+{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}
+{% set d = {ns.x: 1} %}{% endif %}
+"""
+
+
+def poison(model: Path) -> None:
+    """Make the tiny model of a folder one that a few passages can kill."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    template = model / "chat_template.jinja"
+    template.write_text(POISON + template.read_text())
+    assert "chat_template" not in tokenizer
+    # The letter ~ is not a number to this model. Its head must not share the embedding, or no text would be one.
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    token = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]["~"]
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+
+
+def poisonous(number: int, word: str) -> Passage:
+    harmless = make_passage(number)
+    text = f"{harmless.text} {word}."
+    return Passage(passage_key(harmless.title, text), harmless.title, text, harmless.sources)
+
+
+@pytest.mark.slow
+def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
+    words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
+    passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
+    settings = [
+        "--set",
+        "run.train_batch=16",
+        "--set",
+        "storage.shard_mb=0.1",
+        "--set",
+        "storage.adapter_dtype=float32",
+    ]
+    settings += ["--set", "run.passage_timeout_s=2", "--set", "run.worker_memory_gb=2"]
+    harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
+    reports, sources = [], []
+    for name, corpus in (("poisoned", passages), ("clean", harmless)):
+        folder = tmp_path / name
+        folder.mkdir()
+        work = Workspace(folder, corpus)
+        poison(folder / "tiny")
+        reports.append(json.loads(work.run("run", "-c", "config.yaml", *settings, "--json")))
+        store = Store(str(folder / "store"))
+        adapters, _ = open_adapters(store, reports[-1]["recipe"])
+        sources.append(LedgerSource(adapters, adapters.ledger_parts()))
+    poisoned, clean = reports
+    assert (poisoned["adapters"], clean["adapters"]) == (196, 196)
+    assert poisoned["rejected"] == {
+        "train/killed_worker": 1,
+        "train/out_of_memory": 1,
+        "train/timeout": 1,
+        "train/loss_not_finite": 1,
+    }
+    assert stage(poisoned, "train")["balanced"]
+    found = rejects(Store(str(tmp_path / "poisoned" / "store")))
+    assert {int(source[1:]): reject.reason for source, reject in found.items()} == {
+        20: "killed_worker",
+        77: "out_of_memory",
+        111: "timeout",
+        150: "loss_not_finite",
+    }
+    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [3, 3, 3, 1]
+    for passage in harmless:
+        left, right = (source.get(passage.key) for source in sources)
+        for name in left:
+            assert (left[name] - right[name]).abs().max() < 1e-4, (passage.sources, name)

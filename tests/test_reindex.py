@@ -1,0 +1,158 @@
+"""The nightly job: exactly what changed is made, the candidate is asked before it serves, and nothing happens twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from conftest import make_augmentation, make_passage
+from test_job import Workspace
+
+from pipelines.canary import Canary, read_canaries
+from pipelines.difference import Difference, _count_keys, _count_sources, _differing, _facts, _with_source
+from prag_core.errors import InputError
+from prag_core.identity import passage_key
+from prag_core.records import Passage, to_table
+from prag_core.snapshot import list_snapshots, load_snapshot
+from prag_core.store import Store
+
+
+def difference(old: list[Passage], new: list[Passage]) -> Difference:
+    facts = [_facts(to_table(Passage, rows), new=is_new) for rows, is_new in ((old, False), (new, True))]
+    places = _differing(pa.concat_tables(facts))
+    counts = [*_count_keys(places).to_pylist(), *_count_sources(_with_source(places)).to_pylist()]
+    return Difference(**{row["what"]: row["count"] for row in counts})
+
+
+def passage(text: str, *sources: str) -> Passage:
+    return Passage(passage_key("T", text), "T", text, sources)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([], [], Difference()),
+        ([], [passage("x", "a")], Difference(passages_new=1, added=1)),
+        ([passage("x", "a")], [], Difference(passages_gone=1, removed=1)),
+        ([passage("x", "a")], [passage("x", "a")], Difference(passages_kept=1)),
+        ([passage("x", "a")], [passage("y", "a")], Difference(passages_new=1, passages_gone=1, changed=1)),
+        # The same text under another id, and under one id more or less.
+        ([passage("x", "a")], [passage("x", "b")], Difference(passages_kept=1, moved=1)),
+        ([passage("x", "a")], [passage("x", "a", "b")], Difference(passages_kept=1, moved=1)),
+        ([passage("x", "a", "b")], [passage("x", "a")], Difference(passages_kept=1)),
+        # An id that takes over the text of another one: its own text is gone, and nothing is to be made.
+        (
+            [passage("x", "a"), passage("y", "b")],
+            [passage("y", "a", "b")],
+            Difference(passages_gone=1, passages_kept=1, changed=1),
+        ),
+        # Two that change places.
+        (
+            [passage("x", "a"), passage("y", "b")],
+            [passage("y", "a"), passage("x", "b")],
+            Difference(passages_kept=2, changed=2),
+        ),
+    ],
+)
+def test_what_became_of_each_id_and_passage(old: list[Passage], new: list[Passage], expected: Difference) -> None:
+    assert difference(old, new) == expected
+
+
+def test_parts_without_rows_have_no_columns_in_ray() -> None:
+    nothing = pa.table({})
+    assert _facts(nothing, new=True).num_rows == 0
+    assert [f(nothing).num_rows for f in (_differing, _count_keys, _with_source, _count_sources)] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no question"),
+        ("not json", "cannot|Expecting"),
+        ('{"question": "Why?"}', "lacks 'answers'"),
+        ('{"question": "Why?", "answers": []}', "a list of one at least"),
+        ('{"question": 3, "answers": ["a"]}', "question must be a text"),
+    ],
+)
+def test_a_bad_canary_file_is_said_before_anything_starts(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "canary.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_canaries(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_canaries(tmp_path / "missing.jsonl")
+
+
+def test_canaries_are_questions_and_answers(tmp_path: Path) -> None:
+    file = tmp_path / "canary.jsonl"
+    file.write_text('{"question": "Who?", "answers": ["A", "B"], "more": 1}\n\n')
+    assert read_canaries(file) == [Canary("Who?", ("A", "B"))]
+
+
+@pytest.mark.slow
+def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
+    old = [make_passage(n) for n in range(300)]
+    work = Workspace(tmp_path, old)
+    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "run.train_batch=64"]
+    work.run("run", *settings)
+    store = Store(str(tmp_path / "store"))
+    first = load_snapshot(store)
+    assert first.adapters == 300
+
+    # 1. Ten changed, five removed, ten added, one under another id, twenty in another place.
+    changed = [make_passage(n, words=31) for n in range(10)]
+    removed = {p.sources for p in old[10:15]}
+    added = [make_passage(n) for n in range(300, 310)]
+    kept = [p for p in old[10:] if p.sources not in removed]
+    renamed = Passage(kept[50].key, kept[50].title, kept[50].text, ("another",))
+    tonight = [*changed, *reversed(kept[:20]), *kept[20:50], renamed, *kept[51:], *added]
+    lines = [json.dumps({"id": p.sources[0], "title": p.title, "text": p.text}) for p in tonight]
+    (tmp_path / "tonight.jsonl").write_text("\n".join(lines))
+    augmentations = tmp_path / "tonight_augmentations.jsonl"
+    with augmentations.open("w") as stream:
+        for p in tonight:
+            pairs = make_augmentation(p).pairs
+            qa = [{"question": q.question, "answer": q.answer, "full_answer": q.full_answer} for q in pairs]
+            stream.write(json.dumps({"id": p.sources[0], "rewrites": [], "qa": qa}) + "\n")
+    (tmp_path / "canary.jsonl").write_text(json.dumps({"question": f"What is {added[0].title}?", "answers": ["x"]}))
+    night = ["reindex", *settings, "--corpus", "tonight.jsonl", "--canary", "canary.jsonl", "--json"]
+    night += ["--set", f"augment.import_file={augmentations.name}"]
+    report = json.loads(work.run(*night))
+    assert report["difference"] == {
+        "passages_new": 20,
+        "passages_gone": 15,
+        "passages_kept": 285,
+        "added": 10,
+        "changed": 10,
+        "removed": 5,
+        "moved": 1,
+    }
+    assert (report["trained"], report["augmented"], report["rejected"]) == (20, 20, {})
+    assert report["published"]
+    assert report["canary_f1"] is not None
+    second = load_snapshot(store)
+    assert (report["before"], report["snapshot"]) == (first.id, second.id)
+    assert (second.passages, second.adapters) == (305, 305)
+    assert store.get_json(f"runs/{report['run']}/reindex.json") == report
+    assert len({row.key for row in work.ledger()}) == len(work.ledger()) == 320
+
+    # 2. The same again: nothing is made, asked or published.
+    again = json.loads(work.run(*night))
+    assert (again["trained"], again["augmented"], again["published"], again["canary_f1"]) == (0, 0, False, None)
+    assert again["snapshot"] == second.id
+    assert len(list_snapshots(store)) == 2
+
+    # 3. Another night, whose canary answers too badly: what served goes on, and the candidate can be asked.
+    (tmp_path / "tonight.jsonl").write_text("\n".join(lines[:-1]))
+    said = work.run(*night, "--canary-min", "0.9", code=16)
+    assert "below --canary-min 0.9: it was not published" in said
+    assert load_snapshot(store).id == second.id
+    (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
+    gone, stays = added[-1].text.split()[8], added[0].text.split()[8]
+
+    # 4. Each snapshot finds its own passages: the removed one is found no more in the candidate.
+    for snapshot, words, found in ((second.id, gone, added[-1:]), (candidate, gone, []), (candidate, stays, added[:1])):
+        answer = json.loads(work.run("ask", "-c", "config.yaml", "--snapshot", snapshot, "--json", words))
+        assert [p["key"] for p in answer[0]["passages"]] == [p.key for p in found]

@@ -1,0 +1,163 @@
+"""`prag submit` against a real Ray head with its job server: one job for one piece of work, followed to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_passage
+from test_job import Workspace
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+PASSAGES = 8
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Head:
+    """A Ray head in processes of its own, with a dashboard and its job server."""
+
+    def __init__(self) -> None:
+        port, dashboard, agent, agent_grpc, self.metrics_port, client = free_ports(6)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        binaries = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_idle_worker_killing_time_threshold_ms": "600000",
+            "RAY_metrics_report_interval_ms": "500",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [f"{binaries}/ray", "start", "--head", "--block", "--num-cpus=3", "--object-store-memory=200000000"]
+        command += [f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
+        command += [f"--metrics-export-port={self.metrics_port}", f"--ray-client-server-port={client}"]
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not self.answers():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        # The job server takes jobs once the head's agent is up, which is after the dashboard answers.
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5).status == 200
+        return False
+
+    def metrics(self) -> str:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5).read().decode()
+        return ""
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    head = Head()
+    try:
+        yield head
+    finally:
+        head.stop()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("submit")
+    work = Workspace(folder, [make_passage(n) for n in range(PASSAGES)])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["store"] = str(folder / "store")
+    config["corpus"]["path"] = str(folder / "corpus.jsonl")
+    config["model"]["name"] = str(folder / "tiny")
+    config["augment"]["import_file"] = str(folder / "augmentations.jsonl")
+    config["run"] = {"actor_gpus": 0, "actor_cpus": 1, "actors_max": 1, "partitions": 2, "train_batch": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return work
+
+
+def until_line(process: subprocess.Popen, text: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(process.communicate()[1][-3000:])
+
+
+def test_one_job_is_followed_by_all_who_submit_it(head: Head, work: Workspace) -> None:
+    submit = ["submit", "-c", "config.yaml", "--address", head.address, "run"]
+    first = work.start(*submit)
+    id = until_line(first, "submitted").split()[1].rstrip(":")
+    second = work.start(*submit)
+    assert id in until_line(second, "runs already")
+    # While it runs: Prometheus counts the passages that it trains.
+    counted = ""
+    while first.poll() is None and not counted:
+        counted = "\n".join(line for line in head.metrics().splitlines() if "prag_passages_total{" in line)
+        counted = counted if 'stage="train"' in counted and 'stage="augment"' in counted else ""
+        time.sleep(0.2)
+    assert 'outcome="done"' in counted
+    # Whoever comes with the store alone follows it to the same end.
+    watched = work.run("status", "-c", "config.yaml", "--watch", "--every", "0.3").splitlines()
+    assert "finished" in watched[-1]
+    for process in (first, second):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-3000:]
+        assert f"job {id}: succeeded" in out
+        assert f"train: {PASSAGES} in = {PASSAGES} done" in out
+    status = json.loads(work.run("status", "-c", "config.yaml", "--json"))
+    assert [run["state"] for run in status["runs"]] == ["finished"]
+    assert status["snapshot"]["adapters"] == PASSAGES
+    (progress,) = (work.folder / "store" / "runs").glob("*/progress.json")
+    assert [stage["stage"] for stage in json.loads(progress.read_text())["stages"]] == [
+        "corpus",
+        "augment",
+        "train",
+        "index",
+    ]
+
+
+def test_a_failed_job_gives_its_exit_code_and_is_submitted_again(head: Head, work: Workspace) -> None:
+    lost = ["--set", f"corpus.path={work.folder}/none.jsonl"]
+    submit = ["submit", "-c", "config.yaml", *lost, "--address", head.address]
+    for ending in ("", "-2"):
+        process = work.start(*submit, "run")
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 3, out
+        assert "none.jsonl: no such file or folder" in out
+        id = next(line for line in out.splitlines() if "submitted" in line).split()[1].rstrip(":")
+        assert id.endswith(ending)
+        assert id.count("-") == (3 if ending else 2)
+    again = work.run(*submit, "--no-wait", "run")
+    assert "-3: submitted" in again
+
+
+def test_what_the_cluster_cannot_see_is_refused_here(work: Workspace) -> None:
+    message = work.run("submit", "-c", "config.yaml", "--set", "store=store", "run", code=2)
+    assert "store: relative to this folder" in message
+    message = work.run("submit", "-c", "config.yaml", "--address", "http://127.0.0.1:9", "run", code=12)
+    assert "no job server answers at http://127.0.0.1:9" in message

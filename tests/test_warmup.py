@@ -1,0 +1,109 @@
+"""The warm-up: what it trains on, that workers share one result, and that a recipe starts from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_augmentation, make_passage
+from published import publish_passages
+
+from pipelines.job import describe
+from prag_core.adapter_store import get_start
+from prag_core.config import load_config
+from prag_core.datasets import Gold, Question, read_questions
+from prag_core.errors import InputError
+from prag_core.lora import initial_factors
+from prag_core.models import BaseModel
+from prag_core.recipe import RECIPES
+from prag_core.store import Store
+from prag_core.testing import tiny_base_model
+from prag_core.trainer import Trainer
+from prag_core.warmup import WarmupSettings, train_warmup, warmup_examples, without_overlap
+
+QUESTIONS = [Question(f"q{i}", f"Which number follows {i}?", (f"{i + 1}", "x")) for i in range(10)]
+SETTINGS = WarmupSettings(learning_rate=1e-2, epochs=3, batch=4)
+
+
+@pytest.fixture
+def trainer(tiny_session: BaseModel):
+    made = Trainer(tiny_session, replace(RECIPES["small"], last_layers=2))
+    yield made
+    made.close()
+
+
+def test_no_question_that_will_be_asked_is_trained_on() -> None:
+    gold = (Gold(id="p1"),)
+    questions = [*QUESTIONS[:3], Question("g", "Something else?", ("y",), gold=gold)]
+    later = [Question("e1", "which number FOLLOWS 1", ("2",)), Question("e2", "Another?", ("z",), gold=gold)]
+    left = without_overlap(questions, later, ["Which number follows the 2?"])
+    assert [question.id for question in left] == ["q0"]
+    with pytest.raises(InputError, match="none of the 1 questions"):
+        without_overlap(questions[1:2], later)
+
+
+def test_examples_are_asked_as_the_recipe_asks(trainer: Trainer) -> None:
+    tokenizer = trainer.base.tokenizer
+    texts = [tokenizer.decode(example.ids) for example in warmup_examples(trainer, QUESTIONS)]
+    assert len(texts) == 10
+    assert "Which number follows 3?" in texts[3]
+    assert texts[3].endswith("The answer is 4." + tokenizer.eos_token)
+
+
+def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
+    examples = warmup_examples(trainer, QUESTIONS)
+    losses: list[float] = []
+    alone = train_warmup(trainer, examples, SETTINGS, on_step=lambda _, loss: losses.append(loss))
+    assert len(losses) == 9
+    assert losses[-1] < losses[0]
+    start = initial_factors(trainer.layout, SETTINGS.seed)
+    assert all(not torch.equal(alone[name], start[name]) for name in start)
+    # A worker sees its share of the batch alone; what the other one adds is scripted from its own run.
+    shares: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    one_step = replace(SETTINGS, epochs=1, batch=10)
+    for rank in (0, 1):
+        train_warmup(
+            trainer, examples, one_step, rank=rank, workers=2, add_up=lambda t, r=rank: shares[r].append(t.clone())
+        )
+    others = iter(shares[1])
+    both = train_warmup(trainer, examples, one_step, rank=0, workers=2, add_up=lambda t: t.add_(next(others)))
+    whole = train_warmup(trainer, examples, one_step)
+    for name, tensor in whole.items():
+        # AdamW's first step is the sign of the gradient: where that is zero up to rounding, either is right.
+        assert (torch.isclose(both[name], tensor, atol=1e-6)).float().mean() > 0.99
+
+
+@pytest.mark.slow
+def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(2)]
+    work = publish_passages(tmp_path, passages)
+    lines = [{"id": q.id, "question": q.question, "answers": list(q.answers)} for q in QUESTIONS]
+    known = make_augmentation(passages[0]).pairs[0].question
+    lines.append({"id": "known", "question": known, "answers": ["thing"]})
+    (tmp_path / "warm.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "later.jsonl").write_text(json.dumps(lines[0]))
+    command = ["warmup", "-c", "config.yaml", "--json", "--exclude", "later.jsonl", "--workers", "2", "--epochs", "3"]
+    made = json.loads(work.run(*command, "--learning-rate", "0.01", "--batch", "4", "--export", "peft", "warm.jsonl"))
+    # One will be asked, one is asked by an augmentation.
+    assert (made["questions"], made["left_out"]) == (9, 2)
+    assert made["last_loss"] < made["first_loss"]
+
+    # The same in this process, by one worker.
+    trainer = Trainer(tiny_base_model(tmp_path / "tiny"), RECIPES["small"])
+    questions = [q for q in read_questions(str(tmp_path / "warm.jsonl")) if q.id not in ("q0", "known")]
+    expected = train_warmup(trainer, warmup_examples(trainer, questions), SETTINGS)
+    got = get_start(Store(str(tmp_path / "store")), made["start"])
+    for name, tensor in expected.items():
+        assert torch.isclose(got[name], tensor, atol=2e-3).float().mean() > 0.98, name
+
+    # A recipe starts from it by its name, or from the folder that was written: the same recipe.
+    base = [f"model.name={tmp_path / 'tiny'}", f"store={tmp_path / 'store'}"]
+    recipes = [
+        describe(load_config(tmp_path / "config.yaml", [*base, *more]))[0]
+        for more in ([], [f"train.start={made['start']}"], [f"train.start={tmp_path / 'peft'}"])
+    ]
+    assert [recipe.train.start for recipe in recipes] == ["", made["start"], made["start"]]
+    assert recipes[0].fingerprint != recipes[1].fingerprint == recipes[2].fingerprint
