@@ -229,6 +229,36 @@ def test_hidden_passages_are_not_seen(tiny_session: BaseModel, tmp_path) -> None
         assert asyncio.run(service.answer(given)).passages == ()
 
 
+def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
+    """Of four passages the best two are for others: they take no place among the top k, in any mode."""
+    tags = {0: ("hr",), 1: ("board", "hr"), 2: (), 3: ("it",)}
+
+    class Tagged(ByNumber):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            hits = super().search(question, top_k, min_score)
+            return [Hit(replace(h.passage, access=tags[PASSAGES.index(h.passage)]), h.score) for h in hits]
+
+    preparation = Preparation(world.base, Tagged(), max_new_tokens=4)
+    engine = Engine(world.base, RECIPE, preparation, world.open().source)
+    seen = {None: [0, 1], frozenset(): [2], frozenset({"it"}): [2, 3], frozenset({"board", "x"}): [1, 2]}
+    for access, numbers in seen.items():
+        for mode in ("rag", "prag", "combine"):
+            request = Request(named([0, 1, 2, 3]), mode, 2, access=access)
+            assert [p.title for p in engine.answer(request).passages] == [PASSAGES[n].title for n in numbers]
+            # Asked again when it is fetched: what somebody hands in is no way around it.
+            given = replace(request, hits=tuple(Tagged().search(request.question, 4)))
+            assert len(engine.answer(given).passages) == sum(
+                access is None or not held or not access.isdisjoint(held) for held in tags.values()
+            )
+            built = (
+                preparation.build(replace(request, access=frozenset()), given.hits or (), {}, {})
+                if mode == "rag"
+                else None
+            )
+            assert built is None or [p.title for p in built.passages] == [PASSAGES[2].title]
+    engine.close()
+
+
 def test_nothing_relevant_means_no_adapter(service: Service) -> None:
     answer = asyncio.run(service.answer(Request(named([3, 4]), "prag", 2, min_score=9.5)))
     assert [p.title for p in answer.passages] == [PASSAGES[3].title]
