@@ -49,7 +49,7 @@ from prag_core.records import MODES, Answer, Mode, Passage
 from prag_core.retrieval import archive_index, build_index, index_id
 from prag_core.service import Service
 from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
-from prag_core.store import Store, open_store
+from prag_core.store import open_store
 from prag_core.testing import write_tiny_model
 from prag_core.trainer import TrainedAdapter
 
@@ -96,9 +96,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         base = load_base_model(config.model)
         dtype = str(base.model.dtype).removeprefix("torch.")
-        print(
-            f"{machine(base.device)}, {dtype}, {arguments.adapters} adapters, {arguments.new_tokens} tokens an answer"
-        )
+        print(f"{machine(base.device)}, {dtype}")
+        print(f"{arguments.adapters} adapters, {arguments.new_tokens} tokens an answer")
         samples, layout = publish_all(base, config, arguments.adapters, folder)
         bench = Bench(base, config, arguments)
         try:
@@ -175,19 +174,14 @@ class Bench:
 
     def __init__(self, base: BaseModel, config: Config, arguments: argparse.Namespace) -> None:
         self.base, self.config, self.arguments = base, config, arguments
-        self.store: Store = open_store(config)
         self.random = random.Random(0)
         self.popularity = [1 / (rank + 1) for rank in range(arguments.adapters)]
         settings = config.serve
         # Memory alone, so that what is cold comes from S3.
         self.cache = AdapterCache(settings.cache_bytes, threads=settings.fetch_threads)
-        self.service = Service(
-            base,
-            lambda id: open_snapshot(base, config, self.store, load_snapshot(self.store, id)),
-            lambda: current_id(self.store),
-            self.cache,
-            settings,
-        )
+        store = open_store(config)
+        self.opened = open_snapshot(base, config, store, load_snapshot(store))
+        self.service = Service(base, lambda id: self.opened, lambda: current_id(store), self.cache, settings)
 
     def question(self, mode: Mode, numbers: Sequence[int] | None = None) -> Request:
         chosen = list(numbers or [])
@@ -207,7 +201,7 @@ class Bench:
             cold.append(answer.milliseconds["fetch"])
         for first in range(0, self.arguments.adapters - K + 1, K):  # the rest warms up without being decoded
             keys = [hit.passage.key for n in range(first, first + K) for hit in self.hits(n)]
-            lease = self.cache.lease(self.service._served.source, keys)
+            lease = self.cache.lease(self.opened.source, keys)
             await asyncio.wait([asyncio.wrap_future(future) for future in lease.futures])
             lease.release()
         # 2. One user, the modes in turns.
@@ -223,9 +217,8 @@ class Bench:
                 if mode == "prag":
                     inject.append(answer.milliseconds["inject"])
         latency = {mode: round(statistics.median(alone[mode])) for mode in MODES}
-        print(
-            f"one user, ms: {latency}; inject {statistics.median(inject):.2f}, fetch cold {statistics.median(cold):.1f}"
-        )
+        print(f"one user, ms: {latency}")
+        print(f"ms: inject {statistics.median(inject):.2f}, fetch cold {statistics.median(cold):.1f}")
         # 3. Several users at once; the bare model between the two runs of the mixed batch.
         rates = {users: await self.rate(users, "prag") for users in (1, 4)}
         mixed, bare = [], []
@@ -257,7 +250,7 @@ class Bench:
         }
 
     def hits(self, number: int) -> Sequence[Any]:
-        return self.service._served.preparation.search(Request(name_of(number), "prag", 1))
+        return self.opened.preparation.search(Request(name_of(number), "prag", 1))
 
     async def rate(self, users: int, mode: Mode) -> float:
         """Return the tokens a second that so many users get, each asking again when it has an answer."""
