@@ -119,15 +119,30 @@ def trained(passage: Passage, factors: dict[str, torch.Tensor]) -> TrainedAdapte
     return TrainedAdapter(passage.key, factors, steps=1, tokens=1, first_loss=1.0, last_loss=0.5, seconds=0.1)
 
 
+class Hold:
+    """Forward passes wait; `entered` says that one does, and `let_go` ends it."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self._go = threading.Event()
+
+    def wait(self, *_: Any) -> None:
+        self.entered.set()
+        self._go.wait()
+
+    def let_go(self) -> None:
+        self._go.set()
+
+
 @contextmanager
-def held(base: BaseModel) -> Iterator[threading.Event]:
-    """Within this context each forward pass waits for the event."""
-    let_go = threading.Event()
-    handle = base.model.get_input_embeddings().register_forward_hook(lambda *_: let_go.wait() and None)
+def held(base: BaseModel) -> Iterator[Hold]:
+    """Within this context each forward pass waits until it is let go."""
+    hold = Hold()
+    handle = base.model.get_input_embeddings().register_forward_hook(hold.wait)
     try:
-        yield let_go
+        yield hold
     finally:
-        let_go.set()
+        hold.let_go()
         handle.remove()
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from serving import LETTERS, PASSAGES, ByNumber, World, held, named
+from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, named
 from test_lora import random_adapter
 
 from prag_core.adapter_store import LedgerSource
@@ -148,7 +148,7 @@ def test_no_answer_is_made_with_anothers_adapters(world: World) -> None:
     rng = random.Random(3)
     asked = [(rng.randrange(62), rng.choice(["prag", "prag", "combine", "closed"])) for _ in range(1000)]
     requests = [Request(named([n]), mode, 1, max_new_tokens=rng.randint(1, 5)) for n, mode in asked]
-    one = 62_000  # bytes, more than one adapter and less than two
+    one = world.open().source.row(PASSAGES[0].key).length
     with world.service(slots=8, cache_bytes=10 * one, max_queue=100) as service:
         got = asyncio.run(answers(service, requests, at_once=40))
         stats = service.stats()
@@ -229,6 +229,33 @@ def test_hidden_passages_are_not_seen(tiny_session: BaseModel, tmp_path) -> None
         assert asyncio.run(service.answer(given)).passages == ()
 
 
+def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
+    """Of four passages the best two are for others: they take no place among the top k, in any mode."""
+    tags = {0: ("hr",), 1: ("board", "hr"), 2: (), 3: ("it",)}
+
+    class Tagged(ByNumber):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            hits = super().search(question, top_k, min_score)
+            return [Hit(replace(h.passage, access=tags[PASSAGES.index(h.passage)]), h.score) for h in hits]
+
+    preparation = Preparation(world.base, Tagged(), max_new_tokens=4)
+    engine = Engine(world.base, RECIPE, preparation, world.open().source)
+    seen = {None: [0, 1], frozenset(): [2], frozenset({"it"}): [2, 3], frozenset({"board", "x"}): [1, 2]}
+    for access, numbers in seen.items():
+        for mode in ("rag", "prag", "combine"):
+            request = Request(named([0, 1, 2, 3]), mode, 2, access=access)
+            assert [p.title for p in engine.answer(request).passages] == [PASSAGES[n].title for n in numbers]
+            # Asked again when it is fetched: what somebody hands in is no way around it.
+            given = replace(request, hits=tuple(Tagged().search(request.question, 4)))
+            assert len(engine.answer(given).passages) == sum(
+                access is None or not held or not access.isdisjoint(held) for held in tags.values()
+            )
+    handed = tuple(Tagged().search(named([0, 1, 2]), 3))
+    built = preparation.build(Request("Who?", "rag", access=frozenset()), handed, {}, {})
+    assert [p.title for p in built.passages] == [PASSAGES[2].title]
+    engine.close()
+
+
 def test_nothing_relevant_means_no_adapter(service: Service) -> None:
     answer = asyncio.run(service.answer(Request(named([3, 4]), "prag", 2, min_score=9.5)))
     assert [p.title for p in answer.passages] == [PASSAGES[3].title]
@@ -272,17 +299,17 @@ def test_closing_a_stream_frees_its_slot(world: World) -> None:
 
 
 def test_a_caller_who_leaves_frees_the_slot(world: World) -> None:
-    async def run(service: Service, let_go: threading.Event) -> Answer:
+    async def run(service: Service, hold: Hold) -> Answer:
         tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in (1, 2, 3)]
-        await until(lambda: service.stats().running == 1 and service.stats().waiting == 2)
+        await until(lambda: hold.entered.is_set() and service.stats().open == 3)
         tasks[0].cancel()
         tasks[1].cancel()
         await asyncio.wait(tasks[:2])
-        let_go.set()
+        hold.let_go()
         return await tasks[2]
 
-    with held(world.base) as let_go, world.service(slots=1) as service:
-        assert asyncio.run(run(service, let_go)).text == "dddd"
+    with held(world.base) as hold, world.service(slots=1) as service:
+        assert asyncio.run(run(service, hold)).text == "dddd"
         assert service.stats().requests == {("prag", "cancelled"): 2, ("prag", "ok"): 1}
         asyncio.run(until(lambda: service.stats().running == 0))
 
@@ -299,35 +326,35 @@ def test_a_deadline_drops_the_request(world: World) -> None:
 
 
 def test_a_full_queue_turns_away_and_says_when_to_come_back(world: World) -> None:
-    async def run(service: Service, let_go: threading.Event) -> list[Answer]:
+    async def run(service: Service, hold: Hold) -> list[Answer]:
         tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in range(3)]
         await until(lambda: service.stats().open == 3)
         with pytest.raises(OverloadedError) as refused:
             await service.answer(Request(named([4]), "prag", 1))
         assert 1.0 <= refused.value.retry_after_s <= 30.0
-        let_go.set()
+        hold.let_go()
         return await asyncio.gather(*tasks)
 
-    with held(world.base) as let_go, world.service(slots=2, max_queue=1) as service:
-        assert [answer.text for answer in asyncio.run(run(service, let_go))] == ["aaaa", "bbbb", "cccc"]
+    with held(world.base) as hold, world.service(slots=2, max_queue=1) as service:
+        assert [answer.text for answer in asyncio.run(run(service, hold))] == ["aaaa", "bbbb", "cccc"]
         assert service.stats().requests == {("prag", "overloaded"): 1, ("prag", "ok"): 3}
 
 
 def test_draining_finishes_what_is_under_way_and_takes_nothing_new(world: World) -> None:
-    async def run(service: Service, let_go: threading.Event) -> str:
+    async def run(service: Service, hold: Hold) -> str:
         task = asyncio.create_task(service.answer(Request(named([1]), "prag", 1)))
-        await until(lambda: service.stats().running == 1)
+        await until(hold.entered.is_set)
         draining = asyncio.create_task(service.drain())
         await until(lambda: service._draining)
         with pytest.raises(OverloadedError):
             await service.answer(Request(named([2]), "prag", 1))
         assert not draining.done()
-        let_go.set()
+        hold.let_go()
         await draining
         return (await task).text
 
-    with held(world.base) as let_go, world.service() as service:
-        assert asyncio.run(run(service, let_go)) == "bbbb"
+    with held(world.base) as hold, world.service() as service:
+        assert asyncio.run(run(service, hold)) == "bbbb"
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------
@@ -383,7 +410,7 @@ def test_a_failing_step_fails_its_requests_and_no_more(world: World, service: Se
 
 
 def test_a_stuck_engine_is_noticed(world: World) -> None:
-    async def run(service: Service, let_go: threading.Event) -> None:
+    async def run(service: Service, hold: Hold) -> None:
         service.check()
         task = asyncio.create_task(service.answer(Request(named([1]), "prag", 1)))
 
@@ -395,12 +422,12 @@ def test_a_stuck_engine_is_noticed(world: World) -> None:
             return False
 
         await until(stuck)
-        let_go.set()
+        hold.let_go()
         await task
         service.check()
 
-    with held(world.base) as let_go, world.service(stuck_s=0.05) as service:
-        asyncio.run(run(service, let_go))
+    with held(world.base) as hold, world.service(stuck_s=0.05) as service:
+        asyncio.run(run(service, hold))
 
 
 def test_a_dead_decoding_thread_is_noticed(world: World) -> None:
