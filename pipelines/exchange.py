@@ -17,7 +17,8 @@ from pipelines import augment, ingest
 from pipelines import evaluation_data as data
 from pipelines.describe import describe
 from pipelines.profiles import profile_of
-from pipelines.tables import read_columns, survey
+from pipelines.progress import RunProgress
+from pipelines.tables import Survey, read_columns, survey
 from prag_core.adapter_store import open_adapters
 from prag_core.augment_import import paper_passages
 from prag_core.config import Config
