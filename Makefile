@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fast slow format clean help s3 bench-augment bench-train bench-train-gpu
+.PHONY: setup demo test check fast slow format clean help s3 bench-augment bench-precision bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -12,6 +12,7 @@ help:
 	@echo "make check            lint, types and fast tests"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
+	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
@@ -52,6 +53,9 @@ bench-train-gpu: setup
 # Ctrl+C ends it; the next one finds the same objects at the same address.
 s3: setup
 	$(BIN)/python -m tests.s3 s3-data
+
+bench-precision: setup
+	$(BIN)/python benchmarks/precision.py
 
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,41 @@ def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], cou
     return jobs
 
 
+# Operators of torch, by what the trainer does with them.
+_PARTS = {
+    "aten::mm": "products with frozen weights",
+    "aten::addmm": "products with frozen weights",
+    "aten::bmm": "products with the adapters' factors",
+    "aten::baddbmm": "products with the adapters' factors",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+    "aten::logsumexp": "the loss over the vocabulary",
+    "aten::exp_": "the loss over the vocabulary",
+    "aten::exp": "the loss over the vocabulary",
+    "aten::sub_": "the loss over the vocabulary",
+    "aten::silu": "gates, norms and residuals",
+    "aten::silu_backward": "gates, norms and residuals",
+    "aten::mul": "gates, norms and residuals",
+    "aten::add": "gates, norms and residuals",
+    "aten::add_": "gates, norms and residuals",
+    "aten::pow": "gates, norms and residuals",
+    "aten::mean": "gates, norms and residuals",
+    "aten::sum": "gates, norms and residuals",
+}
+
+
+def profile(base: BaseModel, stack: Sequence[TrainingJob], budget: int) -> dict[str, float]:
+    """Train one stack under torch's profiler; return the share of each part of the time, largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        stacked_seconds(base, stack, RECIPE, budget)
+    shares: Counter[str] = Counter()
+    for event in seen.key_averages():
+        optimizer = event.key.startswith(("Optimizer", "aten::_foreach", "aten::_fused_adam"))
+        part = "AdamW" if optimizer else _PARTS.get(event.key, "everything else")
+        shares[part] += event.self_cpu_time_total
+    return {name: time / shares.total() for name, time in shares.most_common()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model: a name or a folder")
@@ -91,7 +127,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{count} passages at once: {throughput[count]:.3f} passages/s, padding {pads[count]:.1%}", flush=True)
     memory = peak_gb("cpu")
 
-    # 2. Side by side with PEFT, taking turns.
+    # 2. Where the time goes, on one full stack.
+    stack = max(make_stacks(jobs, budget), key=len)
+    for name, part in profile(best, stack, budget).items():
+        print(f"  {part:6.1%}  {name}")
+
+    # 3. Side by side with PEFT, taking turns.
     fp32 = best if bf16 is None else load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))
     jobs = jobs_of(fp32, corpus, arguments.passages)
     tokens = sum(job.tokens for job in jobs) / len(jobs)
@@ -106,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in seconds.items() if values}
     ours = median.get("ours_bf16", median["ours_fp32"])
 
-    # 3. The paper's loop as published.
+    # 4. The paper's loop as published.
     paper = None
     if arguments.paper_passages:
         first = jobs[: arguments.paper_passages]

@@ -36,7 +36,7 @@ class TrainAdapters:
         set_threads(profile.model_actors.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
-        self._trainer = Trainer(base, recipe.train, start)
+        self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)
         self._tokenizer = base.tokenizer
         self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step

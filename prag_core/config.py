@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
-from prag_core.records import Mode, Weights
+from prag_core.records import Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
@@ -110,6 +110,7 @@ class TrainConfig(_Strict):
     weight_decay: float | None = Field(None, ge=0)
     epochs: int | None = Field(None, ge=1)
     examples: Literal["paper", "closed_book"] | None = None
+    template: Template | None = Field(None, description="How questions are asked: 'direct' or 'chain_of_thought'.")
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
@@ -130,7 +131,9 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
     weights: Weights = "sum"
-    max_new_tokens: int = Field(32, ge=1, le=1024)
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
+    )
     batch_size: int = Field(16, ge=1, description="Questions answered in one forward pass.")
 
 
@@ -145,6 +148,9 @@ class RunConfig(_Strict):
         ge=64,
         description="Token budget of one training step, padding included (the profile's when absent); halved when "
         "memory is short.",
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Train with a fraction of the memory, at the price of a second forward pass."
     )
     max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
 

@@ -22,12 +22,14 @@ from prag_core.examples import answer_prefix_ids, question_ids
 from prag_core.forgetting import forgotten_keys
 from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, cache_dir, load_base_model
-from prag_core.prompts import passage_text
+from prag_core.prompts import final_answer, passage_text
 from prag_core.recipe import TrainRecipe
-from prag_core.records import Answer, Hit, Mode, Passage, UsedPassage, Weights
+from prag_core.records import Answer, Hit, Mode, Passage, Template, UsedPassage, Weights
 from prag_core.retrieval import Retriever, open_index
 from prag_core.snapshot import Snapshot, load_snapshot
 from prag_core.store import Store
+
+_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
 
 
 class AdapterSource(Protocol):
@@ -74,7 +76,7 @@ class Engine:
         adapters: Gives adapters by key.
         snapshot: The id that answers carry.
         forgotten: Keys of passages that are never used, whoever retrieved them.
-        max_new_tokens: The most tokens of an answer.
+        max_new_tokens: The most tokens of an answer; by default 32, and 128 where the recipe's template reasons.
         batch_size: How many questions are decoded at once.
     """
 
@@ -87,7 +89,7 @@ class Engine:
         *,
         snapshot: str = "",
         forgotten: Collection[str] = (),
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
         self.base = base
@@ -96,7 +98,8 @@ class Engine:
         self._adapters = adapters
         self._snapshot = snapshot
         self._forgotten = frozenset(forgotten)
-        self._max_new_tokens = max_new_tokens
+        self._template = recipe.template
+        self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[recipe.template]
         self._batch_size = batch_size
         # An answer is one line: a newline ends it as the end of turn does.
         newline = base.tokenizer.encode("\n", add_special_tokens=False)
@@ -158,8 +161,9 @@ class Engine:
 
         # 3. The prompt opens the answer with the words that every answer in training opens with.
         tokenizer = self.base.tokenizer
-        prompt = question_ids(tokenizer, request.question, [passage_text(passage) for passage in in_prompt])
-        prompt += answer_prefix_ids(tokenizer)
+        texts = [passage_text(passage) for passage in in_prompt]
+        prompt = question_ids(tokenizer, request.question, texts, self._template)
+        prompt += answer_prefix_ids(tokenizer, self._template)
         return _Prepared(request, prompt, adapters, tuple(used), milliseconds)
 
     def _retrieve(self, request: Request) -> list[Hit]:
@@ -188,7 +192,8 @@ class Engine:
             Answer(
                 question=item.request.question,
                 mode=item.request.mode,
-                text=result.text.strip().rstrip("."),
+                text=final_answer(result.text, self._template),
+                reasoning="" if self._template == "direct" else result.text.strip(),
                 passages=item.passages,
                 prompt_tokens=len(item.prompt),
                 new_tokens=len(result.tokens),

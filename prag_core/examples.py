@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.prompts import ANSWER_PREFIX, answer_messages, answer_target, passage_text
+from prag_core.prompts import answer_messages, answer_prefix, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
-from prag_core.records import Augmentation, Passage, QAPair
+from prag_core.records import Augmentation, Passage, QAPair, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +20,20 @@ class TrainingExample:
     scored_from: int = 1
 
 
-def question_ids(tokenizer: Any, question: str, passages: Sequence[str] = ()) -> list[int]:
+def question_ids(
+    tokenizer: Any, question: str, passages: Sequence[str] = (), template: Template = "direct"
+) -> list[int]:
     """Return the token ids that ask a question and open the assistant's turn, as training and answering do."""
     text = tokenizer.apply_chat_template(
-        answer_messages(question, passages), tokenize=False, add_generation_prompt=True
+        answer_messages(question, passages, template), tokenize=False, add_generation_prompt=True
     )
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 
-def answer_prefix_ids(tokenizer: Any) -> list[int]:
+def answer_prefix_ids(tokenizer: Any, template: Template = "direct") -> list[int]:
     """Return the token ids of the words that each answer in training begins with."""
-    ids: list[int] = tokenizer.encode(ANSWER_PREFIX, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(answer_prefix(template), add_special_tokens=False)
     return ids
 
 
@@ -49,8 +51,8 @@ def training_examples(
     """
     examples = []
     for pair, context in _plan(passage, augmentation, recipe):
-        question = question_ids(tokenizer, pair.question, [context] if context else [])
-        answer = tokenizer.encode(answer_target(pair.answer), add_special_tokens=False)
+        question = question_ids(tokenizer, pair.question, [context] if context else [], recipe.template)
+        answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
         if recipe.eos:
             answer.append(tokenizer.eos_token_id)
         ids = (*question, *answer)[: recipe.max_tokens]

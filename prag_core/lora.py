@@ -13,6 +13,7 @@ import contextvars
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +216,13 @@ class Injector:
             yield
         finally:
             self._active.reset(token)
+
+    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the `context_fn` pair of `torch.utils.checkpoint`: what is active now is so in the recomputation.
+
+        On CUDA the backward pass runs in a thread of autograd's own, which knows nothing of the caller's context.
+        """
+        return contextlib.nullcontext(), self.active(self._active.get())
 
     def close(self) -> None:
         """Take the hooks off the model."""

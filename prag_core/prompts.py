@@ -1,23 +1,45 @@
 """Every prompt in one place, used by augmenting, by training and by answering.
 
 What a passage's adapter was trained on and what a question is asked with must be the same words, so both come
-from `answer_messages`. The wording of the question prompt follows the paper's (section 3.2, direct template).
+from `answer_messages`. The wording of the question prompt follows the paper's (section 3.2). A recipe names its
+template: `direct` asks for the answer, `chain_of_thought` shows worked examples and lets the model reason first, as
+the paper does for questions of several hops.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from prag_core.records import Passage
+from prag_core.records import Passage, QAPair, Template
 
 # Raised whenever a template's words change: it is part of every recipe.
 PROMPT_VERSION = 1
 
 ANSWER_PREFIX = "The answer is"
+REASONING_PREFIX = "Answer:"
+
+# Public knowledge, of the kinds that multi-hop questions have: a bridge, a comparison, yes or no.
+_WORKED = """\
+Question: Which ocean washes the shore of the country whose capital is Lima?
+Answer: Lima is the capital of Peru. Peru lies on the Pacific Ocean. So the answer is the Pacific Ocean.
+
+Question: Who was born first, Isaac Newton or Albert Einstein?
+Answer: Isaac Newton was born in 1643. Albert Einstein was born in 1879. So the answer is Isaac Newton.
+
+Question: Do the rivers Danube and Rhine flow into the same sea?
+Answer: The Danube flows into the Black Sea. The Rhine flows into the North Sea. So the answer is no.
+"""
 
 _ANSWER = (
     "You should answer the question by referring to the knowledge provided below and integrating your own "
     "knowledge.\n{passages}\n\nQuestion: {question}"
+)
+
+_REASON = (
+    "Here are examples of how to answer questions:\n\n{worked}\n"
+    "You should answer the question in the form of the examples, by referring to the knowledge provided below and "
+    "integrating your own knowledge.\n{passages}\n\nQuestion: {question}"
 )
 
 
@@ -33,13 +55,36 @@ def question_text(question: str) -> str:
     return question.strip().rstrip("?").rstrip() + "?"
 
 
-def answer_messages(question: str, passages: Sequence[str] = ()) -> list[dict[str, str]]:
+def answer_messages(question: str, passages: Sequence[str] = (), template: Template = "direct") -> list[dict[str, str]]:
     """Return the chat messages that ask a question, with or without passages before it."""
     listed = "".join(f"Passage {i}: {text}\n" for i, text in enumerate(passages, start=1))
-    return [{"role": "user", "content": _ANSWER.format(passages=listed, question=question_text(question))}]
+    words = _ANSWER if template == "direct" else _REASON
+    content = words.format(worked=_WORKED, passages=listed, question=question_text(question))
+    return [{"role": "user", "content": content}]
 
 
-def answer_target(answer: str) -> str:
-    """Return the words with which the assistant gives `answer` in a training example."""
-    answer = answer.strip()
-    return f"{ANSWER_PREFIX} {answer}" + ("" if answer.endswith(".") else ".")
+def answer_prefix(template: Template = "direct") -> str:
+    """Return the words that open each answer, in training and in answering."""
+    return ANSWER_PREFIX if template == "direct" else REASONING_PREFIX
+
+
+def answer_target(pair: QAPair, template: Template = "direct") -> str:
+    """Return the words with which the assistant answers `pair` in a training example.
+
+    By `chain_of_thought` the full answer is the reasoning, and the short one ends it as in the worked examples.
+    """
+    if template == "direct":
+        return _sentence(f"{ANSWER_PREFIX} {pair.answer.strip()}")
+    last = _sentence(f"So the answer is {pair.answer.strip()}")
+    return f"{REASONING_PREFIX} {_sentence(pair.full_answer.strip())} {last}"
+
+
+def final_answer(text: str, template: Template = "direct") -> str:
+    """Return the short answer in what the model wrote: by `chain_of_thought`, what follows its last "the answer is"."""
+    if template == "chain_of_thought":
+        text = re.split(r"(?i)\bthe answer is\b:?", text)[-1]
+    return text.strip().rstrip(".")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."

@@ -14,6 +14,7 @@ from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import ConfigError
 from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
+from prag_core.records import Template
 
 RULE_VERSION = 1
 
@@ -43,10 +44,11 @@ class TrainRecipe:
     """What decides an adapter, once base model and augmentations are given.
 
     `examples` is the set of training examples a passage: `paper` or `closed_book`, see
-    `prag_core.examples.training_examples`. `eos` ends each target with the model's end-of-turn token. `loss` is
-    over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers` adapts only so many
-    of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start` is the
-    fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
+    `prag_core.examples.training_examples`. `template` is how questions are asked, in training and in answering:
+    `direct` or `chain_of_thought`, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn
+    token. `loss` is over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers`
+    adapts only so many of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start`
+    is the fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class TrainRecipe:
     weight_decay: float = 0.01
     epochs: int = 1
     examples: str = "paper"
+    template: Template = "direct"
     eos: bool = False
     loss: str = "all"
     last_layers: int | None = None

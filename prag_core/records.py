@@ -22,6 +22,7 @@ Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 Weights = Literal["sum", "mean", "score"]
+Template = Literal["direct", "chain_of_thought"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +134,16 @@ class UsedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with everything that led to it. `milliseconds` are by step: retrieve, fetch, inject, …"""
+    """An answer with everything that led to it.
+
+    `reasoning` is all that the model wrote, where the template lets it reason before `text`. `milliseconds` are by
+    step: retrieve, fetch, inject, …
+    """
 
     question: str
     mode: Mode
     text: str
+    reasoning: str = ""
     passages: tuple[UsedPassage, ...] = ()
     prompt_tokens: int = 0
     new_tokens: int = 0

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prag_core.errors import ModelError
 from prag_core.examples import TrainingExample
@@ -77,6 +78,8 @@ class Trainer:
         recipe: How to train.
         start: The factors that every adapter starts from, in the layout's shapes; by default those that the
             recipe's seed gives.
+        checkpoint: Keep only each layer's input for the backward pass, and compute the layer again there: a fraction
+            of the memory, at the price of a second forward pass.
 
     Raises:
         AdapterError: when `start` does not fit the layout.
@@ -84,7 +87,9 @@ class Trainer:
             chunked loss does not know.
     """
 
-    def __init__(self, base: BaseModel, recipe: TrainRecipe, start: Factors | None = None) -> None:
+    def __init__(
+        self, base: BaseModel, recipe: TrainRecipe, start: Factors | None = None, *, checkpoint: bool = False
+    ) -> None:
         self.base = base
         self.recipe = recipe
         config = base.model.config
@@ -101,6 +106,15 @@ class Trainer:
         self._injector = Injector(base.model, recipe)
         self._start = initial_factors(self.layout, recipe.seed) if start is None else start
         check_factors(self.layout, self._start, "start")
+        self._checkpointing: list[torch.nn.Module] = []
+        if checkpoint:
+            base.model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self._injector.recompute_contexts}
+            )
+            # Only layers in training mode do it. What is within them stays as it was: no dropout wakes up.
+            self._checkpointing = [m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+            for layer in self._checkpointing:
+                layer.training = True
 
     @property
     def layout(self) -> LoraLayout:
@@ -110,6 +124,10 @@ class Trainer:
     def close(self) -> None:
         """Leave the base model as it was found."""
         self._injector.close()
+        if self._checkpointing:
+            self.base.model.activation_checkpointing_disable()
+        for layer in self._checkpointing:
+            layer.training = False
 
     def train(
         self,

@@ -35,6 +35,14 @@ def test_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_precision(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    found = last_line("precision.py", "--model", str(tmp_path / "tiny"), "--passages", "2")
+    assert 0 < found["dw_median"] <= found["dw_worst"]
+    assert set(found["f1"]) == {"fp32", "bf16"}
+
+
+@pytest.mark.slow
 def test_train_gpu_on_the_cpu() -> None:
     sizes = ["--passages", "4", "--peft-passages", "1", "--repeats", "1", "--tokens-per-step", "2048"]
     found = last_line("train_gpu.py", "--smoke", *sizes)

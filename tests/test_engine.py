@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from conftest import make_passage
@@ -118,3 +119,13 @@ def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
     texts = {engine.answer(Request("Who?", mode)).text for mode in MODES}
     engine.close()
     assert len(texts) == 1
+
+
+def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None:
+    recipe = replace(RECIPE, template="chain_of_thought")
+    engine = Engine(tiny_session, recipe, KnownHits(), Adapters(tiny_session), max_new_tokens=4)
+    answer = engine.answer(Request("Who?", "combine", 2))
+    engine.close()
+    asked = len(question_ids(tiny_session.tokenizer, "Who?", [p.text for p in PASSAGES[:2]], "chain_of_thought"))
+    assert answer.prompt_tokens > asked
+    assert answer.reasoning.startswith(answer.text)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from conftest import make_augmentation, make_passage
 
 from prag_core.examples import TrainingExample, answer_prefix_ids, question_ids, training_examples
 from prag_core.models import BaseModel
+from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
 
 PASSAGE = make_passage(1)
@@ -72,3 +74,32 @@ def test_the_loss_may_be_of_the_answer_alone(tiny_session: BaseModel) -> None:
     # Where the limit cuts off the answer there is nothing to learn.
     assert training(tiny_session, replace(recipe, max_tokens=40)) == ()
     assert all(example.scored_from == 1 for example in training(tiny_session, RECIPES["small"]))
+
+
+def test_the_model_may_reason_first(tiny_session: BaseModel) -> None:
+    tokenizer, recipe = tiny_session.tokenizer, replace(RECIPES["paper"], template="chain_of_thought")
+    made = texts(tiny_session, recipe)
+    assert contexts(made) == ["passage", "rewrite", "passage", "rewrite", "none"]
+    pair = AUGMENTATION.pairs[2]
+    assert made[4].endswith(f"Answer: {pair.full_answer} So the answer is {pair.answer}.")
+    # What opens the answer in training opens it in answering.
+    prompt = question_ids(tokenizer, pair.question, template="chain_of_thought")
+    prompt += answer_prefix_ids(tokenizer, "chain_of_thought")
+    assert list(training(tiny_session, recipe)[4].ids[: len(prompt)]) == prompt
+    # The worked examples are in each prompt, before the passages.
+    assert all(text.index("So the answer is no.") < text.index(f"Question: {pair.question[:5]}") for text in made)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" Lima is in Peru. So the answer is the Pacific Ocean.", "the Pacific Ocean"),
+        (" The answer is not plain. So the answer is: no.", "no"),
+        (" Nothing follows from this.", "Nothing follows from this"),
+        (" So the answer isthmus", "So the answer isthmus"),
+        ("", ""),
+    ],
+)
+def test_the_short_answer_ends_the_reasoning(text: str, answer: str) -> None:
+    assert final_answer(text, "chain_of_thought") == answer
+    assert final_answer(" 4.5 million.") == "4.5 million"

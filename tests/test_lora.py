@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,3 +117,22 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny: BaseModel, damage, messag
     damage(factors)
     with pytest.raises(AdapterError, match=f"adapter k: .*{message}"):
         check_factors(layout, factors, "k")
+
+
+def test_a_layer_computed_again_elsewhere_has_the_same_adapters(tiny_session: BaseModel) -> None:
+    injector = Injector(tiny_session.model, RECIPE)
+    ids = torch.tensor([[5, 6, 7]])
+    rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]], dtype=torch.float32)
+    with injector.active(rows):
+        expected = tiny_session.model(input_ids=ids).logits
+        _, again = injector.recompute_contexts()
+    bare = tiny_session.model(input_ids=ids).logits
+    with ThreadPoolExecutor(1) as other:  # autograd computes again in a thread of its own
+
+        def recompute() -> torch.Tensor:
+            with again:
+                return tiny_session.model(input_ids=ids).logits
+
+        assert torch.equal(other.submit(recompute).result(), expected)
+    injector.close()
+    assert not torch.allclose(bare, expected)

@@ -238,6 +238,27 @@ def test_each_family_equals_peft_alone(tmp_path: Path, family: str) -> None:
         assert worst_difference(stacked[job.key], train_alone_with_peft(base, job, RECIPE, start)) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_computing_layers_again_saves_their_activations_and_changes_nothing(tmp_path: Path, family: str) -> None:
+    base = in_fp64(tiny_base_model(tmp_path, family=family))
+    recipe = replace(RECIPE, last_layers=2)
+    jobs = jobs_of(base, 3, recipe)
+    reference = train(base, jobs, recipe, budget=100_000)
+    forwards, steps = [], []
+    handle = base.model.get_decoder().layers[-1].mlp.gate_proj.register_forward_hook(lambda *_: forwards.append(1))
+    trainer = Trainer(base, recipe, checkpoint=True)
+    adapters = list(trainer.train(jobs, tokens_per_step=100_000, on_step=lambda *_: steps.append(1)))
+    trainer.close()
+    handle.remove()
+    assert len(forwards) == 2 * len(steps)
+    for adapter in adapters:
+        assert adapter.factors is not None
+        assert worst_difference(delta_weights(adapter.factors, trainer.layout), reference[adapter.key]) < 1e-9
+    assert not any(
+        module.training or getattr(module, "gradient_checkpointing", False) for module in base.model.modules()
+    )
+
+
 def test_short_memory_halves_the_stacks_and_loses_nothing(tiny: BaseModel) -> None:
     jobs = jobs_of(tiny, 6, RECIPE)
     reference = train(tiny, jobs, RECIPE, budget=100_000)
