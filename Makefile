@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo eval test check fast slow format clean help s3 browser \
-	bench-augment bench-precision bench-store bench-train bench-train-gpu
+	bench-augment bench-precision bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -16,6 +16,8 @@ help:
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
 	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
+	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about half an hour)"
+	@echo "make bench-serve      latency, tokens/s and overload of serving, adapters on S3; the paper's way (about three minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
@@ -78,8 +80,14 @@ bench-precision: setup
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
 
+bench-scale: setup
+	$(BIN)/python benchmarks/scale.py
+
 bench-store: setup
 	$(BIN)/python benchmarks/store.py
+
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,9 @@ def serve(
     overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]
     settings = load_config(config, overrides)
     with result_only():
-        serve_here(settings, lambda url: out.print(_welcome(settings, url), highlight=False))
+        serve_here(
+            settings, lambda url: out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
+        )
 
 
 def _welcome(config: Config, url: str) -> str:

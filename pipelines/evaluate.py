@@ -55,6 +55,8 @@ from prag_core.trainer import Trainer
 
 # Keys from which wrong and task adapters are drawn.
 _POOL = 2000
+# Each holds a JVM and answers hundreds of questions a second.
+_SEARCHERS = 4
 # Requests that the driver holds at a time, with the texts of their passages.
 _ASKS_AT_ONCE = 20_000
 
@@ -88,7 +90,7 @@ def run_evaluation(
         gold = match_gold(questions, data.find_gold(store, snapshot, questions, profile.partitions))
         asked, left_out = _choose(questions, gold, plan, limit)
         # 2. Retrieval; with the gold passages given it serves the control `wrong`.
-        found = data.retrieve(config, store, snapshot, asked, plan.depth)
+        found = data.retrieve(config, store, snapshot, asked, plan.depth, min(profile.model_actors.most, _SEARCHERS))
         contexts = [
             Context(ranked=row.hits, gold=gold[q.id], trained=frozenset(), pool=(), augmentations={}, tasks=())
             for row, q in zip(found, asked, strict=True)

@@ -90,16 +90,19 @@ def find_augmentations(
 
 
 def retrieve(
-    config: Config, store: Store, snapshot: Snapshot, questions: Sequence[Question], depth: int
+    config: Config, store: Store, snapshot: Snapshot, questions: Sequence[Question], depth: int, most: int
 ) -> list[Found]:
-    """Return what each question retrieves from the snapshot's index, in their order; the dead are left out."""
+    """Return what each question retrieves from the snapshot's index, in their order, by `most` actors at most.
+
+    Passages that a tombstone forbids are left out.
+    """
     rows = [{"position": i, "question": question.question} for i, question in enumerate(questions)]
     found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _QUESTIONS_A_BLOCK)).map_batches(
         SearchIndex,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_args=(config, store, snapshot, depth),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=4),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
         num_cpus=1,
         runtime_env={"env_vars": JVM_ENV},
     )

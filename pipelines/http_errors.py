@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from prag_core.errors import DeadlineError, OverloadedError, PragError, PromptTooLongError
+from prag_core.errors import DeadlineError, OverloadedError, PragError, PromptTooLongError, TurnsError
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(504, "deadline_exceeded", error.message)
     if isinstance(error, PromptTooLongError):
         return ApiError(422, "prompt_too_long", error.message)
+    if isinstance(error, TurnsError):
+        return ApiError(422, "invalid_request", f"{error.message}; {error.remedy}", "messages")
     if isinstance(error, PragError):
         # Its message may name paths and buckets, which are for the log.
         logger.error("%s", error)

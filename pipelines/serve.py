@@ -40,7 +40,7 @@ from prag_core.store import open_store
 logger = logging.getLogger(__name__)
 
 APPLICATION = "prag"
-DEPLOYMENT = "Replica"
+DEPLOYMENT = "AnswerQuestions"
 # Places besides the service's own, for health checks, metrics and answers "too much to do".
 SPARE_REQUESTS = 64
 SCRAPE_TIMEOUT_S = 5.0
@@ -103,11 +103,11 @@ def application(config: Config) -> Application:
         }
     else:
         options["num_replicas"] = limits.min_replicas
-    deployment = serve.deployment(serve.ingress()(Replica), name=DEPLOYMENT).options(**options)
+    deployment = serve.deployment(serve.ingress()(AnswerQuestions), name=DEPLOYMENT).options(**options)
     return deployment.bind(config.model_dump(mode="json"), actors.threads)
 
 
-class Replica:
+class AnswerQuestions:
     """One replica: it opens the service, follows the store's `CURRENT`, and says whether it is well.
 
     Args:

@@ -70,6 +70,10 @@ class PromptTooLongError(GenerationError):
     """A prompt and the text it asks for do not fit into the model's context."""
 
 
+class TurnsError(GenerationError):
+    """The model's chat template cannot write these turns."""
+
+
 class BudgetError(PragError):
     """More passages were rejected than the run's failure budget allows."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from prag_core.errors import GenerationError
+from prag_core.errors import TurnsError
 from prag_core.prompts import Role, answer_messages, answer_prefix, answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Template
@@ -36,7 +36,7 @@ def question_ids(
     What looks like a token of the chat template in a question, a passage or an earlier turn is read as text.
 
     Raises:
-        GenerationError: when the template refuses the turns (some know no system text), or the tokenizer makes a
+        TurnsError: when the template refuses the turns (some know no system text), or the tokenizer makes a
             token of the template from plain text.
     """
     try:
@@ -47,7 +47,7 @@ def question_ids(
             sanitize_control_tokens=True,
         )
     except (TemplateError, ValueError) as error:
-        raise GenerationError(
+        raise TurnsError(
             f"the model's chat template cannot write this: {error}", "leave out system texts, or take turns"
         ) from None
     return ids

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import make_passage
-from serving import publish_adapters, write_config
+from live import publish_adapters, write_config
 
 from pipelines.api_keys import KeyFile, KeyRing
 from pipelines.http_api import make_app

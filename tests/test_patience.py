@@ -197,15 +197,9 @@ def poisonous(number: int, word: str) -> Passage:
 def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
     passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
-    settings = [
-        "--set",
-        "run.train_batch=16",
-        "--set",
-        "storage.shard_mb=0.1",
-        "--set",
-        "storage.adapter_dtype=float32",
-    ]
-    settings += ["--set", "run.passage_timeout_s=2", "--set", "run.worker_memory_gb=2"]
+    chosen = {"storage.adapter_dtype": "float32", "storage.shard_mb": 0.1, "run.augment_batch": 64}
+    chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 5, "run.worker_memory_gb": 2}
+    settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
     reports, sources = [], []
     for name, corpus in (("poisoned", passages), ("clean", harmless)):
@@ -233,7 +227,7 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         111: "timeout",
         150: "loss_not_finite",
     }
-    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [3, 3, 3, 1]
+    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [2, 2, 2, 1]
     for passage in harmless:
         left, right = (source.get(passage.key) for source in sources)
         for name in left:
