@@ -19,6 +19,7 @@ help:
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about half an hour)"
 	@echo "make bench-serve      latency, tokens/s and overload of serving, adapters on S3; the paper's way (about three minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
+	@echo "make browser          Chromium for the test of the page, where we are root on a Debian system (make test does it)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
