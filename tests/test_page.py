@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browser import Browser, hosts_asked, open_browser
+from browser import Browser, open_browser
 from conftest import make_passage
 from faulty_proxy import Fault, FaultyProxy
 from selenium.webdriver import ActionChains, Keys
@@ -256,21 +256,22 @@ def test_faults_on_the_way_are_told_and_mended(browser: Browser, world: World) -
         assert page.text("#status") == "Answered."
 
 
-def test_it_is_readable_everywhere_and_needs_nobody_but_its_server(world: World, tmp_path: Path) -> None:
-    with open_browser(tmp_path) as browser:
-        page = Page(browser, world.url)
-        for state in ("before", "after"):
-            if state == "after":
-                page.let_in(world.key)
-                page.find("#settings > summary").click()
-                page.find("#max-tokens").send_keys("200")
-                page.ask("What is Quorl 77?")
-                browser.run("for (const one of document.querySelectorAll('article details')) one.open = true;")
-            for width in (1280, 360):
-                for dark in (False, True):
-                    browser.show_as(width, dark)
-                    browser.screenshot(tmp_path / f"{state}-{width}-{'dark' if dark else 'light'}.png")
-                    assert browser.barriers() == []
-                    assert browser.run("return document.documentElement.scrollWidth") <= width
-        assert browser.complaints() == []
-    assert hosts_asked(tmp_path / "net.json") == {"127.0.0.1"}
+def test_it_is_readable_everywhere_and_needs_nobody_but_its_server(
+    page: Page, browser: Browser, world: World, tmp_path: Path
+) -> None:
+    for state in ("before", "after"):
+        if state == "after":
+            page = Page(browser, world.url)
+            page.let_in(world.key)
+            page.find("#settings > summary").click()
+            page.find("#max-tokens").send_keys("200")
+            page.ask("What is Quorl 77?")
+            browser.run("for (const one of document.querySelectorAll('article details')) one.open = true;")
+        for width in (1280, 360):
+            for dark in (False, True):
+                browser.show_as(width, dark)
+                browser.screenshot(tmp_path / f"{state}-{width}-{'dark' if dark else 'light'}.png")
+                assert browser.barriers() == []
+                assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert browser.complaints() == []
+    assert browser.hosts_asked() == {"127.0.0.1"}

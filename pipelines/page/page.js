@@ -1,10 +1,10 @@
 // The page of `prag serve`. What comes from the server or the user is only ever inserted as text.
 
 const MODES = {
-  closed: "The bare model, without passages",
+  closed: "Bare model, no passages",
   rag: "Passages in the prompt",
   prag: "Passages in the weights",
-  combine: "Passages in the weights and in the prompt",
+  combine: "Passages in weights and prompt",
 };
 
 const byId = (id) => document.getElementById(id);
@@ -15,7 +15,7 @@ let key = "";
 /** An error that the user is told about. `waitS`: seconds after which trying again makes sense. */
 class Problem extends Error {
   constructor(message, { needsKey = false, waitS = 0 } = {}) {
-    super(message);
+    super(/[.!?]$/.test(message) ? message : `${message}.`);
     this.needsKey = needsKey;
     this.waitS = waitS;
   }
