@@ -1,0 +1,344 @@
+"""The pipeline's own cost, with work that only takes time: `python benchmarks/scale.py`. The last line is JSON.
+
+1. A trainer that sleeps 0.2 s a passage, then stores an adapter of the small model's size, on 1, 2, 4 and 8 actors,
+   through the real pipeline: survey, joins, batches, child processes, shards, ledger. The rate is that between the
+   first and the last outcome, since starting workers on two cores takes as long as a short run; the time before the
+   first outcome is printed beside it.
+2. Planning (corpus files to a survey of what is missing) of 10,000, 100,000 and a million made-up rows, each in a
+   process of its own: seconds, the driver's memory, and what goes through shuffles.
+3. The survey of a million passages that are almost all done: what every resumed run begins with.
+
+4. The Lucene index of a hundred thousand made-up passages of a hundred words: built anew, against fetched, unpacked,
+   added to (a hundredth of it), and packed again.
+
+`overhead_share` is what a passage costs beside its 0.2 s, of the whole: the loss at the rate of one actor, and its
+share of planning a million. `--only` runs one part of the four, `--rows` and `--passages` less of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from measure import machine
+
+WORK_S = 0.2
+ACTORS = (1, 2, 4, 8)
+TASKS_AN_ACTOR = 8  # as the training stage gives where a task is less than a shard
+ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
+FILES = 20
+PARTS = ("rates", "plan", "scan", "index")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
+    parser.add_argument("--passages", type=int, default=400, help="passages an actor of the sleeping trainer gets")
+    parser.add_argument("--actors", type=int, nargs="*", default=ACTORS, help="how many sleeping trainers")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="the corpora to plan")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        what, argument, folder = arguments.child.split(" ")
+        print(
+            json.dumps({"rates": rate, "plan": plan, "scan": scan, "index": index}[what](int(argument), Path(folder)))
+        )
+        return
+    print(machine())
+    parts = [arguments.only] if arguments.only else PARTS
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="prag-scale-") as scratch:
+        if "rates" in parts:
+            rates = {}
+            for actors in arguments.actors:
+                result = in_process("rates", actors * arguments.passages, Path(scratch), actors)
+                rates[str(actors)] = result["rate"]
+                print(
+                    f"{actors} actors: {result['rate']:.2f} passages/s of {actors / WORK_S:.0f}; "
+                    f"{result['survey_s']:.1f} s survey, first outcome after {result['first_s']:.1f} s, "
+                    f"{result['seconds']:.1f} s in all",
+                    flush=True,
+                )
+            found["passages_per_s_fake"] = {name: round(value, 2) for name, value in rates.items()}
+            if {"1", "8"} <= {*rates}:
+                found["efficiency_8"] = round(rates["8"] / rates["1"] / 8, 3)
+        if "plan" in parts:
+            plans = {}
+            for name in arguments.rows:
+                plans[name] = in_process("plan", ROWS[name], Path(scratch))
+                print(f"{name} rows planned: {plans[name]}", flush=True)
+            found["driver_mb"] = {name: round(plan["driver_mb"]) for name, plan in plans.items()}
+            found["plan_s"] = {name: round(plan["seconds"], 1) for name, plan in plans.items()}
+            found["shuffle_gb"] = round(plans[arguments.rows[-1]]["shuffle_gb"], 3)
+        if "scan" in parts:
+            result = in_process("scan", ROWS["1m"], Path(scratch))
+            print(f"a million passages surveyed: {result}", flush=True)
+            found["resume_scan_s_1m"] = round(result["seconds"], 1)
+        if "index" in parts:
+            found["index_100k_s"] = in_process("index", ROWS["100k"], Path(scratch))
+            print(f"a hundred thousand passages indexed: {found['index_100k_s']}", flush=True)
+    if "1" in found.get("passages_per_s_fake", {}) and "1m" in found.get("plan_s", {}):
+        each = 1 / found["passages_per_s_fake"]["1"] + found["plan_s"]["1m"] / ROWS["1m"]
+        found["overhead_share"] = round(1 - WORK_S / each, 4)
+    print(json.dumps({**found, "machine": machine()}))
+
+
+def in_process(what: str, number: int, scratch: Path, actors: int = 0) -> dict[str, Any]:
+    """Measure in a process of its own, so that memory is its own."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        argument = number * 100 + actors if what == "rates" else number
+        command = [sys.executable, __file__, "--child", f"{what} {argument} {folder}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# ---- 1. a trainer that sleeps
+
+
+class Sleeper:
+    """Takes the time that a GPU would, and stores what a trainer stores: shards and ledger parts."""
+
+    def __init__(self, url: str) -> None:
+        import torch
+
+        from prag_core.adapter_store import AdapterStore
+        from prag_core.lora import LoraLayout
+        from prag_core.store import Store
+
+        torch.set_num_threads(1)
+        shapes = ((576, 1536), (576, 1536), (1536, 576))  # the small model's
+        layout = LoraLayout(2, 16.0, tuple(range(30)), ("gate_proj", "up_proj", "down_proj"), shapes)
+        self._adapters = AdapterStore(Store(url), recipe(), layout)
+        self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        from pipelines.outcomes import TASK, Outcome, outcome_table
+        from prag_core.trainer import TrainedAdapter
+
+        keys, digests = table["key"].to_pylist(), table["augmentation"].to_pylist()
+        time.sleep(WORK_S * len(keys))
+        trained = [TrainedAdapter(key, self._factors, 20, 3000, 3.0, 0.5, WORK_S) for key in keys]
+        rows = self._adapters.commit(list(zip(trained, digests, strict=True)), table[TASK][0].as_py())
+        yield outcome_table(Outcome(row.key, bytes=row.length, seconds=row.seconds) for row in rows)
+
+
+def recipe() -> Any:
+    from store import recipe_of_million
+
+    return recipe_of_million()
+
+
+def rate(argument: int, folder: Path) -> dict[str, Any]:
+    from store import write_million
+
+    from cluster.resources import PROFILES
+    from cluster.session import ray_session
+    from pipelines.outcomes import outcome_blocks
+    from pipelines.patience import Desk, run_actors
+    from pipelines.tables import read_parts, survey, with_augmentations, with_passages
+    from prag_core.config import RunConfig
+    from prag_core.records import Passage, schema
+    from prag_core.store import Store
+
+    passages, actors = divmod(argument, 100)
+    store = Store(str(folder / "store"))
+    write_million(store.url, passages, passages)
+    profile = PROFILES["laptop"].tuned(actors_min=actors, actors_max=actors)
+    with ray_session(replace(profile, logical_cpus=actors + 2)):
+        begun = time.perf_counter()
+        corpus = read_parts(store, "corpus/million", schema(Passage).names, profile.partitions)
+        found = survey(store, corpus, recipe(), profile.partitions)
+        surveyed = time.perf_counter()
+        keys = with_passages(found.keys("to_train"), corpus, profile.partitions)
+        missing = with_augmentations(store, keys, recipe().augment.fingerprint, profile.partitions)
+        batch = passages // (actors * TASKS_AN_ACTOR)
+        desk, limits = Desk(store, "run", "train", recipe().fingerprint), RunConfig()
+        outcomes = run_actors(
+            Sleeper, (store.url,), missing, batch, profile.train, desk, limits, silence_s=limits.passage_timeout_s
+        )
+        times: list[tuple[float, int]] = []
+        done = 0
+        for block in outcome_blocks(outcomes):
+            if any(outcome.rejected for outcome in block):
+                raise RuntimeError("the sleeping trainer rejects nothing")
+            done += len(block)
+            times.append((time.perf_counter(), done))
+        seconds = time.perf_counter() - begun
+    if done != passages:
+        raise RuntimeError(f"{done} of {passages} passages were done")
+    # From when all work until the first has nothing more to do.
+    middle = [moment for moment in times if moment[1] >= actors * batch and moment[1] <= passages - actors * batch]
+    (first_s, first), (last_s, last) = middle[0], middle[-1]
+    return {
+        "rate": (last - first) / (last_s - first_s),
+        "survey_s": surveyed - begun,
+        "first_s": times[0][0] - surveyed,
+        "seconds": seconds,
+    }
+
+
+# ---- 2. planning
+
+
+def plan(rows: int, folder: Path) -> dict[str, Any]:
+    import ray
+    import ray.data
+
+    from cluster.resources import PROFILES
+    from cluster.session import ray_session
+    from pipelines import ingest
+    from pipelines.tables import survey
+    from prag_core.config import CorpusConfig
+    from prag_core.store import Store
+
+    write_corpus(folder / "corpus", rows)
+    profile, store = PROFILES["laptop"].tuned(partitions=max(2, rows // 62_500)), Store(str(folder / "store"))
+    with ray_session(profile):
+        scales = ray.remote(Scales).options(num_cpus=0).remote()
+        weigh_shuffles(scales)
+        begun = time.perf_counter()
+        corpus = ingest.ingest(CorpusConfig(path=str(folder / "corpus")), profile.partitions)
+        ingested = time.perf_counter()
+        counts = survey(store, corpus.passages, recipe(), profile.partitions).counts
+        seconds = time.perf_counter() - begun
+        shuffled = ray.get(scales.total.remote())
+    if counts != {"to_augment": rows}:
+        raise RuntimeError(f"{counts} of {rows} rows")
+    return {
+        "seconds": seconds,
+        "ingest_s": ingested - begun,
+        "driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        "shuffle_gb": shuffled / 1e9,
+    }
+
+
+class Scales:
+    """Adds up the bytes that go through shuffles."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, size: int) -> None:
+        self._total += size
+
+    def total(self) -> int:
+        return self._total
+
+
+def weigh_shuffles(scales: Any) -> None:
+    """Have each shuffle by key weigh what goes into it."""
+    import ray.data
+
+    repartition = ray.data.Dataset.repartition
+
+    def weighed(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if settings.get("keys"):
+            self = self.map_batches(weigh, batch_size=None, batch_format="pyarrow", fn_args=(scales,))
+        return repartition(self, *arguments, **settings)
+
+    ray.data.Dataset.repartition = weighed
+
+
+def weigh(table: pa.Table, scales: Any) -> pa.Table:
+    scales.add.remote(table.nbytes)
+    return table
+
+
+def write_corpus(folder: Path, rows: int) -> None:
+    """Write made-up passages of some twenty words."""
+    folder.mkdir()
+    for file in range(FILES):
+        with (folder / f"{file:02}.jsonl").open("w") as stream:
+            for n in range(file, rows, FILES):
+                text = " ".join(f"w{n * 31 % 9973 + i}" for i in range(16))
+                stream.write(f'{{"id": "p{n}", "title": "Passage {n}", "text": "Row {n} says {text}."}}\n')
+
+
+# ---- 3. what a resumed run begins with
+
+
+def scan(rows: int, folder: Path) -> dict[str, Any]:
+    from store import plan_million, write_million
+
+    write_million(str(folder / "store"), rows, 1000)
+    return dict(plan_million(argparse.Namespace(store=str(folder / "store"), rows=rows)))
+
+
+# ---- 4. a new index, or an old one with additions
+
+
+def index(rows: int, folder: Path) -> dict[str, Any]:
+    from prag_core.retrieval import archive_index, build_index, fetch_index
+    from prag_core.store import Store
+
+    store = Store(str(folder / "store"))
+    seconds = {}
+
+    def timed(name: str, begun: float) -> None:
+        seconds[name] = round(time.perf_counter() - begun, 1)
+
+    begun = time.perf_counter()
+    documents = build_index(made_up(0, rows), folder / "built")
+    timed("build", begun)
+    begun = time.perf_counter()
+    archive_index(folder / "built", store, "old", "made up", documents)
+    timed("pack", begun)
+    begun = time.perf_counter()
+    unpacked = fetch_index(store, "old", folder / "cache")
+    timed("fetch", begun)
+    begun = time.perf_counter()
+    add_to_index(unpacked, made_up(rows, rows // 100), [passage.key for passage in made_up(0, rows // 100)])
+    timed("add", begun)
+    begun = time.perf_counter()
+    archive_index(unpacked, store, "new", "made up", documents)
+    timed("pack_again", begun)
+    return seconds
+
+
+def made_up(begin: int, count: int) -> Iterator[Any]:
+    from prag_core.identity import passage_key
+    from prag_core.records import Passage
+
+    for n in range(begin, begin + count):
+        text = " ".join(f"w{(n * 7919 + i * i * 31) % 99_991}" for i in range(100))
+        yield Passage(passage_key(f"Row {n}", text), f"Row {n}", text, (f"p{n}",))
+
+
+def add_to_index(directory: Path, passages: Iterator[Any], gone: list[str]) -> None:
+    """Do to an index what the pipeline does not: put new passages in the place of others."""
+    import jnius
+
+    new = jnius.autoclass
+    keep_raw = new("io.anserini.index.IndexCollection$Args")()
+    keep_raw.storeRaw = True
+    generator = new("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
+    document = new("io.anserini.collection.JsonCollection$Document")
+    analyzer = new("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
+    settings = new("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+    settings.setOpenMode(new("org.apache.lucene.index.IndexWriterConfig$OpenMode").APPEND)
+    path = new("java.nio.file.Paths").get(str(directory))
+    writer = new("org.apache.lucene.index.IndexWriter")(new("org.apache.lucene.store.FSDirectory").open(path), settings)
+    for key, passage in zip(gone, passages, strict=True):
+        contents = f"{passage.title}\n{passage.text}"
+        fields = {"id": passage.key, "title": passage.title, "contents": contents, "sources": passage.sources}
+        written = generator.createDocument(document.fromString(json.dumps(fields)))
+        writer.updateDocument(new("org.apache.lucene.index.Term")("id", key), written)
+    writer.forceMerge(1)  # as a new index is: one segment
+    writer.close()
+
+
+if __name__ == "__main__":
+    # Children import this file by its name to find the sleeping trainer.
+    import scale
+
+    scale.main()
