@@ -194,9 +194,7 @@ class Preparation:
         # 2. The prompt opens the answer with the words that every answer in training opens with.
         begun = time.perf_counter()
         texts = [passage_text(passage) for passage in in_prompt]
-        prompt = question_ids(
-            self._tokenizer, request.question, texts, history=request.history, template=self.template
-        )
+        prompt = question_ids(self._tokenizer, request.question, texts, history=request.history, template=self.template)
         prompt += answer_prefix_ids(self._tokenizer, self.template)
         decode = DecodeRequest(
             prompt,
