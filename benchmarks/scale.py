@@ -34,7 +34,7 @@ from measure import machine
 
 WORK_S = 0.2
 ACTORS = (1, 2, 4, 8)
-BATCH = 20
+TASKS_AN_ACTOR = 8  # as the training stage gives where a task is less than a shard
 ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
 FILES = 20
 PARTS = ("rates", "plan", "scan", "index")
@@ -43,7 +43,8 @@ PARTS = ("rates", "plan", "scan", "index")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, help="one part of it")
-    parser.add_argument("--passages", type=int, default=300, help="passages an actor of the sleeping trainer gets")
+    parser.add_argument("--passages", type=int, default=400, help="passages an actor of the sleeping trainer gets")
+    parser.add_argument("--actors", type=int, nargs="*", default=ACTORS, help="how many sleeping trainers")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="the corpora to plan")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="prag-scale-") as scratch:
         if "rates" in parts:
             rates = {}
-            for actors in ACTORS:
+            for actors in arguments.actors:
                 result = in_process("rates", actors * arguments.passages, Path(scratch), actors)
                 rates[str(actors)] = result["rate"]
                 print(
@@ -69,7 +70,8 @@ def main() -> None:
                     flush=True,
                 )
             found["passages_per_s_fake"] = {name: round(value, 2) for name, value in rates.items()}
-            found["efficiency_8"] = round(rates["8"] / rates["1"] / 8, 3)
+            if {"1", "8"} <= {*rates}:
+                found["efficiency_8"] = round(rates["8"] / rates["1"] / 8, 3)
         if "plan" in parts:
             plans = {}
             for name in arguments.rows:
@@ -85,7 +87,7 @@ def main() -> None:
         if "index" in parts:
             found["index_100k_s"] = in_process("index", ROWS["100k"], Path(scratch))
             print(f"a hundred thousand passages indexed: {found['index_100k_s']}", flush=True)
-    if "passages_per_s_fake" in found and "1m" in found.get("plan_s", {}):
+    if "1" in found.get("passages_per_s_fake", {}) and "1m" in found.get("plan_s", {}):
         each = 1 / found["passages_per_s_fake"]["1"] + found["plan_s"]["1m"] / ROWS["1m"]
         found["overhead_share"] = round(1 - WORK_S / each, 4)
     print(json.dumps({**found, "machine": machine()}))
@@ -159,9 +161,10 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
         surveyed = time.perf_counter()
         keys = with_passages(found.keys("to_train"), corpus, profile.partitions)
         missing = with_augmentations(store, keys, recipe().augment.fingerprint, profile.partitions)
+        batch = passages // (actors * TASKS_AN_ACTOR)
         desk, limits = Desk(store, "run", "train", recipe().fingerprint), RunConfig()
         outcomes = run_actors(
-            Sleeper, (store.url,), missing, BATCH, profile.train, desk, limits, silence_s=limits.passage_timeout_s
+            Sleeper, (store.url,), missing, batch, profile.train, desk, limits, silence_s=limits.passage_timeout_s
         )
         times: list[tuple[float, int]] = []
         done = 0
@@ -174,7 +177,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     if done != passages:
         raise RuntimeError(f"{done} of {passages} passages were done")
     # From when all work until the first has nothing more to do.
-    middle = [moment for moment in times if moment[1] >= actors * BATCH and moment[1] <= passages - actors * BATCH]
+    middle = [moment for moment in times if moment[1] >= actors * batch and moment[1] <= passages - actors * batch]
     (first_s, first), (last_s, last) = middle[0], middle[-1]
     return {
         "rate": (last - first) / (last_s - first_s),
@@ -312,7 +315,7 @@ def made_up(begin: int, count: int) -> Iterator[Any]:
 
 
 def add_to_index(directory: Path, passages: Iterator[Any], gone: list[str]) -> None:
-    """Do to an index what the pipeline does not: delete from it, and add to it, as `prag_core.retrieval` writes."""
+    """Do to an index what the pipeline does not: put new passages in the place of others."""
     import jnius
 
     new = jnius.autoclass
@@ -325,12 +328,11 @@ def add_to_index(directory: Path, passages: Iterator[Any], gone: list[str]) -> N
     settings.setOpenMode(new("org.apache.lucene.index.IndexWriterConfig$OpenMode").APPEND)
     path = new("java.nio.file.Paths").get(str(directory))
     writer = new("org.apache.lucene.index.IndexWriter")(new("org.apache.lucene.store.FSDirectory").open(path), settings)
-    for key in gone:
-        writer.deleteDocuments([new("org.apache.lucene.index.Term")("id", key)])
-    for passage in passages:
+    for key, passage in zip(gone, passages, strict=True):
         contents = f"{passage.title}\n{passage.text}"
         fields = {"id": passage.key, "title": passage.title, "contents": contents, "sources": passage.sources}
-        writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
+        written = generator.createDocument(document.fromString(json.dumps(fields)))
+        writer.updateDocument(new("org.apache.lucene.index.Term")("id", key), written)
     writer.forceMerge(1)  # as a new index is: one segment
     writer.close()
 

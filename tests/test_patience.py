@@ -159,11 +159,11 @@ def test_what_is_not_the_passages_fault_is_no_reject(tmp_path: Path) -> None:
 # A chat template that starves, hangs or crashes whoever renders it for a text with the right word. The crash: Python
 # 3.11 hashes a tuple by recursion in C, and there is no end to the tuples in this one.
 POISON = """\
-{% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',)) %}
-{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, 'abcdefghij' * 20000000) %}{% endfor %}
+{% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',), y='abcdefghij') %}
+{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, ns.y * 20000000) %}{% endfor %}
 {% endif %}
 {% if 'Hang' in text %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
-{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}
+{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = ((((((((ns.x,),),),),),),),) %}{% endfor %}
 {% set d = {ns.x: 1} %}{% endif %}
 """
 
@@ -197,15 +197,9 @@ def poisonous(number: int, word: str) -> Passage:
 def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
     passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
-    settings = [
-        "--set",
-        "run.train_batch=16",
-        "--set",
-        "storage.shard_mb=0.1",
-        "--set",
-        "storage.adapter_dtype=float32",
-    ]
-    settings += ["--set", "run.passage_timeout_s=2", "--set", "run.worker_memory_gb=2"]
+    chosen = {"storage.adapter_dtype": "float32", "storage.shard_mb": 0.1, "run.augment_batch": 64}
+    chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 10, "run.worker_memory_gb": 1.5}
+    settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
     reports, sources = [], []
     for name, corpus in (("poisoned", passages), ("clean", harmless)):
@@ -233,7 +227,7 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         111: "timeout",
         150: "loss_not_finite",
     }
-    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [3, 3, 3, 1]
+    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [2, 2, 2, 1]
     for passage in harmless:
         left, right = (source.get(passage.key) for source in sources)
         for name in left:
