@@ -2,7 +2,7 @@
 
 256 invented passages of a hundred words, each with an adapter of the recipe's shape whose factors are random (only
 time is measured), are stored through the shard writer on a real S3 server of this machine and indexed by Lucene. A
-question names three passages; which ones follows Zipf's law. Answers are cut at the same number of tokens.
+question names three passages; which ones follows Zipf's law. Answers all have the same number of tokens.
 
 1. One user: the latency of each mode with warm caches; what laying the adapters takes, and fetching them cold.
 2. The paper's way on the same model: three PEFT adapters loaded, merged by `add_weighted_adapter` (cat), removed.
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ FACTOR_STD = 0.01
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--adapters", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=16, help="of every answer")
+    parser.add_argument("--new-tokens", type=int, default=16, help="of an answer, where latency is measured")
+    parser.add_argument("--rate-tokens", type=int, default=32, help="of an answer, where tokens/s are measured")
     parser.add_argument("--questions", type=int, default=8, help="of one user, a mode")
     parser.add_argument("--rounds", type=int, default=3, help="answers of each of several users at once")
     parser.add_argument("--smoke", action="store_true", help="few adapters, a tiny random model, short")
@@ -97,7 +99,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         base = load_base_model(config.model)
         dtype = str(base.model.dtype).removeprefix("torch.")
         print(f"{machine(base.device)}, {dtype}")
-        print(f"{arguments.adapters} adapters, {arguments.new_tokens} tokens an answer")
+        print(f"{arguments.adapters} adapters; answers of {arguments.new_tokens} and {arguments.rate_tokens} tokens")
         samples, layout = publish_all(base, config, arguments.adapters, folder)
         bench = Bench(base, config, arguments)
         try:
@@ -256,15 +258,17 @@ class Bench:
         """Return the tokens a second that so many users get, each asking again when it has an answer."""
         begun = time.perf_counter()
         rounds = self.arguments.rounds * (2 if users == 1 else 1)
-        await self.latencies(users, rounds, mode)
-        return users * rounds * self.arguments.new_tokens / (time.perf_counter() - begun)
+        await self.latencies(users, rounds, mode, self.arguments.rate_tokens)
+        return users * rounds * self.arguments.rate_tokens / (time.perf_counter() - begun)
 
-    async def latencies(self, users: int, rounds: int, mode: Mode = "prag") -> list[float]:
+    async def latencies(
+        self, users: int, rounds: int, mode: Mode = "prag", new_tokens: int | None = None
+    ) -> list[float]:
         async def user() -> list[float]:
             seconds = []
             for _ in range(rounds):
                 begun = time.perf_counter()
-                answer = await self.service.answer(self.question(mode))
+                answer = await self.service.answer(replace(self.question(mode), max_new_tokens=new_tokens))
                 expect(answer, in_weights=K * (mode == "prag"))
                 seconds.append(time.perf_counter() - begun)
             return seconds

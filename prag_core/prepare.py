@@ -126,7 +126,7 @@ class Preparation:
         self._tokenizer = base.tokenizer
         self._model_name = base.name
         self._retriever = retriever
-        self._template = template
+        self.template = template
         self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
@@ -194,10 +194,8 @@ class Preparation:
         # 2. The prompt opens the answer with the words that every answer in training opens with.
         begun = time.perf_counter()
         texts = [passage_text(passage) for passage in in_prompt]
-        prompt = question_ids(
-            self._tokenizer, request.question, texts, history=request.history, template=self._template
-        )
-        prompt += answer_prefix_ids(self._tokenizer, self._template)
+        prompt = question_ids(self._tokenizer, request.question, texts, history=request.history, template=self.template)
+        prompt += answer_prefix_ids(self._tokenizer, self.template)
         decode = DecodeRequest(
             prompt,
             request.max_new_tokens or self._max_new_tokens,
@@ -226,8 +224,8 @@ class Preparation:
         return Answer(
             question=prepared.request.question,
             mode=prepared.request.mode,
-            text=final_answer(decoded.text, self._template),
-            reasoning="" if self._template == "direct" else decoded.text.strip(),
+            text=final_answer(decoded.text, self.template),
+            reasoning="" if self.template == "direct" else decoded.text.strip(),
             passages=prepared.passages,
             prompt_tokens=len(prepared.decode.prompt),
             new_tokens=len(decoded.tokens),

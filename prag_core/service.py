@@ -155,10 +155,10 @@ class Service:
             RetrievalError: when the index cannot be searched.
             EngineStuckError: when the decoding thread has ended.
         """
-        async with contextlib.aclosing(self._run(request, deadline_s, every_token=False)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    return event
+        async with contextlib.aclosing(self._run(request, deadline_s, stream=False)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Answer):
+                    return piece
         raise AssertionError("a run ends with an answer or an error")
 
     async def stream(self, request: Request, *, deadline_s: float | None = None) -> AsyncIterator[str | Answer]:
@@ -167,14 +167,9 @@ class Service:
         The pieces together are the answer's text. Closing the iterator (`aclose`) cancels the request and frees its
         slot. It raises what `answer` raises.
         """
-        text = TextStream(self._tokenizer, request.stop)
-        async with contextlib.aclosing(self._run(request, deadline_s, every_token=True)) as events:
-            async for event in events:
-                piece = text.end(event.text) if isinstance(event, Answer) else text.add(event)
-                if piece:
-                    yield piece
-                if isinstance(event, Answer):
-                    yield event
+        async with contextlib.aclosing(self._run(request, deadline_s, stream=True)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def refresh(self) -> bool:
         """Look at `CURRENT`, and put another snapshot into service here; True when it did.
@@ -239,9 +234,9 @@ class Service:
     # ---- a request
 
     async def _run(
-        self, request: Request, deadline_s: float | None, every_token: bool
-    ) -> AsyncGenerator[list[int] | Answer, None]:
-        """Yield the tokens so far as they grow, where `every_token` asks for it, and the answer last."""
+        self, request: Request, deadline_s: float | None, stream: bool
+    ) -> AsyncGenerator[str | Answer, None]:
+        """Yield the pieces of the text as they are made, where `stream` asks for it, and the answer last."""
         begun = time.monotonic()
         deadline = None if deadline_s is None else begun + deadline_s
         opened = self._admit(request)
@@ -260,18 +255,22 @@ class Service:
             # 3. Decode.
             inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
             put = _putter(asyncio.get_running_loop(), inbox)
-            ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if every_token else None, put)
+            ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
             self._decoding.submit(ticket)
+            text = TextStream(self._tokenizer, request.stop, opened.preparation.template)
             tokens: list[int] = []
             while not isinstance(event := await _within(deadline, inbox.get()), Decoded):
                 if isinstance(event, PragError):
                     raise event
                 tokens.append(event)
-                yield tokens
+                if piece := text.add(tokens):
+                    yield piece
             ticket = None
             answer = opened.preparation.answer(prepared, event)
             self._count(answer, prepared.fallbacks, time.monotonic() - begun)
             outcome = "ok"
+            if stream and (piece := text.end(answer.text)):
+                yield piece
             yield answer
         except DeadlineError:
             outcome = "deadline"

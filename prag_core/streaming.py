@@ -6,26 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from prag_core.prompts import final_answer
+from prag_core.records import Template
 
 
 class TextStream:
     """Turns the growing tokens of one answer into pieces of its text.
 
     What may still change is held back: half a character, white space and full stops at the end (an answer is trimmed
-    of them), and the beginning of a stop text.
+    of them), and the beginning of a stop text. Where the model reasons first, what the answer is is known at the end.
 
     Args:
         tokenizer: The model's.
         stop: The texts that end the answer.
+        template: How the question was asked.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), template: Template = "direct") -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._template = template
         self._sent = ""
 
     def add(self, tokens: Sequence[int]) -> str:
         """Return the text that is new and certain, given all tokens so far; may be empty."""
+        if self._template != "direct":
+            return ""
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
         for stop in self._stop:
             text = text.split(stop)[0]

@@ -27,10 +27,12 @@ from prag_core.errors import (
 from prag_core.lora import Injector
 from prag_core.models import BaseModel
 from prag_core.prepare import Preparation, Prepared, Request
+from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Answer, Hit
 from prag_core.service import Service
 from prag_core.snapshot import load_snapshot, publish, with_tombstones
+from prag_core.streaming import TextStream
 
 RECIPE = RECIPES["small"]
 
@@ -282,6 +284,17 @@ def test_the_pieces_of_a_stream_are_the_answer(world: World, service: Service) -
         assert "".join(pieces) == last.text
         assert same(last) == same(answer)
     assert streamed[-1][0] == ["f"] * 30
+
+
+@pytest.mark.parametrize("template", ["direct", "chain_of_thought"])
+def test_no_piece_is_ever_taken_back(tiny_session: BaseModel, template: str) -> None:
+    for text in ("One. Two is é 東. And 3.5", " so. The answer is x. So the answer is Mora STOP no", "STSTOP", "a ST"):
+        ids = tiny_session.tokenizer.encode(text, add_special_tokens=False)
+        stream = TextStream(tiny_session.tokenizer, ("STOP", "no"), template)
+        pieces = [stream.add(ids[:end]) for end in range(1, len(ids) + 1)]
+        whole = final_answer(text.split("no")[0].split("STOP")[0], template)
+        assert "".join([*pieces, stream.end(whole)]) == whole
+        assert any(pieces) == (template == "direct" and len(whole) > 0)
 
 
 def test_closing_a_stream_frees_its_slot(world: World) -> None:
