@@ -27,7 +27,7 @@ from pipelines.http_models import (
 from pipelines.http_openai import openai_routes
 from pipelines.http_page import page_routes
 from pipelines.http_safety import Caller, Guard
-from pipelines.http_stream import EventStream, event
+from pipelines.http_stream import EVENTS, EventStream, event
 from prag_core.errors import EngineStuckError
 from prag_core.records import Answer
 
@@ -80,7 +80,7 @@ def answer_routes(desk: Desk) -> APIRouter:
     @routes.post(
         "/answer",
         response_model=AnswerResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": EVENTS}},
     )
     async def answer(body: AnswerRequest, http: Request) -> Any:
         """Answer a question.

@@ -32,7 +32,7 @@ from pipelines.http_models import (
     to_request,
 )
 from pipelines.http_safety import Caller
-from pipelines.http_stream import EventStream, event
+from pipelines.http_stream import EVENTS, EventStream, event
 from prag_core.config import Config
 from prag_core.prepare import Request as AskRequest
 from prag_core.prompts import Role
@@ -212,7 +212,7 @@ def openai_routes(desk: Desk) -> APIRouter:
     @routes.post(
         "/chat/completions",
         response_model=ChatResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **wrong},
+        responses={200: {"content": EVENTS}, **wrong},
     )
     async def chat(body: ChatRequest, http: Request) -> Any:
         """Answer the last message of a chat; with `stream`, as chunks that end with `[DONE]`."""

@@ -12,6 +12,18 @@ from starlette.types import Receive, Scope, Send
 from pipelines.http_errors import ApiError
 
 
+# What the OpenAPI document says of one event; `data` is a JSON document.
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
+
+
 def event(document: Any, name: str = "") -> str:
     """Return one server-sent event with a JSON document."""
     head = f"event: {name}\n" if name else ""

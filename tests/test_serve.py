@@ -247,11 +247,13 @@ class Load:
 
     def _user(self, rng: random.Random) -> None:
         while not self._end.is_set():
+            # So many questions in so many modes that what each must be is soon known.
+            number = rng.randrange(len(PASSAGES))
             asked = {
-                "question": f"What is Quorl {rng.randrange(len(PASSAGES))}?",
+                "question": f"What is Quorl {number}?",
                 "mode": rng.choice(MODES),
-                "top_k": rng.randint(1, 3),
-                "weights": rng.choice(["sum", "mean", "score"]),
+                "top_k": 1 + number % 3,
+                "weights": ("sum", "mean", "score")[number // 4],
             }
             answer = self._once(asked)
             if answer is None:
