@@ -317,6 +317,7 @@ byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   key = byId("key").value.trim();
   byId("key").value = "";
+  byId("status").textContent = "Trying the key …";
   if (!(await greet())) return;
   byId("question").focus();
   // What was refused for want of a key is asked now.
