@@ -12,10 +12,10 @@ import pytest
 from browser import Browser, open_browser
 from conftest import make_passage
 from faulty_proxy import Fault, FaultyProxy
+from live import Server, publish_adapters, write_config
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
-from serving import Server, publish_adapters, write_config
 
 from pipelines.api_keys import KeyFile
 from prag_core.config import load_config
