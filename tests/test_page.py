@@ -72,6 +72,7 @@ class Page:
 
     def __init__(self, browser: Browser, url: str) -> None:
         self.browser = browser
+        browser.complaints()
         browser.chrome.get(f"{url}/")
         self.until(lambda: self.find("#key-form").is_displayed(), "a key was asked for")
 
@@ -178,7 +179,6 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
 
 def test_what_others_wrote_is_text_and_nothing_else(page: Page, world: World) -> None:
     page.let_in(world.key)
-    page.browser.complaints()
     question = f"{EVIL} What is Quorl 77?"
     page.ask(question)
     for mode in ("rag", "prag", "combine"):
@@ -187,17 +187,15 @@ def test_what_others_wrote_is_text_and_nothing_else(page: Page, world: World) ->
     assert page.browser.run("return document.querySelectorAll('img, script:not([src])').length") == 0
     assert page.browser.chrome.title == "Parametric RAG"
     assert page.browser.complaints() == []
-    # Even if some code did insert it as markup, the page's policy would keep it from running.
+    # Even if some code did insert it as markup, or call elsewhere, the page's policy would not let it.
     with pytest.raises(RuntimeError, match="TrustedHTML"):
         page.browser.run(f"document.body.innerHTML = `{EVIL}`")
-    page.browser.run("""
-        const script = document.createElement("div");
-        script.setAttribute("onclick", "document.title = 'owned'");
-        document.body.append(script);
-        script.click();
+    broken = page.browser.run("""
+        const broken = new Promise((resolve) => document.addEventListener("securitypolicyviolation", resolve));
+        fetch("http://127.0.0.1:1/").catch(() => {});
+        return (await broken).effectiveDirective;
     """)
-    assert page.browser.chrome.title == "Parametric RAG"
-    assert any("Content Security Policy" in text for text in page.browser.complaints())
+    assert broken == "connect-src"
 
 
 def test_who_is_refused_is_told_what_to_do(page: Page, world: World) -> None:
