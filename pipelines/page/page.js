@@ -15,7 +15,7 @@ let key = "";
 /** An error that the user is told about. `waitS`: seconds after which trying again makes sense. */
 class Problem extends Error {
   constructor(message, { needsKey = false, waitS = 0 } = {}) {
-    super(/[.!?]$/.test(message) ? message : `${message}.`);
+    super(/[.!?…]$/.test(message) ? message : `${message}.`);
     this.needsKey = needsKey;
     this.waitS = waitS;
   }
@@ -32,10 +32,12 @@ async function send(path, options = {}) {
     throw new Problem("The server cannot be reached.");
   }
   if (response.ok) return response;
+  if (response.status === 401 && response.headers.has("WWW-Authenticate")) {
+    throw new Problem(key ? "The server does not take this key." : "The server wants an API key.", { needsKey: true });
+  }
   // What stands between may answer with something else than the server's JSON.
   const told = await response.json().catch(() => null);
   throw new Problem(told?.error?.message ?? `The server answered with status ${response.status}.`, {
-    needsKey: response.status === 401,
     waitS: Number.parseInt(response.headers.get("Retry-After") ?? "", 10) || 0,
   });
 }
@@ -178,10 +180,11 @@ class Column {
       ["tokens of the prompt", whole.tokens.prompt],
       ["tokens of the answer", whole.tokens.new],
       ["ended by", whole.finish],
-      ["snapshot", whole.snapshot],
     ];
     this.steps.querySelector("dl").replaceChildren(
       ...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]),
+      element("dt", "snapshot"),
+      element("dd", whole.snapshot, "long"),
     );
     this.steps.hidden = false;
     say(`${this.mode}: ${this.answer.textContent}`);
@@ -317,6 +320,7 @@ byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   key = byId("key").value.trim();
   byId("key").value = "";
+  byId("status").textContent = "Trying the key …";
   if (!(await greet())) return;
   byId("question").focus();
   // What was refused for want of a key is asked now.
