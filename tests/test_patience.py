@@ -197,7 +197,12 @@ def poisonous(number: int, word: str) -> Passage:
 def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
     passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
-    chosen = {"storage.adapter_dtype": "float32", "storage.shard_mb": 0.1, "run.augment_batch": 64}
+    chosen = {
+        "storage.adapter_dtype": "float32",
+        "storage.shard_mb": 0.1,
+        "run.augment_batch": 64,
+        "run.tokens_per_step": 8192,
+    }
     chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 10, "run.worker_memory_gb": 1.5}
     settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     harmless = [p for p in passages if int(p.sources[0][1:]) not in words]

@@ -124,7 +124,8 @@ async def a_night_under_load(
 def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     old = [make_passage(n) for n in range(300)]
     work = Workspace(tmp_path, old)
-    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "run.train_batch=64"]
+    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "train.max_tokens=64"]
+    settings += ["--set", "run.train_batch=64", "--set", "run.tokens_per_step=4096"]
     work.run("run", *settings)
     store = Store(str(tmp_path / "store"))
     first = load_snapshot(store)
