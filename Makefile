@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo eval test check fast slow format clean help s3 \
-	bench-augment bench-precision bench-scale bench-store bench-train bench-train-gpu
+.PHONY: setup demo eval test check fast slow format clean help s3 browser \
+	bench-augment bench-precision bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -17,7 +17,9 @@ help:
 	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about half an hour)"
+	@echo "make bench-serve      latency, tokens/s and overload of serving, adapters on S3; the paper's way (about three minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about ten minutes)"
+	@echo "make browser          Chromium for the test of the page, where we are root on a Debian system (make test does it)"
 	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
@@ -48,7 +50,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: setup
+# Debian's Chromium, for the test of the page; where it cannot be installed that test says so, and fails in CI.
+browser:
+	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
+	fi || true
+
+slow: setup browser
 	$(BIN)/python -m pytest -m slow
 
 # Fast things first: a typo fails in seconds.
@@ -76,6 +86,9 @@ bench-scale: setup
 
 bench-store: setup
 	$(BIN)/python benchmarks/store.py
+
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py
 
 format: setup
 	$(BIN)/ruff check --fix .

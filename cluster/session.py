@@ -50,7 +50,9 @@ def ray_session(profile: Profile) -> Iterator[None]:
         # An idle worker is ended after a second by default, and starting the next one takes several.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         # Workers inherit this process's environment. A runtime_env would make Ray start each of them anew.
+        # `local`: without it Ray would join whatever cluster was started last on this machine.
         ray.init(
+            "local",
             num_cpus=profile.logical_cpus,
             object_store_memory=profile.object_store_bytes,
             include_dashboard=False,

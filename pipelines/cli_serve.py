@@ -41,6 +41,6 @@ def _welcome(config: Config, url: str) -> str:
     key = "" if config.serve.api_keys is None else ' -H "Authorization: Bearer $PRAG_KEY"'
     body = json.dumps({"question": "Who built the Cazambra Lighthouse?", "mode": config.answer.mode})
     return (
-        f"Serving at {url} (Ctrl+C ends it). OpenAI clients: base_url={url}/v1\n"
+        f"Serving at {url} (a page for browsers; Ctrl+C ends it). OpenAI clients: base_url={url}/v1\n"
         f"  curl {url}/v1/answer{key} -H 'Content-Type: application/json' -d '{body}'"
     )

@@ -27,6 +27,7 @@ from prag_core.errors import StoreError
 from prag_core.garbage import parse_age
 
 if TYPE_CHECKING:
+    from pipelines.operate import Mended
     from prag_core.maintenance import Finding
     from prag_core.store import Store
 
@@ -98,6 +99,10 @@ def repair(
     if as_json:
         print_json(mended.to_json())
         return
+    _show_mended(mended)
+
+
+def _show_mended(mended: Mended) -> None:
     _show_findings(mended.verified.findings)
     if mended.repaired is None:
         out.print(f"{mended.verified.objects:,} objects: no damage, nothing to mend")

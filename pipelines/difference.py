@@ -44,9 +44,9 @@ def compare(store: Store, old: str | None, new: str, partitions: int) -> Differe
     """
     versions = [(new, True)] if old is None else [(old, False), (new, True)]
     facts = [
-        stored_passages(store, version, partitions)
-        .select_columns(["key", "sources"])
-        .map_batches(_facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"new": is_new})
+        stored_passages(store, version, partitions, ["key", "sources"]).map_batches(
+            _facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"new": is_new}
+        )
         for version, is_new in versions
     ]
     together = facts[0].union(*facts[1:])

@@ -17,7 +17,8 @@ from pipelines import augment, ingest
 from pipelines import evaluation_data as data
 from pipelines.describe import describe
 from pipelines.profiles import profile_of
-from pipelines.tables import read_columns, survey
+from pipelines.progress import RunProgress
+from pipelines.tables import Survey, read_columns, survey
 from prag_core.adapter_store import open_adapters
 from prag_core.augment_import import paper_passages
 from prag_core.config import Config
@@ -43,14 +44,21 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     """
     store = open_store(config)
     recipe, _ = describe(config)
-    only = config.model_copy(update={"augment": config.augment.model_copy(update={"generator": "none"})})
+    # What the file lacks is no failure here: the next run augments it.
+    augmenting = config.augment.model_copy(update={"generator": "none"})
+    running = config.run.model_copy(update={"max_reject_share": 1.0})
+    only = config.model_copy(update={"augment": augmenting, "run": running})
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    profile = profile_of(config)
-    with hold_lease(store, run), ray_session(profile):
+    profile, progress = profile_of(config), RunProgress(store, run, console)
+    with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile.partitions)
         ingest.store_corpus(store, corpus, run)
-        missing = survey(store, corpus.passages, recipe, profile.partitions)
-        report = augment.run_augment(only, store, profile, recipe.augment, corpus.passages, missing, run, console)
+        passages = ingest.stored_passages(store, corpus.version, profile.partitions)
+
+        def look() -> Survey:
+            return survey(store, passages, recipe, profile.partitions)
+
+        report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, progress)
     return {
         "passages": report.taken,
         "imported": report.done - report.earlier,
@@ -87,11 +95,17 @@ def export_from_store(config: Config, file: Path, form: str, snapshot_id: str | 
         augmentations = data.find_augmentations(store, adapters.recipe.augment.fingerprint, keys, partitions)
     console.print(f"{len(augmentations)} of {len(keys)} passages have an augmentation")
     chosen = sorted((p for p in passages if p.key in augmentations), key=lambda p: (p.sources, p.key))
+    write_augmentations(chosen, augmentations, file, form)
+    return len(chosen)
+
+
+def write_augmentations(
+    passages: list[Passage], augmentations: Mapping[str, Augmentation], file: Path, form: str
+) -> None:
+    """Write the augmentations of these passages, by key, in the form `jsonl` or `paper`; see `export_from_store`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
-        for text in _paper(chosen, augmentations) if form == "paper" else _lines(chosen, augmentations):
-            stream.write(text)
-    return len(chosen)
+        stream.writelines((_paper if form == "paper" else _lines)(passages, augmentations))
 
 
 def _lines(passages: list[Passage], augmentations: Mapping[str, Augmentation]) -> Iterator[str]:

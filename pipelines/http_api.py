@@ -25,6 +25,7 @@ from pipelines.http_models import (
     to_request,
 )
 from pipelines.http_openai import openai_routes
+from pipelines.http_page import page_routes
 from pipelines.http_safety import Caller, Guard
 from pipelines.http_stream import EventStream, event
 from prag_core.errors import EngineStuckError
@@ -67,6 +68,7 @@ def make_app(desk: Desk, keys: KeyRing | None, scrape: Scrape) -> FastAPI:
     app.include_router(answer_routes(desk))
     app.include_router(openai_routes(desk))
     app.include_router(operator_routes(desk, scrape))
+    app.include_router(page_routes())
     app.add_middleware(Guard, keys=keys, config=desk.config.serve)
     return app
 

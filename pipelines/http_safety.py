@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.api_keys import KeyRing
 from pipelines.http_errors import ApiError, api_error
+from pipelines.http_page import PAGE_PATHS
 from prag_core.config import Config, ServeConfig
 from prag_core.errors import ConfigError, PragError
 
@@ -22,7 +23,7 @@ BURST_S = 10.0
 # A client that sends its body more slowly holds a place for nothing.
 BODY_TIMEOUT_S = 10.0
 # What a load balancer and a browser must see before they have a key.
-PUBLIC_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
+PUBLIC_PATHS = PAGE_PATHS | {"/healthz", "/readyz", "/openapi.json"}
 
 
 @dataclass(frozen=True)

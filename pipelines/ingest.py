@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -115,12 +115,14 @@ def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
     store.put_json(manifest, seal(document))
 
 
-def stored_passages(store: Store, version: str, partitions: int) -> ray.data.Dataset:
+def stored_passages(
+    store: Store, version: str, partitions: int, columns: Sequence[str] = tuple(schema(Passage).names)
+) -> ray.data.Dataset:
     """Return the passages of a stored corpus version; they are read anew wherever they are needed."""
     parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
     if not parts:
-        return ray.data.from_arrow(schema(Passage).empty_table())
-    return read_columns(store, parts, schema(Passage).names, partitions)
+        return ray.data.from_arrow(schema(Passage).empty_table().select(columns))
+    return read_columns(store, parts, list(columns), partitions)
 
 
 def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:
@@ -148,7 +150,7 @@ def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:
 def _row(item: Piece | Reject, first: bool) -> dict[str, Any]:
     if isinstance(item, Piece):
         return {**asdict(item), "first": first, "reason": "", "detail": ""}
-    blank = dict.fromkeys(("key", "title", "text", "id", "record_key"), "")
+    blank = {**dict.fromkeys(("key", "title", "text", "id", "record_key"), ""), "access": []}
     # A reject's own place is its record id, so that no two of them meet in one group.
     return {
         **blank,

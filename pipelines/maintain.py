@@ -91,7 +91,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
                 checked += row.pop("checked")
                 if row["kind"]:
                     findings.append(Finding(**{**row, "keys": tuple(row["keys"]), "parts": tuple(row["parts"])}))
-            advance(checked, len(findings))
+            advance(checked, 0)
 
         # 1. Everything but shards.
         if checkable:
@@ -101,7 +101,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
         parts = [name for name in names if kind_of(name) == "ledger" and name not in broken]
         if parts:
             rows = _tasks(parts, profile).map_batches(_rows, **_blocks(), fn_kwargs={"store": store})
-            groups = rows.repartition(_partitions(shards, profile), keys=["shard"])
+            groups = _together(rows, "shard", _partitions(max(len(parts), shards), profile))
             follow(groups.map_batches(_check_shards, **_blocks(), fn_kwargs=how))
     size = sum(item.size_bytes for item in objects)
     return Verified(full, len(objects), size, time.perf_counter() - begun, tuple(findings))
@@ -140,7 +140,7 @@ def compact(store: Store, snapshot: Snapshot, profile: Profile, *, dry_run: bool
         # 1. Which rows count: all rows of a key meet.
         rows = _tasks(snapshot.ledger_parts, profile).map_batches(_plain_rows, **_blocks(), fn_kwargs={"store": store})
         marked = (
-            rows.repartition(profile.partitions, keys=["key"])
+            _together(rows, "key", _partitions(len(snapshot.ledger_parts), profile))
             .map_batches(_mark, **_blocks(), fn_kwargs={"forgotten": forgotten})
             .materialize()
         )
@@ -153,9 +153,7 @@ def compact(store: Store, snapshot: Snapshot, profile: Profile, *, dry_run: bool
             return nothing
         # 2. Where they lie: all rows of a shard meet, and each group of shards becomes one part.
         arguments = {"store": store, "recipe": snapshot.recipe, "forgotten": forgotten}
-        written = (
-            marked.repartition(wanted, keys=["shard"]).map_batches(_settle, **_blocks(), fn_kwargs=arguments).take_all()
-        )
+        written = _together(marked, "shard", wanted).map_batches(_settle, **_blocks(), fn_kwargs=arguments).take_all()
     parts = tuple(sorted({row["part"] for row in written if row["part"]}))
     if {*parts} == {*snapshot.ledger_parts}:
         return nothing
@@ -176,7 +174,14 @@ def _tasks(names: Sequence[str], profile: Profile) -> ray.data.Dataset:
 
 
 def _partitions(objects: int, profile: Profile) -> int:
-    return max(1, min(objects, max(profile.partitions, -(-objects // _OBJECTS_PER_TASK))))
+    """Return into how many tasks so many objects are cut: what one task does at once needs no second."""
+    return 1 if objects <= _OBJECTS_PER_TASK else max(profile.partitions, -(-objects // _OBJECTS_PER_TASK))
+
+
+def _together(rows: ray.data.Dataset, column: str, partitions: int) -> ray.data.Dataset:
+    """Bring all rows of one value into one block."""
+    # The actors of a shuffle cost seconds to start: a store that fits into one block does without.
+    return rows.repartition(partitions, keys=[column]) if partitions > 1 else rows.repartition(1)
 
 
 def _found(findings: Sequence[Finding], checked: int) -> pa.Table:

@@ -24,7 +24,7 @@ from prag_core.records import Augmentation, Passage, QAPair
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a sample took one actor: a pair of units (passages, tokens) and seconds for each batch.
+    """What a sample took one actor: units and seconds, of passages a call to the augmenter, of tokens a stack.
 
     `load_seconds` is what an actor takes before its first batch.
     """
@@ -46,7 +46,7 @@ def planned(passage: Passage, recipe: Recipe) -> Augmentation:
 def measure(
     config: Config, recipe: Recipe, profile: Profile, passages: Sequence[Passage], console: Console
 ) -> Measurement:
-    """Augment and train `passages` on an actor of the profile, in batches as the job makes them; stores nothing."""
+    """Augment and train `passages` on an actor of the profile, in stacks as the job makes them; stores nothing."""
     console.print(f"measuring {len(passages)} passages on one actor")
     actors = profile.train
     remote = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=2)
@@ -55,26 +55,25 @@ def measure(
 
 
 def _measure(config: Config, recipe: Recipe, profile: Profile, passages: list[Passage]) -> Measurement:
-    from prag_core.trainer import Trainer, TrainingJob
+    from prag_core.trainer import Trainer, TrainingJob, make_stacks
 
     begun = time.perf_counter()
     set_threads(profile.train.threads)
     base = load_base_model(config.model, expected=recipe.base_model)
     # From the recipe's own start: another one trains as fast.
-    trainer = Trainer(base, replace(recipe.train, start=""))
+    trainer = Trainer(base, replace(recipe.train, start=""), checkpoint=config.run.checkpoint_activations)
     loaded = time.perf_counter() - begun
     made, augmenting = _augmentations(config, recipe, passages)
     jobs = [
         TrainingJob(passage.key, training_examples(base.tokenizer, passage, augmentation, recipe.train))
         for passage, augmentation in zip(passages, made, strict=True)
     ]
-    jobs = sorted((job for job in jobs if job.examples), key=lambda job: job.longest)
-    size = config.run.train_batch
-    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    jobs = [job for job in jobs if job.examples]
+    stacks = make_stacks(jobs, profile.tokens_per_step)
     training = []
-    for batch in [*batches[:1], *batches]:  # the first one twice: kernels are chosen and memory is taken then
+    for stack in [*stacks[:1], *stacks]:  # the first one twice: kernels are chosen and memory is taken then
         begun = time.perf_counter()
-        trained = list(trainer.train(batch, tokens_per_step=profile.tokens_per_step))
+        trained = list(trainer.train(stack, tokens_per_step=profile.tokens_per_step))
         training.append((float(sum(adapter.tokens for adapter in trained)), time.perf_counter() - begun))
     tokens = tuple(float(recipe.train.epochs * job.tokens) for job in jobs)
     return Measurement(Moments.of(augmenting), Moments.of(training[1:]), tokens, loaded)

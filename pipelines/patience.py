@@ -82,8 +82,9 @@ class Patient:
         Raises:
             PragError: what the actor raised on purpose, or when it cannot even be started.
         """
-        # Ray tries a batch again as it was; here it may be tried again in parts. Both find what was done of it.
-        task = pa.scalar(fingerprint(sorted(table["key"].to_pylist())))
+        # Ray tries a batch again as it was; here it may be tried again in parts. Both find what was done of it, and a
+        # later run does not: what is missing then, though it was done, was taken out of the store on purpose.
+        task = pa.scalar(fingerprint([self._desk.run, *sorted(table["key"].to_pylist())]))
         table = table.append_column(TASK, pa.repeat(task, table.num_rows))
         todo: deque[tuple[pa.Table, int]] = deque([(table, 0)])
         outcomes: list[pa.Table] = []

@@ -17,6 +17,7 @@ from pipelines import ingest
 from pipelines.describe import describe
 from pipelines.estimate import Moments, Quantity, exactly, mean
 from pipelines.measure import Measurement, measure, planned
+from pipelines.parameterize import passages_a_task
 from pipelines.profiles import profile_of
 from pipelines.tables import survey
 from prag_core.adapter_io import adapter_size_bytes
@@ -100,11 +101,11 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
         if measured and sample:
             tried = measure(config, recipe, profile, sample[:measured], console)
             augmenting, training = tried.augment, tried.train
-            basis = f"measured now: {len(tried.tokens)} passages in {training.batches} batches"
+            basis = f"measured now: {len(tried.tokens)} passages in {training.batches} stacks"
         else:
             augmenting = _stored(store, f"augmentations/{recipe.augment.fingerprint}", None, profile)
             training = _stored(store, f"adapters/{recipe.fingerprint}/ledger", "tokens", profile)
-            basis = f"what earlier runs stored: {training.batches} batches" if training.batches else "nothing measured"
+            basis = f"what earlier runs stored: {training.batches} commits" if training.batches else "nothing measured"
     counted = tried.tokens if tried and tried.tokens else _tokens_each(config, recipe, sample[:_SAMPLE])
     tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
     cost = _cost(augmenting, training, to_augment, tokens)
@@ -112,9 +113,10 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     hours = cost["all"].scaled(actors.gpus / 3600) if cost["all"] and actors.gpus else None
     dollars = hours.scaled(price_gpu_hour) if hours and price_gpu_hour is not None else None
     load = tried.load_seconds if tried else 0.0
-    batches = math.ceil(to_train / config.run.train_batch), math.ceil(to_augment / config.run.augment_batch)
-    # More actors than batches would not be faster.
-    numbers = [n for n in _ACTORS if n == 1 or n <= min(actors.most, max(batches))]
+    tasks = math.ceil(to_train / passages_a_task(to_train, config, profile, layout)) if to_train else 0
+    batches = math.ceil(to_augment / config.run.augment_batch)
+    # More actors than tasks would not be faster.
+    numbers = [n for n in _ACTORS if n == 1 or n <= min(actors.most, max(tasks, batches))]
     walls = {n: cost["all"].scaled(1 / n).plus(exactly(load)) for n in numbers} if cost["all"] else {}
     return Plan(
         records=corpus.report.taken,
@@ -126,9 +128,10 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
         tokens=round(tokens.value),
         tokens_interval=tokens.interval,
         adapter_bytes=to_train * adapter_size_bytes(layout, config.storage.adapter_dtype),
-        # A shard and a ledger part a batch, an augmentation part a batch; each looks first whether it is there.
-        puts=2 * batches[0] + batches[1],
-        gets=batches[0] + batches[1],
+        # A shard and a ledger part a task, an augmentation part a batch; each looks first whether it is there, and a
+        # task whether its run still holds the lease.
+        puts=2 * tasks + batches,
+        gets=2 * tasks + batches,
         augment_seconds=cost["augment"].value if cost["augment"] else None,
         train_seconds=cost["train"].value if cost["train"] else None,
         wall_seconds={str(n): wall.value for n, wall in walls.items()} or None,

@@ -85,7 +85,9 @@ def check_nodes(config: Config, found: Preflight) -> None:
         for finding in node.answer or ()
         if node in workers or finding.check == "store"
     ]
-    found.note(_agreed(answers))
+    # What is wrong here is wrong there as well: it is one thing to mend.
+    known = {finding.detail for finding in found.findings if finding.outcome == "failed"}
+    found.note(_agreed([answer for answer in answers if answer.detail not in known]))
     found.note([check_room(profile.train.cpus, profile.train.gpus, "a training actor", workers)])
     if profile.train.gpus and found.layout is not None:
         found.note(_gpu_memory(config, profile, found.layout, nodes))

@@ -75,7 +75,9 @@ def submit(
         raise ClusterError(
             str(error), f"check --address ({address}) and that the cluster runs; a job that was submitted goes on"
         ) from None
-    return Outcome(job.id, job.new, ended.exit_code, f"{ended.status.lower()}: {ended.message}".strip(": "))
+    # Ray repeats the end of the output after its first line.
+    message = ended.message.partition("\n")[0].partition(", last available logs")[0]
+    return Outcome(job.id, job.new, ended.exit_code, f"{ended.status.lower()}: {message}".strip(": "))
 
 
 def _refuse_relative(config: Config) -> None:

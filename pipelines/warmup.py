@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -90,6 +91,8 @@ def run_warmup(
             "settings": settings,
             "threads": profile.model_actors.threads,
         }
+        # Ray Train moves its workers into a folder of its own, where relative paths of the configuration lead nowhere.
+        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         with tempfile.TemporaryDirectory(prefix="prag-warmup-") as scratch:
             trainer = TorchTrainer(
                 _train,

@@ -154,8 +154,8 @@ class AdapterCache:
         with self._lock:
             for row in rows:
                 id = AdapterId(source.recipe, row.key, row.checksum)
-                if (error := self._failed.get(id)) is not None:
-                    failed[row.key] = error
+                if (known := self._failed.get(id)) is not None:
+                    failed[row.key] = known
                 else:
                     entries[row.key] = id, self._pin(id, source, row)
         return Lease(self, entries, failed)

@@ -43,11 +43,16 @@ class _Strict(BaseModel):
 
 
 class Columns(_Strict):
-    """The names under which a corpus file keeps a passage's id, title and text."""
+    """The names under which a corpus file keeps a passage's id, title, text and access tags."""
 
     id: str = "id"
     title: str = "title"
     text: str = "text"
+    access: str | None = Field(
+        None,
+        description="Tags of which a reader must hold one: a list, or a text with commas between them. When it is "
+        "named each record must have it; empty means public.",
+    )
 
 
 class CorpusConfig(_Strict):

@@ -76,7 +76,7 @@ class Piece:
 
     `key` names the content of the piece and `record_key` that of the whole record. `id` is the record's id, with
     `#0`, `#1`, … behind it when the record was split. `file` is the path below the configured one; `line` is the
-    line where the record starts (the row in Parquet), from 1.
+    line where the record starts (the row in Parquet), from 1. `access` are the record's access tags.
     """
 
     key: str
@@ -87,6 +87,7 @@ class Piece:
     record_key: str
     file: str
     line: int
+    access: tuple[str, ...] = ()
 
 
 class _BadRecordError(Exception):
@@ -231,9 +232,14 @@ def resolve_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Reject]]:
 
 
 def merge_pieces(pieces: Sequence[Piece]) -> Passage:
-    """Make one passage of all pieces of one key, in any order; its sources are all their ids."""
+    """Make one passage of all pieces of one key, in any order; its sources are all their ids.
+
+    Who may read one of them may read the passage: it is public when one of them is.
+    """
     first = min(pieces, key=lambda piece: (piece.id, piece.file, piece.line))
-    return Passage(first.key, first.title, first.text, tuple(sorted({piece.id for piece in pieces})))
+    public = any(not piece.access for piece in pieces)
+    tags = () if public else tuple(sorted({tag for piece in pieces for tag in piece.access}))
+    return Passage(first.key, first.title, first.text, tuple(sorted({piece.id for piece in pieces})), tags)
 
 
 class _Lines:
@@ -350,7 +356,7 @@ def _read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterato
     there = table.schema_arrow.names
     _require_text_column(there, path, config)
     columns = config.columns
-    names = [name for name in (columns.id, columns.title, columns.text) if name in there]
+    names = [name for name in (columns.id, columns.title, columns.text, columns.access) if name in there]
     number = 0
     for batch in table.iter_batches(_PARQUET_ROWS, columns=names):
         for row in range(batch.num_rows):
@@ -387,12 +393,13 @@ def _pieces(record: Mapping[str, object], file: str, line: int, config: CorpusCo
     text = _string(record, columns.text, numbers=False).strip()
     if not text:
         raise _BadRecordError("empty_text", f"column {columns.text!r} holds no text")
+    access = _tags(record, columns.access)
     texts = split_text(text, config.max_words)
     record_key = passage_key(title, text)
     if len(texts) == 1:
-        return [Piece(record_key, title, text, record_id, record_id, record_key, file, line)]
+        return [Piece(record_key, title, text, record_id, record_id, record_key, file, line, access)]
     return [
-        Piece(passage_key(title, part), title, part, f"{record_id}#{n}", record_id, record_key, file, line)
+        Piece(passage_key(title, part), title, part, f"{record_id}#{n}", record_id, record_key, file, line, access)
         for n, part in enumerate(texts)
     ]
 
@@ -408,6 +415,22 @@ def _string(record: Mapping[str, object], column: str, *, numbers: bool) -> str:
         raise _BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a string")
     value.encode()  # refuses a lone surrogate, which JSON can spell and nothing can store
     return _CONTROL.sub("", value)
+
+
+def _tags(record: Mapping[str, object], column: str | None) -> tuple[str, ...]:
+    """Return a record's access tags. What cannot be read as tags is never taken for public."""
+    if column is None:
+        return ()
+    if column not in record:
+        raise _BadRecordError("missing_column", f"no column {column!r}, which corpus.columns.access names")
+    value = record[column]
+    tags = [] if value in (None, "") else value.split(",") if isinstance(value, str) else value
+    if not isinstance(tags, list):
+        raise _BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a list of tags")
+    cleaned = [_string({column: tag}, column, numbers=False).strip() for tag in tags]
+    if "" in cleaned:
+        raise _BadRecordError("wrong_type", f"column {column!r} holds an empty tag")
+    return tuple(sorted(set(cleaned)))
 
 
 def _fill(cuts: Sequence[int], limit: int) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from prag_core.errors import ModelError, PromptTooLongError
-from prag_core.lora import Factors, Injector, RowAdapters, stack_rows
+from prag_core.lora import AdapterStack, Factors, Injector, RowAdapters, stack_adapters
 from prag_core.models import BaseModel
 from prag_core.prefixes import Prefix, Prefixes, cache_layers
 from prag_core.slots import SlotAdapters, SlotCache
@@ -76,8 +76,8 @@ class Decoded:
 
     `finish` is `stop` (a stop token or string), `length`, or `not_finite`: its logits were not, and it ended there.
     `text` has no special tokens and ends before a stop string, `tokens` are all that were made. Milliseconds:
-    `wait_ms` for a slot, `inject_ms` to gather the adapters, `prefill_ms` from then to the first token, `decode_ms`
-    from there to the last; other rows' work in the same steps is part of them.
+    `wait_ms` for a slot, `inject_ms` to gather the adapters and lay them into the slot, `prefill_ms` for the rest of
+    the way to the first token, `decode_ms` from there to the last; other rows' work in the same steps is part of them.
     """
 
     tokens: list[int]
@@ -109,7 +109,7 @@ class _Row:
     generator: torch.Generator | None
     submitted: float
     taken: float = 0.0
-    injected: float = 0.0
+    inject_s: float = 0.0
     first: float = 0.0
     cancelled: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -135,7 +135,8 @@ class _Reading:
     rows: list[_Row]
     shared: int
     ids: Tensor
-    adapters: RowAdapters | None
+    adapters: AdapterStack | None
+    active: RowAdapters | None
     cache: DynamicCache
     done: int = 0
 
@@ -301,18 +302,19 @@ class Decoder:
         for row in chosen:
             del self._waiting[row.id]
             row.taken = time.perf_counter()
-        adapters = None
+        adapters = active = None
         if self._injector is not None:
             sums = [row.request.adapters for row in chosen]
             model = self._base.model
-            adapters = stack_rows(self._injector.layout, sums, dtype=model.dtype, device=self._device)
+            adapters = stack_adapters(self._injector.layout, sums, dtype=model.dtype, device=self._device)
+            active = adapters.rows() if adapters is not None else None
+        for row in chosen:
+            row.inject_s = time.perf_counter() - row.taken
         shared = min(row.shared for row in chosen)
         ids = padded([row.prompt[shared : row.to_read] for row in chosen]).to(self._device)
         prefix = chosen[0].prefix
         cache = prefix.cache(shared, len(chosen)) if prefix is not None else DynamicCache()
-        self._readings.append(_Reading(chosen, shared, ids, adapters, cache))
-        for row in chosen:
-            row.injected = time.perf_counter()
+        self._readings.append(_Reading(chosen, shared, ids, adapters, active, cache))
 
     def _read(self, reading: _Reading) -> bool:
         """Read the next columns of some prompts, and say whether they have been read."""
@@ -320,7 +322,7 @@ class Decoder:
         end = min(width, reading.done + max(1, self._prefill_chunk // len(reading.rows)))
         if reading.done < end:
             positions = torch.arange(reading.shared + reading.done, reading.shared + end, device=self._device)
-            with self._active(reading.adapters):
+            with self._active(reading.active):
                 self._base.model(
                     input_ids=reading.ids[:, reading.done : end],
                     position_ids=positions[None],
@@ -337,7 +339,9 @@ class Decoder:
         for i, row in enumerate(reading.rows):
             if not row.cancelled:
                 self._cache.join(layers, i, row.to_read)
+                begun = time.perf_counter()
                 self._adapters.join(reading.adapters if row.request.adapters else None, i)
+                row.inject_s += time.perf_counter() - begun
                 self._live.append(row)
 
     def _leave(self, place: int) -> None:
@@ -410,8 +414,8 @@ class Decoder:
             text=text,
             finish=finish,
             wait_ms=(row.taken - row.submitted) * 1e3,
-            inject_ms=(row.injected - row.taken) * 1e3,
-            prefill_ms=(row.first - row.injected) * 1e3,
+            inject_ms=row.inject_s * 1e3,
+            prefill_ms=(row.first - row.taken - row.inject_s) * 1e3,
             decode_ms=(now - row.first) * 1e3,
         )
 

@@ -5,6 +5,7 @@ Nothing here vouches for the bytes: who reads them knows their checksum. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
@@ -61,7 +62,8 @@ class DiskCache:
             scratch.replace(path)
         except OSError as error:
             log.warning("%s: cannot be written: %s", path, error)
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
             return
         with self._lock:
             self._written += len(data)
@@ -72,7 +74,8 @@ class DiskCache:
 
     def remove(self, group: str, name: str) -> None:
         """Forget what lies under a name."""
-        (self._folder / group / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._folder / group / name).unlink()
 
     def _trim(self) -> None:
         """Count the folder, and remove what was used longest ago until the rest keeps to the budget."""

@@ -20,6 +20,8 @@ from prag_core.prompts import Role, final_answer, passage_text
 from prag_core.records import Answer, Hit, Mode, Passage, Template, UsedPassage, Weights
 from prag_core.retrieval import Retriever
 
+# Among so many of the best passages those that the asker may see are sought.
+_DEEPEST = 1024
 _MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
 
 
@@ -145,10 +147,10 @@ class Preparation:
         while True:
             hits = self._retriever.search(request.question, wanted, request.min_score)
             seen = [hit for hit in hits if self._may_use(hit.passage, request)]
-            # What is hidden takes no place among the top k: look further down.
-            if len(seen) >= request.top_k or len(hits) < wanted:
+            # What must not be seen takes no place among the top k: look further down, though not without end.
+            if len(seen) >= request.top_k or len(hits) < wanted or wanted >= _DEEPEST:
                 return tuple(seen[: request.top_k])
-            wanted *= 4
+            wanted = min(4 * wanted, _DEEPEST)
 
     def build(
         self,
@@ -165,7 +167,8 @@ class Preparation:
             adapters: The factors of each hit, or why they cannot be had; not looked at unless it `updates`.
             milliseconds: What was spent so far, by step.
         """
-        # 1. Which passages go where.
+        # 1. Which passages go where. Who may read what is asked again, at the last moment.
+        hits = [hit for hit in hits if self._may_use(hit.passage, request)]
         summands: list[tuple[Factors, float]] = []
         used = []
         in_prompt: list[Passage] = []
@@ -244,7 +247,9 @@ class Preparation:
         return Answer(request.question, request.mode, "", snapshot=self.snapshot, finish="error", error=error.message)
 
     def _may_use(self, passage: Passage, request: Request) -> bool:
-        return passage.key not in self._hidden
+        if passage.key in self._hidden:
+            return False
+        return request.access is None or not passage.access or not request.access.isdisjoint(passage.access)
 
 
 def hit_weights(hits: Sequence[Hit], weights: Weights) -> list[float]:

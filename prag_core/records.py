@@ -28,12 +28,16 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One unit of text. `key` is its content hash; `sources` are all the ids it came under, sorted."""
+    """One unit of text. `key` is its content hash; `sources` are all the ids it came under, sorted.
+
+    `access` are the tags of which a reader must hold one, sorted; without any the passage is public.
+    """
 
     key: str
     title: str
     text: str
     sources: tuple[str, ...]
+    access: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from prag_core.records import Hit, Passage, from_dict
 from prag_core.store import Store
 
 # Raise it when the analyzer, the stored fields or Lucene's major version change: all indexes are then built anew.
-INDEX_RULE = 1
+INDEX_RULE = 2
 MIN_JAVA = 21
 HEAP = "1g"
 INDEXING_BUFFER_MB = 256.0
@@ -221,6 +221,7 @@ def _build(java: Any, passages: Iterable[Passage], directory: Path) -> int:
                 "title": passage.title,
                 "contents": f"{passage.title}\n{passage.text}",
                 "sources": passage.sources,
+                "access": passage.access,
             }
             writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
             documents += 1
@@ -282,7 +283,13 @@ class LuceneRetriever:
 def _passage(raw: str) -> Passage:
     fields = json.loads(raw)
     title = fields["title"]
-    return Passage(fields["id"], title, fields["contents"][len(title) + 1 :], tuple(fields["sources"]))
+    return Passage(
+        key=fields["id"],
+        title=title,
+        text=fields["contents"][len(title) + 1 :],
+        sources=tuple(fields["sources"]),
+        access=tuple(fields.get("access", ())),  # an index of the first rule knows no tags
+    )
 
 
 # ---- travel through the store

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from prag_core.errors import ModelError
-from prag_core.lora import RowAdapters
+from prag_core.lora import AdapterStack, RowAdapters
 
 # Columns that are allocated at once; a batch moves to new tensors at most once in so many tokens.
 _BLOCK = 128
@@ -182,64 +182,64 @@ class SlotAdapters:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._has: list[bool] = []
-        self._stacked: RowAdapters | None = None
+        self._stack: AdapterStack | None = None
         self._view: RowAdapters | None = None
 
-    def join(self, source: RowAdapters | None, row: int) -> None:
+    def join(self, source: AdapterStack | None, row: int) -> None:
         """Append a live row with the adapters of one row of `source`, or with none."""
         place, rank = len(self._has), 0
         if source is not None:
             rank = source.weights.shape[1]
             self._widen(source)
         # What a former row left is overwritten or set to zero: a weight of zero alone would let NaN through.
-        if self._stacked is not None:
-            for name, (a, b) in self._stacked.factors.items():
-                if source is not None:
-                    a[place, :rank], b[place, :, :rank] = source.factors[name][0][row], source.factors[name][1][row]
-                a[place, rank:] = 0
-                b[place, :, rank:] = 0
+        if self._stack is not None:
+            for target, pair in self._stack.factors.items():
+                for side, tensor in enumerate(pair):
+                    if source is not None:
+                        tensor[:, place, :rank] = source.factors[target][side][:, row]
+                    tensor[:, place, rank:] = 0
             if source is not None:
-                self._stacked.weights[place, :rank] = source.weights[row]
-            self._stacked.weights[place, rank:] = 0
+                self._stack.weights[place, :rank] = source.weights[row]
+            self._stack.weights[place, rank:] = 0
         self._has.append(source is not None)
         self._view = None
 
     def leave(self, place: int) -> None:
         """End the live row `place`; the last live row takes its place."""
         last = len(self._has) - 1
-        if self._stacked is not None and place != last:
-            for a, b in self._stacked.factors.values():
-                a[place], b[place] = a[last], b[last]
-            self._stacked.weights[place] = self._stacked.weights[last]
+        if self._stack is not None and place != last:
+            for pair in self._stack.factors.values():
+                for tensor in pair:
+                    tensor[:, place] = tensor[:, last]
+            self._stack.weights[place] = self._stack.weights[last]
         self._has[place] = self._has[last]
         self._has.pop()
         self._view = None
         if not any(self._has):
-            self._stacked = None
+            self._stack = None
 
     def rows(self) -> RowAdapters | None:
         """Return the live rows' adapters, or None when none has any: the bare model then runs as it is."""
-        if self._stacked is not None and self._view is None:
-            count = len(self._has)
-            factors = {name: (a[:count], b[:count]) for name, (a, b) in self._stacked.factors.items()}
-            self._view = RowAdapters(factors, self._stacked.weights[:count])
+        if self._stack is not None and self._view is None:
+            self._view = self._stack.rows(len(self._has))
         return self._view
 
-    def _widen(self, source: RowAdapters) -> None:
+    def _widen(self, source: AdapterStack) -> None:
         """Make the tensors hold a summed rank like that of `source`."""
-        rank, old = source.weights.shape[1], self._stacked
+        rank, old = source.weights.shape[1], self._stack
         if old is not None and old.weights.shape[1] >= rank:
             return
         factors = {}
-        for name, (a, b) in source.factors.items():
-            factors[name] = (a.new_zeros(self._slots, rank, a.shape[2]), b.new_zeros(self._slots, b.shape[1], rank))
+        for target, pair in source.factors.items():
+            wider = [tensor.new_zeros(len(tensor), self._slots, rank, tensor.shape[3]) for tensor in pair]
             if old is not None:
-                factors[name][0][:, : old.weights.shape[1]] = old.factors[name][0]
-                factors[name][1][:, :, : old.weights.shape[1]] = old.factors[name][1]
+                for tensor, former in zip(wider, old.factors[target], strict=True):
+                    tensor[:, :, : old.weights.shape[1]] = former
+            factors[target] = (wider[0], wider[1])
         weights = source.weights.new_zeros(self._slots, rank)
         if old is not None:
             weights[:, : old.weights.shape[1]] = old.weights
-        self._stacked = RowAdapters(factors, weights)
+        self._stack = AdapterStack(source.layers, factors, weights)
 
 
 def attention_layers(model: Any) -> int:

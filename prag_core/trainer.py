@@ -253,7 +253,8 @@ class Trainer:
         token_weights = (1.0 / torch.tensor(counts, dtype=self._precision))[row_of]
         weights = torch.full((len(batch), self.layout.rank), self.layout.scale, device=device)
         # Padding stands on the right, where causal attention never looks: no mask is needed.
-        with self._injector.active(RowAdapters(factors, weights)):
+        active = {place: (a, b.transpose(1, 2)) for place, (a, b) in factors.items()}
+        with self._injector.active(RowAdapters(active, weights)):
             hidden = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
         token_weights = token_weights.to(device)
         total, losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Any
 import psutil
 
 WAIT_S = 120.0
+# A driver that is forked has read before whether there is a token; so neither side shall look for one.
+AUTH = {"RAY_AUTH_MODE": "disabled"}
 
 
 class Cluster:
@@ -67,7 +68,7 @@ def cluster(variables: dict[str, str]) -> Iterator[Cluster]:
     command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false", "--num-cpus=4"]
     command += [f"--object-store-memory={200 * 2**20}", "--node-ip-address=127.0.0.1"]
-    environment = {**os.environ, **variables, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
+    environment = {**os.environ, **variables, **AUTH, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     log = Path(folder) / "start.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
@@ -75,16 +76,11 @@ def cluster(variables: dict[str, str]) -> Iterator[Cluster]:
         wait(lambda: is_open(port), f"the cluster does not start: {log}")
         yield Cluster(process, f"127.0.0.1:{port}", Path(folder))
     finally:
-        left = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for child in left:
-            if child.is_running():
-                child.kill()
+        for left in psutil.Process(process.pid).children(recursive=True):
+            if left.is_running():
+                left.kill()
+        process.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -120,7 +116,7 @@ def _drive(settings: dict[str, Any], environment: dict[str, str], log: Path, rep
     from pipelines.job import run_job
     from prag_core.config import parse_config
 
-    os.environ.update(environment)
+    os.environ.update({**environment, **AUTH})
     with log.open("w") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

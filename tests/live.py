@@ -19,7 +19,7 @@ import psutil
 import yaml
 from test_lora import random_adapter
 
-from pipelines.job import describe
+from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
 from prag_core.records import LedgerRow, Passage
@@ -60,10 +60,10 @@ def publish_adapters(config: Config, passages: Sequence[Passage], seed: int) -> 
         rows += adapters.commit([(trained, str(seed))])
     version = passages[0].key
     id = index_id(version, config.index)
-    if find_index(store.fs, store.root, id) is None:
+    if find_index(store, id) is None:
         with tempfile.TemporaryDirectory() as scratch:
             count = build_index(passages, Path(scratch, "lucene"))
-            archive_index(Path(scratch, "lucene"), store.fs, store.root, id, version, count)
+            archive_index(Path(scratch, "lucene"), store, id, version, count)
     snapshot = make_snapshot(
         corpus_version=version,
         index=id,

@@ -9,7 +9,7 @@ from conftest import make_augmentation
 from test_job import Workspace
 from test_lora import random_adapter
 
-from pipelines.job import describe
+from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config, load_config
 from prag_core.records import Passage, to_table
@@ -58,5 +58,5 @@ def _index(config: Config, store: Store, corpus: str, passages: list[Passage]) -
     id = index_id(corpus, config.index)
     with tempfile.TemporaryDirectory() as scratch:
         documents = build_index(passages, Path(scratch) / "lucene")
-        archive_index(Path(scratch) / "lucene", store.fs, store.root, id, corpus, documents)
+        archive_index(Path(scratch) / "lucene", store, id, corpus, documents)
     return id

@@ -70,3 +70,13 @@ def test_augment() -> None:
     assert found["slots"] == 3
     assert found["prompts"] > 3
     assert found["tokens_per_s"]["ours"] > 0 < found["tokens_per_s"]["generate"]
+
+
+@pytest.mark.slow
+def test_serve() -> None:
+    found = last_line("serve.py", "--smoke")
+    assert set(found["latency_ms"]) == {"closed", "rag", "prag", "combine"}
+    assert set(found["tok_s"]) == {"1", "4", "16"}
+    assert found["x_update"] > 1
+    assert isinstance(found["overload_ok"], bool)
+    assert min(found["prag_vs_rag"], found["mixed_vs_base"], found["x_concurrency16"], found["rss_mb"]) > 0

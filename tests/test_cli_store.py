@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,20 @@ import typer
 from conftest import make_passage
 from peft import PeftModel
 from test_job import Workspace
+from test_maintenance import verify as check
 
-from pipelines import cli, terminal
+from pipelines import cli, cli_store, terminal
+from pipelines.maintain import Verified
+from pipelines.operate import Mended
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import ModelConfig
 from prag_core.errors import ConfigError, ConflictError, InputError, LeaseError, PragError, StoreError
 from prag_core.lease import hold_lease
 from prag_core.lora import Injector, stack_rows
+from prag_core.maintenance import Finding
 from prag_core.models import load_base_model
 from prag_core.records import LedgerRow, from_table
+from prag_core.repair import Repaired
 from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store
 
@@ -90,91 +96,101 @@ def served(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {passage.key: source.get(passage.key) for passage in PASSAGES if passage.key in source}
 
 
-def test_verify_finds_and_repair_mends(folder: Path) -> None:
-    before = served(folder)
-    assert len(before) == 6
+def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> None:
+    before, store, victim = served(folder), store_of(folder), PASSAGES[2]
     rows = rows_of(folder)
-    shards = sorted({row.shard for row in rows})
-    assert len(shards) == 2
-    # A byte of one adapter, and the ledger part of the other shard's.
-    store = store_of(folder)
-    victim = next(row for row in rows if row.shard == shards[0])
-    data = bytearray(store.get(victim.shard))
-    data[victim.offset + 1] ^= 32
-    store.put(victim.shard, bytes(data))
+    assert len(before) == 6
+    assert len({row.shard for row in rows}) == 2
+    # 1. A byte of one adapter flips, and the ledger part of the other shard is cut short: found.
+    flipped = next(row for row in rows if row.key != victim.key)
+    data = bytearray(store.get(flipped.shard))
+    data[flipped.offset + 1] ^= 32
+    store.put(flipped.shard, bytes(data))
+    kept = [row.key for row in rows if row.shard == flipped.shard and row.key != flipped.key]
     part = next(
         part
         for part in load_snapshot(store).ledger_parts
-        if shards[1] in store.get_columns(part, ["shard"])["shard"].to_pylist()
+        if flipped.shard not in store.get_columns(part, ["shard"])["shard"].to_pylist()
     )
     store.put(part, store.get(part)[:-7])
     code, printed = call("verify", "--full", "--json")
     found = json.loads(printed)
     assert code == StoreError.exit_code
-    assert {(f["name"], f["kind"]) for f in found["findings"]} == {(victim.shard, "checksum"), (part, "checksum")}
-    assert found["findings"][-1]["keys"] == [victim.key]
-    # One command mends it: taken out, and trained again to the same adapters.
-    code, printed = call("repair")
-    assert code == 0, printed
-    assert "adapters taken out" in printed
-    assert f"train {1 + sum(row.shard == shards[1] for row in rows)}" in printed
-    after = served(folder)
-    assert set(after) == set(before)
-    kept = [row.key for row in rows if row.shard == shards[0] and row.key != victim.key]
-    assert kept
-    for key, factors in after.items():
-        rtol, atol = (0.0, 0.0) if key in kept else (0.02, 1e-3)
-        torch.testing.assert_close(dict(factors), dict(before[key]), rtol=rtol, atol=atol)
-    code, printed = call("verify", "--full")
-    assert (code, "no damage" in printed) == (0, True), printed
+    assert {(f["name"], f["kind"]) for f in found["findings"]} == {(flipped.shard, "checksum"), (part, "checksum")}
+    assert [f["keys"] for f in found["findings"] if f["name"] == flipped.shard] == [[flipped.key]]
 
-
-def test_forgotten_passages_are_gone_after_a_run_and_gc(folder: Path) -> None:
-    victim = PASSAGES[2]
-    store = store_of(folder)
-    assert call("forget", "nobody")[0] == InputError.exit_code
-    # It works while a run is at work, which then does not publish over it.
+    # 2. Mended by one command; a passage that is forgotten while it works is not published over.
     earlier = set(store.list("runs", "inputs.json"))
-    running = start("run")
+    mending = start("repair")
     deadline = time.monotonic() + 240
     while set(store.list("runs", "inputs.json")) == earlier:
-        assert running.poll() is None, running.communicate()[1][-3000:]
+        assert mending.poll() is None, mending.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     code, printed = call("forget", victim.sources[0])
     assert (code, victim.key in printed) == (0, True)
-    message = running.communicate(timeout=240)[1]
-    assert (running.returncode, "another publisher" in message) == (ConflictError.exit_code, True), message[-3000:]
-    # 1. The engine does not use it from now on.
+    message = mending.communicate(timeout=240)[1]
+    assert (mending.returncode, "another publisher" in message) == (ConflictError.exit_code, True), message[-3000:]
+
+    # 3. The run after it publishes what was made again; the corpus file has the forgotten one, the corpus has not.
+    code, printed = call("run", "--json")
+    assert code == 0, printed
+    report = json.loads(printed)
+    assert (report["adapters"], report["stages"][0]["extra"]["forgotten"]) == (5, 1)
+    after = served(folder)
+    for key in set(before) - {victim.key}:
+        rtol, atol = (0.0, 0.0) if key in kept else (0.02, 1e-3)
+        torch.testing.assert_close(dict(after[key]), dict(before[key]), rtol=rtol, atol=atol)
     asking = start("ask", "--json", "--set", "answer.mode=prag", f"What is {victim.title}?")
     printed, message = asking.communicate(timeout=240)
     assert asking.returncode == 0, message[-3000:]
     used = [passage["key"] for passage in json.loads(printed)[0]["passages"]]
     assert used
     assert victim.key not in used
-    # 2. Looking changes nothing.
-    code, printed = call("gc", "--dry-run", "--json")
-    assert code == 0, printed
-    dry = json.loads(printed)
-    assert (dry["dry_run"], dry["compacted"]["forgotten"], list(dry["held"])) == (True, 1, [current_id(store)])
-    assert victim.key in served(folder)
-    # 3. The corpus file still has it, and yet the next corpus has not; then its bytes go.
-    code, printed = call("run", "--json")
-    assert code == 0, printed
-    report = json.loads(printed)
-    assert (report["adapters"], report["stages"][0]["extra"]["forgotten"]) == (5, 1)
+
+    # 4. Its bytes go.
     code, printed = call("gc", "--grace", "0s", "--json")
     assert code == 0, printed
     done = json.loads(printed)
     assert (done["held"], done["compacted"]["new_parts"]) == ({}, 1)
-    assert set(served(folder)) == {passage.key for passage in PASSAGES} - {victim.key}
+    assert set(served(folder)) == set(before) - {victim.key}
     files = {path: path.read_bytes() for path in (folder / "store").rglob("*") if path.is_file()}
     assert {path.parent.name for path, data in files.items() if victim.key.encode() in data} == {"snapshots"}
     for name in store.list("", ".parquet"):
         assert victim.key not in store.get_columns(name, ["key"])["key"].to_pylist(), name
     assert len(store.list("indexes", "index.json")) == len(store.list("corpus", "manifest.json")) == 1
-    code, printed = call("gc", "--grace", "0s")
-    assert (code, "0 B" in printed) == (0, True), printed
+    assert check(store) == []
+
+
+def test_what_was_mended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.out, "file", io.StringIO())
+    finding = Finding("adapters/r/shards/s.safetensors", "checksum", "bytes of 1 of 3 adapters were altered", ("k",))
+    verified = Verified(True, 20, 1000, 1.0, (finding,))
+    stages = [{"stage": "corpus", "done": 7, "earlier": 0}, {"stage": "train", "done": 6, "earlier": 5}]
+    repaired = Repaired(("k",), ("part",), ("a", "b"), {}, "old")
+    cli_store._show_mended(Mended(verified, repaired, {"snapshot": "new", "stages": stages}))
+    cli_store._show_mended(Mended(verified, repaired, None))
+    cli_store._show_mended(Mended(replace(verified, findings=()), None, None))
+    shown = terminal.out.file.getvalue()
+    for words in ("checksum", "train 1 ", "new", "not yet: run `prag run`", "nothing to mend"):
+        assert words in shown, shown
+
+
+def test_a_dry_run_removes_nothing(folder: Path) -> None:
+    """Before the first publication there is nothing to compact, and so no Ray."""
+    store = store_of(folder)
+    store.remove("CURRENT")
+    store.remove(store.list("snapshots", ".json")[0])
+    orphan = f"adapters/{rows_of(folder)[0].recipe}/shards/{'0' * 32}.safetensors"
+    store.put(orphan, b"x" * 2000)
+    code, printed = call("gc", "--dry-run", "--grace", "0s", "--json")
+    assert (code, [item["name"] for item in json.loads(printed)["objects"]]) == (0, [orphan]), printed
+    assert store.exists(orphan)
+    assert "2.0 KB" in call("gc", "--dry-run", "--grace", "0s")[1]
+    assert "0 B" in call("gc", "--dry-run")[1]  # it may be a writer's unfinished work
+    assert "removed" in call("gc", "--grace", "0s")[1]
+    assert not store.exists(orphan)
+    assert len(rows_of(folder)) == 6
 
 
 def test_export_and_import_keep_the_logits(folder: Path) -> None:

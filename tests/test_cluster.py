@@ -83,7 +83,7 @@ def work(tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Works
 
 def until_committed(work: Workspace, parts: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 240
-    while len(list((work.folder / "store" / "adapters").glob("*/ledger/*.parquet"))) < parts:
+    while len(list((work.folder / "store" / "adapters").glob("*/ledger/**/*.parquet"))) < parts:
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -533,3 +533,40 @@ def test_pieces_and_rejects_travel_as_arrow(tmp_path):
     pieces, rejects = read(jsonl(tmp_path / "x.jsonl", *GOOD, "broken"))
     assert from_table(Piece, to_table(Piece, pieces)) == pieces
     assert from_table(Reject, to_table(Reject, rejects)) == rejects
+
+
+TAGGED = [
+    ("hr", ("hr",)),
+    ("hr, board", ("board", "hr")),
+    (["b", "a", "b"], ("a", "b")),
+    ([], ()),
+    (None, ()),
+]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_access_tags_are_read_and_go_with_each_piece(tmp_path, name):
+    tags = [row for row in TAGGED if name != "c.parquet" or not isinstance(row[0], str)]
+    rows = [{"id": str(n), "text": f"{n} is one. " * 30, "acl": given} for n, (given, _) in enumerate(tags)]
+    pieces, rejects = read(write(tmp_path / name, rows), columns={"access": "acl"}, max_words=40)
+    assert not rejects
+    assert len(pieces) > len(rows)
+    assert all(piece.access == tags[int(piece.record_id)][1] for piece in pieces)
+    assert all(piece.access == () for piece in read(tmp_path / name)[0])
+
+
+@pytest.mark.parametrize("given", [5, {"hr": 1}, [""], ["hr", " "], ["hr", 3], ["\x01"], "hr,,", " "])
+def test_tags_that_cannot_be_read_never_make_a_passage_public(tmp_path, given):
+    path = write(tmp_path / "c.jsonl", [{"text": "Secret.", "acl": given}, {"text": "No column."}])
+    pieces, rejects = read(path, columns={"access": "acl"})
+    assert not pieces
+    assert [reject.reason for reject in rejects] == ["wrong_type", "missing_column"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "merged"),
+    [([("hr",), ("hr",)], ("hr",)), ([("hr",), ("board", "it")], ("board", "hr", "it")), ([("hr",), ()], ())],
+)
+def test_who_may_read_one_duplicate_may_read_the_passage(tags, merged):
+    pieces = [Piece("k", "T", "Text.", str(n), str(n), "k", "f", n, access) for n, access in enumerate(tags)]
+    assert merge_pieces(pieces).access == merge_pieces(pieces[::-1]).access == merged

@@ -163,7 +163,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     process = work.start("run", "-c", "config.yaml", *recipe)
     ledger = tmp_path / "store" / "adapters"
     deadline = time.monotonic() + 240
-    while not list(ledger.glob("*/ledger/*.parquet")):
+    while not list(ledger.glob("*/ledger/**/*.parquet")):
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)

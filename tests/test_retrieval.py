@@ -44,7 +44,7 @@ TEXTS = [
     ("Title\nof two lines", "Nothing but a zanthor."),
 ]
 PASSAGES = [
-    Passage(passage_key(title, text), title, text, (f"doc{number}", f"doc{number}b"))
+    Passage(passage_key(title, text), title, text, (f"doc{number}", f"doc{number}b"), ("board", "hr")[: number % 3])
     for number, (title, text) in enumerate(TEXTS)
 ]
 

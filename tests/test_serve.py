@@ -30,14 +30,12 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from pipelines.serve import build
-from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config, load_config
 from prag_core.engine import AdapterSource, Engine, Request, open_engine
 from prag_core.errors import AdapterError, ConfigError
-from prag_core.models import cache_dir, load_base_model
-from prag_core.prepare import Preparation
+from prag_core.models import BaseModel, load_base_model
+from prag_core.opened import Opened, open_snapshot
 from prag_core.records import MODES, LedgerRow
-from prag_core.retrieval import open_index
 from prag_core.snapshot import Snapshot, load_snapshot, rollback
 from prag_core.store import open_store
 
@@ -202,6 +200,9 @@ def test_fuzzed_requests_are_answered_or_refused(world: World) -> None:
     def ask(case: schemathesis.Case) -> None:
         response = case.call(timeout=60)
         counts[response.status_code] = counts.get(response.status_code, 0) + 1
+        if response.status_code == 504:  # what was asked for: next to no time
+            assert "deadline_s" in str(case.body)
+            return
         case.validate_response(
             response,
             checks=[not_a_server_error, status_code_conformance, response_schema_conformance],
@@ -219,7 +220,7 @@ def test_fuzzed_requests_are_answered_or_refused(world: World) -> None:
             )(fuzz)()  # fmt: skip
     assert sum(counts.values()) >= 200
     assert counts[200] >= 20
-    assert max(counts) < 500
+    assert set(counts) <= {200, 400, 404, 413, 422, 504}
     assert pid <= {replica.pid for replica in world.server.replicas()}, "a replica has died"
 
 
@@ -299,7 +300,7 @@ class Oracle:
         self._config = config
         self._snapshots = {snapshot.id: snapshot for snapshot in snapshots}
         self._known: dict[Any, str] = {}
-        self._parts: dict[str, Any] = {}
+        self._opened: dict[str, tuple[BaseModel, Opened]] = {}
 
     def text(self, asked: dict[str, Any], answer: dict[str, Any]) -> str:
         missing = frozenset(p["key"] for p in answer["passages"] if p["fallback"])
@@ -312,19 +313,11 @@ class Oracle:
         return self._known[place]
 
     def _engine(self, id: str, missing: frozenset[str]) -> Engine:
-        if id not in self._parts:
-            store, snapshot = open_store(self._config), self._snapshots[id]
-            adapters, train = open_adapters(store, snapshot.recipe)
-            self._parts[id] = (
-                load_base_model(self._config.model),
-                train,
-                open_index(store, snapshot.index, cache_dir() / "indexes", self._config.index),
-                LedgerSource(adapters, snapshot.ledger_parts),
-            )
-        base, train, retriever, source = self._parts[id]
-        limit = self._config.answer.max_new_tokens
-        preparation = Preparation(base, retriever, template=train.template, snapshot=id, max_new_tokens=limit)
-        return Engine(base, train, preparation, Without(source, missing))
+        if id not in self._opened:
+            base = load_base_model(self._config.model)
+            self._opened[id] = base, open_snapshot(base, self._config, open_store(self._config), self._snapshots[id])
+        base, opened = self._opened[id]
+        return Engine(base, opened.recipe, opened.preparation, Without(opened.source, missing))
 
 
 def test_faults_under_load_give_no_wrong_answer(world: World) -> None:

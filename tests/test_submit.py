@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -33,9 +35,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class Head:
-    """A Ray head in processes of its own, with a dashboard and its job server."""
+    """A Ray head in processes of its own, with a dashboard and its job server, which asks for a token of the test's."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.token = secrets.token_hex(16)
         port, dashboard, agent, agent_grpc, self.metrics_port, client = free_ports(6)
         self.address = f"http://127.0.0.1:{dashboard}"
         binaries = str(Path(sys.executable).parent)
@@ -47,14 +50,21 @@ class Head:
             "RAY_metrics_report_interval_ms": "500",
             "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
         }
         command = [f"{binaries}/ray", "start", "--head", "--block", "--num-cpus=3", "--object-store-memory=200000000"]
         command += [f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--metrics-export-port={self.metrics_port}", f"--ray-client-server-port={client}"]
+        # A folder of its own, so that no other Ray on this machine takes this one for the cluster to join; a short
+        # one, since the names of sockets are.
+        command += [f"--temp-dir={folder}"]
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def wait(self) -> None:
         deadline = time.monotonic() + 120
         while not self.answers():
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -64,7 +74,10 @@ class Head:
     def answers(self) -> bool:
         # The job server takes jobs once the head's agent is up, which is after the dashboard answers.
         with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5).status == 200
+            request = urllib.request.Request(
+                f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
+            )
+            return urllib.request.urlopen(request, timeout=5).status == 200
         return False
 
     def metrics(self) -> str:
@@ -79,11 +92,15 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    head = Head()
-    try:
-        yield head
-    finally:
-        head.stop()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        head = Head(Path(folder))
+        try:
+            head.wait()
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.setenv("RAY_AUTH_TOKEN", head.token)
+            yield head
+        finally:
+            head.stop()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from conftest import make_augmentation, make_passage
 from published import publish_passages
 
-from pipelines.job import describe
+from pipelines.describe import describe
 from prag_core.adapter_store import get_start
 from prag_core.config import load_config
 from prag_core.datasets import Gold, Question, read_questions

@@ -1,0 +1,327 @@
+// The page of `prag serve`. What comes from the server or the user is only ever inserted as text.
+
+const MODES = {
+  closed: "Bare model, no passages",
+  rag: "Passages in the prompt",
+  prag: "Passages in the weights",
+  combine: "Passages in weights and prompt",
+};
+
+const byId = (id) => document.getElementById(id);
+
+// The key lives here and nowhere else: no storage, no cookie, no address.
+let key = "";
+
+/** An error that the user is told about. `waitS`: seconds after which trying again makes sense. */
+class Problem extends Error {
+  constructor(message, { needsKey = false, waitS = 0 } = {}) {
+    super(/[.!?]$/.test(message) ? message : `${message}.`);
+    this.needsKey = needsKey;
+    this.waitS = waitS;
+  }
+}
+
+/** Send a request; what is not a success is thrown as a Problem. */
+async function send(path, options = {}) {
+  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new Problem("The server cannot be reached.");
+  }
+  if (response.ok) return response;
+  // What stands between may answer with something else than the server's JSON.
+  const told = await response.json().catch(() => null);
+  throw new Problem(told?.error?.message ?? `The server answered with status ${response.status}.`, {
+    needsKey: response.status === 401,
+    waitS: Number.parseInt(response.headers.get("Retry-After") ?? "", 10) || 0,
+  });
+}
+
+/** Yield the server-sent events of a response as {name, data}. */
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const event = { name: "", data: null };
+      for (const line of block.split("\n")) {
+        if (line.startsWith("event: ")) event.name = line.slice(7);
+        if (line.startsWith("data: ")) event.data = JSON.parse(line.slice(6));
+      }
+      yield event;
+    }
+  }
+}
+
+const inMs = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+
+function element(tag, text, className = "") {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  made.className = className;
+  return made;
+}
+
+/** The answer of one mode. */
+class Column {
+  #control = null;
+  #timer = 0;
+  body = null;
+
+  constructor(mode) {
+    this.mode = mode;
+    this.problem = null;
+    this.root = byId("column").content.firstElementChild.cloneNode(true);
+    const find = (selector) => this.root.querySelector(selector);
+    this.answer = find(".answer");
+    this.told = find(".problem");
+    this.times = find(".times");
+    this.button = find("button");
+    this.passages = find(".passages");
+    this.steps = find(".steps");
+    const heading = find("h2");
+    heading.textContent = mode;
+    heading.id = `mode-${mode}`;
+    this.root.setAttribute("aria-labelledby", heading.id);
+    find(".what").textContent = MODES[mode];
+    this.button.addEventListener("click", () => {
+      if (this.#control) this.stop();
+      else follow([this], this.body);
+    });
+    byId("answers").append(this.root);
+  }
+
+  stop() {
+    this.#control?.abort();
+  }
+
+  /** Ask, and show the answer as it comes. */
+  async ask(body) {
+    this.clear();
+    const control = new AbortController();
+    this.#control = control;
+    this.body = body;
+    this.#offer("Stop");
+    this.root.setAttribute("aria-busy", "true");
+    const begun = performance.now();
+    let first = 0;
+    try {
+      const response = await send("v1/answer", {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ ...body, mode: this.mode, stream: true }),
+        signal: control.signal,
+      });
+      let whole = null;
+      for await (const { name, data } of eventsOf(response)) {
+        control.signal.throwIfAborted();
+        if (name === "error") throw new Problem(data.error.message);
+        if (name === "answer") whole = data;
+        else {
+          first ||= performance.now() - begun;
+          this.answer.append(data.text);
+        }
+      }
+      if (!whole) throw new Error("the stream ended early");
+      this.#show(whole, first, performance.now() - begun);
+    } catch (error) {
+      // Asked again meanwhile: the column belongs to the later question.
+      if (this.#control === control) this.#fail(error, control.signal.aborted);
+    } finally {
+      if (this.#control === control) {
+        this.#control = null;
+        this.root.setAttribute("aria-busy", "false");
+      }
+    }
+  }
+
+  /** Forget the question: what may still come of it is not shown. */
+  clear() {
+    this.stop();
+    this.#control = null;
+    clearTimeout(this.#timer);
+    this.root.setAttribute("aria-busy", "false");
+    this.button.hidden = true;
+    this.problem = null;
+    this.answer.textContent = "";
+    this.answer.classList.remove("none");
+    for (const part of [this.told, this.times, this.passages, this.steps]) part.hidden = true;
+  }
+
+  #offer(label) {
+    this.button.hidden = false;
+    this.button.disabled = false;
+    this.button.textContent = label;
+    this.button.setAttribute("aria-label", `${label}: ${this.mode}`);
+  }
+
+  #show(whole, first, total) {
+    this.answer.textContent = whole.answer || "(an empty answer)";
+    this.answer.classList.toggle("none", !whole.answer);
+    this.times.textContent = `${inMs(total)}${first ? `, first text after ${inMs(first)}` : ""}`;
+    this.times.hidden = false;
+    if (this.button === document.activeElement) byId("question").focus();
+    this.button.hidden = true;
+
+    const count = whole.passages.length;
+    this.passages.querySelector("summary").textContent = count === 1 ? "1 passage" : `${count || "No"} passages`;
+    this.passages.querySelector("ol").replaceChildren(...whole.passages.map(passageItem));
+    this.passages.hidden = count === 0;
+    const rows = [
+      ...Object.entries(whole.timings_ms).map(([step, ms]) => [step, inMs(ms)]),
+      ["tokens of the prompt", whole.tokens.prompt],
+      ["tokens of the answer", whole.tokens.new],
+      ["ended by", whole.finish],
+      ["snapshot", whole.snapshot],
+    ];
+    this.steps.querySelector("dl").replaceChildren(
+      ...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]),
+    );
+    this.steps.hidden = false;
+    say(`${this.mode}: ${this.answer.textContent}`);
+  }
+
+  #fail(error, stopped) {
+    let problem = error;
+    if (stopped) problem = new Problem("Stopped.");
+    else if (!(error instanceof Problem)) problem = new Problem("The connection broke before the answer was complete.");
+    this.problem = problem;
+    this.told.textContent = problem.message;
+    this.#offer("Ask again");
+    if (problem.waitS) {
+      const at = new Date(Date.now() + problem.waitS * 1000).toLocaleTimeString();
+      this.told.textContent += ` Try again in ${problem.waitS} s, at ${at}.`;
+      this.button.disabled = true;
+      this.#timer = setTimeout(() => { this.button.disabled = false; }, problem.waitS * 1000);
+    }
+    this.told.hidden = false;
+    if (!stopped) say(`${this.mode}: ${this.told.textContent}`);
+  }
+}
+
+function passageItem(passage) {
+  const item = document.createElement("li");
+  const uses = passage.used.map((use) => (use === "weights" ? `weights × ${+passage.weight.toFixed(3)}` : use));
+  const used = uses.length ? `used in: ${uses.join(", ")}` : "not used";
+  item.append(
+    element("bdi", passage.title || "(no title)"),
+    element("span", used, "use"),
+    element("span", `${passage.id} · score ${passage.score.toFixed(2)}`, "use quiet"),
+  );
+  if (passage.fallback) {
+    item.append(element("span", "Its adapter could not be had in time: it went into the prompt instead.", "use problem"));
+  }
+  return item;
+}
+
+/** Have a screen reader read something. */
+function say(text) {
+  byId("spoken").append(element("p", text));
+}
+
+const columns = Object.keys(MODES).map((mode) => new Column(mode));
+const chosen = new Map();
+let stopping = new AbortController();
+let following = 0;
+
+for (const mode of Object.keys(MODES)) {
+  const box = document.createElement("input");
+  box.type = "checkbox";
+  box.checked = true;
+  const label = document.createElement("label");
+  label.append(box, ` ${mode}`);
+  byId("modes").append(label);
+  chosen.set(mode, box);
+}
+
+/** Ask these columns, and say how it went when nothing is under way any more. */
+async function follow(asked, body) {
+  const { signal } = stopping;
+  following++;
+  byId("status").textContent = "Asking …";
+  byId("stop").disabled = false;
+  if (byId("in-turn").checked) {
+    for (const column of asked) if (!signal.aborted) await column.ask(body);
+  } else {
+    await Promise.all(asked.map((column) => column.ask(body)));
+  }
+  if (--following) return;
+  if (byId("stop") === document.activeElement) byId("question").focus();
+  byId("stop").disabled = true;
+  const failed = columns.filter((column) => column.problem);
+  byId("status").textContent = failed.length
+    ? `Not answered: ${failed.map(({ mode }) => mode).join(", ")}.`
+    : "Answered.";
+  const keyless = failed.find(({ problem }) => problem.needsKey);
+  if (keyless) askForKey(keyless.problem.message);
+}
+
+/** Stop what is under way, and what was to follow it. */
+function stopAll() {
+  stopping.abort();
+  stopping = new AbortController();
+  for (const column of columns) column.stop();
+}
+
+function askForKey(message) {
+  byId("key-form").hidden = false;
+  byId("status").textContent = message;
+  byId("key").focus();
+}
+
+/** Ask the server which modes it serves; this also says whether a key is needed. */
+async function greet() {
+  try {
+    const { data } = await (await send("v1/models")).json();
+    const served = new Set(data.map(({ id }) => id.slice(id.lastIndexOf(":") + 1)));
+    for (const [mode, box] of chosen) {
+      box.disabled = !served.has(mode);
+      box.checked &&= served.has(mode);
+    }
+    byId("service").textContent = `${data[0].id.split(":")[0]}: one question, answered in each mode side by side.`;
+    byId("key-form").hidden = true;
+    byId("status").textContent = "";
+    return true;
+  } catch (problem) {
+    if (problem.needsKey) askForKey(problem.message);
+    else byId("status").textContent = problem.message;
+    return false;
+  }
+}
+
+byId("ask-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const body = { question: byId("question").value };
+  if (byId("top-k").value) body.top_k = byId("top-k").valueAsNumber;
+  if (byId("max-tokens").value) body.max_tokens = byId("max-tokens").valueAsNumber;
+  if (byId("weights").value) body.weights = byId("weights").value;
+  stopAll();
+  byId("spoken").replaceChildren();
+  const asked = columns.filter(({ mode }) => chosen.get(mode).checked);
+  for (const column of columns) {
+    column.clear();
+    column.root.hidden = !asked.includes(column);
+  }
+  follow(asked, body);
+});
+
+byId("stop").addEventListener("click", stopAll);
+
+byId("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  key = byId("key").value.trim();
+  byId("key").value = "";
+  if (!(await greet())) return;
+  byId("question").focus();
+  // What was refused for want of a key is asked now.
+  const refused = columns.filter(({ problem }) => problem?.needsKey);
+  if (refused.length) follow(refused, refused[0].body);
+});
+
+greet();
