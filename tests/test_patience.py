@@ -232,7 +232,9 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         111: "timeout",
         150: "loss_not_finite",
     }
-    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [2, 2, 2, 1]
+    # Each was in one batch that died, in a part of it unless few were left, and at last alone.
+    assert all(found[f"p{n}"].attempts in (2, 3) for n in (20, 77, 111))
+    assert found["p150"].attempts == 1
     for passage in harmless:
         left, right = (source.get(passage.key) for source in sources)
         for name in left:
