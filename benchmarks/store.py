@@ -252,7 +252,8 @@ def write_million(url: str, rows: int, missing: int) -> None:
         done = max(0, min(count, rows - missing - begin))
         keys, digests = hexadecimal(count, 16), hexadecimal(count, 8)
         nothing = pa.array([[]] * count, pa.list_(pa.string()))
-        passages = {"key": keys, "title": ["made up"] * count, "text": ["a text"] * count, "sources": nothing}
+        passages = {"key": keys, "title": ["made up"] * count, "text": ["a text"] * count}
+        passages |= {"sources": nothing, "access": nothing}
         store.put_table("corpus/million", pa.table(passages, schema=schema(Passage)))
         blank = Augmentation("", (), (), "imported")
         texts = pa.Table.from_pylist(

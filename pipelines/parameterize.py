@@ -19,7 +19,7 @@ from pipelines.tables import Survey, set_threads, with_augmentations, with_passa
 from prag_core.adapter_io import adapter_size_bytes
 from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
-from prag_core.examples import TrainingExample, training_examples
+from prag_core.examples import training_examples
 from prag_core.lease import check_holder
 from prag_core.lora import LoraLayout
 from prag_core.models import load_base_model
@@ -31,8 +31,6 @@ from prag_core.trainer import TrainedAdapter, Trainer, TrainingJob
 # A task is lost with the actor that does it, shows its progress at its end, and is what the actors of a pool share:
 # each should get some, even when they do not fill their shards.
 _TASKS_AN_ACTOR = 8
-
-_WARM_UP = TrainingJob("", (TrainingExample((0, 0)),))
 
 # What can be done about each way in which training fails.
 _DETAIL = {
@@ -55,8 +53,6 @@ class TrainAdapters:
         self._tokenizer = base.tokenizer
         self._tokens_per_step = profile.tokens_per_step
         self._run = run
-        # What libraries load and compile for a first step is no passage's time.
-        list(self._trainer.train([_WARM_UP], tokens_per_step=self._tokens_per_step))
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Train a batch of passages; give back one outcome each, and a sign of life with each that is trained.

@@ -38,14 +38,17 @@ def settings(folder: Path, model: Path, **run: object) -> Config:
 
 
 def batch_of(count: int) -> pa.Table:
-    passages = [make_passage(n) for n in range(count)]
+    return training_batch([make_passage(n) for n in range(count)])
+
+
+def training_batch(passages: list[Passage]) -> pa.Table:
     augmentations = [make_augmentation(passage) for passage in passages]
     texts = to_table(Augmentation, augmentations).select(["rewrites", "pairs", "origin"])
     table = to_table(Passage, passages)
     for name in texts.column_names:
         table = table.append_column(name, texts[name])
     table = table.append_column("augmentation", pa.array([a.digest for a in augmentations]))
-    return table.append_column(TASK, pa.array([f"task of {count}"] * count))
+    return table.append_column(TASK, pa.array([f"task of {len(passages)}"] * len(passages)))
 
 
 def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:

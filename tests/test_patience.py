@@ -14,12 +14,16 @@ import pyarrow as pa
 import pytest
 from conftest import make_passage
 from test_job import Workspace, stage
+from test_parameterize import training_batch
 
 from pipelines.child import Child, ChildLostError, Limits
+from pipelines.describe import describe
 from pipelines.outcomes import Outcome, outcome_table
+from pipelines.parameterize import TrainAdapters
 from pipelines.patience import Desk, Patient
-from prag_core.adapter_store import LedgerSource, open_adapters
-from prag_core.config import RunConfig
+from pipelines.profiles import profile_of
+from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters
+from prag_core.config import RunConfig, load_config
 from prag_core.errors import PragError, StoreError
 from prag_core.identity import passage_key
 from prag_core.records import Passage, Reject, from_table, to_table
@@ -188,7 +192,7 @@ def poison(model: Path) -> None:
 
 
 def poisonous(number: int, word: str) -> Passage:
-    harmless = make_passage(number)
+    harmless = make_passage(number, words=4)
     text = f"{harmless.text} {word}."
     return Passage(passage_key(harmless.title, text), harmless.title, text, harmless.sources)
 
@@ -196,23 +200,19 @@ def poisonous(number: int, word: str) -> Passage:
 @pytest.mark.slow
 def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
-    passages = [poisonous(n, words[n]) if n in words else make_passage(n) for n in range(200)]
-    chosen = {"storage.adapter_dtype": "float32", "storage.shard_mb": 0.1, "run.augment_batch": 64}
-    chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 10, "run.worker_memory_gb": 1.5}
+    passages = [poisonous(n, words[n]) if n in words else make_passage(n, words=4) for n in range(200)]
+    chosen = {
+        "storage.adapter_dtype": "float32",
+        "storage.shard_mb": 0.1,
+        "run.augment_batch": 64,
+        "run.tokens_per_step": 8192,
+    }
+    chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 8, "run.worker_memory_gb": 1.5}
     settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
-    harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
-    reports, sources = [], []
-    for name, corpus in (("poisoned", passages), ("clean", harmless)):
-        folder = tmp_path / name
-        folder.mkdir()
-        work = Workspace(folder, corpus)
-        poison(folder / "tiny")
-        reports.append(json.loads(work.run("run", "-c", "config.yaml", *settings, "--json")))
-        store = Store(str(folder / "store"))
-        adapters, _ = open_adapters(store, reports[-1]["recipe"])
-        sources.append(LedgerSource(adapters, adapters.ledger_parts()))
-    poisoned, clean = reports
-    assert (poisoned["adapters"], clean["adapters"]) == (196, 196)
+    work = Workspace(tmp_path, passages)
+    poison(tmp_path / "tiny")
+    poisoned = json.loads(work.run("run", "-c", "config.yaml", *settings, "--json"))
+    assert poisoned["adapters"] == 196
     assert poisoned["rejected"] == {
         "train/killed_worker": 1,
         "train/out_of_memory": 1,
@@ -220,14 +220,33 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         "train/loss_not_finite": 1,
     }
     assert stage(poisoned, "train")["balanced"]
-    found = rejects(Store(str(tmp_path / "poisoned" / "store")))
+    store = Store(str(tmp_path / "store"))
+    found = rejects(store)
     assert {int(source[1:]): reject.reason for source, reject in found.items()} == {
         20: "killed_worker",
         77: "out_of_memory",
         111: "timeout",
         150: "loss_not_finite",
     }
-    assert [found[f"p{n}"].attempts for n in (20, 77, 111, 150)] == [2, 2, 2, 1]
+    # Each was in one batch that died, in a part of it unless few were left, and at last alone.
+    assert all(found[f"p{n}"].attempts in (2, 3) for n in (20, 77, 111))
+    assert found["p150"].attempts == 1
+    # The others are as if nobody had died: as the same actor trains them in one go.
+    harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
+    overrides = [f"{name}={value}" for name, value in chosen.items()]
+    overrides += [f"store={tmp_path / 'clean'}", f"model.name={tmp_path / 'tiny'}"]
+    config = load_config(tmp_path / "config.yaml", overrides)
+    recipe, _ = describe(config)
+    actor = TrainAdapters(config, Store(config.store), recipe, "run", profile_of(config))
+    table = training_batch(harmless)
+    nothing = pa.array([[]] * 196, pa.list_(pa.string()))  # the imported augmentations have no rewrites
+    table = table.set_column(table.column_names.index("rewrites"), "rewrites", nothing)
+    assert sum(done.num_rows for done in actor(table)) == 196
+    sources = []
+    for where in (store, Store(config.store)):
+        adapters, _ = open_adapters(store, poisoned["recipe"])
+        there = AdapterStore(where, adapters.recipe, adapters.layout)
+        sources.append(LedgerSource(there, there.ledger_parts()))
     for passage in harmless:
         left, right = (source.get(passage.key) for source in sources)
         for name in left:

@@ -122,18 +122,19 @@ async def a_night_under_load(
 
 @pytest.mark.slow
 def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
-    old = [make_passage(n) for n in range(300)]
+    old = [make_passage(n, words=4) for n in range(300)]
     work = Workspace(tmp_path, old)
-    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "run.train_batch=64"]
+    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "train.max_tokens=64"]
+    settings += ["--set", "run.train_batch=64", "--set", "run.tokens_per_step=4096"]
     work.run("run", *settings)
     store = Store(str(tmp_path / "store"))
     first = load_snapshot(store)
     assert first.adapters == 300
 
     # 1. Ten changed, five removed, ten added, one under another id, twenty in another place.
-    changed = [make_passage(n, words=31) for n in range(10)]
+    changed = [make_passage(n, words=5) for n in range(10)]
     removed = {p.sources for p in old[10:15]}
-    added = [make_passage(n) for n in range(300, 310)]
+    added = [make_passage(n, words=4) for n in range(300, 310)]
     kept = [p for p in old[10:] if p.sources not in removed]
     renamed = Passage(kept[50].key, kept[50].title, kept[50].text, ("another",))
     tonight = [*changed, *reversed(kept[:20]), *kept[20:50], renamed, *kept[51:], *added]
