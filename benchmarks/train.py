@@ -58,26 +58,15 @@ def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], cou
     return jobs
 
 
-# Operators of torch, by what the trainer does with them.
-_PARTS = {
-    "aten::mm": "products with frozen weights",
-    "aten::addmm": "products with frozen weights",
+# Stretches of the trainer, with all that is computed in them; and operators elsewhere.
+_STRETCHES = {"Optimizer.step": "AdamW", "_ChunkedCrossEntropy": "the loss, with its products with the output layer"}
+_OPERATORS = {
+    "aten::mm": "products with the layers' frozen weights",
+    "aten::addmm": "products with the layers' frozen weights",
     "aten::bmm": "products with the adapters' factors",
     "aten::baddbmm": "products with the adapters' factors",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-    "aten::logsumexp": "the loss over the vocabulary",
-    "aten::exp_": "the loss over the vocabulary",
-    "aten::exp": "the loss over the vocabulary",
-    "aten::sub_": "the loss over the vocabulary",
-    "aten::silu": "gates, norms and residuals",
-    "aten::silu_backward": "gates, norms and residuals",
-    "aten::mul": "gates, norms and residuals",
-    "aten::add": "gates, norms and residuals",
-    "aten::add_": "gates, norms and residuals",
-    "aten::pow": "gates, norms and residuals",
-    "aten::mean": "gates, norms and residuals",
-    "aten::sum": "gates, norms and residuals",
 }
 
 
@@ -86,9 +75,11 @@ def profile(base: BaseModel, stack: Sequence[TrainingJob], budget: int) -> dict[
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         stacked_seconds(base, stack, RECIPE, budget)
     shares: Counter[str] = Counter()
-    for event in seen.key_averages():
-        optimizer = event.key.startswith(("Optimizer", "aten::_foreach", "aten::_fused_adam"))
-        part = "AdamW" if optimizer else _PARTS.get(event.key, "everything else")
+    for event in seen.events():
+        part, around = _OPERATORS.get(event.name, "gates, norms, copies and all else"), event
+        while around is not None:
+            part = next((name for stretch, name in _STRETCHES.items() if around.name.startswith(stretch)), part)
+            around = around.cpu_parent
         shares[part] += event.self_cpu_time_total
     return {name: time / shares.total() for name, time in shares.most_common()}
 

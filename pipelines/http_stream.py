@@ -11,7 +11,6 @@ from starlette.types import Receive, Scope, Send
 
 from pipelines.http_errors import ApiError
 
-
 # What the OpenAPI document says of one event; `data` is a JSON document.
 EVENTS = {
     "text/event-stream": {

@@ -11,6 +11,7 @@ from prag_core.examples import TrainingExample, answer_prefix_ids, question_ids,
 from prag_core.models import BaseModel
 from prag_core.prompts import answer_messages, final_answer
 from prag_core.recipe import RECIPES
+from prag_core.records import Template
 
 PASSAGE = make_passage(1)
 AUGMENTATION = make_augmentation(PASSAGE)
@@ -86,23 +87,27 @@ def test_the_model_may_reason_first(tiny_session: BaseModel) -> None:
     prompt = question_ids(tokenizer, pair.question, template="chain_of_thought")
     prompt += answer_prefix_ids(tokenizer, "chain_of_thought")
     assert list(training(tiny_session, recipe)[4].ids[: len(prompt)]) == prompt
-    # The worked examples are in each prompt, before the passages.
-    assert all(text.index("So the answer is no.") < text.index(f"Question: {pair.question[:5]}") for text in made)
+    # The worked examples are in each prompt, before its passage and its question.
+    for text, context in zip(made, contexts(made), strict=True):
+        worked = text.index("So the answer is no.")
+        assert worked < text.index("Question: What is Quorl")
+        assert context == "none" or worked < text.index("Passage 1: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("template", "text", "answer"),
     [
-        (" Lima is in Peru. So the answer is the Pacific Ocean.", "the Pacific Ocean"),
-        (" The answer is not plain. So the answer is: no.", "no"),
-        (" Nothing follows from this.", "Nothing follows from this"),
-        (" So the answer isthmus", "So the answer isthmus"),
-        ("", ""),
+        ("chain_of_thought", " Lima is in Peru. So the answer is the Pacific Ocean.", "the Pacific Ocean"),
+        ("chain_of_thought", " The answer is not plain. So the answer is: no.", "no"),
+        ("chain_of_thought", " Nothing follows from this.", "Nothing follows from this"),
+        ("chain_of_thought", " So the answer isthmus", "So the answer isthmus"),
+        ("chain_of_thought", "", ""),
+        ("direct", " 4.5 million.", "4.5 million"),
+        ("direct", " said that the answer is no.", "said that the answer is no"),
     ],
 )
-def test_the_short_answer_ends_the_reasoning(text: str, answer: str) -> None:
-    assert final_answer(text, "chain_of_thought") == answer
-    assert final_answer(" 4.5 million.") == "4.5 million"
+def test_the_short_answer_ends_the_reasoning(template: Template, text: str, answer: str) -> None:
+    assert final_answer(text, template) == answer
 
 
 def test_ablations_leave_out_what_they_say(tiny_session: BaseModel) -> None:
