@@ -75,9 +75,10 @@ def run(
 
     Run it again after anything: it does only what is missing. What a killed run had stored is kept.
     """
-    from pipelines.job import run_job
-
     settings = settings_of(config, set_, profile)
+
+    from pipelines.job import run_job  # seconds of imports: what is wrong in the settings is said before them
+
     with result_only():
         report = run_job(settings, progress_to, take_over=take_over, wait_s=wait)
     if as_json:
@@ -175,9 +176,10 @@ def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
 
     The last line is one JSON object with the counts, F1 by mode and seconds by stage.
     """
+    settings = load_config(config, set_ or [])
+
     from pipelines.demo import run_demo
 
-    settings = load_config(config, set_ or [])
     with result_only():
         result = run_demo(settings, out)
     print_json(result)

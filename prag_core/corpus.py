@@ -356,7 +356,8 @@ def _read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterato
     there = table.schema_arrow.names
     _require_text_column(there, path, config)
     columns = config.columns
-    names = [name for name in (columns.id, columns.title, columns.text, columns.access) if name in there]
+    wanted = (columns.id, columns.title, columns.text, columns.access)
+    names = [name for name in wanted if name is not None and name in there]
     number = 0
     for batch in table.iter_batches(_PARQUET_ROWS, columns=names):
         for row in range(batch.num_rows):

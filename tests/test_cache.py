@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk_filling import fill_disk
 from serving import PASSAGES, World
 
 from prag_core.adapter_store import LedgerSource
@@ -32,7 +33,7 @@ class Counting:
         self.fail = False
         self.let_go = threading.Event()
         self.let_go.set()
-        self.row, self.unpack = source.row, source.unpack
+        self.recipe, self.row, self.unpack = source.recipe, source.row, source.unpack
 
     def read(self, row):
         self.reads.append(row.key)
@@ -199,11 +200,11 @@ def test_a_damaged_copy_is_fetched_again(source: Counting, tmp_path: Path) -> No
     row = source.row(KEYS[0])
     good = source.source.read(row)
     for damaged in (good[:-1], b"", bytes(len(good))):
-        disk.put(row.recipe, row.checksum, damaged)
+        disk.put(source.recipe, row.checksum, damaged)
         cache = AdapterCache(10**9, disk=disk)
         _, factors = loaded(cache, source, KEYS[0])
         assert not isinstance(factors[KEYS[0]], AdapterError)
-        assert disk.get(row.recipe, row.checksum) == good
+        assert disk.get(source.recipe, row.checksum) == good
         assert cache.stats().misses == 1
         cache.close()
 
@@ -225,19 +226,9 @@ def test_the_disk_keeps_what_was_used_last_within_its_budget(tmp_path: Path) -> 
     assert disk.get("g", "larger than all") is None
 
 
-def _fill(folder: str, seed: int) -> None:
-    rng = random.Random(seed)
-    disk = DiskCache(Path(folder), 20_000)
-    for _ in range(200):
-        number = rng.randrange(60)
-        data = disk.get("g", str(number))
-        assert data in (None, bytes([number]) * 1000)
-        disk.put("g", str(number), bytes([number]) * 1000)
-
-
 def test_processes_share_a_disk(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_fill, args=(str(tmp_path), seed)) for seed in range(3)]
+    processes = [context.Process(target=fill_disk, args=(str(tmp_path), seed)) for seed in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -249,7 +240,7 @@ def test_processes_share_a_disk(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_is_no_error(source: Counting, tmp_path: Path) -> None:
     disk = DiskCache(tmp_path, 10**9)
-    (tmp_path / source.row(KEYS[0]).recipe).write_text("a file where the folder should be")
+    (tmp_path / source.recipe).write_text("a file where the folder should be")
     cache = AdapterCache(10**9, disk=disk)
     _, factors = loaded(cache, source, KEYS[0])
     assert not isinstance(factors[KEYS[0]], AdapterError)

