@@ -36,9 +36,9 @@ def prag(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     """Run a command in this process, which has paid for the imports already; return its exit code and its output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(terminal.out, "file", sys.stdout)  # it is bound when the module is loaded
 
     def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(terminal.out, "file", sys.stdout)  # it is bound when the module is loaded
         monkeypatch.setattr(sys, "argv", ["prag", *arguments])
         with pytest.raises(SystemExit) as ended:  # anything else would be a traceback
             main()
