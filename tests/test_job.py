@@ -136,7 +136,8 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert [a["mode"] for a in answers] == ["closed", "rag", "prag", "combine"]
     assert answers[2]["passages"][0]["key"] == changed.key
     assert answers[2]["passages"][0]["in_weights"]
-    assert set(answers[2]["milliseconds"]) == {"retrieve", "fetch", "inject", "prefill", "decode"}
+    steps = {"retrieve", "fetch", "prompt", "wait", "inject", "prefill", "decode"}
+    assert set(answers[2]["milliseconds"]) == steps
     assert changed.title in work.run("ask", "-c", "config.yaml", "--compare", f"What is {changed.title}?")
 
     # 5. What a program would read, and a plan that has nothing to do.
