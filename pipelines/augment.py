@@ -53,11 +53,11 @@ class AugmentPassages:
     """The actor of this stage: holds the generator, and stores what it makes before it reports it."""
 
     def __init__(self, config: Config, store: Store, recipe: AugmentRecipe, run: str, threads: int | None) -> None:
-        set_threads(threads)
         self._config = config
         self._store = store
         self._recipe = recipe
         self._run = run
+        self._threads = threads
         self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
         self._generator: Generator | None = None
 
@@ -92,6 +92,7 @@ class AugmentPassages:
             detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
         if self._generator is None:  # a corpus whose augmentations are all imported needs no model
+            set_threads(self._threads)
             self._generator = make_generator(self._config)
         return augment(passages, self._generator, self._recipe)
 

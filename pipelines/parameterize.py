@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Profile
@@ -15,7 +14,7 @@ from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
 from pipelines.recovery import persist
 from pipelines.report import StageReport
-from pipelines.tables import Survey, set_threads, with_augmentations, with_passages
+from pipelines.tables import Survey, set_threads, with_augmentations, with_length, with_passages
 from prag_core.adapter_io import adapter_size_bytes
 from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
@@ -120,12 +119,6 @@ def passages_a_task(total: int, config: Config, profile: Profile, layout: LoraLa
     return min(adapters_a_shard(config, layout), max(config.run.train_batch, share))
 
 
-def _add_length(table: pa.Table) -> pa.Table:
-    rewrites = pc.binary_join(table["rewrites"], "")
-    lengths = pc.add(pc.utf8_length(table["text"]), pc.utf8_length(rewrites))
-    return table.append_column("length", lengths)
-
-
 def _passages_and_augmentations(table: pa.Table) -> Iterator[tuple[Passage, Augmentation]]:
     passages = from_table(Passage, table)
     defaults = Augmentation("", (), (), "")
@@ -159,7 +152,7 @@ def run_train(
         keys = with_passages(survey.keys("to_train"), passages, profile.partitions)
         missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
         # Like lengths together in a batch: padding is computed like any token.
-        missing = missing.map_batches(_add_length, batch_format="pyarrow").sort("length")
+        missing = missing.map_batches(with_length, batch_format="pyarrow").sort("length")
         arguments = (config, store, recipe, progress.run, profile)
         desk = Desk(store, progress.run, "train", recipe.fingerprint)
         batch = passages_a_task(total, config, profile, layout)

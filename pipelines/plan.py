@@ -6,12 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray.data
 from rich.console import Console
 
-from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines import ingest
 from pipelines.describe import describe
@@ -20,6 +16,7 @@ from pipelines.measure import Measurement, measure, planned
 from pipelines.parameterize import passages_a_task
 from pipelines.profiles import profile_of
 from pipelines.tables import survey
+from pipelines.timings import batches_of
 from prag_core.adapter_io import adapter_size_bytes
 from prag_core.config import Config
 from prag_core.examples import training_examples
@@ -27,7 +24,7 @@ from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
 from prag_core.records import Passage, from_dict
 from prag_core.snapshot import current_id, load_snapshot
-from prag_core.store import Store, open_store
+from prag_core.store import open_store
 
 _SAMPLE = 64
 # The numbers of actors for which the wall time is told, up to what the profile allows.
@@ -103,8 +100,8 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
             augmenting, training = tried.augment, tried.train
             basis = f"measured now: {len(tried.tokens)} passages in {training.batches} stacks"
         else:
-            augmenting = _stored(store, f"augmentations/{recipe.augment.fingerprint}", None, profile)
-            training = _stored(store, f"adapters/{recipe.fingerprint}/ledger", "tokens", profile)
+            augmenting = batches_of(store, f"augmentations/{recipe.augment.fingerprint}", None, profile)
+            training = batches_of(store, f"adapters/{recipe.fingerprint}/ledger", "tokens", profile)
             basis = f"what earlier runs stored: {training.batches} commits" if training.batches else "nothing measured"
     counted = tried.tokens if tried and tried.tokens else _tokens_each(config, recipe, sample[:_SAMPLE])
     tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
@@ -160,24 +157,3 @@ def _tokens_each(config: Config, recipe: Recipe, sample: list[Passage]) -> tuple
         examples = training_examples(tokenizer, passage, planned(passage, recipe), recipe.train)
         counts.append(float(recipe.train.epochs * sum(len(example.ids) for example in examples)))
     return tuple(counts)
-
-
-def _stored(store: Store, folder: str, units: str | None, profile: Profile) -> Moments:
-    """Return what stored batches took: of each part the seconds, and its units (None: its rows)."""
-    parts = [{"part": part} for part in store.list(folder, ".parquet")]
-    if not parts:
-        return Moments()
-    rows = ray.data.from_items(parts, override_num_blocks=min(profile.partitions, len(parts))).map_batches(
-        _moments, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "units": units}
-    )
-    return sum((from_dict(Moments, row) for row in rows.take_all()), Moments())
-
-
-def _moments(table: pa.Table, store: Store, units: str | None) -> pa.Table:
-    def batch(part: str) -> tuple[float, float]:
-        columns = store.get_columns(part, [*([units] if units else []), "seconds"])
-        return float(pc.sum(columns[units]).as_py() or 0) if units else columns.num_rows, float(
-            pc.sum(columns["seconds"]).as_py() or 0
-        )
-
-    return pa.Table.from_pylist([asdict(Moments.of(batch(part) for part in table["part"].to_pylist()))])

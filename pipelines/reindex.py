@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from pipelines.canary import Canary, ask_canaries, read_canaries
@@ -16,7 +15,7 @@ from pipelines.difference import Difference, compare
 from pipelines.job import run_job
 from pipelines.profiles import profile_of
 from pipelines.progress import RunProgress
-from pipelines.tables import read_columns
+from pipelines.tables import distinct, read_columns
 from prag_core.config import Config
 from prag_core.errors import CanaryError, StoreError
 from prag_core.retrieval import find_index
@@ -142,7 +141,7 @@ def check_whole(store: Store, snapshot: Snapshot, partitions: int) -> None:
     missing += sorted({*parts} - {*store.list(f"corpus/{snapshot.corpus_version}", ".parquet")})
     if snapshot.ledger_parts and not missing:
         named = read_columns(store, list(snapshot.ledger_parts), ["shard"], partitions)
-        shards = named.map_batches(_distinct, batch_size=None, batch_format="pyarrow")
+        shards = named.map_batches(distinct, batch_size=None, batch_format="pyarrow", fn_kwargs={"column": "shard"})
         there = {*store.list(f"adapters/{snapshot.recipe}/shards", ".safetensors")}
         missing += sorted({row["shard"] for row in shards.iter_rows()} - there)
     if missing:
@@ -151,8 +150,3 @@ def check_whole(store: Store, snapshot: Snapshot, partitions: int) -> None:
             f"({len(missing)} such); nothing was published",
             "check the store; what is missing is made again once nothing names it",
         )
-
-
-def _distinct(table: pa.Table) -> Iterator[pa.Table]:
-    if table.num_columns:
-        yield pa.table({"shard": table["shard"].unique()})

@@ -229,6 +229,21 @@ def _one_each(table: pa.Table) -> pa.Table:
     return table.take(first).select(_AUGMENTATION.names).rename_columns(names)
 
 
+def with_length(table: pa.Table) -> pa.Table:
+    """Append the column `length`: the characters of a passage and its rewrites.
+
+    It is here since a task imports the module of its function, and that of the actors imports torch.
+    """
+    rewrites = pc.binary_join(table["rewrites"], "")
+    return table.append_column("length", pc.add(pc.utf8_length(table["text"]), pc.utf8_length(rewrites)))
+
+
+def distinct(table: pa.Table, column: str) -> Iterator[pa.Table]:
+    """Give back the different values of a column; a block without columns has none."""
+    if table.num_columns:
+        yield pa.table({column: table[column].unique()})
+
+
 def set_threads(threads: int | None) -> None:
     """Let torch use so many threads in this actor; None means all cores (Ray gives each actor one by default)."""
     import torch

@@ -64,6 +64,15 @@ def test_records_and_corpus_load_no_model_library() -> None:
     assert not loaded & {"torch", "transformers", "ray", "jnius"}
 
 
+def test_what_tasks_run_loads_no_model_library() -> None:
+    # A task's worker imports the module of the task's function.
+    loaded = modules_after(
+        "import pipelines.ingest, pipelines.tables, pipelines.difference, pipelines.timings, pipelines.patience, "
+        "pipelines.evaluation_data, pipelines.augment"
+    )
+    assert not loaded & {"torch", "transformers", "jnius"}
+
+
 def test_the_command_line_helps_before_it_loads_ray_or_torch() -> None:
     loaded = modules_after("import pipelines.cli")
     assert not loaded & {"torch", "transformers", "ray", "jnius"}
