@@ -58,9 +58,8 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
 	fi || true
 
-# Most of a slow test is one process or another that starts: two files at a time keep two cores busy.
 slow: setup browser
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 # Fast things first: a typo fails in seconds.
 test: check slow

@@ -203,6 +203,9 @@ def test_fuzzed_requests_are_answered_or_refused(world: World) -> None:
         if response.status_code == 504:  # what was asked for: next to no time
             assert "deadline_s" in str(case.body)
             return
+        if response.status_code == 503:  # a busy machine: a full queue says when to come back
+            assert int(response.headers["Retry-After"]) > 0
+            return
         case.validate_response(
             response,
             checks=[not_a_server_error, status_code_conformance, response_schema_conformance],
@@ -220,7 +223,7 @@ def test_fuzzed_requests_are_answered_or_refused(world: World) -> None:
             )(fuzz)()  # fmt: skip
     assert sum(counts.values()) >= 200
     assert counts[200] >= 20
-    assert set(counts) <= {200, 400, 404, 413, 422, 504}
+    assert set(counts) <= {200, 400, 404, 413, 422, 503, 504}
     assert pid <= {replica.pid for replica in world.server.replicas()}, "a replica has died"
 
 
