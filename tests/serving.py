@@ -44,17 +44,19 @@ class ByNumber:
 def marker_adapter(base: BaseModel, layout: LoraLayout, letter: str) -> dict[str, torch.Tensor]:
     """An adapter after which the model says `letter` whatever it reads.
 
-    In the last layer, two units of the feed-forward network get ±c (a·h) as gate and as up; of silu(g) g + silu(-g)
-    (-g) = g² comes a positive number that points to the letter's embedding, far longer than all else.
+    In the last layer, units of the feed-forward network get ±c (a·h) as gate and as up, for two directions a; of
+    silu(g) g + silu(-g) (-g) = g² comes a positive number that points to the letter's embedding, far longer than all
+    else. One direction would do, but for the few states h that are nearly orthogonal to it.
     """
     factors = {name: torch.zeros(shape) for name, shape in layout.tensor_shapes.items()}
-    direction = torch.randn(layout.tensor_shapes["gate_proj.A"][2], generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(2, layout.tensor_shapes["gate_proj.A"][2], generator=torch.Generator().manual_seed(0))
     token = base.tokenizer.encode(letter, add_special_tokens=False)[0]
     for target in ("gate_proj", "up_proj"):
-        for unit, sign in ((0, 1.0), (1, -1.0)):
-            factors[f"{target}.A"][-1, unit] = sign * direction
-            factors[f"{target}.B"][-1, unit, unit] = 10.0
-    factors["down_proj.A"][-1, 0, :2] = 1.0
+        factors[f"{target}.A"][-1, :2] = directions
+        for place in range(2):
+            factors[f"{target}.B"][-1, 2 * place, place] = 10.0
+            factors[f"{target}.B"][-1, 2 * place + 1, place] = -10.0
+    factors["down_proj.A"][-1, 0, :4] = 1.0
     factors["down_proj.B"][-1, :, 0] = 100.0 * base.model.get_input_embeddings().weight[token]
     return factors
 
