@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 WAIT_S = 120.0
-# A driver that is forked has read before whether there is a token; so neither side shall look for one.
+# Whatever this machine's user has set: no side looks for a token.
 AUTH = {"RAY_AUTH_MODE": "disabled"}
 
 
@@ -85,43 +86,37 @@ def cluster(variables: dict[str, str]) -> Iterator[Cluster]:
 
 
 class Driver:
-    """`prag run` in a process of its own, forked from one that has imported all that a run needs."""
+    """`prag run` in a process of its own."""
 
     def __init__(self, settings: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.job"])
-        self.log = folder / f"run-{time.monotonic_ns()}.log"
-        self._report = self.log.with_suffix(".json")
-        self._process = context.Process(target=_drive, args=(settings, environment, self.log, self._report))
-        self._process.start()
+        name = folder / f"run-{time.monotonic_ns()}"
+        self.log, self._report, config = (name.with_suffix(suffix) for suffix in (".log", ".json", ".yaml"))
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "pipelines.cli", "run", "-c", str(config), "--json"]
+        with self.log.open("wb") as err, self._report.open("wb") as out:
+            self._process = subprocess.Popen(
+                command, stdout=out, stderr=err, env={**os.environ, **environment, **AUTH}, start_new_session=True
+            )
+
+    @property
+    def joins(self) -> bool:
+        """Whether it has imported what it needs, and found nothing wrong."""
+        return b"starting Ray" in self.log.read_bytes()
 
     def ends_within(self, seconds: float) -> bool:
         """Wait so long at most; return whether the driver has ended."""
-        self._process.join(seconds)
-        return self._process.exitcode is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
 
     def kill(self) -> None:
         """End it as nothing can refuse, and wait until it is gone."""
         self._process.kill()
-        self._process.join()
+        self._process.wait()
 
     def report(self) -> dict[str, Any] | None:
         """Return what the run said of itself, or None when it failed or was killed."""
-        return json.loads(self._report.read_text()) if self._report.exists() else None
-
-
-def _drive(settings: dict[str, Any], environment: dict[str, str], log: Path, report: Path) -> None:
-    from rich.console import Console
-
-    from pipelines.job import run_job
-    from prag_core.config import parse_config
-
-    os.environ.update({**environment, **AUTH})
-    with log.open("w") as output:
-        os.dup2(output.fileno(), sys.stdout.fileno())
-        os.dup2(output.fileno(), sys.stderr.fileno())
-        done = run_job(parse_config(settings), Console(file=output))
-    report.write_text(json.dumps(done.to_json()))
+        return json.loads(self._report.read_bytes()) if self._process.returncode == 0 else None
 
 
 def wait(until: Callable[[], object], otherwise: str) -> None:

@@ -104,6 +104,8 @@ def undisturbed(scene: Scene) -> Undisturbed:
     begun = time.monotonic()
     driver = scene.start(scene.settings(store, many_commits_a_task=False))
     seen: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    wait(lambda: driver.joins or driver.ends_within(0), f"no run begins: {driver.log}")
+    joined = time.monotonic() - begun
     while not driver.ends_within(0.05):
         for stage in STAGES:
             if any(scene.ray.workers(stage)):
@@ -112,7 +114,7 @@ def undisturbed(scene: Scene) -> Undisturbed:
     report = scene.finish(driver)
     assert report is not None, driver.log.read_text()
     lives = {stage: (times[0], times[-1]) for stage, times in seen.items()}
-    made = Undisturbed(adapters_of(Store(store)), {**lives, "driver": (0.0, ended), "server": (0.0, ended)})
+    made = Undisturbed(adapters_of(Store(store)), {**lives, "driver": (joined, ended), "server": (joined, ended)})
     check(Store(store), report, made)
     return made
 
@@ -137,7 +139,7 @@ def test_killed_at_random_moments(backend: str, scene: Scene, undisturbed: Undis
                 wait(lambda d=driver, t=target: any(scene.ray.workers(t)) or d.ends_within(0), f"no {target} comes")
                 pause = shares[target] * (last - first)
             else:
-                pause = begun + shares[target] * last - time.monotonic()
+                pause = begun + moment(undisturbed, target, shares[target]) - time.monotonic()
             if not driver.ends_within(max(pause, 0)) and kill(target, driver, scene, dice):
                 killed[target] += 1
             if driver.ends_within(0):
