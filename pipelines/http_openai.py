@@ -107,7 +107,7 @@ class ChatRequest(_Lenient):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
-    stop: Annotated[list[Stop] | None, BeforeValidator(_as_list), Field(max_length=4)] = None
+    stop: Annotated[Annotated[list[Stop], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipelines.api_keys import KeyFile, KeyRing
+from pipelines.http_openai import ChatRequest
 from pipelines.http_safety import LOCAL_CALLER, Caller, Guard, RateLimiter, is_loopback, open_keys
 from prag_core.config import ServeConfig
 from prag_core.errors import ConfigError
@@ -175,3 +177,14 @@ def test_with_keys_a_caller_is_who_its_key_says(file: Path) -> None:
     # What a load balancer asks needs none; what Prometheus asks does.
     assert Asked(config, ring, path="/readyz", headers=[])(b"") == 0
     assert Asked(config, ring, path="/metrics", headers=[])(b"") == 401
+
+
+def test_what_is_null_is_left_out() -> None:
+    """OpenAI's clients send null for what they leave out; a limit of a list has nothing to count then."""
+    question = {"model": "m", "messages": [{"role": "user", "content": "Why?"}]}
+    optional = [name for name, field in ChatRequest.model_fields.items() if field.default is None]
+    assert "stop" in optional
+    for name in optional:
+        assert getattr(ChatRequest.model_validate({**question, name: None}), name) is None
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate({**question, "stop": ["a"] * 5})
