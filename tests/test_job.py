@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import pytest
 import yaml
 from conftest import make_augmentation, make_passage
 
-from pipelines import cli
 from prag_core.adapter_io import export_peft
 from prag_core.adapter_store import start_fingerprint
 from prag_core.config import ModelConfig
@@ -74,17 +71,10 @@ class Workspace:
         )
 
     def run(self, *arguments: str, code: int = 0) -> str:
-        """Run `prag` to its end, in a process that is forked from one that has paid for the imports."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.cli", "pipelines.job", "prag_core.engine"])
-        out, err = (self.folder / f"{name}-{uuid.uuid4().hex}.txt" for name in ("out", "err"))
-        process = context.Process(target=_prag, args=(arguments, self.folder, dict(os.environ), out, err))
-        process.start()
-        process.join(timeout=300)
-        if process.exitcode is None:
-            process.kill()
-        assert process.exitcode == code, err.read_text()[-3000:]
-        return (out if code == 0 else err).read_text()
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, err[-3000:]
+        return out if code == 0 else err
 
     def report(self) -> dict:
         return json.loads(self.run("run", "-c", "config.yaml", "--json"))
@@ -92,16 +82,6 @@ class Workspace:
     def ledger(self) -> list[LedgerRow]:
         store = Store(str(self.folder / "store"))
         return from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
-
-
-def _prag(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        with path.open("w") as file:
-            os.dup2(file.fileno(), stream.fileno())
-    os.chdir(folder)
-    os.environ.update({**environment, "HF_HUB_OFFLINE": "1"})
-    sys.argv = ["prag", *arguments]
-    cli.main()
 
 
 def stage(report: dict, name: str) -> dict:
