@@ -7,10 +7,9 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
-from rich.console import Console
 
 from pipelines.terminal import (
     DEFAULT_CONFIG,
@@ -18,6 +17,7 @@ from pipelines.terminal import (
     JsonOption,
     SetOption,
     out,
+    print_json,
     progress_to,
     result_only,
 )
@@ -119,7 +119,7 @@ def register(app: typer.Typer) -> None:
         write_report(made, report)
         print_report(made, out)
         out.print(f"written: {report / 'report.json'} and {report / 'report.html'}")
-        _print_json(out, headline(made))
+        print_json(headline(made))
 
     @app.command()
     def warmup(
@@ -160,7 +160,7 @@ def register(app: typer.Typer) -> None:
                 export=export,
             )
         if as_json:
-            _print_json(out, asdict(made))
+            print_json(asdict(made))
             return
         out.print(
             f"{made.questions} questions ({made.left_out} left out for overlap); loss {made.first_loss:.3f} → "
@@ -190,7 +190,7 @@ def register(app: typer.Typer) -> None:
         with result_only():
             counts = import_into_store(load_config(config, overrides), progress_to)
         if as_json:
-            _print_json(out, counts)
+            print_json(counts)
         else:
             out.print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()))
 
@@ -239,7 +239,3 @@ def _numbers(values: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1 or max(numbers) > 20:
         raise ConfigError(f"--top-k {values!r}: not numbers from 1 to 20", "write it as 3, or as 1,2,3")
     return numbers
-
-
-def _print_json(out: Console, document: Any) -> None:
-    out.file.write(json.dumps(document, ensure_ascii=False) + "\n")

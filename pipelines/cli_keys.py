@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from pipelines.terminal import JsonOption, out, print_json
 
 app = typer.Typer(
     help="API keys of a server: a file that holds their hashes (`serve.api_keys`). A running server follows it.",
@@ -41,14 +41,14 @@ def add(
 @app.command("list")
 def list_(
     file: FileOption = _DEFAULT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the keys of a file, without their secrets."""
     from pipelines.api_keys import KeyFile
 
     keys = [{name: value for name, value in asdict(key).items() if name != "hash"} for key in KeyFile(file).read()]
     if as_json:
-        sys.stdout.write(json.dumps(keys, ensure_ascii=False) + "\n")
+        print_json(keys)
         return
     table = Table(title=str(file))
     for column in ("id", "name", "access", "a minute", "created", "revoked"):
@@ -56,7 +56,7 @@ def list_(
     for key in keys:
         access, rate = ", ".join(key["access"]), str(key["rate_per_minute"] or "")
         table.add_row(key["id"], key["name"], access, rate, key["created"], key["revoked"])
-    Console(file=sys.stdout).print(table)
+    out.print(table)
 
 
 @app.command()

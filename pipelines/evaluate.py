@@ -353,7 +353,7 @@ class _NoRetriever:
     """Every request brings its passages."""
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
-        raise NotImplementedError
+        raise AssertionError("a request without passages was asked")
 
 
 class AnswerAsks:
