@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
+from prag_core.examples import TrainingJob
 from prag_core.models import BaseModel
 from prag_core.recipe import TrainRecipe
-from prag_core.trainer import Trainer, TrainingJob
+from prag_core.trainer import Trainer
 
 
 def machine(device: torch.device | str = "cpu") -> str:

@@ -23,14 +23,15 @@ from train import ATLAS, from_atlas
 from pipelines.demo import read_questions
 from prag_core.config import ModelConfig
 from prag_core.engine import Engine, Request
-from prag_core.examples import training_examples
-from prag_core.lora import Factors, LoraLayout
+from prag_core.examples import TrainingJob, training_examples
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors
 from prag_core.metrics import f1, paired_bootstrap
 from prag_core.models import BaseModel, load_base_model
 from prag_core.prepare import Preparation
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Hit, Mode, Passage
-from prag_core.trainer import Trainer, TrainingJob
+from prag_core.trainer import Trainer
 
 RECIPE = RECIPES["closed_book"]
 MODES: tuple[Mode, ...] = ("prag", "combine")

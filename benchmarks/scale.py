@@ -112,7 +112,7 @@ class Sleeper:
         import torch
 
         from prag_core.adapter_store import AdapterStore
-        from prag_core.lora import LoraLayout
+        from prag_core.layout import LoraLayout
         from prag_core.store import Store
 
         torch.set_num_threads(1)

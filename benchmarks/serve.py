@@ -41,7 +41,8 @@ from prag_core.cache import AdapterCache
 from prag_core.config import Config, parse_config
 from prag_core.errors import OverloadedError
 from prag_core.identity import passage_key
-from prag_core.lora import Factors, LoraLayout, find_targets
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors, find_targets
 from prag_core.models import BaseModel, load_base_model
 from prag_core.opened import open_snapshot
 from prag_core.prepare import Request

@@ -291,7 +291,7 @@ def peak_mb() -> float:
 
 def open_million(arguments: argparse.Namespace) -> dict[str, Any]:
     from prag_core.adapter_store import AdapterStore, LedgerSource
-    from prag_core.lora import LoraLayout
+    from prag_core.layout import LoraLayout
     from prag_core.store import Store
 
     layout = LoraLayout(2, 16.0, (0,), ("up_proj",), ((8, 8),))

@@ -19,7 +19,7 @@ from prag_core.retrieval import find_jdk
 from prag_core.store import open_store
 
 if TYPE_CHECKING:
-    from prag_core.lora import LoraLayout
+    from prag_core.layout import LoraLayout
     from prag_core.recipe import Recipe
 
 T = TypeVar("T")

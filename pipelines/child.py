@@ -15,7 +15,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -59,11 +59,11 @@ class Child:
         preload: The modules that the process from which children are forked imports beforehand.
     """
 
-    def __init__(self, work: bytes, preload: list[str]) -> None:
+    def __init__(self, work: bytes, preload: Sequence[str]) -> None:
         # The process from which children are forked finds modules where this one does.
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(preload)
+        context.set_forkserver_preload(list(preload))
         self._connection, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, work), daemon=True)
         self._process.start()

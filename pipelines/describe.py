@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.augment import generator_fingerprint
-from prag_core.adapter_io import import_peft
 from prag_core.adapter_store import is_start_name, start_fingerprint
 from prag_core.config import Config
-from prag_core.lora import LoraLayout, find_targets
-from prag_core.models import model_fingerprint, model_skeleton, resolve_model
+from prag_core.layout import LoraLayout, find_layout
+from prag_core.models import model_facts, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 
 
@@ -23,10 +22,15 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     """
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
-    layout, _ = find_targets(model_skeleton(folder), train)
+    facts = model_facts(folder)
+    layout = find_layout(facts.linear, train)
     if start := config.train.start:
-        named = is_start_name(start)
-        train = replace(train, start=start if named else start_fingerprint(import_peft(layout, Path(start))))
-    base_model = model_fingerprint(folder)
-    augmenting = augment_recipe(config.augment, generator_fingerprint(config, base_model))
-    return Recipe(base_model, augmenting, train), layout
+        train = replace(train, start=start if is_start_name(start) else _fingerprint_of(layout, Path(start)))
+    augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint))
+    return Recipe(facts.fingerprint, augmenting, train), layout
+
+
+def _fingerprint_of(layout: LoraLayout, start: Path) -> str:
+    from prag_core.adapter_io import import_peft
+
+    return start_fingerprint(import_peft(layout, start))

@@ -42,13 +42,13 @@ from prag_core.evaluate import (
 from prag_core.examples import training_examples
 from prag_core.forgetting import forgotten_keys
 from prag_core.identity import fingerprint
-from prag_core.lora import Factors, LoraLayout, check_factors
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors, check_factors
 from prag_core.models import load_base_model
-from prag_core.opened import check_base_model
 from prag_core.prepare import Preparation
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, Passage, Weights, from_table, to_table
-from prag_core.snapshot import Snapshot, load_snapshot
+from prag_core.snapshot import Snapshot, check_base_model, load_snapshot
 from prag_core.store import Store, open_store
 from prag_core.summary import Evaluation
 from prag_core.trainer import Trainer

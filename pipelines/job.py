@@ -24,12 +24,11 @@ from pipelines.progress import RunProgress
 from pipelines.recovery import anew
 from pipelines.report import StageReport
 from pipelines.tables import Survey, survey
-from prag_core.adapter_io import import_peft
 from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start
 from prag_core.config import Config, dump_config
 from prag_core.garbage import RunInputs, put_inputs
+from prag_core.layout import LoraLayout
 from prag_core.lease import Lease, hold_lease, wait_for_lease
-from prag_core.lora import LoraLayout, check_factors
 from prag_core.recipe import Recipe
 from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish, same_content
 from prag_core.store import Store, open_store
@@ -112,10 +111,8 @@ def _run(
     run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
-    if config.train.start and is_start_name(config.train.start):
-        check_factors(layout, get_start(store, config.train.start), f"start {config.train.start}")
-    elif config.train.start:
-        put_start(store, layout, import_peft(layout, Path(config.train.start)))
+    if config.train.start:
+        _keep_start(config.train.start, store, layout)
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     progress = RunProgress(store, run, console)
     with progress.until_the_end(), ray_session(profile):
@@ -125,6 +122,17 @@ def _run(
             console.print(found.summary())
             found.described()
         return _stages(config, store, recipe, layout, lease, profile, progress, begun, gate)
+
+
+def _keep_start(start: str, store: Store, layout: LoraLayout) -> None:
+    """Put the factors that adapters start from into the store, or look whether it has them under that name."""
+    from prag_core.adapter_io import import_peft
+    from prag_core.lora import check_factors
+
+    if is_start_name(start):
+        check_factors(layout, get_start(store, start), f"start {start}")
+    else:
+        put_start(store, layout, import_peft(layout, Path(start)))
 
 
 def _stages(

@@ -55,7 +55,8 @@ def measure(
 
 
 def _measure(config: Config, recipe: Recipe, profile: Profile, passages: list[Passage]) -> Measurement:
-    from prag_core.trainer import Trainer, TrainingJob, make_stacks
+    from prag_core.examples import TrainingJob
+    from prag_core.trainer import Trainer, make_stacks
 
     begun = time.perf_counter()
     set_threads(profile.train.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray.data
@@ -15,17 +16,18 @@ from pipelines.progress import RunProgress
 from pipelines.recovery import persist
 from pipelines.report import StageReport
 from pipelines.tables import Survey, set_threads, with_augmentations, with_length, with_passages
-from prag_core.adapter_io import adapter_size_bytes
 from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
-from prag_core.examples import training_examples
+from prag_core.examples import TrainingJob, training_examples
+from prag_core.layout import LoraLayout, adapter_size_bytes
 from prag_core.lease import check_holder
-from prag_core.lora import LoraLayout
 from prag_core.models import load_base_model
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
 from prag_core.store import Store, put_rejects
-from prag_core.trainer import TrainedAdapter, Trainer, TrainingJob
+
+if TYPE_CHECKING:
+    from prag_core.trainer import TrainedAdapter
 
 # A task is lost with the actor that does it, shows its progress at its end, and is what the actors of a pool share:
 # each should get some, even when they do not fill their shards.
@@ -42,6 +44,9 @@ class TrainAdapters:
     """The actor of this stage: holds the frozen model, trains a batch, commits its shards and ledger parts."""
 
     def __init__(self, config: Config, store: Store, recipe: Recipe, run: str, profile: Profile) -> None:
+        # Here, since the driver imports this module too, and torch would cost it seconds.
+        from prag_core.trainer import Trainer
+
         set_threads(profile.train.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
@@ -158,7 +163,15 @@ def run_train(
         batch = passages_a_task(total, config, profile, layout)
         silence_s = config.run.passage_timeout_s
         outcomes = run_actors(
-            TrainAdapters, arguments, missing, batch, profile.train, desk, config.run, silence_s=silence_s
+            TrainAdapters,
+            arguments,
+            missing,
+            batch,
+            profile.train,
+            desk,
+            config.run,
+            silence_s=silence_s,
+            preload=["prag_core.trainer"],
         )
         budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
         return follow(outcomes, total, "train", progress, budget)

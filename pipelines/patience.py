@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Patient:
     Args:
         work: The pickled class of the actor that the child holds, with its arguments. They stay pickled here, so that
             this process need not import what they mean.
-        preload: The module of that class.
+        preload: The modules that a child needs, for the process from which children are forked.
         desk: Where rejects go.
         limits: `passage_attempts` and `worker_memory_gb` count here.
         silence_s: How long the child may work on a batch before it gives the next outcomes.
@@ -62,7 +62,7 @@ class Patient:
     def __init__(
         self,
         work: bytes,
-        preload: str,
+        preload: Sequence[str],
         desk: Desk,
         limits: RunConfig,
         silence_s: float,
@@ -74,7 +74,7 @@ class Patient:
         self._attempts = limits.passage_attempts
         memory_bytes = share() if limits.worker_memory_gb is None else limits.worker_memory_gb * 1e9
         self._limits = Limits(silence_s, memory_bytes)
-        self._child: Child | None = Child(work, [preload])
+        self._child: Child | None = Child(work, preload)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the outcomes of a batch, those of its rejects among them.
@@ -110,7 +110,7 @@ class Patient:
 
     def _try(self, batch: pa.Table) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
-            child = self._child or Child(self._work, [self._preload])
+            child = self._child or Child(self._work, self._preload)
             # Until the batch is done: whatever is raised, that child is of no use any more.
             self._child = None
             try:
@@ -142,14 +142,16 @@ def run_actors(
     limits: RunConfig,
     *,
     silence_s: float,
+    preload: Sequence[str] = (),
 ) -> ray.data.Dataset:
     """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
     One block is one batch of `batch` passages: what a block gives is seen when the block is done. Each actor works in
-    a process that it may lose, and that may be silent for `silence_s` over a batch.
+    a process that it may lose, and that may be silent for `silence_s` over a batch. `preload` names the modules that
+    the actor's own imports when it is made.
     """
     work = pickle.dumps((actor, arguments))
-    patient = (work, actor.__module__, desk, limits, silence_s, actors.memory_bytes)
+    patient = (work, (actor.__module__, *preload), desk, limits, silence_s, actors.memory_bytes)
     # Ray shows a stage's workers by the name of their class.
     named = type(actor.__name__, (Patient,), {})
     return missing.repartition(target_num_rows_per_block=batch, strict=True).map_batches(

@@ -17,9 +17,9 @@ from pipelines.parameterize import passages_a_task
 from pipelines.profiles import profile_of
 from pipelines.tables import survey
 from pipelines.timings import batches_of
-from prag_core.adapter_io import adapter_size_bytes
 from prag_core.config import Config
 from prag_core.examples import training_examples
+from prag_core.layout import adapter_size_bytes
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
 from prag_core.records import Passage, from_dict

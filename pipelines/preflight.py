@@ -28,12 +28,11 @@ from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
 from prag_core.corpus import list_files
 from prag_core.errors import ConflictError, StoreError
-from prag_core.lora import LoraLayout
+from prag_core.layout import LoraLayout
 from prag_core.models import parameter_count, resolve_model
-from prag_core.opened import check_base_model
 from prag_core.recipe import Recipe
 from prag_core.retrieval import find_jdk
-from prag_core.snapshot import current_id, load_snapshot
+from prag_core.snapshot import check_base_model, current_id, load_snapshot
 from prag_core.store import Store, open_store
 
 T = TypeVar("T")

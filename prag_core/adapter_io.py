@@ -16,17 +16,12 @@ from torch import Tensor
 
 from prag_core.errors import AdapterError
 from prag_core.identity import checksum
-from prag_core.lora import Factors, LoraLayout, check_factors
+from prag_core.layout import GROUP, INT8, SCALE_UNIT, LoraLayout, adapter_size_bytes, check_dtype, groups_of
+from prag_core.lora import Factors, check_factors
 
 _PEFT_NAME = re.compile(r"layers\.(\d+)\..*?(\w+)\.lora_([AB])\.weight$")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# int8: each tensor is flattened and cut into groups of 64 values; a group's values are q · s, with q in -127 … 127
-# and one fp16 s in units of 2^-14. Without the unit the small values of a barely trained B would fall below fp16.
-INT8 = "int8"
-GROUP = 64
-SCALE_UNIT = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -37,18 +32,6 @@ class Placed:
     offset: int
     length: int
     checksum: str
-
-
-def adapter_size_bytes(layout: LoraLayout, dtype: str) -> int:
-    """Return the bytes that one adapter takes in a shard.
-
-    Raises:
-        AdapterError: when there is no such storage dtype.
-    """
-    _check_dtype(dtype)
-    if dtype == INT8:
-        return layout.parameters + 2 * sum(_groups(shape) for shape in layout.tensor_shapes.values())
-    return layout.parameters * DTYPES[dtype].itemsize
 
 
 def pack_shard(
@@ -64,7 +47,7 @@ def pack_shard(
     Raises:
         AdapterError: when an adapter does not fit the layout or the dtype, or holds values that are not finite.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     tensors: dict[str, Tensor] = {}
     described = {**metadata, "dtype": dtype}
     if dtype == INT8:
@@ -124,15 +107,6 @@ def _views(layout: LoraLayout, buffer: bytearray, dtype: torch.dtype) -> dict[st
     return factors
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype != INT8 and dtype not in DTYPES:
-        raise AdapterError(f"adapters cannot be stored as {dtype!r}", f"known are {', '.join([*DTYPES, INT8])}")
-
-
-def _groups(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // GROUP)
-
-
 def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:
     """Return an adapter's scales and values as one tensor of bytes."""
     scales, values = [], []
@@ -156,9 +130,9 @@ def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:
 def _dequantize(layout: LoraLayout, buffer: bytearray) -> dict[str, Tensor]:
     """Return the float32 factors from the bytes that `_quantize` made."""
     factors = {}
-    scale_offset, value_offset = 0, 2 * sum(_groups(shape) for shape in layout.tensor_shapes.values())
+    scale_offset, value_offset = 0, 2 * sum(groups_of(shape) for shape in layout.tensor_shapes.values())
     for name, shape in layout.tensor_shapes.items():
-        count, groups = math.prod(shape), _groups(shape)
+        count, groups = math.prod(shape), groups_of(shape)
         scale = torch.frombuffer(buffer, dtype=torch.float16, count=groups, offset=scale_offset)
         values = torch.frombuffer(buffer, dtype=torch.int8, count=count, offset=value_offset).float()
         steps = (scale.float() * SCALE_UNIT).repeat_interleave(GROUP)[:count]

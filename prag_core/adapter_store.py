@@ -1,4 +1,7 @@
-"""The adapters of one recipe in the store: shards, and the ledger that makes them exist."""
+"""The adapters of one recipe in the store: shards, and the ledger that makes them exist.
+
+Whoever reads the ledger alone needs no torch; it is imported where tensors are packed and unpacked.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
-import safetensors.torch
-from torch import Tensor
 
-from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.compaction import visible_parts
 from prag_core.errors import AdapterError, StoreError
 from prag_core.identity import checksum, is_intact, seal
+from prag_core.layout import LoraLayout
 from prag_core.ledger import LedgerColumns, Located
-from prag_core.lora import Factors, LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store import Store
-from prag_core.trainer import TrainedAdapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prag_core.lora import Factors
+    from prag_core.trainer import TrainedAdapter
 
 
 class AdapterStore:
@@ -64,6 +70,8 @@ class AdapterStore:
         Raises:
             AdapterError: when one does not fit the layout; nothing is stored then.
         """
+        from prag_core.adapter_io import pack_shard
+
         factors = [(a.key, a.factors) for a, _ in adapters if a.factors is not None]
         metadata = {
             "base_model": self.recipe.base_model,
@@ -125,6 +133,8 @@ class AdapterStore:
         Raises:
             AdapterError: when they are altered, or not of this layout.
         """
+        from prag_core.adapter_io import unpack_adapter
+
         return unpack_adapter(self.layout, data, row.dtype, row.key, row.checksum)
 
 
@@ -140,6 +150,8 @@ def is_start_name(text: str) -> bool:
 
 def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:
     """Store the factors that a recipe's adapters start from, and return their fingerprint."""
+    from prag_core.adapter_io import pack_shard
+
     name = start_fingerprint(factors)
     data, _ = pack_shard(layout, [("start", factors)], "float32", {})
     if not store.exists(f"starts/{name}.safetensors"):
@@ -153,6 +165,8 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     Raises:
         AdapterError: when they are missing or altered.
     """
+    import safetensors.torch
+
     try:
         data = store.get(f"starts/{name}.safetensors")
         tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from prag_core.errors import InputError
-from prag_core.examples import TrainingExample
+from prag_core.examples import TrainingExample, TrainingJob
 from prag_core.identity import fingerprint
-from prag_core.lora import Factors, LoraLayout
-from prag_core.trainer import TrainingJob
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors
 
 NOTHING = "nothing:"
 _RANDOM, _TASK = "random:", "task:"

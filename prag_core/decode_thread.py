@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from prag_core.decode import Decoded, Decoder, DecodeRequest
 from prag_core.errors import EngineStuckError, GenerationError, PragError
-from prag_core.lora import Injector, LoraLayout
+from prag_core.layout import LoraLayout
+from prag_core.lora import Injector
 from prag_core.models import BaseModel
 from prag_core.recipe import TrainRecipe
 

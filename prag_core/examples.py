@@ -23,6 +23,24 @@ class TrainingExample:
     scored_from: int = 1
 
 
+@dataclass(frozen=True)
+class TrainingJob:
+    """One adapter to train: the passage's key and its examples, in order, one step each."""
+
+    key: str
+    examples: tuple[TrainingExample, ...]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of one epoch."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest example."""
+        return max(len(example.ids) for example in self.examples)
+
+
 def question_ids(
     tokenizer: Any,
     question: str,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,96 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prag_core.errors import AdapterError, ModelError
+from prag_core.errors import AdapterError
+from prag_core.layout import LoraLayout, find_layout, place_of
 from prag_core.recipe import TrainRecipe
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# Where a model computes two targets in one module, that module's name.
-_FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-
-
-@dataclass(frozen=True)
-class LoraLayout:
-    """The shapes of an adapter for one base model: `layers` × `targets`, each with (inputs, outputs).
-
-    An adapter is a mapping of `<target>.A` to a tensor `[layers, rank, inputs]` and of `<target>.B` to a tensor
-    `[layers, outputs, rank]`, unscaled. `scale` (alpha / rank) multiplies B·A wherever it is used, and only there.
-    """
-
-    rank: int
-    scale: float
-    layers: tuple[int, ...]
-    targets: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Return the shape of each tensor of an adapter, by name, in sorted order."""
-        shapes = {}
-        for target, (inputs, outputs) in sorted(zip(self.targets, self.shapes, strict=True)):
-            shapes[f"{target}.A"] = (len(self.layers), self.rank, inputs)
-            shapes[f"{target}.B"] = (len(self.layers), outputs, self.rank)
-        return shapes
-
-    @property
-    def parameters(self) -> int:
-        """The number of values in one adapter."""
-        return sum(math.prod(shape) for shape in self.tensor_shapes.values())
-
 
 Factors = Mapping[str, Tensor]
 
 
 def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
-    """Find the modules of `model` that a recipe adapts, and the layout of its adapters.
-
-    A model that computes gate and up in one module (Phi-3) has that module adapted in place of the two.
+    """Find the modules of `model` that a recipe adapts, by (layer, target), and the layout of its adapters.
 
     Raises:
-        ModelError: when a target is missing in a layer, is no linear layer, or differs in shape between layers,
-            or when the model has fewer layers than wanted. An adapter that matches nothing would be silent
-            otherwise.
+        ModelError: when the model does not fit; see `prag_core.layout.find_layout`.
     """
-    linear: dict[tuple[int, str], nn.Linear] = {}
-    several = set()
+    layout = find_layout(linear_shapes(model), recipe)
+    modules = {}
     for name, module in model.named_modules():
-        match = _LAYER.search(name)
-        if match is None or not isinstance(module, nn.Linear):
-            continue
-        place = int(match.group(1)), name.rsplit(".", 1)[-1]
-        if place in linear:
-            several.add(place[1])
-        linear[place] = module
-    names = {leaf for _, leaf in linear}
-    targets = tuple(dict.fromkeys(_FUSED.get(t, t) if t not in names else t for t in recipe.targets))
-    if several.intersection(targets):
-        raise ModelError(
-            f"the base model has several modules {', '.join(sorted(several.intersection(targets)))} in one layer",
-            "choose a model with one feed-forward network a layer (no mixture of experts, no second tower)",
-        )
-    layers = tuple(sorted({layer for layer, _ in linear}))
-    missing = [t for t in targets if any((layer, t) not in linear for layer in layers or [0])]
-    if missing:
-        wanted = [t for t in recipe.targets if t in missing or _FUSED.get(t) in missing]
-        raise ModelError(
-            f"the base model has no linear module {', '.join(wanted)} in each layer; it has {sorted(names)}",
-            "choose a model with gated feed-forward layers, or other targets in the recipe",
-        )
-    if recipe.last_layers is not None:
-        if recipe.last_layers > len(layers):
-            raise ModelError(
-                f"train.last_layers = {recipe.last_layers}, but the base model has {len(layers)} layers",
-                "lower train.last_layers",
-            )
-        layers = layers[-recipe.last_layers :]
-    modules = {(layer, target): linear[layer, target] for layer in layers for target in targets}
-    shapes = []
-    for target in targets:
-        found = {(modules[layer, target].in_features, modules[layer, target].out_features) for layer in layers}
-        if len(found) > 1:
-            raise ModelError(f"{target} has other shapes in other layers: {sorted(found)}", "choose another model")
-        shapes.append(found.pop())
-    return LoraLayout(recipe.rank, recipe.scale, layers, targets, tuple(shapes)), modules
+        place = place_of(name)
+        if isinstance(module, nn.Linear) and place and place[0] in layout.layers and place[1] in layout.targets:
+            modules[place] = module
+    return layout, modules
+
+
+def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """Return the (inputs, outputs) of each linear module of a model, by its name."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:

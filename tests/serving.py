@@ -17,7 +17,8 @@ from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters
 from prag_core.cache import AdapterCache
 from prag_core.config import AugmentConfig, ServeConfig
 from prag_core.disk_cache import DiskCache
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.layout import LoraLayout
+from prag_core.lora import find_targets
 from prag_core.models import BaseModel
 from prag_core.opened import Opened
 from prag_core.prepare import Preparation

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from prag_core.adapter_io import export_peft, import_peft
 from prag_core.adapter_store import get_start, put_start, start_fingerprint
 from prag_core.errors import AdapterError
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.layout import LoraLayout
+from prag_core.lora import find_targets
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
 from prag_core.store import Store

@@ -43,7 +43,8 @@ from prag_core.compaction import (
 from prag_core.errors import AdapterError, InputError
 from prag_core.forgetting import erase_rows, find_passages, forgotten_keys, holding, snapshots_to_keep
 from prag_core.garbage import RunInputs, collect, find_garbage, put_inputs
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.layout import LoraLayout
+from prag_core.lora import find_targets
 from prag_core.maintenance import kind_of, list_objects
 from prag_core.models import BaseModel
 from prag_core.records import LedgerRow, Reject, from_table

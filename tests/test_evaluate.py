@@ -23,7 +23,7 @@ from prag_core.datasets import Gold, Question
 from prag_core.errors import InputError
 from prag_core.evaluate import Ask, Column, Context, EvaluationPlan, Reply, columns, make_ask
 from prag_core.examples import TrainingExample
-from prag_core.lora import LoraLayout
+from prag_core.layout import LoraLayout
 from prag_core.records import Hit, from_table, to_table
 from prag_core.store import Store
 from prag_core.summary import Evaluation, headline, summarize

@@ -73,6 +73,14 @@ def test_what_tasks_run_loads_no_model_library() -> None:
     assert not loaded & {"torch", "transformers", "jnius"}
 
 
+def test_a_driver_that_trains_nothing_itself_loads_no_model_library() -> None:
+    loaded = modules_after(
+        "import pipelines.job, pipelines.plan, pipelines.reindex, pipelines.operate, pipelines.maintain, "
+        "pipelines.exchange, pipelines.preflight"
+    )
+    assert not loaded & {"torch", "transformers", "jnius"}
+
+
 def test_the_command_line_helps_before_it_loads_ray_or_torch() -> None:
     loaded = modules_after("import pipelines.cli")
     assert not loaded & {"torch", "transformers", "ray", "jnius"}

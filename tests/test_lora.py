@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prag_core.errors import AdapterError, ModelError
-from prag_core.lora import Injector, LoraLayout, check_factors, find_targets, initial_factors, stack_rows
+from prag_core.layout import LoraLayout
+from prag_core.lora import Injector, check_factors, find_targets, initial_factors, stack_rows
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
 from prag_core.testing import FAMILIES, tiny_base_model

@@ -24,8 +24,9 @@ from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import AdapterError, StoreError
 from prag_core.garbage import RunInputs, collect, find_garbage, newest_inputs, parse_age, put_inputs
 from prag_core.identity import checksum, fingerprint, is_intact, seal
+from prag_core.layout import LoraLayout
 from prag_core.lease import LEASE, LeaseRecord, acquire_lease
-from prag_core.lora import LoraLayout, find_targets
+from prag_core.lora import find_targets
 from prag_core.maintenance import (
     Finding,
     check_object,

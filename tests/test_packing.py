@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prag_core.adapter_io import DTYPES, INT8, adapter_size_bytes, pack_shard, unpack_adapter
+from prag_core.adapter_io import DTYPES, pack_shard, unpack_adapter
 from prag_core.errors import AdapterError
-from prag_core.lora import LoraLayout
+from prag_core.layout import INT8, LoraLayout, adapter_size_bytes
 
 # 576, 1536 are the small model's; 10 and 33 make groups that do not come out even.
 SMALL = LoraLayout(2, 16.0, (0, 1, 2), ("gate_proj", "up_proj", "down_proj"), ((576, 1536), (576, 1536), (1536, 576)))

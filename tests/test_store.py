@@ -12,10 +12,11 @@ from conftest import make_passage
 from peft import PeftModel
 from test_lora import random_adapter
 
-from prag_core.adapter_io import adapter_size_bytes, export_peft
+from prag_core.adapter_io import export_peft
 from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters
 from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import AdapterError, ConflictError, StoreError
+from prag_core.layout import adapter_size_bytes
 from prag_core.lora import Injector, find_targets, stack_rows
 from prag_core.models import BaseModel
 from prag_core.recipe import Recipe, augment_recipe, train_recipe

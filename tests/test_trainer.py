@@ -16,12 +16,13 @@ from peft import LoraConfig, get_peft_model
 
 from prag_core.config import ModelConfig
 from prag_core.errors import AdapterError, ModelError
-from prag_core.examples import TrainingExample, training_examples
-from prag_core.lora import Factors, LoraLayout, find_targets, initial_factors
+from prag_core.examples import TrainingExample, TrainingJob, training_examples
+from prag_core.layout import LoraLayout
+from prag_core.lora import Factors, find_targets, initial_factors
 from prag_core.models import BaseModel, load_base_model
 from prag_core.recipe import RECIPES, TrainRecipe
 from prag_core.testing import FAMILIES, tiny_base_model
-from prag_core.trainer import Trainer, TrainingJob, make_stacks
+from prag_core.trainer import Trainer, make_stacks
 
 RECIPE = replace(RECIPES["small"], epochs=2)
 
