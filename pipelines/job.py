@@ -147,6 +147,9 @@ def _stages(
     corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
     put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
+    bad = {f"corpus/{reason}": n for reason, n in corpus.report.rejected.items()}
+    budget = Budget(corpus.count + sum(bad.values()), config.run.max_reject_share, bad)
+    budget.check({})
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
     def look() -> Survey:
@@ -154,18 +157,18 @@ def _stages(
 
     # 2. Augment.
     missing = anew("augment", look, progress)
-    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, progress)
+    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, budget, progress)
     progress.finish(report)
     # 3. Train and store.
     if missing.counts["to_augment"]:
         missing = anew("train", look, progress)
-    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, progress)
+    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, budget, progress)
     adapters = progress.finish(report).done
     # 4. Index.
     index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)
     progress.finish(report)
     reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
-    Budget(corpus.count, config.run.max_reject_share).check(reasons)
+    budget.check(reasons)
     # 5. Publish, unless another run took the store over or published meanwhile.
     snapshot = make_snapshot(
         corpus_version=corpus.version,

@@ -205,12 +205,16 @@ class RunConfig(_Strict):
     checkpoint_activations: bool = Field(
         False, description="Train with a fraction of the memory, at the price of a second forward pass."
     )
-    max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
+    max_reject_share: float = Field(
+        0.5, ge=0, le=1, description="The run fails when more is rejected, bad records included."
+    )
     passage_attempts: int = Field(
         3, ge=1, description="How often a passage may be in a worker that dies, before it is rejected once it is alone."
     )
     passage_timeout_s: float = Field(
-        600.0, gt=0, description="How long a worker may take over a passage; a batch has as much for each of its own."
+        600.0,
+        gt=0,
+        description="How long a worker may be silent: training, without a step; augmenting, for each of its batch.",
     )
     worker_memory_gb: float | None = Field(
         None, gt=0, description="What a worker may hold; by default its share of what Ray counts as its node's memory."

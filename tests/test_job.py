@@ -186,21 +186,24 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
 
 
 def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
-    work = Workspace(tmp_path, [make_passage(n) for n in range(2)])
-    work.write_corpus([make_passage(n) for n in range(8)])
+    passages = [make_passage(n) for n in range(8)]
+    work = Workspace(tmp_path, passages[:6])
+    work.write_corpus(passages, extra="not json\n" * 3)
     augmentations = tmp_path / "augmentations.jsonl"
     known = augmentations.read_text()
-    augmentations.write_text(known.splitlines()[0].replace('"p0"', '"nobody"'))
-    message = work.run("run", "-c", "config.yaml", code=9)
-    assert "8 of 8 passages were rejected" in message
-    assert "not_imported 8" in message
+    augmentations.write_text("\n".join(known.splitlines()[:2]))
+    # Neither the bad records nor the passages without an augmentation are too many by themselves.
+    share = ["--set", "run.max_reject_share=0.8"]
+    message = work.run("run", "-c", "config.yaml", *share, code=9)
+    assert "9 of 11 passages were rejected" in message
+    assert "augment/not_imported 6, corpus/invalid_json 3" in message
     assert not (tmp_path / "store" / "CURRENT").exists()
 
     # A file that has them by now is asked again: these rejects were not the passages' fault.
     augmentations.write_text(known)
-    report = json.loads(work.run("run", "-c", "config.yaml", "--set", "run.max_reject_share=0.8", "--json"))
-    assert report["adapters"] == 2
-    assert report["rejected"] == {"augment/not_imported": 6}
+    report = json.loads(work.run("run", "-c", "config.yaml", "--json"))
+    assert report["adapters"] == 6
+    assert report["rejected"] == {"augment/not_imported": 2, "corpus/invalid_json": 3}
 
 
 def test_what_a_worker_finds_wrong_is_said_without_a_traceback(tmp_path: Path) -> None:
