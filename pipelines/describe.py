@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipelines.augment import generator_fingerprint
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import is_start_name, start_fingerprint
+from prag_core.adapter_store import start_fingerprint
 from prag_core.config import Config
+from prag_core.identity import is_start_name
 from prag_core.lora import LoraLayout, find_targets
 from prag_core.models import model_fingerprint, model_skeleton, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe

@@ -25,9 +25,10 @@ from pipelines.recovery import anew
 from pipelines.report import StageReport
 from pipelines.tables import Survey, survey
 from prag_core.adapter_io import import_peft
-from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start
+from prag_core.adapter_store import AdapterStore, get_start, put_start
 from prag_core.config import Config, dump_config
 from prag_core.garbage import RunInputs, put_inputs
+from prag_core.identity import is_start_name
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.lora import LoraLayout, check_factors
 from prag_core.recipe import Recipe
