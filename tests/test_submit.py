@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import select
 import socket
@@ -143,6 +144,9 @@ def test_one_job_is_followed_by_all_who_submit_it(head: Head, work: Workspace) -
         counted = counted if 'stage="train"' in counted and 'stage="augment"' in counted else ""
         time.sleep(0.2)
     assert 'outcome="done"' in counted
+    began = dict(re.findall(r'prag_stage_start_time_seconds{.*?stage="(\w+)".*?} ([\d.e+]+)', head.metrics()))
+    assert float(began["augment"]) == 0  # it has ended
+    assert time.time() - 120 < float(began["train"]) <= time.time()
     # Whoever comes with the store alone follows it to the same end.
     watched = work.run("status", "-c", "config.yaml", "--watch", "--every", "0.3").splitlines()
     assert "finished" in watched[-1]
