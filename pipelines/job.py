@@ -42,9 +42,10 @@ Gate = Callable[[Snapshot | None, Snapshot, RunProgress], None]
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did: a report a stage, and the snapshot that is in service after it."""
+    """What a run did: a report a stage, and the snapshots that were in service before and after it."""
 
     run: str
+    before: str | None
     snapshot: str
     recipe: str
     stages: tuple[StageReport, ...]
@@ -64,6 +65,7 @@ class RunReport:
         """Return the report as plain values."""
         return {
             "run": self.run,
+            "before": self.before,
             "snapshot": self.snapshot,
             "recipe": self.recipe,
             "adapters": self.adapters,
@@ -73,12 +75,24 @@ class RunReport:
         }
 
 
+def new_run() -> str:
+    """Return the id of a run that begins now."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
 def run_job(
-    config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0, gate: Gate | None = None
+    config: Config,
+    console: Console,
+    *,
+    take_over: bool = False,
+    wait_s: float = 0.0,
+    gate: Gate | None = None,
+    run: str = "",
 ) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
     A lease that another run holds is waited for, `wait_s` at most. `gate` may keep what was made from being published.
+    `run` is the run's id, by default a new one.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
@@ -95,8 +109,7 @@ def run_job(
     store, (recipe, layout) = open_store(config), found.described()
     if wait_s and not take_over:
         wait_for_lease(store, wait_s)
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    with hold_lease(store, run, take_over=take_over) as lease:
+    with hold_lease(store, run or new_run(), take_over=take_over) as lease:
         return _run(config, store, recipe, layout, lease, console, begun, gate)
 
 
@@ -187,6 +200,7 @@ def _stages(
     publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,
+        before=serving,
         snapshot=current_id(store) or "",
         recipe=recipe.fingerprint,
         stages=progress.stages,
