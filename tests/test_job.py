@@ -140,10 +140,12 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert set(answers[2]["milliseconds"]) == steps
     assert changed.title in work.run("ask", "-c", "config.yaml", "--compare", f"What is {changed.title}?")
 
-    # 5. What a program would read, and a plan that has nothing to do.
+    # 5. What a program would read, and a plan for one passage that is new, and five times as long as the others.
     assert json.loads(work.run("status", "-c", "config.yaml", "--json"))["snapshot"]["id"] == third["snapshot"]
+    work.write_corpus([*passages, make_passage(50, words=150)])
     plan = json.loads(work.run("plan", "-c", "config.yaml", "--json"))
-    assert (plan["to_augment"], plan["to_train"], plan["passages"]) == (0, 0, 10)
+    assert (plan["to_augment"], plan["to_train"], plan["passages"]) == (1, 1, 11)
+    assert plan["tokens"] > 2 * max(row.tokens for row in work.ledger())
 
     # 6. Another base model must not touch this store.
     write_tiny_model(tmp_path / "other", seed=1)
