@@ -54,10 +54,11 @@ def reindex(
     from the publication on. When nothing changed, nothing is published. A candidate that answers the canary worse
     than what is in service, or than --canary-min, is stored and not published (exit code 16).
     """
-    from pipelines.reindex import reindex as run
-
     overrides = [*(set_ or []), *([f"corpus.path={corpus}"] if corpus else [])]
     settings = settings_of(config, overrides, profile)
+
+    from pipelines.reindex import reindex as run  # seconds of imports
+
     with result_only():
         report = run(
             settings,

@@ -19,7 +19,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     """Return the recipe that a configuration means and the layout of its adapters; loads no weights.
 
     Raises:
-        ConfigError, ModelError: when a recipe is unknown, or the model is missing or does not fit.
+        ModelError: when the model is missing or does not fit.
         AdapterError: when `train.start` is no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)

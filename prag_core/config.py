@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
+from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
@@ -103,10 +104,18 @@ class AugmentConfig(_Strict):
     seed: int = 0
 
 
+def _known_recipe(name: str) -> str:
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PydanticCustomError("recipe", f"no such recipe\n  → {hint}recipes: {', '.join(sorted(RECIPES))}")
+    return name
+
+
 class TrainConfig(_Strict):
     """Which recipe trains the adapters; the other fields override single settings of it."""
 
-    recipe: str = "small"
+    recipe: Annotated[str, AfterValidator(_known_recipe)] = "small"
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
     targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
