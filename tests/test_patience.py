@@ -19,6 +19,7 @@ from killing import wait
 from test_job import Workspace, stage
 from test_parameterize import training_batch
 
+from pipelines.attempts import AttemptBook, Attempts
 from pipelines.child import Alive, Child, ChildLostError, Limits
 from pipelines.describe import describe
 from pipelines.outcomes import Outcome, outcome_table
@@ -130,6 +131,19 @@ def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, de
     assert caught.value.reason == reason
     assert detail in caught.value.detail
     assert not caught.value.starting
+
+
+def test_notes_of_attempts(store: Store) -> None:
+    book, later = (AttemptBook(store, run, "train", "recipe") for run in ("run", "later"))
+    book.lost({"a": 1, "b": 2})
+    book.given_up("b", 3, "timeout")
+    assert book.read(["a", "b", "c"]) == {"a": Attempts(1), "b": Attempts(3, "run", "timeout")}
+    # Another run goes on where this one was, and begins anew with what it gave up.
+    assert later.read(["a", "b", "c"]) == {"a": Attempts(1)}
+    store.put("runs/attempts/train/recipe/a.json", b"{")
+    assert later.read(["a", "b", "c"]) == {}
+    book.done(["a", "b", "c"])
+    assert store.list("runs", "") == []
 
 
 @pytest.mark.slow
