@@ -31,9 +31,8 @@ def read_canaries(path: Path) -> list[Canary]:
         InputError: when the file is missing or empty, or a line is not of that form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines: JSON strings may hold its rarer line ends
+        # Not splitlines: JSON strings may hold its rarer line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "name a file of questions and answers") from None
     canaries = []

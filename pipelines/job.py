@@ -99,6 +99,7 @@ def run_job(
         PragError: what `pipelines.preflight` finds wrong, or a stage; each says what to do.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
         ConflictError: when somebody else published meanwhile.
+        JoinError: when the cluster that RAY_ADDRESS names cannot be joined.
     """
     begun = time.perf_counter()
     found = check_here(config)
