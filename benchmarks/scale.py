@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Sleeper:
         self._adapters = AdapterStore(Store(url), recipe(), layout)
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, alive: Callable[[], None]) -> Iterator[pa.Table]:
         from pipelines.outcomes import TASK, Outcome, outcome_table
         from prag_core.trainer import TrainedAdapter
 

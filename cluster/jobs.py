@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import time
@@ -100,7 +101,8 @@ def submit(
 def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -> Ended:
     """Write a job's output as it comes, from its beginning, until it ends; return how.
 
-    A job server that is away is waited for: `PATIENCE_S` at most without a word from it.
+    A job may be silent for as long as the job server says that it runs, and a server that is away is waited for:
+    `PATIENCE_S` at most without a word from it.
 
     Raises:
         JobServerError: when it stays away, or knows the job no more.
@@ -120,19 +122,25 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
                 write(fresh)
                 shown = seen
 
+    over = False
     while True:
-        try:
+        whole = False
+        # A stream in which nothing is said may be cut by whatever lies between: the job is asked for below.
+        with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
             asyncio.run(tail())
+            whole = True
+        try:
             job = client.get_job_info(id)
             heard = time.monotonic()
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        except (RuntimeError, OSError) as error:
             if "does not exist" in str(error) or time.monotonic() - heard > PATIENCE_S:
                 raise JobServerError(f"job {id}: {_first_line(error)}") from None
         else:
-            if job.status.is_terminal():
+            if job.status.is_terminal() and (whole or over):
                 failed = 0 if job.status.name == "SUCCEEDED" else 1
                 code = job.driver_exit_code if job.driver_exit_code is not None else failed
                 return Ended(job.status.name, str(job.message or ""), code if code > 0 else failed)
+            over = job.status.is_terminal()  # then its last words are asked for once more
         time.sleep(_PAUSE_S)
 
 

@@ -20,6 +20,12 @@ ENVIRONMENT = {
 }
 
 
+class JoinError(Exception):
+    """The cluster that RAY_ADDRESS names is out of reach, or runs another version of Ray or Python."""
+
+    remedy = "check RAY_ADDRESS, that the cluster runs, and that Ray and Python are of the same versions there and here"
+
+
 def is_passed_on(name: str) -> bool:
     """Whether the workers of a cluster that is joined get a variable of the driver's environment.
 
@@ -34,6 +40,9 @@ def ray_session(profile: Profile) -> Iterator[None]:
 
     An error that a worker raised leaves this context as it was raised there. Ray's own progress bars and start-up
     messages are off: the job reports its progress itself.
+
+    Raises:
+        JoinError: when there is a cluster to join, and it cannot be joined.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     import ray
@@ -45,7 +54,11 @@ def ray_session(profile: Profile) -> Iterator[None]:
         # A job of the job server has an environment already; where both name a variable, Ray refuses by default.
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in ENVIRONMENT}}}
-        ray.init(runtime_env=environment, logging_level=logging.ERROR)
+        try:
+            ray.init(runtime_env=environment, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            ray.shutdown()  # of what was begun
+            raise JoinError(" ".join(str(error).split())) from None
     else:
         # An idle worker is ended after a second by default, and starting the next one takes several.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray.data
 
 from cluster.resources import Profile
+from pipelines.child import Alive, nobody
 from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
@@ -61,7 +62,7 @@ class AugmentPassages:
         self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
         self._generator: Generator | None = None
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table, alive: Alive = nobody) -> pa.Table:
         """Augment a batch of passages; give back one outcome each."""
         passages = from_table(Passage, table)
         results: list[Augmentation | Reject] = []
@@ -105,11 +106,13 @@ def run_augment(
     passages: ray.data.Dataset,
     before: Survey,
     look: Callable[[], Survey],
+    budget: Budget,
     progress: RunProgress,
 ) -> StageReport:
     """Augment what a survey found missing. In = done (now and earlier) + rejected (now and earlier).
 
-    `look` makes a new survey, should a part of the cluster be lost meanwhile.
+    `look` makes a new survey, should a part of the cluster be lost meanwhile; `budget` is what the run may reject,
+    besides what a survey found rejected.
     """
     begun, run = time.perf_counter(), progress.run
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
@@ -134,8 +137,7 @@ def run_augment(
             config.run,
             silence_s=silence_s,
         )
-        budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
-        return follow(outcomes, total, "augment", progress, budget)
+        return follow(outcomes, total, "augment", progress, budget.less(survey.rejected))
 
     last, tally = persist("augment", "to_augment", before, look, work, progress)
     return StageReport(

@@ -31,7 +31,8 @@ def read_canaries(path: Path) -> list[Canary]:
         InputError: when the file is missing or empty, or a line is not of that form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold its rarer line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "name a file of questions and answers") from None
     canaries = []
@@ -54,8 +55,10 @@ def read_canaries(path: Path) -> list[Canary]:
     return canaries
 
 
-def ask_canaries(config: Config, store: Store, snapshot: str, canaries: Sequence[Canary], actors: Actors) -> float:
-    """Return the mean F1 of a stored snapshot's answers, given as the configuration's section `answer` says.
+def ask_canaries(
+    config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Canary], actors: Actors
+) -> list[float]:
+    """Return the mean F1 of each stored snapshot's answers, given as the configuration's section `answer` says.
 
     They are asked in a process of its own, since a JVM must not live in the driver, with the resources of a stage
     that holds a model.
@@ -63,10 +66,14 @@ def ask_canaries(config: Config, store: Store, snapshot: str, canaries: Sequence
     ask = ray.remote(_ask).options(
         num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=1, runtime_env={"env_vars": JVM_ENV}
     )
-    return float(ray.get(ask.remote(config, store, snapshot, list(canaries))))
+    return list(ray.get(ask.remote(config, store, list(snapshots), list(canaries))))
 
 
-def _ask(config: Config, store: Store, snapshot: str, canaries: Sequence[Canary]) -> float:
+def _ask(config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Canary]) -> list[float]:
+    return [_mean_f1(config, store, snapshot, canaries) for snapshot in snapshots]  # one model in memory at a time
+
+
+def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Canary]) -> float:
     from prag_core.engine import Request, open_engine
     from prag_core.metrics import f1
 

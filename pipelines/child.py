@@ -6,7 +6,6 @@ another one stands ready in a fraction of a second.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -15,7 +14,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,12 +26,22 @@ from prag_core.errors import PragError
 
 # A look at the child's memory; what it grows by meanwhile goes beyond the limit.
 _POLL_S = 0.1
+# A process whose pipe is closed is gone in a moment: the kernel frees its memory first.
+_DYING_S = 30.0
 _SET_PARENT_DEATH_SIGNAL = 1
+
+
+# Called by an actor at work whenever it got on: who is slow is not taken for one that hangs.
+Alive = Callable[[], None]
+
+
+def nobody() -> None:
+    """Be told by an actor that nobody waits for."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a child may work without giving outcomes, and how much memory it may hold."""
+    """How long a child may work without a sign of life (outcomes, or `Alive`), and how much memory it may hold."""
 
     silence_s: float
     memory_bytes: float
@@ -56,7 +65,11 @@ class Child:
 
     Args:
         work: The pickled pair; only the child unpickles it, so that its parent need not import what it means.
+            The actor is called with a table and an `Alive`.
         preload: The modules that the process from which children are forked imports beforehand.
+
+    Raises:
+        ChildLostError: when the system has no process or pipe for it.
     """
 
     def __init__(self, work: bytes, preload: Sequence[str]) -> None:
@@ -64,9 +77,12 @@ class Child:
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
-        self._connection, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end, work), daemon=True)
-        self._process.start()
+        try:
+            self._connection, end = context.Pipe()
+            self._process = context.Process(target=_serve, args=(end, work), daemon=True)
+            self._process.start()
+        except (OSError, EOFError) as error:  # EOF: the process from which children are forked has died
+            raise ChildLostError("failed", f"it cannot be started: {error}", starting=True) from None
         end.close()
         self._ready = False
 
@@ -81,8 +97,10 @@ class Child:
             # Loading a model takes what it takes; Ray ends a stage in which nothing ever moves.
             self._receive(replace(limits, silence_s=float("inf")), starting=True)
             self._ready = True
-        with contextlib.suppress(BrokenPipeError):  # it died between two calls: that is seen in a moment
+        try:
             self._connection.send_bytes(_packed(table))
+        except OSError as error:  # it died between two calls
+            raise self._lost(*self._cause_of_death(error), starting=False) from None
         while data := self._receive(limits, starting=False):
             yield _unpacked(data)
 
@@ -99,29 +117,34 @@ class Child:
             if self._connection in ready:
                 try:
                     kind, data = pickle.loads(self._connection.recv_bytes())
-                except EOFError:
-                    raise self._lost(*self._cause_of_death(), starting) from None
+                except (EOFError, OSError) as error:
+                    raise self._lost(*self._cause_of_death(error), starting=starting) from None
                 if kind == "answer":
                     return bytes(data)
                 if kind == "raised":
                     raise data
-                raise self._lost(*data, starting)
-            if ready:
-                raise self._lost(*self._cause_of_death(), starting)
+                if kind == "lost":
+                    raise self._lost(*data, starting=starting)
+                deadline = time.monotonic() + limits.silence_s
+            elif ready:
+                raise self._lost(*self._cause_of_death(), starting=starting)
             resident = _resident_bytes(self._process.pid)
             if resident > limits.memory_bytes:
                 detail = f"it held {resident / 1e9:.1f} GB, more than its share of {limits.memory_bytes / 1e9:.1f} GB"
-                raise self._lost("out_of_memory", detail, starting)
+                raise self._lost("out_of_memory", detail, starting=starting)
             if time.monotonic() > deadline:
-                raise self._lost("timeout", f"no sign of life for {limits.silence_s:.0f} s", starting)
+                detail = f"no sign of life for {limits.silence_s:.0f} s"
+                raise self._lost("timeout", detail, starting=starting)
 
-    def _lost(self, reason: str, detail: str, starting: bool) -> ChildLostError:
+    def _lost(self, reason: str, detail: str, *, starting: bool) -> ChildLostError:
         self.kill()
         return ChildLostError(reason, detail, starting=starting)
 
-    def _cause_of_death(self) -> tuple[str, str]:
-        self._process.join()
-        code = self._process.exitcode or 0
+    def _cause_of_death(self, error: Exception | None = None) -> tuple[str, str]:
+        self._process.join(_DYING_S)
+        code = self._process.exitcode
+        if code is None:
+            return "failed", f"its process lives, and cannot be talked to: {error}"
         if code >= 0:
             return "killed_worker", f"its process ended with exit code {code}"
         name = signal.Signals(-code).name
@@ -134,6 +157,10 @@ def _serve(connection: Connection, work: bytes) -> None:
     _die_with_parent()
     # The place of a crash goes to the worker's log. There is no JVM in this process, which would use the signal.
     faulthandler.enable()
+
+    def alive() -> None:
+        _send(connection, "alive", b"")
+
     try:
         actor, arguments = pickle.loads(work)
         call = actor(*arguments)
@@ -143,7 +170,7 @@ def _serve(connection: Connection, work: bytes) -> None:
                 table = _unpacked(connection.recv_bytes())
             except EOFError:
                 return
-            result = call(table)
+            result = call(table, alive)
             for done in [result] if isinstance(result, pa.Table) else result:
                 _send(connection, "answer", _packed(done))
             _send(connection, "answer", b"")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.session import JoinError
 from pipelines import cli_cluster, cli_evaluate, cli_keys, cli_reindex, cli_serve
 from pipelines.cli_store import store_app
 from pipelines.terminal import (
@@ -28,7 +29,7 @@ from pipelines.terminal import (
     settings_of,
 )
 from prag_core.config import Config, load_config
-from prag_core.errors import PragError
+from prag_core.errors import ClusterError, PragError
 from prag_core.records import MODES, Answer, Mode, Reject, Weights
 
 app = typer.Typer(
@@ -219,7 +220,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except PragError as error:
+    except (PragError, JoinError) as raised:
+        error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)
 

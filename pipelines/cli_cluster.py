@@ -50,9 +50,10 @@ def plan(
     Times come from the batches that the store holds of this recipe, or with --measure from a sample that is really
     augmented and trained, on the cluster that RAY_ADDRESS names. Without --measure nothing is spent.
     """
-    from pipelines.plan import make_plan
-
     settings = settings_of(config, set_, profile)
+
+    from pipelines.plan import make_plan  # seconds of imports
+
     with contextlib.redirect_stdout(sys.stderr):
         made = make_plan(settings, Console(stderr=True), measured=measure, price_gpu_hour=price_gpu_hour)
     if as_json:
@@ -97,10 +98,10 @@ def preflight(
 
     The cluster is the one that RAY_ADDRESS names. `prag run` begins with the same checks.
     """
+    settings = settings_of(config, set_, profile)
     begun = time.perf_counter()
     from pipelines.preflight import preflight as look
 
-    settings = settings_of(config, set_, profile)
     loaded = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         found = look(settings)

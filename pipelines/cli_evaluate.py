@@ -71,7 +71,9 @@ def register(app: typer.Typer) -> None:
         Killed, or called again with more modes, it asks only what has no stored answer. The last line is one JSON
         object: n, F1 by column, differences and their 95 % intervals.
         """
-        from pipelines.evaluate import run_evaluation
+        settings = load_config(config, set_ or [])
+
+        from pipelines.evaluate import run_evaluation  # seconds of imports
         from pipelines.evaluate_server import evaluate_server
         from pipelines.evaluation_report import print_report, write_report
         from pipelines.judging import judge
@@ -82,7 +84,6 @@ def register(app: typer.Typer) -> None:
         from prag_core.store import open_store
         from prag_core.summary import headline, summarize
 
-        settings = load_config(config, set_ or [])
         plan = EvaluationPlan(
             modes=_several("modes", modes, MODES),
             controls=_several("controls", controls, CONTROLS),

@@ -34,8 +34,11 @@ def reindex(
         Path | None, typer.Option("--canary", help="JSON Lines of `question` and `answers`, asked before publishing.")
     ] = None,
     canary_min: Annotated[
-        float, typer.Option("--canary-min", min=0, max=1, help="Publish only from this mean F1 on.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--canary-min", min=0, max=1, help="Publish from this mean F1 on; default: what is in service reaches."
+        ),
+    ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,
     profile: ProfileOption = None,
@@ -48,13 +51,14 @@ def reindex(
     """Bring the store to a new state of the corpus: do what is new, check, ask the canary, publish once.
 
     Passages that did not change keep their adapters, whatever their order or ids. What was removed is found no more
-    from the publication on. When nothing changed, nothing is published. With a canary that answers worse than asked
-    for, the candidate is stored and not published (exit code 16).
+    from the publication on. When nothing changed, nothing is published. A candidate that answers the canary worse
+    than what is in service, or than --canary-min, is stored and not published (exit code 16).
     """
-    from pipelines.reindex import reindex as run
-
     overrides = [*(set_ or []), *([f"corpus.path={corpus}"] if corpus else [])]
     settings = settings_of(config, overrides, profile)
+
+    from pipelines.reindex import reindex as run  # seconds of imports
+
     with result_only():
         report = run(
             settings,
@@ -67,14 +71,14 @@ def reindex(
     if as_json:
         print_json(report.to_json())
         return
-    difference = report.difference
+    difference, least = report.difference, f"{report.canary_min or 0.0:.3f}"
     rows = [
         ("passages", f"{difference.passages_new} new, {difference.passages_gone} gone"),
         ("kept passages", f"{difference.passages_kept}, {difference.moved} ids of them new"),
         ("ids", f"{difference.added} added, {difference.changed} changed, {difference.removed} removed"),
         ("made", f"{report.augmented} augmentations, {report.trained} adapters"),
         ("rejected", ", ".join(f"{reason} {n}" for reason, n in sorted(report.rejected.items())) or "none"),
-        ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}"),
+        ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}, {least} asked for"),
         ("in service", report.snapshot if report.published else f"{report.snapshot}, as before: nothing changed"),
     ]
     print_rows(f"Reindex {report.run}", rows)

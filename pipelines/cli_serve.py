@@ -26,11 +26,12 @@ def serve(
 
     An address that other machines reach needs `serve.api_keys`; see `prag keys`.
     """
-    from pipelines.serve import serve_here
-
     overrides = list(set_ or [])
     overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]
     settings = load_config(config, overrides)
+
+    from pipelines.serve import serve_here  # seconds of imports
+
     with result_only():
         serve_here(
             settings, lambda url: out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)

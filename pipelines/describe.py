@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.augment import generator_fingerprint
-from prag_core.adapter_store import is_start_name, start_fingerprint
+from prag_core.adapter_store import start_fingerprint
 from prag_core.config import Config
+from prag_core.identity import is_start_name
 from prag_core.layout import LoraLayout, find_layout
 from prag_core.models import model_facts, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
@@ -17,7 +18,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     """Return the recipe that a configuration means and the layout of its adapters; loads no weights.
 
     Raises:
-        ConfigError, ModelError: when a recipe is unknown, or the model is missing or does not fit.
+        ModelError: when the model is missing or does not fit.
         AdapterError: when `train.start` is no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)

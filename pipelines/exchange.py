@@ -16,6 +16,7 @@ from cluster.session import ray_session
 from pipelines import augment, ingest
 from pipelines import evaluation_data as data
 from pipelines.describe import describe
+from pipelines.outcomes import Budget
 from pipelines.profiles import profile_of
 from pipelines.progress import RunProgress
 from pipelines.tables import Survey, read_columns, survey
@@ -46,8 +47,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     recipe, _ = describe(config)
     # What the file lacks is no failure here: the next run augments it.
     augmenting = config.augment.model_copy(update={"generator": "none"})
-    running = config.run.model_copy(update={"max_reject_share": 1.0})
-    only = config.model_copy(update={"augment": augmenting, "run": running})
+    only = config.model_copy(update={"augment": augmenting})
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     profile, progress = profile_of(config), RunProgress(store, run, console)
     with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
@@ -58,7 +58,8 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         def look() -> Survey:
             return survey(store, passages, recipe, profile.partitions)
 
-        report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, progress)
+        budget = Budget(corpus.count, 1.0)
+        report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, budget, progress)
     return {
         "passages": report.taken,
         "imported": report.done - report.earlier,

@@ -24,9 +24,10 @@ from pipelines.progress import RunProgress
 from pipelines.recovery import anew
 from pipelines.report import StageReport
 from pipelines.tables import Survey, survey
-from prag_core.adapter_store import AdapterStore, get_start, is_start_name, put_start
+from prag_core.adapter_store import AdapterStore, get_start, put_start
 from prag_core.config import Config, dump_config
 from prag_core.garbage import RunInputs, put_inputs
+from prag_core.identity import is_start_name
 from prag_core.layout import LoraLayout
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.recipe import Recipe
@@ -40,9 +41,10 @@ Gate = Callable[[Snapshot | None, Snapshot, RunProgress], None]
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did: a report a stage, and the snapshot that is in service after it."""
+    """What a run did: a report a stage, and the snapshots that were in service before and after it."""
 
     run: str
+    before: str | None
     snapshot: str
     recipe: str
     stages: tuple[StageReport, ...]
@@ -62,6 +64,7 @@ class RunReport:
         """Return the report as plain values."""
         return {
             "run": self.run,
+            "before": self.before,
             "snapshot": self.snapshot,
             "recipe": self.recipe,
             "adapters": self.adapters,
@@ -71,18 +74,31 @@ class RunReport:
         }
 
 
+def new_run() -> str:
+    """Return the id of a run that begins now."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
 def run_job(
-    config: Config, console: Console, *, take_over: bool = False, wait_s: float = 0.0, gate: Gate | None = None
+    config: Config,
+    console: Console,
+    *,
+    take_over: bool = False,
+    wait_s: float = 0.0,
+    gate: Gate | None = None,
+    run: str = "",
 ) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
     A lease that another run holds is waited for, `wait_s` at most. `gate` may keep what was made from being published.
+    `run` is the run's id, by default a new one.
 
     Raises:
         LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
         PragError: what `pipelines.preflight` finds wrong, or a stage; each says what to do.
         BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
         ConflictError: when somebody else published meanwhile.
+        JoinError: when the cluster that RAY_ADDRESS names cannot be joined.
     """
     begun = time.perf_counter()
     found = check_here(config)
@@ -93,8 +109,7 @@ def run_job(
     store, (recipe, layout) = open_store(config), found.described()
     if wait_s and not take_over:
         wait_for_lease(store, wait_s)
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    with hold_lease(store, run, take_over=take_over) as lease:
+    with hold_lease(store, run or new_run(), take_over=take_over) as lease:
         return _run(config, store, recipe, layout, lease, console, begun, gate)
 
 
@@ -155,6 +170,9 @@ def _stages(
     corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
     put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
+    bad = {f"corpus/{reason}": n for reason, n in corpus.report.rejected.items()}
+    budget = Budget(corpus.count + sum(bad.values()), config.run.max_reject_share, bad)
+    budget.check({})
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
     def look() -> Survey:
@@ -162,18 +180,18 @@ def _stages(
 
     # 2. Augment.
     missing = anew("augment", look, progress)
-    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, progress)
+    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, budget, progress)
     progress.finish(report)
     # 3. Train and store.
     if missing.counts["to_augment"]:
         missing = anew("train", look, progress)
-    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, progress)
+    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, budget, progress)
     adapters = progress.finish(report).done
     # 4. Index.
     index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)
     progress.finish(report)
     reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
-    Budget(corpus.count, config.run.max_reject_share).check(reasons)
+    budget.check(reasons)
     # 5. Publish, unless another run took the store over or published meanwhile.
     snapshot = make_snapshot(
         corpus_version=corpus.version,
@@ -191,6 +209,7 @@ def _stages(
     publish(store, snapshot, replaces=serving)
     result = RunReport(
         run=run,
+        before=serving,
         snapshot=current_id(store) or "",
         recipe=recipe.fingerprint,
         stages=progress.stages,

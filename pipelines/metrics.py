@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -22,14 +23,22 @@ class PipelineMetrics:
         self._busy = Counter("prag_work_seconds_total", "Seconds that actors worked on passages.", ("stage",))
         self._recoveries = Counter("prag_recoveries_total", "Times that a stage went on after a loss.", ("stage",))
         self._todo = Gauge("prag_stage_passages", "Passages that a stage has to do in this run.", ("stage",))
-        self._seconds = Gauge("prag_stage_seconds", "Seconds since a stage began.", ("stage",))
+        # Not how long it runs: nobody would renew that while nothing moves, which is what an alarm is for.
+        self._began = Gauge(
+            "prag_stage_start_time_seconds", "When a stage began, since the epoch; 0 once it has ended.", ("stage",)
+        )
 
     def begin(self, stage: str, total: int) -> None:
-        """Say what a stage has to do."""
+        """Say that a stage begins, and what it has to do."""
         self._todo.set(total, {"stage": stage})
+        self._began.set(time.time(), {"stage": stage})
 
-    def count(self, stage: str, outcomes: Iterable[Outcome], seconds: float) -> None:
-        """Count a block of outcomes; `seconds` since the stage began."""
+    def end(self, stage: str) -> None:
+        """Say that a stage has ended, well or not."""
+        self._began.set(0, {"stage": stage})
+
+    def count(self, stage: str, outcomes: Iterable[Outcome]) -> None:
+        """Count a block of outcomes."""
         reasons: Tally[str] = Tally()
         tokens, busy = 0, 0.0
         for outcome in outcomes:
@@ -44,7 +53,6 @@ class PipelineMetrics:
         for counter, value in ((self._tokens, tokens), (self._busy, busy)):
             if value > 0:
                 counter.inc(value, {"stage": stage})
-        self._seconds.set(seconds, {"stage": stage})
 
     def recovered(self, stage: str) -> None:
         """Count that a stage went on after it lost a node or a process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -77,11 +77,18 @@ def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a run may reject: a share of its passages. `earlier` are rejects that count, by `stage/reason`."""
+    """How much a run may reject: a share of its passages, to which records that became none count as well.
+
+    `earlier` are rejects that count, by `stage/reason`.
+    """
 
     passages: int
     share: float
     earlier: Mapping[str, int] = field(default_factory=dict)
+
+    def less(self, rejected: Mapping[str, int]) -> Budget:
+        """Return what is left of it after further rejects, by `stage/reason`."""
+        return replace(self, earlier=Counter(self.earlier) + Counter(rejected))
 
     def check(self, rejected: Mapping[str, int]) -> None:
         """Do nothing while it suffices for what is rejected besides the earlier ones, by `stage/reason`.

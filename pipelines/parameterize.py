@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray.data
 
 from cluster.resources import Profile
+from pipelines.child import Alive, nobody
 from pipelines.outcomes import TASK, Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
@@ -58,8 +59,8 @@ class TrainAdapters:
         self._tokens_per_step = profile.tokens_per_step
         self._run = run
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Train a batch of passages; give back one outcome each, and a sign of life with each that is trained.
+    def __call__(self, table: pa.Table, alive: Alive = nobody) -> Iterator[pa.Table]:
+        """Train a batch of passages; give back one outcome each, and be `alive` with each step of training.
 
         What another attempt at the batch, or at one that it is a part of, committed before its process died is not
         trained again: both have the same column `task`.
@@ -88,7 +89,8 @@ class TrainAdapters:
         yield _outcomes(rows)
         waiting: list[tuple[TrainedAdapter, str]] = []
         since = time.monotonic()
-        for adapter in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
+        training = self._trainer.train(jobs, tokens_per_step=self._tokens_per_step, on_step=lambda step, steps: alive())
+        for adapter in training:
             if adapter.factors is None:
                 give_up(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
             else:
@@ -97,7 +99,6 @@ class TrainAdapters:
             if len(waiting) >= self._a_shard or time.monotonic() - since >= self._commit_every_s:
                 yield _outcomes(self._commit(waiting, task))
                 waiting, since = [], time.monotonic()
-            yield _outcomes([])
         yield _outcomes(self._commit(waiting, task))
         put_rejects(self._adapters.store, self._run, rejects)
         yield outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects)
@@ -142,11 +143,13 @@ def run_train(
     passages: ray.data.Dataset,
     before: Survey,
     look: Callable[[], Survey],
+    budget: Budget,
     progress: RunProgress,
 ) -> StageReport:
     """Train what a survey found missing. Taken are the passages that have an augmentation.
 
-    `look` makes a new survey, should a part of the cluster be lost meanwhile.
+    `look` makes a new survey, should a part of the cluster be lost meanwhile; `budget` is what the run may reject,
+    besides what a survey found rejected.
     """
     begun = time.perf_counter()
 
@@ -173,8 +176,7 @@ def run_train(
             silence_s=silence_s,
             preload=["prag_core.trainer"],
         )
-        budget = Budget(survey.passages, config.run.max_reject_share, survey.rejected)
-        return follow(outcomes, total, "train", progress, budget)
+        return follow(outcomes, total, "train", progress, budget.less(survey.rejected))
 
     last, tally = persist("train", "to_train", before, look, work, progress)
     return StageReport(

@@ -2,12 +2,14 @@
 
 A stage's actor works in a child process (`pipelines.child`). When that is lost, the batch is split until the culprit
 is alone, and tried `run.passage_attempts` times in all; its neighbours are done meanwhile. The attempts are counted
-by the parent, which outlives the child and knows how it died: no marker has to be written anywhere, and a lost node,
-which takes the parent too, is charged to no passage; Ray moves its batch elsewhere.
+by the parent, which outlives the child and knows how it died, and kept in the store (`pipelines.attempts`), where
+whoever is started after a killed driver finds them. A lost node, which takes the parent too, is charged to no
+passage; Ray moves its batch elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from collections import deque
@@ -20,6 +22,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Actors
+from pipelines.attempts import AttemptBook
 from pipelines.child import Child, ChildLostError, Limits
 from pipelines.outcomes import TASK, Outcome, outcome_table
 from prag_core.config import RunConfig
@@ -55,7 +58,7 @@ class Patient:
         preload: The modules that a child needs, for the process from which children are forked.
         desk: Where rejects go.
         limits: `passage_attempts` and `worker_memory_gb` count here.
-        silence_s: How long the child may work on a batch before it gives the next outcomes.
+        silence_s: How long the child may give no sign of life while it works.
         share: Finds out what memory a child may hold where the limits do not say.
     """
 
@@ -71,10 +74,13 @@ class Patient:
         self._work = work
         self._preload = preload
         self._desk = desk
-        self._attempts = limits.passage_attempts
+        self._most_attempts = limits.passage_attempts
+        self._book = AttemptBook(desk.store, desk.run, desk.stage, desk.recipe)
         memory_bytes = share() if limits.worker_memory_gb is None else limits.worker_memory_gb * 1e9
         self._limits = Limits(silence_s, memory_bytes)
-        self._child: Child | None = Child(work, preload)
+        self._child: Child | None = None
+        with contextlib.suppress(ChildLostError):  # the first batch tries again
+            self._child = Child(work, preload)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the outcomes of a batch, those of its rejects among them.
@@ -86,34 +92,45 @@ class Patient:
         # later run does not: what is missing then, though it was done, was taken out of the store on purpose.
         task = pa.scalar(fingerprint([self._desk.run, *sorted(table["key"].to_pylist())]))
         table = table.append_column(TASK, pa.repeat(task, table.num_rows))
-        todo: deque[tuple[pa.Table, int]] = deque([(table, 0)])
         outcomes: list[pa.Table] = []
-        rejects: list[Reject] = []
+        todo: deque[pa.Table] = deque()
+        earlier = self._book.read(table["key"].to_pylist())
+        # What lost a worker in another attempt, perhaps of a driver that was killed, is tried alone, after the others.
+        for batch in [_without(table, list(earlier)), *(_only(table, key) for key in earlier)]:
+            if batch.num_rows:
+                todo.append(batch)
+        counts = {key: attempts.count for key, attempts in earlier.items()}
+        given_up = {key: attempts.reason for key, attempts in earlier.items() if attempts.reason}
         while todo:
-            batch, attempts = todo.popleft()
+            batch = todo.popleft()
+            key = batch["key"][0].as_py()
+            if key in given_up:
+                outcomes.append(outcome_table([Outcome(key, rejected=given_up[key])]))
+                continue
             try:
                 for done in self._try(batch):
                     outcomes.append(done)
-                    batch = _without(batch, done)
+                    batch = _without(batch, done["key"].to_pylist())
             except ChildLostError as error:
-                attempts += 1
-                log.warning("%s: attempt %d, %d passages left: %s", self._desk.stage, attempts, batch.num_rows, error)
-                if batch.num_rows > 1:
-                    todo.extendleft((part, attempts) for part in reversed(_split(batch)))
-                elif batch.num_rows and attempts < self._attempts:
-                    todo.appendleft((batch, attempts))
-                elif batch.num_rows:
-                    rejects.append(self._give_up(batch, attempts, error))
-        put_rejects(self._desk.store, self._desk.run, rejects)
-        outcomes.append(outcome_table(Outcome(reject.key, rejected=reject.reason) for reject in rejects))
+                left = {key: counts.get(key, 0) + 1 for key in batch["key"].to_pylist()}
+                counts |= left
+                log.warning("%s: a worker lost, %d passages left of its batch: %s", self._desk.stage, len(left), error)
+                key = next(iter(left), "")
+                if len(left) == 1 and left[key] >= self._most_attempts:
+                    outcomes.append(self._give_up(batch, left[key], error))
+                    given_up[key] = error.reason
+                elif left:
+                    self._book.lost(left)
+                    todo.extendleft(reversed(_split(batch)))
+        self._book.done(counts.keys() - given_up.keys())
         return pa.concat_tables(outcomes)
 
     def _try(self, batch: pa.Table) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
-            child = self._child or Child(self._work, self._preload)
-            # Until the batch is done: whatever is raised, that child is of no use any more.
-            self._child = None
             try:
+                child = self._child or Child(self._work, self._preload)
+                # Until the batch is done: whatever is raised, that child is of no use any more.
+                self._child = None
                 yield from child.call(batch, self._limits)
                 self._child = child
                 return
@@ -126,10 +143,14 @@ class Patient:
                         "look at the worker's log; give it more memory, or a smaller model",
                     ) from None
 
-    def _give_up(self, batch: pa.Table, attempts: int, lost: ChildLostError) -> Reject:
+    def _give_up(self, batch: pa.Table, attempts: int, lost: ChildLostError) -> pa.Table:
+        """Store the reject at once, so that nobody tries the passage again; return its outcome."""
         (row,) = batch.select(["key", "sources"]).to_pylist()
-        desk = self._desk
-        return Reject(desk.stage, lost.reason, lost.detail, row["sources"][0], row["key"], attempts, desk.recipe)
+        key, desk = row["key"], self._desk
+        reject = Reject(desk.stage, lost.reason, lost.detail, row["sources"][0], key, attempts, desk.recipe)
+        put_rejects(desk.store, desk.run, [reject])
+        self._book.given_up(key, attempts, lost.reason)
+        return outcome_table([Outcome(key, rejected=lost.reason)])
 
 
 def run_actors(
@@ -147,7 +168,7 @@ def run_actors(
     """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
     One block is one batch of `batch` passages: what a block gives is seen when the block is done. Each actor works in
-    a process that it may lose, and that may be silent for `silence_s` over a batch. `preload` names the modules that
+    a process that it may lose, and that may give no sign of life for `silence_s`. `preload` names the modules that
     the actor's own imports when it is made.
     """
     work = pickle.dumps((actor, arguments))
@@ -159,8 +180,12 @@ def run_actors(
     )
 
 
-def _without(batch: pa.Table, done: pa.Table) -> pa.Table:
-    return batch.filter(pc.invert(pc.is_in(batch["key"], value_set=done["key"].combine_chunks())))
+def _without(batch: pa.Table, keys: list[str]) -> pa.Table:
+    return batch.filter(pc.invert(pc.is_in(batch["key"], value_set=pa.array(keys, pa.string()))))
+
+
+def _only(batch: pa.Table, key: str) -> pa.Table:
+    return batch.filter(pc.equal(batch["key"], key))
 
 
 def _split(batch: pa.Table) -> list[pa.Table]:

@@ -15,14 +15,14 @@ from pipelines.estimate import Moments, Quantity, exactly, mean
 from pipelines.measure import Measurement, measure, planned
 from pipelines.parameterize import passages_a_task
 from pipelines.profiles import profile_of
-from pipelines.tables import survey
+from pipelines.tables import sample, survey
 from pipelines.timings import batches_of
 from prag_core.config import Config
 from prag_core.examples import training_examples
 from prag_core.layout import adapter_size_bytes
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
-from prag_core.records import Passage, from_dict
+from prag_core.records import Passage
 from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import open_store
 
@@ -89,21 +89,22 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     with ray_session(profile):
         forgotten = load_snapshot(store).tombstones if current_id(store) else ()
         corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
-        counts = survey(store, corpus.passages, recipe, profile.partitions).counts
+        found = survey(store, corpus.passages, recipe, profile.partitions)
+        counts = found.counts
         to_augment = counts["to_augment"]
         to_train = to_augment + counts["to_train"]
-        # Keys are hashes, so the first ones are as good a sample as any.
-        sample = [from_dict(Passage, row) for row in corpus.passages.take(max(_SAMPLE, measured))]
+        # Of what is missing: what is there already may be of another length.
+        drawn = sample(found, corpus.passages, max(_SAMPLE, measured))
         tried: Measurement | None = None
-        if measured and sample:
-            tried = measure(config, recipe, profile, sample[:measured], console)
+        if measured and drawn:
+            tried = measure(config, recipe, profile, drawn[:measured], console)
             augmenting, training = tried.augment, tried.train
             basis = f"measured now: {len(tried.tokens)} passages in {training.batches} stacks"
         else:
             augmenting = batches_of(store, f"augmentations/{recipe.augment.fingerprint}", None, profile)
             training = batches_of(store, f"adapters/{recipe.fingerprint}/ledger", "tokens", profile)
             basis = f"what earlier runs stored: {training.batches} commits" if training.batches else "nothing measured"
-    counted = tried.tokens if tried and tried.tokens else _tokens_each(config, recipe, sample[:_SAMPLE])
+    counted = tried.tokens if tried and tried.tokens else _tokens_each(config, recipe, drawn[:_SAMPLE])
     tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
     cost = _cost(augmenting, training, to_augment, tokens)
     actors = profile.train
@@ -125,10 +126,10 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
         tokens=round(tokens.value),
         tokens_interval=tokens.interval,
         adapter_bytes=to_train * adapter_size_bytes(layout, config.storage.adapter_dtype),
-        # A shard and a ledger part a task, an augmentation part a batch; each looks first whether it is there, and a
-        # task whether its run still holds the lease.
+        # A shard and a ledger part a task, an augmentation part a batch; each looks first whether it is there and
+        # whether it lost a worker before, and a task whether its run still holds the lease.
         puts=2 * tasks + batches,
-        gets=2 * tasks + batches,
+        gets=3 * tasks + 2 * batches,
         augment_seconds=cost["augment"].value if cost["augment"] else None,
         train_seconds=cost["train"].value if cost["train"] else None,
         wall_seconds={str(n): wall.value for n, wall in walls.items()} or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -16,18 +17,21 @@ from cluster.preflight import (
     check_gpu_memory,
     check_room,
     compare_versions,
+    gpus,
     look_at_nodes,
     on_cluster,
+    torch_cuda,
     versions,
 )
 from cluster.resources import Profile
+from cluster.session import JoinError, ray_session
 from pipelines.checks import Preflight, ask_node
 from pipelines.describe import describe
 from pipelines.profiles import profile_of
 from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
 from prag_core.corpus import list_files
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ClusterError, ConflictError, StoreError
 from prag_core.layout import LoraLayout
 from prag_core.models import parameter_count, resolve_model
 from prag_core.recipe import Recipe
@@ -44,7 +48,10 @@ _CUDA_CONTEXT_BYTES = 500_000_000
 
 
 def check_here(config: Config) -> Preflight:
-    """Check what this machine can see by itself: corpus, augmentations, model, recipe, store, Java. No Ray."""
+    """Check what this machine can see by itself: corpus, augmentations, model, recipe, store, Java. No Ray.
+
+    Where Ray will be started on it, also whether it can hold an actor, and whether its GPUs can.
+    """
     found = Preflight()
     found.check("corpus", lambda: (f"{len(list_files(config.corpus))} files", None))
     if config.augment.import_file:
@@ -58,9 +65,11 @@ def check_here(config: Config) -> Preflight:
             base_model = described[0].base_model
             found.check("snapshot", lambda: (_snapshot(config, store, base_model), None))
     if not on_cluster():
-        found.findings.append(
-            Finding("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")
+        found.note(
+            [Finding("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
         )
+        if found.layout is not None:
+            found.note(_this_machine(config, profile_of(config), found.layout))
     return found
 
 
@@ -94,16 +103,14 @@ def check_nodes(config: Config, found: Preflight) -> None:
 
 def preflight(config: Config) -> Preflight:
     """Look at everything: here, and on the nodes of the cluster that RAY_ADDRESS names, if any."""
-    from cluster.session import ray_session
-
     found = check_here(config)
     if on_cluster():
         try:
             with ray_session(profile_of(config)):
                 check_nodes(config, found)
-        except ConnectionError as error:
-            detail = str(error).strip().splitlines()[0]
-            found.note([Finding("cluster", "failed", detail, "check RAY_ADDRESS, and that the cluster runs")])
+        except JoinError as error:
+            found.findings.append(Finding("cluster", "failed", str(error), error.remedy))
+            found.errors.append(ClusterError(str(error), error.remedy))
     return found
 
 
@@ -173,6 +180,26 @@ def _agreed(answers: list[Finding]) -> list[Finding]:
     counts = Counter(finding.check for finding in passed)
     one_each = {finding.check: finding for finding in passed}.values()
     return failed + [replace(f, detail=f"{f.detail}, on {counts[f.check]} nodes", where="") for f in one_each]
+
+
+def _this_machine(config: Config, profile: Profile, layout: LoraLayout) -> list[Finding]:
+    """Find out whether the Ray that will be started here can ever give an actor what it takes."""
+    import torch
+
+    actors = profile.train
+    cpus, gpu_count = profile.logical_cpus or os.cpu_count() or 1, torch.cuda.device_count()
+    if actors.cpus > cpus or actors.gpus > gpu_count:
+        detail = (
+            f"a training actor takes {actors.cpus:g} CPUs and {actors.gpus:g} GPUs; of this machine the profile "
+            f"{profile.name} has {cpus} CPUs, and torch can use {gpu_count} GPUs"
+        )
+        remedy = (
+            "lower run.actor_cpus, run.actor_gpus (0: no GPU), or take --profile laptop; if it has a GPU, see that "
+        )
+        return [Finding("resources", "failed", detail, remedy + "nvidia-smi shows it and torch is built for CUDA")]
+    here = Node("", {}, gpus(), torch_cuda(), {"CPU": cpus, "GPU": gpu_count})
+    room = check_room(actors.cpus, actors.gpus, "a training actor", [here])
+    return [room, *(_gpu_memory(config, profile, layout, [here]) if actors.gpus else [])]
 
 
 def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: list[Node]) -> list[Finding]:

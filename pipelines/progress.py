@@ -66,16 +66,19 @@ class RunProgress:
         self._metrics.begin(stage, total)
         self._describe(stage, total, tally)
         self._write()
-        with stage_progress(self.console, stage, total) as show:
+        try:
+            with stage_progress(self.console, stage, total) as show:
 
-            def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
-                self._metrics.count(stage, outcomes, tally.seconds)
-                self._describe(stage, total, tally)
-                if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
-                    self._write()
-                show(tally.done, sum(tally.rejected.values()))
+                def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
+                    self._metrics.count(stage, outcomes)
+                    self._describe(stage, total, tally)
+                    if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+                        self._write()
+                    show(tally.done, sum(tally.rejected.values()))
 
-            yield advance
+                yield advance
+        finally:
+            self._metrics.end(stage)
 
     def recovered(self, stage: str, cause: BaseException) -> None:
         """Say that a stage goes on with what is still missing, after it lost a node or a process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +13,14 @@ from rich.console import Console
 
 from pipelines.canary import Canary, ask_canaries, read_canaries
 from pipelines.difference import Difference, compare
-from pipelines.job import run_job
+from pipelines.job import new_run, run_job
 from pipelines.profiles import profile_of
 from pipelines.progress import RunProgress
 from pipelines.tables import distinct, read_columns
 from prag_core.config import Config
-from prag_core.errors import CanaryError, StoreError
+from prag_core.errors import CanaryError, ConfigError, StoreError
 from prag_core.retrieval import find_index
-from prag_core.snapshot import Snapshot, current_id, load_snapshot, put_snapshot
+from prag_core.snapshot import Snapshot, put_candidate
 from prag_core.store import Store, open_store
 
 
@@ -27,8 +28,8 @@ from prag_core.store import Store, open_store
 class ReindexReport:
     """What a nightly run found and did; `before` and `snapshot` are what served before and after it.
 
-    `trained` adapters are new; `canary_f1` is None where no questions were asked, because none were given or nothing
-    had changed.
+    `trained` adapters are new; `canary_f1`, and the `canary_min` that it had to reach, are None where no questions
+    were asked, because none were given or nothing had changed.
     """
 
     run: str
@@ -39,6 +40,7 @@ class ReindexReport:
     trained: int
     rejected: dict[str, int]
     canary_f1: float | None
+    canary_min: float | None
     seconds: float
 
     @property
@@ -56,7 +58,7 @@ def reindex(
     console: Console,
     *,
     canary: Path | None = None,
-    canary_min: float = 0.0,
+    canary_min: float | None = None,
     take_over: bool = False,
     wait_s: float = 0.0,
 ) -> ReindexReport:
@@ -64,68 +66,100 @@ def reindex(
 
     What did not change is not touched, and when nothing did, nothing is published. What was removed from the corpus
     is not in the new index, so it is found no more from the publication on. The report is stored as
-    `runs/<run>/reindex.json`, also when the canary keeps the candidate from being published.
+    `runs/<run>/reindex.json`; when the night fails, in whatever way, one that says how.
+
+    Args:
+        config: What to bring the store to.
+        console: Is told what is going on.
+        canary: A file of questions and answers, asked of the candidate before it is published.
+        canary_min: The mean F1 that it must reach then; by default what the snapshot in service reaches.
+        take_over: Take the store's lease from a run that is known to be dead.
+        wait_s: How long to wait for the lease.
 
     Raises:
+        ConfigError: when there is a `canary_min` without a `canary`.
         InputError: when the file of canary questions cannot be used.
         StoreError: when the candidate names something that the store lacks.
-        CanaryError: when the candidate answers worse than `canary_min`; it is stored, and what served goes on.
+        CanaryError: when the candidate answers too badly; it is stored, and what served goes on.
         PragError: see `run_job`.
     """
     begun = time.perf_counter()
-    store = open_store(config)
+    if canary_min is not None and canary is None:
+        raise ConfigError("--canary-min has no questions to ask", "name a file of them with --canary")
     canaries = read_canaries(canary) if canary else []
-    serving = current_id(store)
-    before = load_snapshot(store, serving) if serving else None
+    store, run = open_store(config), new_run()
     look = _Look(config, store, canaries, canary_min)
-    report = run_job(config, console, take_over=take_over, wait_s=wait_s, gate=look)
+    name = f"runs/{run}/reindex.json"
+    try:
+        report = run_job(config, console, take_over=take_over, wait_s=wait_s, gate=look, run=run)
+    except BaseException as error:
+        failed = {"run": run, "published": False, "error": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(StoreError):  # perhaps the very thing that failed
+            store.put_json(name, {**failed, **look.found(), "seconds": round(time.perf_counter() - begun, 2)})
+        raise
     new = {stage.stage: stage.done - stage.earlier for stage in report.stages}
+    passages = next(stage.extra["passages"] for stage in report.stages if stage.stage == "corpus")
     result = ReindexReport(
         run=report.run,
-        before=serving,
+        before=report.before,
         snapshot=report.snapshot,
-        difference=look.difference or Difference(passages_kept=before.passages if before else 0),
+        difference=look.difference or Difference(passages_kept=passages),
         augmented=new["augment"],
         trained=new["train"],
         rejected=report.rejected,
         canary_f1=look.canary_f1,
+        canary_min=look.canary_min,
         seconds=time.perf_counter() - begun,
     )
-    store.put_json(f"runs/{report.run}/reindex.json", result.to_json())
+    store.put_json(name, result.to_json())
     return result
 
 
 class _Look:
     """The gate before publication: what changed, whether the candidate is whole, whether it answers."""
 
-    def __init__(self, config: Config, store: Store, canaries: Sequence[Canary], canary_min: float) -> None:
+    def __init__(self, config: Config, store: Store, canaries: Sequence[Canary], canary_min: float | None) -> None:
         self._config = config
         self._store = store
         self._canaries = canaries
-        self._canary_min = canary_min
+        self._asked_for = canary_min
+        self.before: str | None = None
+        self.candidate: str | None = None
         self.difference: Difference | None = None
         self.canary_f1: float | None = None
+        self.canary_min: float | None = None
+
+    def found(self) -> dict[str, Any]:
+        """Return what is known by now, as plain values."""
+        return {
+            "before": self.before,
+            "candidate": self.candidate,
+            "difference": asdict(self.difference) if self.difference else None,
+            "canary_f1": self.canary_f1,
+            "canary_min": self.canary_min,
+        }
 
     def __call__(self, old: Snapshot | None, new: Snapshot, progress: RunProgress) -> None:
         profile = profile_of(self._config)
+        self.before = old.id if old else None
         version = old.corpus_version if old else None
         self.difference = compare(self._store, version, new.corpus_version, profile.partitions)
         progress.console.print(f"difference: {self.difference}")
         check_whole(self._store, new, profile.partitions)
         if not self._canaries:
             return
-        put_snapshot(self._store, new)
-        self.canary_f1 = ask_canaries(self._config, self._store, new.id, self._canaries, profile.train)
+        put_candidate(self._store, new)
+        self.candidate = new.id
+        ids = [new.id, *([old.id] if old and self._asked_for is None else [])]
+        self.canary_f1, *served = ask_canaries(self._config, self._store, ids, self._canaries, profile.train)
+        self.canary_min = self._asked_for if self._asked_for is not None else max(served, default=0.0)
         said = f"{len(self._canaries)} canary questions with F1 {self.canary_f1:.3f}"
-        progress.console.print(f"the candidate {new.id} answers {said}")
-        if self.canary_f1 < self._canary_min:
-            serving = old.id if old else None
-            report = {"before": serving, "candidate": new.id, "canary_f1": self.canary_f1, "published": False}
-            whole = {**report, "run": progress.run, "difference": asdict(self.difference)}
-            self._store.put_json(f"runs/{progress.run}/reindex.json", whole)
+        progress.console.print(f"the candidate {new.id} answers {said}; {self.canary_min:.3f} are asked for")
+        if self.canary_f1 < self.canary_min:
+            least = "--canary-min" if self._asked_for is not None else "what the snapshot in service reaches,"
             raise CanaryError(
-                f"the candidate {new.id} answers {said}, below --canary-min {self._canary_min}: it was not published, "
-                f"{serving or 'nothing'} stays in service",
+                f"the candidate {new.id} answers {said}, below {least} {self.canary_min:.3f}: it was not published, "
+                f"{self.before or 'nothing'} stays in service",
                 f"ask it with `prag ask --snapshot {new.id}`; if it is good, publish it with a lower --canary-min",
             )
 

@@ -12,7 +12,7 @@ from cluster import jobs
 from cluster.jobs import JobServerError
 from prag_core.config import Config, dump_config
 from prag_core.errors import ClusterError, ConfigError
-from prag_core.identity import fingerprint
+from prag_core.identity import fingerprint, is_start_name
 
 CONFIG_FILE = "prag-config.yaml"
 # Machine facts: the same work with others of them is the same job still.
@@ -81,11 +81,12 @@ def submit(
 
 
 def _refuse_relative(config: Config) -> None:
+    start = config.train.start
     named = {
         "store": config.store,
         "corpus.path": config.corpus.path,
         "augment.import_file": config.augment.import_file,
-        "train.start": config.train.start,
+        "train.start": None if start and is_start_name(start) else start,
     }
     relative = [key for key, path in named.items() if path and "://" not in path and not Path(path).is_absolute()]
     if config.model.name.startswith(".") or (

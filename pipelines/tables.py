@@ -18,7 +18,7 @@ import ray.data
 
 from prag_core.compaction import visible_parts
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, schema
+from prag_core.records import Augmentation, Passage, from_dict, schema
 from prag_core.store import Store
 
 # Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it, a small device.
@@ -103,6 +103,17 @@ def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions:
         if row["reason"]:
             reasons[row["state"]][row["reason"]] += row["count"]
     return Survey(joined, counts, reasons)
+
+
+def sample(found: Survey, passages: ray.data.Dataset, size: int) -> list[Passage]:
+    """Return `size` of the passages for which something is to be done, or all of them: those of the smallest keys.
+
+    Keys are hashes, so these are as good as drawn by lot, and they are the same ones each time.
+    """
+    smallest = found.rows.map_batches(_smallest, batch_size=None, batch_format="pyarrow", fn_kwargs={"size": size})
+    keys = sorted(row["key"] for row in smallest.iter_rows())[:size]
+    chosen = passages.map_batches(_of_keys, batch_size=None, batch_format="pyarrow", fn_kwargs={"keys": keys})
+    return sorted((from_dict(Passage, row) for row in chosen.iter_rows()), key=lambda passage: passage.key)
 
 
 def read_parts(store: Store, folder: str, columns: list[str], partitions: int) -> ray.data.Dataset | None:
@@ -208,6 +219,19 @@ def _states(table: pa.Table) -> pa.Table:
     )
     rows = rows.with_columns(state=state).with_columns(reason=reason).sort("key")
     return rows.select("key", "augmentation", "state", "reason").to_arrow().cast(_STATE)
+
+
+def _smallest(table: pa.Table, size: int) -> pa.Table:
+    if not table.num_columns:
+        return pa.table({"key": pa.array([], pa.string())})
+    missing = table.filter(pc.is_in(table["state"], value_set=pa.array(("to_augment", "to_train"))))
+    return missing.select(["key"]).sort_by("key").slice(0, size)
+
+
+def _of_keys(table: pa.Table, keys: list[str]) -> pa.Table:
+    if not table.num_columns:
+        return schema(Passage).empty_table()
+    return table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.string())))
 
 
 def _in_state(table: pa.Table, state: str) -> pa.Table:

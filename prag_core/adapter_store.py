@@ -6,7 +6,6 @@ Whoever reads the ledger alone needs no torch; it is imported where tensors are 
 from __future__ import annotations
 
 import posixpath
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -141,11 +140,6 @@ class AdapterStore:
 def start_fingerprint(factors: Factors) -> str:
     """Name the factors that a recipe's adapters start from: the hash of their bytes."""
     return checksum(b"".join(factors[name].float().contiguous().numpy().tobytes() for name in sorted(factors)))
-
-
-def is_start_name(text: str) -> bool:
-    """Whether a text is a fingerprint that `put_start` gives, and not a path."""
-    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
 def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:

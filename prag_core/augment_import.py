@@ -49,9 +49,10 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
 
     Our form is JSON Lines, one passage a line: `id` or `key`, `rewrites` (a list of texts) and `qa` (a list of
-    `question`, `answer`, `full_answer`). The paper's is one JSON list of records, each with `augment`: a list of
-    `passage`, `<model>_rewrite` and `<model>_qa`. Of two records for one passage the first one counts; in our form
-    the second is a reject, in the paper's passages come again with each question.
+    `question`, `answer`, `full_answer`). A line with a `key` is for the passage of that very
+    text, whatever its `id`. The paper's is one JSON list of records, each with `augment`: a list of `passage`,
+    `<model>_rewrite` and `<model>_qa`. Of two records for one passage the first one counts; in our form the second
+    is a reject, in the paper's passages come again with each question.
 
     Raises:
         InputError: when the file as a whole cannot be read.
@@ -121,17 +122,18 @@ def _paper_records(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 def _from_line(item: Any) -> tuple[_Names, Augmentation]:
     fields = _object(item)
-    names = tuple(
+    names = [
         str(fields[name])
         for name in ("key", "id")
         if isinstance(fields.get(name), str | int) and str(fields[name]).strip()
-    )
+    ]
     if not names:
         raise _BadRecordError("missing_field", "the line has neither 'id' nor 'key'")
     rewrites = fields.get("rewrites") or []
     if not isinstance(rewrites, list) or not all(isinstance(text, str) for text in rewrites):
         raise _BadRecordError("wrong_type", "'rewrites' is not a list of texts")
-    return names, _augmentation(rewrites, fields.get("qa"))
+    # A key names a text. By its id as well, the line would be used for the text that the id has by now.
+    return (names[0],), _augmentation(rewrites, fields.get("qa"))
 
 
 def _from_paper(item: Any) -> tuple[_Names, Augmentation]:

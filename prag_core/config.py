@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
+from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
@@ -103,10 +104,18 @@ class AugmentConfig(_Strict):
     seed: int = 0
 
 
+def _known_recipe(name: str) -> str:
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PydanticCustomError("recipe", f"no such recipe\n  → {hint}recipes: {', '.join(sorted(RECIPES))}")
+    return name
+
+
 class TrainConfig(_Strict):
     """Which recipe trains the adapters; the other fields override single settings of it."""
 
-    recipe: str = "small"
+    recipe: Annotated[str, AfterValidator(_known_recipe)] = "small"
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
     targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
@@ -205,12 +214,16 @@ class RunConfig(_Strict):
     checkpoint_activations: bool = Field(
         False, description="Train with a fraction of the memory, at the price of a second forward pass."
     )
-    max_reject_share: float = Field(0.5, ge=0, le=1, description="The run fails when more is rejected.")
+    max_reject_share: float = Field(
+        0.5, ge=0, le=1, description="The run fails when more is rejected, bad records included."
+    )
     passage_attempts: int = Field(
         3, ge=1, description="How often a passage may be in a worker that dies, before it is rejected once it is alone."
     )
     passage_timeout_s: float = Field(
-        600.0, gt=0, description="How long a worker may take over a passage; a batch has as much for each of its own."
+        600.0,
+        gt=0,
+        description="How long a worker may be silent: training, without a step; augmenting, for each of its batch.",
     )
     worker_memory_gb: float | None = Field(
         None, gt=0, description="What a worker may hold; by default its share of what Ray counts as its node's memory."

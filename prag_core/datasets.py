@@ -136,7 +136,7 @@ def _form_of(path: str, document: Any) -> str:
     if isinstance(first, dict):
         if "evidences" in first or "answer_id" in first:
             return TWO_WIKI
-        if "supporting_facts" in first:
+        if "supporting_facts" in first or {"_id", "context"} <= first.keys():
             return HOTPOTQA
         if "question" in first and ("answers" in first or "answer" in first):
             return CWQ
@@ -196,17 +196,23 @@ def _squad(path: str, document: Any) -> Iterator[Question]:
 
 
 def _hotpotqa(path: str, document: Any) -> Iterator[Question]:
+    """HotpotQA's `distractor` and `fullwiki` files.
+
+    The contexts of `fullwiki` were retrieved, and may lack gold paragraphs: these are known by their titles alone.
+    """
     for place, record in _records(path, document):
-        yield _multi_hop(place, record, ())
+        yield _multi_hop(place, record, (), retrieved=True)
 
 
 def _two_wiki(path: str, document: Any) -> Iterator[Question]:
     aliases = _aliases(path)
     for place, record in _records(path, document):
-        yield _multi_hop(place, record, aliases.get(str(record.get("answer_id")), ()))
+        yield _multi_hop(place, record, aliases.get(str(record.get("answer_id")), ()), retrieved=False)
 
 
-def _multi_hop(place: _Place, record: Any, aliases: Sequence[str]) -> Question:
+def _multi_hop(place: _Place, record: Any, aliases: Sequence[str], *, retrieved: bool) -> Question:
+    # First: the published test files have no answers, and nothing can be asked without.
+    answer = place.text(record, "answer")
     contexts = {}
     for item in place.take(record, "context", list):
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[1], list)):
@@ -215,15 +221,17 @@ def _multi_hop(place: _Place, record: Any, aliases: Sequence[str]) -> Question:
         contexts[str(item[0])] = " ".join(map(str, item[1]))
     titles = []
     for fact in place.take(record, "supporting_facts", list):
-        if not (isinstance(fact, list) and fact and fact[0] in contexts):
+        if not (isinstance(fact, list) and fact and isinstance(fact[0], str)):
+            raise place.error("supporting_facts", "is not a list of [title, number of the sentence]")
+        if not retrieved and fact[0] not in contexts:
             raise place.error("supporting_facts", f"names {fact!r}, which 'context' lacks")
-        titles.append(str(fact[0]))
+        titles.append(fact[0])
     return Question(
         id=place.text(record, "_id"),
         question=place.text(record, "question"),
-        answers=place.texts([place.text(record, "answer"), *aliases], "answer"),
+        answers=place.texts([answer, *aliases], "answer"),
         type=place.text(record, "type"),
-        gold=tuple(Gold(title=title, text=contexts[title]) for title in dict.fromkeys(titles)),
+        gold=tuple(Gold(title=title, text=contexts.get(title, "")) for title in dict.fromkeys(titles)),
     )
 
 

@@ -168,7 +168,8 @@ class _Needed:
 
     def has(self, kind: str, name: str) -> bool:
         if kind == "snapshots":
-            return "/" not in name or posixpath.basename(name) in {f"{snapshot.id}.json" for snapshot in self.keep}
+            id = posixpath.basename(name).removesuffix(".json").removesuffix(".candidate")
+            return "/" not in name or id in {snapshot.id for snapshot in self.keep}
         folder = name.split("/")[1] if "/" in name else name
         if kind == "corpus":
             versions = {snapshot.corpus_version for snapshot in self.keep}

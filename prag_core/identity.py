@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +69,11 @@ def fingerprint(value: Any) -> str:
 def checksum(data: bytes | memoryview) -> str:
     """Return the checksum of stored bytes: 32 hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
+
+
+def is_start_name(text: str) -> bool:
+    """Whether a text has the form of the name that a start has in the store, a checksum, and is no path."""
+    return re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", text) is not None
 
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,15 @@ size, device, number of actors, paths) never enter it. A rule whose outcome chan
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prag_core.config import AugmentConfig, TrainConfig
-from prag_core.errors import ConfigError
 from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
 from prag_core.records import Template
+
+if TYPE_CHECKING:
+    from prag_core.config import AugmentConfig, TrainConfig
 
 RULE_VERSION = 1
 
@@ -134,16 +134,6 @@ def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> Augment
 
 
 def train_recipe(config: TrainConfig) -> TrainRecipe:
-    """Return the named recipe with the configuration's overrides, but for `start`, whose content only a reader knows.
-
-    Raises:
-        ConfigError: when no recipe has that name; the message lists the names there are.
-    """
-    if config.recipe not in RECIPES:
-        near = difflib.get_close_matches(config.recipe, RECIPES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"train.recipe = {config.recipe!r}: no such recipe", f"{hint}recipes: {', '.join(sorted(RECIPES))}"
-        )
+    """Return the named recipe with the configuration's overrides, but for `start`: only a reader knows its content."""
     overrides = {k: v for k, v in config.model_dump(exclude={"recipe", "start"}).items() if v is not None}
     return replace(RECIPES[config.recipe], **overrides)

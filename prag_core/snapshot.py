@@ -121,8 +121,12 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in _ids(store)]
 
 
-def put_snapshot(store: Store, snapshot: Snapshot) -> None:
-    """Store a snapshot without putting it into service: it can be asked, and put into service with `rollback`."""
+def put_candidate(store: Store, snapshot: Snapshot) -> None:
+    """Store a snapshot without putting it into service: it can be asked, published, or served by `rollback`.
+
+    Until it has been in service nobody would go back to it: it takes no place among those that are kept.
+    """
+    store.put(_mark(snapshot.id), b"")
     store.put_json(_document(snapshot.id), asdict(snapshot))
 
 
@@ -143,7 +147,7 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
     serving = _named_in(store, previous)
     if serving is not None and same_content(load_snapshot(store, serving), snapshot):
         return False
-    put_snapshot(store, snapshot)
+    store.put_json(_document(snapshot.id), asdict(snapshot))
     if replaces not in (ANY, serving):
         raise _conflict(store, snapshot.id, serving)
     _move(store, previous, snapshot.id)
@@ -230,11 +234,16 @@ def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
 def kept_snapshots(store: Store, newest: int) -> list[str]:
     """Return the ids to keep, the oldest first: the `newest` so many, the pinned ones and the one in service.
 
+    Candidates that never were in service do not count, and only the newest of them is kept.
+
     Raises:
         StoreError: when the store cannot be read.
     """
-    ids = _ids(store)
-    return sorted({*ids[max(0, len(ids) - newest) :], *pinned(store), *filter(None, [current_id(store)])})
+    marks = {*store.list("snapshots", ".candidate")}
+    candidates = [id for id in _ids(store) if _mark(id) in marks]
+    ids = [id for id in _ids(store) if _mark(id) not in marks]
+    newest_ids = [*ids[max(0, len(ids) - newest) :], *candidates[-1:]]
+    return sorted({*newest_ids, *pinned(store), *filter(None, [current_id(store)])})
 
 
 def renamed(snapshot: Snapshot) -> Snapshot:
@@ -265,6 +274,10 @@ def _document(id: str) -> str:
     return f"snapshots/{id}.json"
 
 
+def _mark(id: str) -> str:
+    return f"snapshots/{id}.candidate"
+
+
 def _ids(store: Store) -> list[str]:
     return [name.removeprefix("snapshots/").removesuffix(".json") for name in store.list("snapshots", ".json")]
 
@@ -289,6 +302,8 @@ def _move(store: Store, previous: bytes | None, id: str) -> None:
         store.swap(CURRENT, previous, json.dumps({"snapshot": id}).encode())
     except ConflictError:
         raise _conflict(store, id, current_id(store)) from None
+    if store.exists(_mark(id)):
+        store.remove(_mark(id))
 
 
 def _conflict(store: Store, id: str, serving: str | None) -> ConflictError:

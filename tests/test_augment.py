@@ -381,6 +381,16 @@ def test_our_lines_are_found_by_key_and_by_id(tmp_path: Path, suffix: str) -> No
     assert imported.find(make("Other", "text")) is None
 
 
+def test_a_line_with_a_key_is_not_for_another_text_of_its_id(tmp_path: Path) -> None:
+    (source,) = TOWER.sources
+    path = tmp_path / "made.jsonl"
+    path.write_text("\n".join([line(id=source, key=TOWER.key), line(id=source, key=DUNES.key)]))
+    imported = read_augmentations(str(path))
+    assert imported.rejects == ()
+    assert imported.find(TOWER) is not None
+    assert imported.find(make(TOWER.title, "It burned down.", source)) is None
+
+
 def test_the_papers_records_are_found_by_text(tmp_path: Path) -> None:
     item = {
         "pid": 0,

@@ -15,6 +15,7 @@ import yaml
 from pipelines import terminal
 from pipelines.cli import main
 
+ROOT = Path(__file__).parent.parent
 Prag = Callable[..., tuple[int, str]]
 
 
@@ -84,6 +85,18 @@ def test_an_empty_corpus_file_is_named(folder: Path, prag: Prag) -> None:
     assert code == 3
     assert "corpus.jsonl" in output
     assert "empty" in output
+
+
+def test_what_is_wrong_is_said_before_seconds_of_imports(folder: Path) -> None:
+    # Whoever imports torch or Ray from here on finds a package that cannot be imported.
+    (folder / "hidden").mkdir()
+    for name in ("torch", "ray"):
+        (folder / "hidden" / f"{name}.py").write_text("raise RuntimeError('hidden by the test')\n")
+    for command in ("run", "preflight"):
+        code, output = prag_process(
+            folder, command, "-c", "config.yaml", "--set", "train.recipe=smal", PYTHONPATH=f"{folder / 'hidden'}:{ROOT}"
+        )
+        assert (code, "did you mean small?" in output) == (2, True), output
 
 
 def test_a_process_says_what_is_wrong_and_how_it_ended(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_passage
+from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
+from ray._raylet import GcsClient
 from test_job import Workspace, stage
 
 pytestmark = pytest.mark.slow
@@ -122,6 +125,30 @@ def test_nodes_lost_and_added_and_the_driver_killed(work: Workspace, nodes: Node
     assert 6 <= stage(report, "train")["earlier"] < PASSAGES
     keys = [row.key for row in work.ledger()]
     assert len(keys) == len(set(keys)) == PASSAGES
+
+
+@contextlib.contextmanager
+def another_version_of_ray(address: str) -> Iterator[None]:
+    """Within this context a cluster says that another version of Ray started it."""
+    gcs, key = GcsClient(address=address), b"CLUSTER_METADATA"
+    before = gcs.internal_kv_get(key, KV_NAMESPACE_CLUSTER)
+    after = json.dumps({**json.loads(before), "ray_version": "2.59.0"}).encode()
+    gcs.internal_kv_put(key, after, True, KV_NAMESPACE_CLUSTER)
+    try:
+        yield
+    finally:
+        gcs.internal_kv_put(key, before, True, KV_NAMESPACE_CLUSTER)
+
+
+def test_a_cluster_of_another_version_is_one_more_thing_that_is_wrong(work: Workspace, nodes: Nodes) -> None:
+    with another_version_of_ray(nodes.cluster.address):
+        process = work.start("preflight", "-c", "config.yaml", "--json", "--set", "corpus.path=/none.jsonl")
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 11, err[-3000:]
+    failed = {f["check"]: f["detail"] for f in json.loads(out)["findings"] if f["outcome"] == "failed"}
+    assert set(failed) == {"corpus", "cluster"}
+    assert "Ray: 2.59.0" in failed["cluster"]
+    assert "Traceback" not in err
 
 
 def test_preflight_finds_what_only_nodes_know(work: Workspace, nodes: Nodes) -> None:

@@ -132,7 +132,7 @@ def test_an_unknown_recipe_lists_the_known(write) -> None:
     with pytest.raises(
         ConfigError, match=r"train\.recipe = 'smal'.*\n.*did you mean small\?.*closed_book, paper, small"
     ):
-        train_recipe(load_config(write(MINIMAL), ["train.recipe=smal"]).train)
+        load_config(write(MINIMAL), ["train.recipe=smal"])
 
 
 def test_the_papers_recipe_is_the_papers() -> None:

@@ -75,6 +75,15 @@ def test_hotpotqa(tmp_path: Path) -> None:
     ]
 
 
+def test_hotpotqa_fullwiki_whose_contexts_were_retrieved(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path, "fullwiki.json", [{**HOTPOT, "context": HOTPOT["context"][:2]}]))
+    assert [(g.title, bool(g.text)) for g in question.gold] == [("Mira Oss", False), ("Quorl", True)]
+    # What its title alone names is found by its title.
+    whole = passage("Mira Oss", "Mira Oss climbed Quorl.", "w1")
+    assert GoldIndex([question]).is_gold(whole)
+    assert match_gold([question], [whole]) == {"h1": (whole,)}
+
+
 def test_two_wiki_with_its_aliases(tmp_path: Path) -> None:
     kinds = ("compositional", "comparison", "bridge_comparison", "inference")
     path = write(tmp_path, "dev.json", [{**TWO_WIKI, "_id": kind, "type": kind} for kind in kinds])
@@ -135,7 +144,9 @@ def broken(record: dict, **changes: Any) -> dict:
         ("h.json", [HOTPOT, broken(HOTPOT, _id=...)], "record 1", "'_id': is missing"),
         ("h.json", [HOTPOT, 3], "record 1", "a JSON int"),
         ("h.json", [broken(HOTPOT, context=[["Quorl"]])], "record 0", "'context': is not a list of"),
-        ("h.json", [broken(HOTPOT, supporting_facts=[["Nobody", 0]])], "record 0", "'supporting_facts': names"),
+        ("h.json", [broken(HOTPOT, supporting_facts=[[0]])], "record 0", "'supporting_facts': is not a list of"),
+        ("h.json", [broken(HOTPOT, supporting_facts=..., answer=...)], "record 0", "'answer': is missing"),
+        ("w.json", [broken(TWO_WIKI, supporting_facts=[["Nobody", 0]])], "record 0", "'supporting_facts': names"),
         ("w.json", [broken(TWO_WIKI, answer="")], "record 0", "'answer': is empty"),
         ("s.json", broken(SQUAD, data=[{}]), "data[0]", "'paragraphs': is missing"),
         (

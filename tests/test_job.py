@@ -140,10 +140,12 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert set(answers[2]["milliseconds"]) == steps
     assert changed.title in work.run("ask", "-c", "config.yaml", "--compare", f"What is {changed.title}?")
 
-    # 5. What a program would read, and a plan that has nothing to do.
+    # 5. What a program would read, and a plan for one passage that is new, and five times as long as the others.
     assert json.loads(work.run("status", "-c", "config.yaml", "--json"))["snapshot"]["id"] == third["snapshot"]
+    work.write_corpus([*passages, make_passage(50, words=150)])
     plan = json.loads(work.run("plan", "-c", "config.yaml", "--json"))
-    assert (plan["to_augment"], plan["to_train"], plan["passages"]) == (0, 0, 10)
+    assert (plan["to_augment"], plan["to_train"], plan["passages"]) == (1, 1, 11)
+    assert plan["tokens"] > 2 * max(row.tokens for row in work.ledger())
 
     # 6. Another base model must not touch this store.
     write_tiny_model(tmp_path / "other", seed=1)
@@ -186,21 +188,24 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
 
 
 def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> None:
-    work = Workspace(tmp_path, [make_passage(n) for n in range(2)])
-    work.write_corpus([make_passage(n) for n in range(8)])
+    passages = [make_passage(n) for n in range(8)]
+    work = Workspace(tmp_path, passages[:6])
+    work.write_corpus(passages, extra="not json\n" * 3)
     augmentations = tmp_path / "augmentations.jsonl"
     known = augmentations.read_text()
-    augmentations.write_text(known.splitlines()[0].replace('"p0"', '"nobody"'))
-    message = work.run("run", "-c", "config.yaml", code=9)
-    assert "8 of 8 passages were rejected" in message
-    assert "not_imported 8" in message
+    augmentations.write_text("\n".join(known.splitlines()[:2]))
+    # Neither the bad records nor the passages without an augmentation are too many by themselves.
+    share = ["--set", "run.max_reject_share=0.8"]
+    message = work.run("run", "-c", "config.yaml", *share, code=9)
+    assert "9 of 11 passages were rejected" in message
+    assert "augment/not_imported 6, corpus/invalid_json 3" in message
     assert not (tmp_path / "store" / "CURRENT").exists()
 
     # A file that has them by now is asked again: these rejects were not the passages' fault.
     augmentations.write_text(known)
-    report = json.loads(work.run("run", "-c", "config.yaml", "--set", "run.max_reject_share=0.8", "--json"))
-    assert report["adapters"] == 2
-    assert report["rejected"] == {"augment/not_imported": 6}
+    report = json.loads(work.run("run", "-c", "config.yaml", "--json"))
+    assert report["adapters"] == 6
+    assert report["rejected"] == {"augment/not_imported": 2, "corpus/invalid_json": 3}
 
 
 def test_what_a_worker_finds_wrong_is_said_without_a_traceback(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_batch_tried_again_trains_what_was_not_committed(tmp_path: Path, tiny_
     assert len(train(config, batch_of(11))[1]) == 23
 
 
+def test_each_step_is_a_sign_of_life(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder)
+    recipe, _ = describe(config)
+    steps: list[None] = []
+    actor = TrainAdapters(config, Store(config.store), recipe, "run", PROFILE)
+    # Nothing is done before the last step is.
+    assert sum(done.num_rows for done in actor(batch_of(1), lambda: steps.append(None))) == 1
+    assert len(steps) == 5  # the paper's examples of a passage, once
+
+
 def test_who_lost_the_lease_commits_nothing(tmp_path: Path, tiny_model_folder: Path) -> None:
     config = settings(tmp_path, tiny_model_folder)
     with hold_lease(Store(config.store), "another"), pytest.raises(LeaseError, match="taken over by run another"):

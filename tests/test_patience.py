@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -13,10 +15,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import make_passage
+from killing import wait
 from test_job import Workspace, stage
 from test_parameterize import training_batch
 
-from pipelines.child import Child, ChildLostError, Limits
+from pipelines.attempts import AttemptBook, Attempts
+from pipelines.child import Alive, Child, ChildLostError, Limits
 from pipelines.describe import describe
 from pipelines.outcomes import Outcome, outcome_table
 from pipelines.parameterize import TrainAdapters
@@ -42,7 +46,7 @@ class Obedient:
         if (folder / "do-not-start").exists():
             os.abort()
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, alive: Alive) -> Iterator[pa.Table]:
         passages = from_table(Passage, table)
         (self._folder / f"{time.time_ns()}").write_text(" ".join(p.title for p in passages))
         for passage in passages:
@@ -55,6 +59,14 @@ class Obedient:
                     os._exit(3)
                 case "hang":
                     signal.pause()
+                case "crash, and hang from the third time on":
+                    if len(self.seen()) < 3:
+                        os.abort()
+                    signal.pause()
+                case "slow":
+                    for _ in range(10):
+                        time.sleep(0.2)
+                        alive()
                 case "starve":
                     hoard = [bytearray(os.urandom(1)) * 100_000_000]
                     while True:
@@ -80,18 +92,21 @@ def child(folder: Path) -> Child:
     return Child(pickle.dumps((Obedient, (folder,))), [Obedient.__module__])
 
 
-def patient(folder: Path, limits: RunConfig = LIMITS) -> tuple[Patient, Store]:
+def patient(
+    folder: Path, limits: RunConfig = LIMITS, run: str = "run", silence_s: float = 60.0
+) -> tuple[Patient, Store]:
     store = Store(str(folder / "store"))
     work = pickle.dumps((Obedient, (folder / "seen",)))
-    return Patient(work, Obedient.__module__, Desk(store, "run", "train", "recipe"), limits, 60.0, _no_limit), store
+    return Patient(work, Obedient.__module__, Desk(store, run, "train", "recipe"), limits, silence_s, _no_limit), store
 
 
 def _no_limit() -> float:
     return 1e12
 
 
-def rejects(store: Store) -> dict[str, Reject]:
-    rows = from_table(Reject, store.get_table(Reject, store.list("rejects", ".parquet")))
+def rejects(store: Store, run: str = "") -> dict[str, Reject]:
+    parts = [name for name in store.list("rejects", ".parquet") if f"/{run}" in name]
+    rows = from_table(Reject, store.get_table(Reject, parts))
     return {row.source: row for row in rows}
 
 
@@ -118,6 +133,48 @@ def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, de
     assert not caught.value.starting
 
 
+def test_notes_of_attempts(store: Store) -> None:
+    book, later = (AttemptBook(store, run, "train", "recipe") for run in ("run", "later"))
+    book.lost({"a": 1, "b": 2})
+    book.given_up("b", 3, "timeout")
+    assert book.read(["a", "b", "c"]) == {"a": Attempts(1), "b": Attempts(3, "run", "timeout")}
+    # Another run goes on where this one was, and begins anew with what it gave up.
+    assert later.read(["a", "b", "c"]) == {"a": Attempts(1)}
+    store.put("runs/attempts/train/recipe/a.json", b"{")
+    assert later.read(["a", "b", "c"]) == {}
+    book.done(["a", "b", "c"])
+    assert store.list("runs", "") == []
+
+
+@pytest.mark.slow
+def test_who_is_slow_and_says_so_does_not_hang(tmp_path: Path) -> None:
+    answers = list(child(tmp_path / "seen").call(batch("slow"), Limits(1.0, 1e12)))
+    assert [done.num_rows for done in answers] == [1]
+
+
+@pytest.mark.slow
+def test_a_pipe_that_breaks_is_the_end_of_the_child(tmp_path: Path) -> None:
+    one = child(tmp_path / "seen")
+    answers = one.call(batch("fine", "hang"), NOTHING)
+    assert next(answers).num_rows == 1
+    # What a process has not read when it is killed makes its parent's next reading an error, and not an end.
+    one._connection.send_bytes(b"unread")
+    one._process.kill()
+    with pytest.raises(ChildLostError, match=r"out_of_memory: .*SIGKILL"):
+        list(answers)
+
+
+def test_a_machine_that_has_no_room_for_a_child_says_so(tmp_path: Path) -> None:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+    try:
+        with pytest.raises(ChildLostError, match=r"cannot be started: .*Too many open files") as caught:
+            child(tmp_path / "seen")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    assert caught.value.starting
+
+
 @pytest.mark.slow
 def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
     patience, store = patient(tmp_path)
@@ -141,8 +198,38 @@ def test_one_that_was_alone_from_the_start_has_all_its_attempts(tmp_path: Path) 
     patience, store = patient(tmp_path)
     assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
     assert rejects(store)["p0"].attempts == 2
+    # The same batch again, after its node was lost, tries nothing; another run, that was asked to, begins anew.
+    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+    assert len(Obedient(tmp_path / "seen").seen()) == 2
+    later, _ = patient(tmp_path, RunConfig(passage_attempts=1), run="later")
+    assert from_table(Outcome, later(batch("bug")))[0].rejected == "failed"
+    assert rejects(store, "later")["p0"].attempts == 1
     assert from_table(Outcome, patience(batch("fine")))[0].rejected == ""
-    assert Obedient(tmp_path / "seen").seen() == [["0"], ["0"], ["0"]]
+    assert Obedient(tmp_path / "seen").seen() == [["0"]] * 4
+
+
+def _work_until_killed(folder: Path) -> None:
+    patience, _ = patient(folder, RunConfig(passage_attempts=4), run="killed")
+    patience(batch("crash, and hang from the third time on", "fine"))
+
+
+@pytest.mark.slow
+def test_attempts_are_counted_over_the_death_of_who_counts(tmp_path: Path) -> None:
+    # 1. Two workers are lost, the third one hangs, and whoever watches it is killed.
+    watcher = multiprocessing.get_context("spawn").Process(target=_work_until_killed, args=(tmp_path,))
+    watcher.start()
+    wait(lambda: (tmp_path / "seen").exists() and len(Obedient(tmp_path / "seen").seen()) == 3, "no third attempt")
+    watcher.kill()
+    watcher.join()
+    # 2. The next run tries the passage alone, twice: it has four attempts in all. Its neighbour is done.
+    patience, store = patient(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
+    table = batch("crash, and hang from the third time on", "fine")
+    outcomes = {o.key: o.rejected for o in from_table(Outcome, patience(table))}
+    assert outcomes == {table["key"][0].as_py(): "timeout", table["key"][1].as_py(): ""}
+    assert rejects(store)["p0"].attempts == 4
+    assert Obedient(tmp_path / "seen").seen() == [["0", "1"], ["0"], ["0"], ["0"], ["0"], ["1"]]
+    # What is done is not counted any more.
+    assert store.list("runs/attempts", ".json") == [f"runs/attempts/train/recipe/{table['key'][0].as_py()}.json"]
 
 
 @pytest.mark.slow

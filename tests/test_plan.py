@@ -23,7 +23,7 @@ def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, monkeypa
     found = re.fullmatch(r"measured now: 10 passages in (\d+) stacks", plan["basis"])
     assert found
     assert 2 <= int(found[1]) <= 10
-    assert (plan["puts"], plan["gets"]) == (2 * 20 + 10, 2 * 20 + 10)
+    assert (plan["puts"], plan["gets"]) == (2 * 20 + 10, 3 * 20 + 2 * 10)
     # Half a GPU an actor, at two and a half dollars.
     assert plan["gpu_hours"] == pytest.approx(plan["train_seconds"] * 0.5 / 3600)
     assert plan["dollars"] == pytest.approx(2.5 * plan["gpu_hours"])

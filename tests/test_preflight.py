@@ -70,6 +70,7 @@ def test_a_machine_that_has_everything(config: Config, tmp_path: Path) -> None:
         "Java": "ok",
         "snapshot": "ok",
         "nodes": "skipped",
+        "resources": "ok",
     }
     recipe, layout = found.described()
     assert recipe.fingerprint
@@ -159,6 +160,20 @@ def test_an_actor_that_fits_no_node_is_warned_of() -> None:
     assert check_room(8, 1, "an actor", [node()]).outcome == "ok"
     assert check_room(9, 1, "an actor", [node()]).outcome == "warning"
     assert check_room(1, 2, "an actor", [node()]).outcome == "warning"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 2 CPUs and 64 GPUs"),
+        ({"run__actor_cpus": 3}, "takes 3 CPUs and 0 GPUs; of this machine the profile laptop has 2 CPUs"),
+    ],
+)
+def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, settings: dict, said: str) -> None:
+    found = check_here(changed(config, **settings))
+    (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
+    assert failed.check == "resources"
+    assert said in failed.detail
 
 
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

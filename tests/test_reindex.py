@@ -9,17 +9,20 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import make_augmentation, make_passage
+from rich.console import Console
 from test_job import Workspace
 
 from pipelines.canary import Canary, read_canaries
 from pipelines.difference import Difference, _count_keys, _count_sources, _differing, _facts, _with_source
-from prag_core.config import load_config
-from prag_core.errors import InputError
+from pipelines.reindex import reindex
+from prag_core.config import load_config, parse_config
+from prag_core.errors import ConfigError, InputError, LeaseError
 from prag_core.identity import passage_key
+from prag_core.lease import hold_lease
 from prag_core.prepare import Request
 from prag_core.records import Answer, Passage, to_table
 from prag_core.service import Service, open_service
-from prag_core.snapshot import list_snapshots, load_snapshot
+from prag_core.snapshot import kept_snapshots, list_snapshots, load_snapshot
 from prag_core.store import Store
 
 
@@ -120,6 +123,22 @@ async def a_night_under_load(
     return json.loads(await running), answers
 
 
+def test_a_night_that_fails_says_so_in_its_report(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1", "title": "T", "text": "Some text."}))
+    paths = {"store": str(tmp_path / "store"), "corpus": {"path": str(tmp_path / "corpus.jsonl")}}
+    config = parse_config({**paths, "model": {"name": str(tiny_model_folder)}, "augment": {"generator": "none"}})
+    store = Store(config.store)
+    with hold_lease(store, "another"), pytest.raises(LeaseError, match="in use by run another"):
+        reindex(config, Console(quiet=True))
+    (name,) = store.list("runs", "/reindex.json")
+    report = store.get_json(name)
+    assert name == f"runs/{report['run']}/reindex.json"
+    assert report["error"].startswith("LeaseError: ")
+    assert not report["published"]
+    with pytest.raises(ConfigError, match="no questions to ask"):
+        reindex(config, Console(quiet=True), canary_min=0.5)
+
+
 @pytest.mark.slow
 def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     old = [make_passage(n, words=4) for n in range(300)]
@@ -168,7 +187,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     }
     assert (report["trained"], report["augmented"], report["rejected"]) == (20, 20, {})
     assert report["published"]
-    assert report["canary_f1"] is not None
+    assert report["canary_f1"] == report["canary_min"] == 0  # neither knows
     second = load_snapshot(store)
     assert (report["before"], report["snapshot"]) == (first.id, second.id)
     assert (second.passages, second.adapters) == (305, 305)
@@ -183,6 +202,8 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
         assert (answer.snapshot, key_of(answer)) == (second.id, found)
         assert found is None or answer.passages[0].in_weights
     assert {outcome for _, outcome in service.stats().requests} == {"ok"}
+    question = f"What is {added[-1].title}?"
+    served = asyncio.run(service.answer(Request(question, "combine", top_k=3)))
     service.close()
 
     # 2. The same again: nothing is made, asked or published.
@@ -191,11 +212,18 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     assert again["snapshot"] == second.id
     assert len(list_snapshots(store)) == 2
 
-    # 3. Another night, whose canary answers too badly: what served goes on, and the candidate can be asked.
+    # 3. Another night, which loses a passage that the canary asks for: what served answers better and goes on, and
+    # the candidate can be asked. It takes nobody's place among the snapshots that are kept.
     (tmp_path / "tonight.jsonl").write_text("\n".join(lines[:-1]))
-    said = work.run(*night, "--canary-min", "0.9", code=16)
-    assert "below --canary-min 0.9: it was not published" in said
+    (tmp_path / "canary.jsonl").write_text(json.dumps({"question": question, "answers": [served.text]}))
+    said = work.run(*night, code=16)
+    assert "below what the snapshot in service reaches, 1.000: it was not published" in said
     assert load_snapshot(store).id == second.id
     (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
     gone = load_snapshot(store, candidate)
     assert (gone.passages, gone.adapters) == (304, 304)
+    assert kept_snapshots(store, 2) == [first.id, second.id, candidate]
+    failed = [store.get_json(name) for name in store.list("runs", "/reindex.json")][-1]
+    assert (failed["before"], failed["candidate"], failed["published"]) == (second.id, candidate, False)
+    assert failed["error"].startswith("CanaryError: ")
+    assert failed["difference"]["removed"] == 1

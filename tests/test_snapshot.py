@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from prag_core.errors import ConflictError, StoreError
+from prag_core.garbage import find_garbage
+from prag_core.maintenance import list_objects
 from prag_core.snapshot import (
     Snapshot,
     current_id,
@@ -19,6 +22,7 @@ from prag_core.snapshot import (
     pin,
     pinned,
     publish,
+    put_candidate,
     rollback,
     unpin,
     with_tombstones,
@@ -117,6 +121,31 @@ def test_the_newest_the_pinned_and_the_one_in_service_are_kept(store: Store) -> 
         unpin(store, ids[1])
     with pytest.raises(StoreError, match="no such object"):
         pin(store, "none")
+
+
+def test_candidates_that_never_served_push_nothing_out(store: Store) -> None:
+    ids = publish_dated(store, 3)
+    failed = [replace(snapshot_of(f"c{n}"), id=f"2027-{n}") for n in range(3)]
+    for candidate in failed:
+        put_candidate(store, candidate)
+    assert kept_snapshots(store, 2) == [*ids[1:], failed[2].id]
+    # One that was put into service after all is one like the others.
+    rollback(store, failed[1].id)
+    rollback(store, ids[2])
+    assert kept_snapshots(store, 2) == [ids[2], failed[1].id, failed[2].id]
+    assert store.list("snapshots", ".candidate") == [f"snapshots/{failed[n].id}.candidate" for n in (0, 2)]
+
+
+def test_what_marks_a_candidate_goes_with_it(store: Store) -> None:
+    publish(store, snapshot_of("p1"))
+    first, second = snapshot_of("c1"), snapshot_of("c2")
+    for candidate in (first, second):
+        put_candidate(store, candidate)
+    publish(store, snapshot_of("p2"))
+    garbage = find_garbage(store, list_objects(store), kept_snapshots(store, 2), grace_s=0, now=time.time() + 60)
+    assert [found.name for found in garbage.objects] == [
+        f"snapshots/{first.id}{end}" for end in (".json", ".candidate")
+    ]
 
 
 def test_pins_at_once_are_all_kept(store: Store) -> None:

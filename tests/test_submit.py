@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
+import select
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +23,8 @@ import pytest
 import yaml
 from conftest import make_passage
 from test_job import Workspace
+
+from cluster import jobs
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +144,9 @@ def test_one_job_is_followed_by_all_who_submit_it(head: Head, work: Workspace) -
         counted = counted if 'stage="train"' in counted and 'stage="augment"' in counted else ""
         time.sleep(0.2)
     assert 'outcome="done"' in counted
+    began = dict(re.findall(r'prag_stage_start_time_seconds{.*?stage="(\w+)".*?} ([\d.e+]+)', head.metrics()))
+    assert float(began["augment"]) == 0  # it has ended
+    assert time.time() - 120 < float(began["train"]) <= time.time()
     # Whoever comes with the store alone follows it to the same end.
     watched = work.run("status", "-c", "config.yaml", "--watch", "--every", "0.3").splitlines()
     assert "finished" in watched[-1]
@@ -173,8 +182,44 @@ def test_a_failed_job_gives_its_exit_code_and_is_submitted_again(head: Head, wor
     assert "-3: submitted" in again
 
 
+class ImpatientProxy(socketserver.BaseRequestHandler):
+    """Relays to a job server, and cuts a connection on which nothing was said for a second."""
+
+    upstream: tuple[str, int]
+
+    def handle(self) -> None:
+        with socket.create_connection(self.upstream) as there:
+            others = {self.request: there, there: self.request}
+            while ready := select.select([*others], [], [], 1.0)[0]:
+                for end in ready:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    others[end].sendall(data)
+
+
+def test_a_job_that_says_nothing_is_followed_to_its_end(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)  # set by whoever connects
+    monkeypatch.setattr(jobs, "PATIENCE_S", 3.0)
+    host, _, port = head.address.removeprefix("http://").partition(":")
+    handler = type("Proxy", (ImpatientProxy,), {"upstream": (host, int(port))})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        client = jobs.connect("http://{}:{}".format(*proxy.server_address))
+        job = jobs.submit(client, "silent", "echo begun; sleep 6; echo ended", tmp_path, {})
+        said: list[str] = []
+        ended = jobs.follow(client, job.id, said.append)
+        proxy.shutdown()
+    assert (ended.status, ended.exit_code) == ("SUCCEEDED", 0)
+    assert [line for line in "".join(said).splitlines() if line in ("begun", "ended")] == ["begun", "ended"]
+
+
 def test_what_the_cluster_cannot_see_is_refused_here(work: Workspace) -> None:
     message = work.run("submit", "-c", "config.yaml", "--set", "store=store", "run", code=2)
     assert "store: relative to this folder" in message
-    message = work.run("submit", "-c", "config.yaml", "--address", "http://127.0.0.1:9", "run", code=12)
+    # A start's name is no path: what is wrong with this command is its address alone.
+    start = ["--set", f"train.start={'ab' * 16}"]
+    message = work.run("submit", "-c", "config.yaml", *start, "--address", "http://127.0.0.1:9", "run", code=12)
     assert "no job server answers at http://127.0.0.1:9" in message
