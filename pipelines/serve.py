@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,15 +24,16 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.resources import PROFILES
+from cluster.preflight import on_cluster
 from cluster.session import ray_session
 from pipelines.http_api import make_app
 from pipelines.http_desk import Desk
 from pipelines.http_metrics import Metrics, merged
 from pipelines.http_safety import RateLimiter, open_keys
+from pipelines.profiles import profile_of
 from pipelines.tables import set_threads
 from prag_core.config import Config, load_config, parse_config
-from prag_core.errors import PragError
+from prag_core.errors import ConfigError, PragError
 from prag_core.retrieval import JVM_ENV
 from prag_core.service import Service, open_service
 from prag_core.snapshot import load_snapshot
@@ -74,7 +76,7 @@ def application(config: Config) -> Application:
     """
     limits = config.serve
     open_keys(limits, limits.host)
-    actors = PROFILES[config.run.profile].model_actors
+    actors = profile_of(config).model_actors
     most = limits.slots + limits.max_queue + SPARE_REQUESTS
     options: dict[str, Any] = {
         "max_ongoing_requests": most,
@@ -89,6 +91,7 @@ def application(config: Config) -> Application:
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": limits.deadline_s + 10,
+        "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,
     }
     if limits.min_replicas < limits.max_replicas:
@@ -180,30 +183,56 @@ class AnswerQuestions:
 def serve_here(config: Config, ready: Callable[[str], None]) -> None:
     """Serve on this machine, or on the cluster that RAY_ADDRESS names, until interrupted or terminated.
 
-    What is under way then is still answered.
+    What is under way then is still answered, unless a second signal comes. On a cluster only the application goes:
+    Ray Serve and what else it runs are others'.
 
     Args:
         config: The configuration.
         ready: Called with the server's URL when it answers.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys.
+        ConfigError: when `serve.host` is public and there are no keys, or somebody listens on `serve.port` already.
         StoreError: when nothing is published yet.
         PragError: when no replica comes up, with what it said.
     """
     limits = config.serve
     made = application(config)
+    alone = not on_cluster()
+    if alone:
+        check_port(limits.host, limits.port)
     load_snapshot(open_store(config))
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     if profile.logical_cpus is not None:
         cpus = math.ceil(limits.max_replicas * profile.model_actors.cpus)
         profile = replace(profile, logical_cpus=max(profile.logical_cpus, cpus))
     end = threading.Event()
-    with ray_session(profile), _on_signals(end):
-        start(config, made)
-        ready(url_of(config))
-        end.wait()
-        serve.shutdown()
+    with ray_session(profile):
+        with _on_signals(end):
+            start(config, made)
+            ready(url_of(config))
+            end.wait()
+        stop()
+        if alone:
+            serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that nobody listens where the server will: two servers would share the port, and its questions, in silence.
+
+    Raises:
+        ConfigError: when somebody does, or this machine cannot listen there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # Connections that have just ended are no reason; Ray Serve's SO_REUSEPORT would let a second listener in.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            raise ConfigError(
+                f"serve.port = {port}: cannot listen on {host}: {error.strerror}",
+                "end the server that has the port, or take another one: --port, --host",
+            ) from None
 
 
 def start(config: Config, made: Application) -> None:
@@ -222,6 +251,20 @@ def start(config: Config, made: Application) -> None:
         serve.run(made, name=APPLICATION)
     except RuntimeError as error:
         raise PragError(f"the server does not start: {error}", "mend what the replica says, and start again") from None
+
+
+def stop() -> None:
+    """Take the application out of service, and wait until its replicas have answered what they had.
+
+    Shutting Ray Serve down instead would first end its proxies, and with them every connection.
+    """
+    while True:
+        try:
+            serve.delete(APPLICATION)
+            return
+        except TimeoutError:
+            # It waits for a minute. Ray Serve ends replicas that take longer than they are given.
+            logger.warning("requests are still under way; a second signal ends them")
 
 
 def url_of(config: Config) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import random
+import signal
 import threading
 import time
 import uuid
@@ -388,6 +389,24 @@ def test_faults_under_load_give_no_wrong_answer(world: World) -> None:
     assert both
     assert {pid: end[pid] / begin[pid] for pid in both if not 0.95 < end[pid] / begin[pid] < 1.05} == {}
     assert not psutil.pid_exists(killed.pid) or killed.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_is_under_way_at_the_end_is_answered(world: World) -> None:
+    """The last of this server: a batch of some seconds and a stream are under way when it is told to end."""
+    asked = {"mode": "prag", "max_tokens": 256, "temperature": 1.5}
+    questions = [{**asked, "question": f"What is Quorl {n % len(PASSAGES)}?", "seed": n} for n in range(48)]
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(world.http.post, "/v1/batch", json={"requests": questions})
+        until(lambda: sum(world.metric("prag_open_requests")) > 0, "the batch was under way")
+        with world.http.stream("POST", "/v1/answer", json={**questions[1], "stream": True}) as stream:
+            pieces = stream.iter_text()
+            begin = next(pieces)
+            world.server.process.send_signal(signal.SIGTERM)
+            assert not batch.done()
+            text = begin + "".join(pieces)
+    assert "event: answer" in text
+    assert [item["error"] for item in batch.result().json()["answers"]] == [None] * len(questions)
+    assert world.server.process.wait(WAIT_S) == 0
 
 
 def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:

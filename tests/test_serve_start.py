@@ -1,0 +1,40 @@
+"""What a configuration means for the server, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from pipelines.serve import application, serve_here
+from prag_core.config import Config, parse_config
+from prag_core.errors import ConfigError
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return parse_config({"store": "none", "corpus": {"path": "none.jsonl"}, **sections})
+
+
+def deployment(**sections: dict[str, Any]) -> Any:
+    return application(config(**sections))._bound_deployment
+
+
+def test_a_port_that_another_server_has_is_named() -> None:
+    with socket.socket() as other:
+        # As Ray Serve listens: a second listener that asks for the same is let in.
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"serve\.port = {port}: cannot listen on 127\.0\.0\.1: .*in use"):
+            serve_here(config(serve={"port": port}), print)
+
+
+def test_a_replica_takes_what_the_configuration_gives_it() -> None:
+    plain = deployment(run={"profile": "gpu"})
+    assert (plain.ray_actor_options["num_cpus"], plain.ray_actor_options["num_gpus"]) == (2, 1)
+    tuned = deployment(run={"profile": "gpu", "actor_cpus": 6, "actor_gpus": 0})
+    assert (tuned.ray_actor_options["num_cpus"], tuned.ray_actor_options["num_gpus"]) == (6, 0)
+    assert tuned.init_args[1] == 6
