@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.preflight import on_cluster
 from cluster.session import ray_session
+from pipelines.follow import Follower
 from pipelines.http_api import make_app
 from pipelines.http_desk import Desk
 from pipelines.http_metrics import Metrics, merged
@@ -129,7 +130,7 @@ class AnswerQuestions:
         self._name = context.replica_id.unique_id
         self._application = context.app_name
         self._everyone: DeploymentHandle | None = None
-        self._refreshing = asyncio.create_task(self._refresh())
+        self._following = Follower(self._follow, self._config.serve.refresh_s, self._metrics.refresh_failed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP API; Serve asks for it once the replica is made."""
@@ -139,6 +140,7 @@ class AnswerQuestions:
     def check_health(self) -> None:
         """Raise when this replica must be replaced; Serve asks every few seconds."""
         self._service.check()
+        self._following.check()
 
     def numbers(self) -> tuple[str, str]:
         """Return this replica's name and its numbers in Prometheus's text format."""
@@ -146,8 +148,8 @@ class AnswerQuestions:
 
     async def __del__(self) -> None:
         # Serve waits for the requests under way before it calls this.
-        if hasattr(self, "_refreshing"):
-            self._refreshing.cancel()
+        if hasattr(self, "_following"):
+            self._following.end()
             await self._service.drain()
             self._service.close()
 
@@ -166,16 +168,12 @@ class AnswerQuestions:
             told = []
         return [one for one in told if isinstance(one, tuple)] or [self.numbers()]
 
-    async def _refresh(self) -> None:
-        """Follow the store for ever: what is published comes into service, and nothing that fails ends this."""
-        while True:
-            await asyncio.sleep(self._config.serve.refresh_s)
-            try:
-                if await self._service.refresh():
-                    logger.info("snapshot %s is in service", self._service.snapshot)
-            except PragError as error:
-                self._metrics.refresh_failed()
-                logger.warning("no new snapshot: %s", error)
+    async def _follow(self) -> None:
+        """Put what was published into service."""
+        try:
+            if await self._service.refresh():
+                logger.info("snapshot %s is in service", self._service.snapshot)
+        finally:
             # A key's rate is for all replicas together.
             self._limiter.share = len(await self._ask_all())
 
