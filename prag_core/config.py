@@ -151,7 +151,12 @@ class ServeConfig(_Strict):
     """How a serving replica runs: machine facts, which never enter a fingerprint."""
 
     slots: int = Field(16, ge=1, description="Requests that decode together.")
-    max_queue: int = Field(64, ge=0, description="Requests that wait beyond these; one more is turned away.")
+    max_queue: int = Field(
+        8,
+        ge=0,
+        description="Requests that wait beyond these; one more is turned away. Each as many as the slots waits about as "
+        "long as an answer takes: with half as many, what is accepted in overload takes at most half as long again.",
+    )
     prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
     batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")
     cache_bytes: int = Field(1_000_000_000, ge=0, description="Adapters held in memory.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -351,6 +352,28 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(world: World) -> Non
     with held(world.base) as hold, world.service(slots=2, max_queue=1) as service:
         assert [answer.text for answer in asyncio.run(run(service, hold))] == ["aaaa", "bbbb", "cccc"]
         assert service.stats().requests == {("prag", "overloaded"): 1, ("prag", "ok"): 3}
+
+
+def test_in_overload_what_is_accepted_takes_no_more_than_twice_as_long(world: World) -> None:
+    """Counted in steps of the decoder, which do not depend on the machine: 16 users, then ten times as many."""
+
+    async def user(service: Service, n: int) -> int:
+        while True:
+            begun = service.stats().steps
+            try:
+                await service.answer(Request(named([n % 62]), "prag", 1, max_new_tokens=20))
+                return service.stats().steps - begun
+            except OverloadedError:
+                await asyncio.sleep(0.005)
+
+    async def median(service: Service, users: int) -> float:
+        return statistics.median(await asyncio.gather(*(user(service, n) for n in range(users))))
+
+    with world.service() as service:
+        slots = service.stats().slots
+        full = asyncio.run(median(service, slots))
+        assert asyncio.run(median(service, 10 * slots)) <= 2 * full
+        assert service.stats().requests["prag", "overloaded"] > 0
 
 
 def test_draining_finishes_what_is_under_way_and_takes_nothing_new(world: World) -> None:
