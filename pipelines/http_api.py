@@ -133,7 +133,7 @@ def operator_routes(desk: Desk, scrape: Scrape) -> APIRouter:
 
     @routes.get("/healthz", response_model=Health, responses={503: ERROR_RESPONSES[503]})
     async def healthz() -> Health:
-        """Say whether this replica is alive: its decoder makes steps."""
+        """Say whether this replica is alive: its decoder makes steps, and its searches end."""
         try:
             desk.service.check()
         except EngineStuckError as error:

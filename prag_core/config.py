@@ -154,8 +154,8 @@ class ServeConfig(_Strict):
     max_queue: int = Field(
         8,
         ge=0,
-        description="Requests that wait beyond these; one more is turned away. Each as many as the slots waits about as "
-        "long as an answer takes: with half as many, what is accepted in overload takes at most half as long again.",
+        description="Requests that wait beyond these; one more is turned away. As many as there are slots wait about as "
+        "long as an answer takes, so that with half as many none that is accepted takes much longer than usual.",
     )
     prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
     batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")
@@ -165,7 +165,9 @@ class ServeConfig(_Strict):
     fetch_threads: int = Field(16, ge=1, description="Adapters fetched at once.")
     negative_ttl_s: float = Field(10.0, ge=0, description="How long an adapter that failed is not tried again.")
     refresh_s: float = Field(10.0, gt=0, description="How often the store is asked for a new snapshot.")
-    stuck_s: float = Field(60.0, gt=0, description="A replica that makes no step for so long is replaced.")
+    stuck_s: float = Field(
+        60.0, gt=0, description="A replica that makes no step, or whose search does not end, for so long is replaced."
+    )
 
     host: str = Field("127.0.0.1", description="Where to listen; an address that others reach needs api_keys.")
     port: int = Field(8000, ge=1, le=65535)

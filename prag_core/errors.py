@@ -118,7 +118,7 @@ class DeadlineError(PragError):
 
 
 class EngineStuckError(PragError):
-    """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
+    """A thread of the service has died, or makes no progress though work waits: the replica must be replaced."""
 
     exit_code = 13
 

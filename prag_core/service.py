@@ -33,6 +33,7 @@ from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.opened import Opened, open_snapshot
 from prag_core.prepare import Prepared, Request
 from prag_core.records import Answer, Hit
+from prag_core.search_thread import SearchThread
 from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store
 from prag_core.streaming import TextStream
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 30.0
+# How long closing waits for a search under way.
+_CLOSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Service:
         self._draining = False
         self._idle = threading.Event()
         self._idle.set()
-        self._search_pool = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._searching = SearchThread()
         self._refresh_pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
         self._decoding = DecodeThread(
             base, slots=config.slots, prefill_chunk=config.prefill_chunk, max_tokens=config.batch_tokens
@@ -208,9 +211,10 @@ class Service:
 
         Raises:
             EngineStuckError: when the decoding thread has died, keeps failing, or has made no step for
-                `serve.stuck_s` seconds though work waits.
+                `serve.stuck_s` seconds though work waits, or when a search has not ended for so long.
         """
         self._decoding.check(self._config.stuck_s)
+        self._searching.check(self._config.stuck_s)
 
     async def drain(self) -> None:
         """Accept nothing new (`OverloadedError`), and wait until what is under way has ended."""
@@ -219,17 +223,21 @@ class Service:
         await asyncio.to_thread(self._idle.wait)
 
     def close(self) -> None:
-        """End at once: what is under way fails; threads and files are let go."""
+        """End at once: what is under way fails; threads and files are let go. Doing it again changes nothing."""
         with self._lock:
             self._draining = True
         self._decoding.close()
-        self._refresh_pool.shutdown(cancel_futures=True)
-        self._search_pool.shutdown(cancel_futures=True)
+        # A search that is stuck in Java holds the lock that closing an index, and opening one, would wait for.
+        ended = self._searching.close(_CLOSE_S)
+        self._refresh_pool.shutdown(wait=ended, cancel_futures=True)
         self._cache.close()
         with self._lock:
             held, self._held = list(self._held), {}
+        if not ended:
+            log.error("a search has not ended: %d snapshots are left open", len(held))
+            return
         for opened in held:
-            opened.close()
+            _close(opened)
 
     # ---- a request
 
@@ -245,7 +253,7 @@ class Service:
         ticket: Ticket | None = None
         try:
             # 1. Search; the adapters begin to come as soon as it is known which.
-            searching = self._search_pool.submit(self._search, opened, request)
+            searching = self._searching.submit(self._search, opened, request)
             found = await _within(deadline, asyncio.wrap_future(searching))
             # 2. Wait for them, but not long: what has not come goes into the prompt.
             fetching = time.monotonic()
@@ -316,7 +324,7 @@ class Service:
             await _within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
         factors = found.lease.factors(self._config.fetch_timeout_s)
         spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
-        building = self._search_pool.submit(opened.preparation.build, request, found.hits, factors, spent)
+        building = self._searching.submit(opened.preparation.build, request, found.hits, factors, spent)
         return await _within(deadline, asyncio.wrap_future(building))
 
     def _count(self, answer: Answer, fallbacks: int, seconds: float) -> None:
@@ -370,9 +378,17 @@ class Service:
                 return
             del self._held[opened]
             retired = all(other.layout != opened.layout for other in self._held)
-        opened.close()
+        _close(opened)
         if retired:
             self._decoding.retire(opened.layout)
+
+
+def _close(opened: Opened) -> None:
+    """Close a snapshot that nobody uses any more; what goes wrong then is nobody's failure."""
+    try:
+        opened.close()
+    except Exception:
+        log.exception("snapshot %s: cannot be closed", opened.id)
 
 
 async def _within(deadline: float | None, awaited: Awaitable[T]) -> T:

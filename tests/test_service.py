@@ -16,6 +16,7 @@ from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, named
 from test_lora import random_adapter
 
 from prag_core.adapter_store import LedgerSource
+from prag_core.config import parse_config
 from prag_core.decode import Decoder
 from prag_core.engine import Engine
 from prag_core.errors import (
@@ -24,9 +25,12 @@ from prag_core.errors import (
     GenerationError,
     OverloadedError,
     PromptTooLongError,
+    RetrievalError,
+    StoreError,
 )
 from prag_core.lora import Injector
 from prag_core.models import BaseModel
+from prag_core.opened import open_snapshot
 from prag_core.prepare import Preparation, Prepared, Request
 from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
@@ -482,6 +486,61 @@ def test_a_dead_decoding_thread_is_noticed(world: World) -> None:
             service.check()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_waits_is_told_before_a_decoder_that_cannot_begin_anew_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a device is gone: the step fails, and so does all that comes after."""
+
+    def fail(*_) -> None:
+        raise RuntimeError("device lost")
+
+    async def run(service: Service, hold: Hold) -> list[object]:
+        tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in (1, 2, 3)]
+        await until(lambda: hold.entered.is_set() and service.stats().open == 3)
+        monkeypatch.setattr(Decoder, "reset", fail)
+        handle = world.base.model.register_forward_hook(fail)
+        hold.let_go()
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+        await until(lambda: not service._decoding._thread.is_alive())
+        handle.remove()
+        return found
+
+    with held(world.base) as hold, world.service(slots=1) as service:
+        assert {type(error) for error in asyncio.run(run(service, hold))} <= {GenerationError, EngineStuckError}
+        with pytest.raises(EngineStuckError, match="has ended"):
+            service.check()
+
+
+def test_a_stuck_search_is_noticed_and_holds_nobody_up(
+    tiny_session: BaseModel, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+
+    class Stuck(ByNumber):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            let_go.wait()
+            return super().search(question, top_k, min_score)
+
+    closed: list[bool] = []
+    world = World(tiny_session, tmp_path)
+    world.retriever = Stuck()
+    world.on_close = lambda: closed.append(True)
+    world.publish(count=2)
+    monkeypatch.setattr("prag_core.service._CLOSE_S", 0.05)
+    with world.service(stuck_s=0.05) as service:
+        service.check()
+        for mode in ("rag", "closed"):  # the second one waits behind the first one's search
+            with pytest.raises(DeadlineError):
+                asyncio.run(service.answer(Request(named([1]), mode, 1), deadline_s=0.1))
+        with pytest.raises(EngineStuckError, match="a search has not ended"):
+            service.check()
+        assert service.stats().open == 0
+        service.close()
+        assert not closed  # closing an index would wait for the search
+        let_go.set()
+
+
 # --- snapshots -----------------------------------------------------------------------------------------------------
 
 
@@ -534,6 +593,42 @@ def test_a_snapshot_that_cannot_be_opened_leaves_the_old_one(tiny_session: BaseM
         assert service.snapshot == first.id
         assert asyncio.run(service.answer(Request(named([1]), "prag", 1))).text == "bbbb"
         assert service.stats().snapshots_held == 1
+
+
+def test_an_index_is_opened_after_all_else(world: World, tmp_path) -> None:
+    """So that what is missing leaves no index open; here both are, and the ledger is named."""
+    config = parse_config({"store": world.store.url, "corpus": {"path": "none.jsonl"}})
+    snapshot = replace(load_snapshot(world.store), ledger_parts=("adapters/none.parquet",))
+    with pytest.raises(StoreError, match=r"none\.parquet: no such object"):
+        open_snapshot(world.base, config, world.store, snapshot)
+
+
+def test_a_snapshot_that_cannot_be_closed_fails_nobody(tiny_session: BaseModel, tmp_path) -> None:
+    closed: list[bool] = []
+
+    def fail() -> None:
+        closed.append(True)
+        raise RetrievalError("the index cannot be closed")
+
+    world = World(tiny_session, tmp_path)
+    world.on_close = fail
+    world.publish(count=2)
+
+    async def run(service: Service, hold: Hold) -> str:
+        task = asyncio.create_task(service.answer(Request(named([0]), "prag", 1)))
+        await until(hold.entered.is_set)
+        world.publish(shift=1, train=replace(RECIPE, rank=3), count=2)
+        assert await service.refresh()
+        hold.let_go()
+        return (await task).text
+
+    with held(world.base) as hold, world.service() as service:
+        assert asyncio.run(run(service, hold)) == "aaaa"
+        asyncio.run(until(lambda: len(service._decoding._lanes) == 0))  # the old one's hooks were taken off
+        assert len(closed) == 1
+        service.close()
+        service.close()
+        assert len(closed) == 2
 
 
 def test_requests_are_checked() -> None:
