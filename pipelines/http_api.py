@@ -37,6 +37,7 @@ _ERRORS = {
     413: "the body is too large",
     422: "a field is wrong or beyond a limit",
     429: "this key asks too often (Retry-After)",
+    500: "the model's output is not finite",
     503: "too much to do, or not able to (Retry-After)",
     504: "the deadline has passed",
 }

@@ -154,8 +154,8 @@ class ServeConfig(_Strict):
     max_queue: int = Field(
         8,
         ge=0,
-        description="Requests that wait beyond these; one more is turned away. As many as there are slots wait about as "
-        "long as an answer takes, so that with half as many none that is accepted takes much longer than usual.",
+        description="Requests that wait beyond these; one more is turned away. As many as there are slots would wait "
+        "for about as long as an answer takes: with half as many, what is accepted takes little longer than usual.",
     )
     prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
     batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")

@@ -153,8 +153,8 @@ class Service:
             OverloadedError: when the queue is full or the service is shutting down.
             DeadlineError: when the deadline has passed.
             PromptTooLongError: when the question with its passages exceeds the model's context.
-            GenerationError: when the model's output is not finite, decoding failed, or the model's chat template
-                refuses the turns.
+            NotFiniteError: when the model's output is not finite.
+            GenerationError: when decoding failed, or the model's chat template refuses the turns.
             RetrievalError: when the index cannot be searched.
             EngineStuckError: when the decoding thread has ended.
         """
@@ -250,7 +250,6 @@ class Service:
         opened = self._admit(request)
         outcome = "cancelled"
         searching: Future[_Found] | None = None
-        ticket: Ticket | None = None
         try:
             # 1. Search; the adapters begin to come as soon as it is known which.
             searching = self._searching.submit(self._search, opened, request)
@@ -260,20 +259,21 @@ class Service:
             prepared = await self._ready(opened, request, found, deadline)
             fetch_ms = (time.monotonic() - fetching) * 1e3 - prepared.milliseconds["prompt"]
             prepared.milliseconds["fetch"] = fetch_ms
-            # 3. Decode.
-            inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
-            put = _putter(asyncio.get_running_loop(), inbox)
-            ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
-            self._decoding.submit(ticket)
-            text = TextStream(self._tokenizer, request.stop, opened.preparation.template)
-            tokens: list[int] = []
-            while not isinstance(event := await _within(deadline, inbox.get()), Decoded):
-                if isinstance(event, PragError):
-                    raise event
-                tokens.append(event)
-                if piece := text.add(tokens):
-                    yield piece
-            ticket = None
+            # 3. Decode. When the sum of the adapters is too large for the model, their passages go into the prompt
+            # too, unless text of it was sent already: that is not taken back.
+            text, sent = TextStream(self._tokenizer, request.stop, opened.preparation.template), False
+            while True:
+                tokens: list[int] = []
+                async with contextlib.aclosing(self._decode(opened, prepared, deadline, stream)) as events:
+                    while not isinstance(event := await anext(events), Decoded):
+                        tokens.append(event)
+                        if piece := text.add(tokens):
+                            sent = True
+                            yield piece
+                if sent or not prepared.overflowed(event):
+                    break
+                rebuilding = self._searching.submit(opened.preparation.without_adapters, prepared)
+                prepared = await _within(deadline, asyncio.wrap_future(rebuilding))
             answer = opened.preparation.answer(prepared, event)
             self._count(answer, prepared.fallbacks, time.monotonic() - begun)
             outcome = "ok"
@@ -290,8 +290,6 @@ class Service:
             outcome = "failed"
             raise
         finally:
-            if ticket is not None:
-                self._decoding.cancel(ticket)
             self._end(opened, request, outcome, searching)
 
     def _admit(self, request: Request) -> Opened:
@@ -326,6 +324,26 @@ class Service:
         spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
         building = self._searching.submit(opened.preparation.build, request, found.hits, factors, spent)
         return await _within(deadline, asyncio.wrap_future(building))
+
+    async def _decode(
+        self, opened: Opened, prepared: Prepared, deadline: float | None, stream: bool
+    ) -> AsyncGenerator[int | Decoded, None]:
+        """Yield the tokens as they are made, where `stream` asks for it, and the result last; closed before, cancel."""
+        inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
+        put = _putter(asyncio.get_running_loop(), inbox)
+        ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
+        self._decoding.submit(ticket)
+        ended = False
+        try:
+            while not ended:
+                event = await _within(deadline, inbox.get())
+                ended = not isinstance(event, int)
+                if isinstance(event, PragError):
+                    raise event
+                yield event
+        finally:
+            if not ended:
+                self._decoding.cancel(ticket)
 
     def _count(self, answer: Answer, fallbacks: int, seconds: float) -> None:
         with self._lock:

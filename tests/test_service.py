@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, named
+from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
 from test_lora import random_adapter
 
 from prag_core.adapter_store import LedgerSource
@@ -23,6 +23,7 @@ from prag_core.errors import (
     DeadlineError,
     EngineStuckError,
     GenerationError,
+    NotFiniteError,
     OverloadedError,
     PromptTooLongError,
     RetrievalError,
@@ -83,6 +84,10 @@ async def answers(service: Service, requests: list[Request], at_once: int = 16) 
             return await service.answer(request)
 
     return await asyncio.gather(*map(ask, requests))
+
+
+async def collect(pieces) -> list[object]:
+    return [piece async for piece in pieces]
 
 
 def same(answer: Answer) -> tuple[object, ...]:
@@ -416,22 +421,66 @@ def test_a_prompt_too_long_fails_alone(world: World, service: Service) -> None:
     assert (second.text, second.finish, second.error) == ("bbbb", "length", "")
 
 
-def test_output_that_is_not_finite_is_an_error(tiny_session: BaseModel, tmp_path, monkeypatch) -> None:
+def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
+    tiny_session: BaseModel, tmp_path, monkeypatch
+) -> None:
+    """Each is finite, and so is what the other rows of the batch say."""
+    marker = marker_adapter
+
     def huge(base, layout, letter):
-        return {name: torch.full(shape, 1e30) for name, shape in layout.tensor_shapes.items()}
+        if letter == LETTERS[0]:
+            return {name: torch.full(shape, 1e30) for name, shape in layout.tensor_shapes.items()}
+        return marker(base, layout, letter)
 
     monkeypatch.setattr("serving.marker_adapter", huge)
     world = World(tiny_session, tmp_path)
-    world.publish(count=2)
-    with world.service() as service, pytest.raises(GenerationError, match="not finite with the adapters of Quorl 0"):
-        asyncio.run(service.answer(Request(named([0]), "prag", 1)))
+    world.publish(count=4)
+    requests = [Request(named(numbers), "prag", 2) for numbers in ([1], [0, 2], [3])]
+    with world.service() as service:
+        served = asyncio.run(answers(service, requests))
+        streamed = asyncio.run(collect(service.stream(requests[1])))
+        expected = asyncio.run(service.answer(Request(named([0, 2]), "rag", 2)))
+        assert service.stats().fallbacks == 4
     opened = world.open()
     engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
-    broken, fine = engine.answer_batch([Request(named([0]), "prag", 1), Request(named([0]), "closed")])
+    assert [same(answer) for answer in engine.answer_batch(requests)] == [same(answer) for answer in served]
     engine.close()
+    assert [answer.text for answer in served] == ["bbbb", expected.text, "dddd"]
+    assert [(p.in_weights, p.in_prompt, p.note) for p in served[1].passages] == [
+        (False, True, "the sum of this question's adapters is too large")
+    ] * 2
+    assert "".join(streamed[:-1]) == expected.text
+
+
+def test_output_that_is_not_finite_is_an_error(world: World) -> None:
+    """Of a model that is broken, and of a stream of which something was read already."""
+
+    breaks = threading.Event()
+
+    def not_a_number(module, inputs, output) -> None:
+        if breaks.is_set():
+            output.logits.fill_(torch.nan)
+
+    async def stream(service: Service) -> list[object]:
+        pieces = service.stream(Request(named([1]), "prag", 1, max_new_tokens=2000))
+        got = [await anext(pieces)]
+        breaks.set()
+        with pytest.raises(NotFiniteError, match="not finite with the adapters of Quorl 1"):
+            got += await collect(pieces)
+        return got
+
+    handle = world.base.model.register_forward_hook(not_a_number)
+    with world.service() as service:
+        assert asyncio.run(stream(service)) == ["b"]
+        with pytest.raises(NotFiniteError, match="not finite with the adapters of no passage"):
+            asyncio.run(service.answer(Request(named([1]), "prag", 1)))
+        opened = world.open()
+        engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+        broken = engine.answer_batch([Request("Who?", "closed")])[0]
+        engine.close()
+    handle.remove()
     assert (broken.text, broken.finish) == ("", "error")
     assert "not finite" in broken.error
-    assert fine.finish != "error"
 
 
 def test_a_failing_step_fails_its_requests_and_no_more(world: World, service: Service) -> None:
