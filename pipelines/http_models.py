@@ -60,7 +60,10 @@ class AnswerRequest(Strict):
     stop: list[Stop] = Field([], max_length=4, description="Texts that end the answer.")
     min_score: float = Field(0.0, ge=0, description="Passages that score less are not used.")
     deadline_s: float | None = Field(
-        None, gt=0, description="Seconds after which the answer is of no use; at most `serve.deadline_s`."
+        None,
+        gt=0,
+        description="Seconds after which the answer is of no use; at most `serve.deadline_s`. In a batch they count "
+        "from when the question's turn has come.",
     )
     stream: bool = Field(False, description="Send the text as server-sent events while it is made.")
 

@@ -28,7 +28,7 @@ from cluster.preflight import on_cluster
 from cluster.session import ray_session
 from pipelines.follow import Follower
 from pipelines.http_api import make_app
-from pipelines.http_desk import Desk
+from pipelines.http_desk import Desk, longest_s
 from pipelines.http_metrics import Metrics, merged
 from pipelines.http_safety import RateLimiter, open_keys
 from pipelines.profiles import profile_of
@@ -47,6 +47,8 @@ DEPLOYMENT = "AnswerQuestions"
 # Places besides the service's own, for health checks, metrics and answers "too much to do".
 SPARE_REQUESTS = 64
 SCRAPE_TIMEOUT_S = 5.0
+# What Ray Serve gives an HTTP request beyond the longest that the service keeps to by itself.
+GRACE_S = 10.0
 
 
 class Arguments(BaseModel):
@@ -91,7 +93,7 @@ def application(config: Config) -> Application:
         },
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
-        "graceful_shutdown_timeout_s": limits.deadline_s + 10,
+        "graceful_shutdown_timeout_s": longest_s(limits) + GRACE_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,
     }
@@ -239,16 +241,20 @@ def start(config: Config, made: Application) -> None:
     Raises:
         PragError: when no replica comes up, with what it said.
     """
-    limits = config.serve
     serve.start(
-        # A backstop: the service keeps deadlines itself.
-        http_options={"host": limits.host, "port": limits.port, "request_timeout_s": limits.deadline_s + 10},
+        http_options=http_options(config),
         logging_config={"enable_access_log": False, "log_level": os.environ.get("PRAG_LOG", "WARNING")},
     )
     try:
         serve.run(made, name=APPLICATION)
     except RuntimeError as error:
         raise PragError(f"the server does not start: {error}", "mend what the replica says, and start again") from None
+
+
+def http_options(config: Config) -> dict[str, Any]:
+    """Return where Ray Serve's proxies listen, and after how many seconds they give a request up: a backstop."""
+    limits = config.serve
+    return {"host": limits.host, "port": limits.port, "request_timeout_s": longest_s(limits) + GRACE_S}
 
 
 def stop() -> None:

@@ -174,7 +174,9 @@ class ServeConfig(_Strict):
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes; none: loopback only.")
     rate_per_minute: int = Field(600, ge=1, description="Questions a minute of a key that has no rate of its own.")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that may be asked for.")
-    deadline_s: float = Field(60.0, gt=0, description="A question not answered by then is dropped.")
+    deadline_s: float = Field(
+        60.0, gt=0, description="A question not answered by then is dropped; one of a batch has it for itself."
+    )
     max_body_bytes: int = Field(1_000_000, ge=1_000)
     max_question_chars: int = Field(4_000, ge=1, description="Of a question, or of all messages of a chat.")
     max_top_k: int = Field(10, ge=1)

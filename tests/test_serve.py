@@ -30,7 +30,7 @@ from s3 import S3Server
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from pipelines.serve import build
+from pipelines.serve import build, http_options
 from prag_core.config import Config, load_config
 from prag_core.engine import AdapterSource, Engine, Request, open_engine
 from prag_core.errors import AdapterError, ConfigError
@@ -415,7 +415,13 @@ def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pyte
     schema = ServeDeploySchema.model_validate(document)
     (application,) = schema.applications
     assert application.import_path == "pipelines.serve:build"
-    made = build(application.args)
-    assert [one.name for one in application.deployments] == [made._bound_deployment.name]
+    made = build(application.args)._bound_deployment
+    (deployment,) = application.deployments
+    assert deployment.name == made.name
+    limits = load_config(application.args["config"], application.args["set"])
+    assert schema.http_options.request_timeout_s == http_options(limits)["request_timeout_s"]
+    assert (
+        deployment.graceful_shutdown_timeout_s == made._bound_deployment._deployment_config.graceful_shutdown_timeout_s
+    )
     with pytest.raises(ConfigError, match="open to other machines"):
         build({"config": "examples/demo.yaml", "set": ["serve.host=0.0.0.0"]})

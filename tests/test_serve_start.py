@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.serve import application, serve_here
+from pipelines.serve import application, http_options, serve_here
 from prag_core.config import Config, parse_config
 from prag_core.errors import ConfigError
 
@@ -38,3 +38,10 @@ def test_a_replica_takes_what_the_configuration_gives_it() -> None:
     tuned = deployment(run={"profile": "gpu", "actor_cpus": 6, "actor_gpus": 0})
     assert (tuned.ray_actor_options["num_cpus"], tuned.ray_actor_options["num_gpus"]) == (6, 0)
     assert tuned.init_args[1] == 6
+
+
+def test_a_batch_has_time_for_each_of_its_questions() -> None:
+    """Three rounds of questions that each take their deadline are not cut off, also not when the server ends."""
+    serve = {"slots": 8, "max_batch": 10, "deadline_s": 30}
+    assert http_options(config(serve=serve))["request_timeout_s"] == 3 * 30 + 10
+    assert deployment(serve=serve)._deployment_config.graceful_shutdown_timeout_s == 3 * 30 + 10
