@@ -33,7 +33,7 @@ from pipelines.http_metrics import Metrics, merged
 from pipelines.http_safety import RateLimiter, open_keys
 from pipelines.profiles import profile_of
 from pipelines.tables import set_threads
-from prag_core.config import Config, load_config, parse_config
+from prag_core.config import Config, check_defaults, load_config, parse_config
 from prag_core.errors import ConfigError, PragError
 from prag_core.retrieval import JVM_ENV
 from prag_core.service import Service, open_service
@@ -64,7 +64,7 @@ def build(args: dict[str, Any]) -> Application:
     """Return the application for a Serve config file (`import_path: pipelines.serve:build`); see `Arguments`.
 
     Raises:
-        ConfigError: when the configuration is wrong, or `serve.host` is public and there are no keys.
+        ConfigError: when the configuration is wrong; see `application`.
         ValidationError: when `args` are others.
     """
     arguments = Arguments.model_validate(args)
@@ -75,10 +75,11 @@ def application(config: Config) -> Application:
     """Return the application for a configuration.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys.
+        ConfigError: when `serve.host` is public and there are no keys, or a default is beyond a limit.
     """
     limits = config.serve
     open_keys(limits, limits.host)
+    check_defaults(config)
     actors = profile_of(config).model_actors
     most = limits.slots + limits.max_queue + SPARE_REQUESTS
     options: dict[str, Any] = {
@@ -191,7 +192,7 @@ def serve_here(config: Config, ready: Callable[[str], None]) -> None:
         ready: Called with the server's URL when it answers.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys, or somebody listens on `serve.port` already.
+        ConfigError: when somebody listens on `serve.port` already; and see `application`.
         StoreError: when nothing is published yet.
         PragError: when no replica comes up, with what it said.
     """

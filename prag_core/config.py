@@ -179,8 +179,10 @@ class ServeConfig(_Strict):
     )
     max_body_bytes: int = Field(1_000_000, ge=1_000)
     max_question_chars: int = Field(4_000, ge=1, description="Of a question, or of all messages of a chat.")
-    max_top_k: int = Field(10, ge=1)
-    max_tokens: int = Field(256, ge=1, description="The most tokens of an answer that may be asked for.")
+    max_top_k: int = Field(10, ge=1, description="The most passages of an answer; at least answer.top_k.")
+    max_tokens: int = Field(
+        256, ge=1, description="The most tokens of an answer that may be asked for; at least answer.max_new_tokens."
+    )
     max_batch: int = Field(64, ge=1, description="Questions in one batch request.")
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1, description="More than min_replicas: their number follows the load.")
@@ -290,6 +292,29 @@ def parse_config(data: dict[str, Any], origin: str = "configuration") -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
+
+
+def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:
+    """Check that what a question gets by default is within what one may ask for.
+
+    Args:
+        config: The configuration.
+        max_new_tokens: What an answer has by default, where a recipe's template decides it.
+
+    Raises:
+        ConfigError: naming the default and the limit.
+    """
+    answer, serve = config.answer, config.serve
+    tokens = answer.max_new_tokens or max_new_tokens or 0
+    for name, value, limit, most in (
+        ("answer.max_new_tokens", tokens, "serve.max_tokens", serve.max_tokens),
+        ("answer.top_k", answer.top_k, "serve.max_top_k", serve.max_top_k),
+    ):
+        if value > most:
+            raise ConfigError(
+                f"{name} = {value}, the default, is beyond {limit} = {most}, the limit",
+                f"lower the one (`--set {name}={most}`) or raise the other (`--set {limit}={value}`)",
+            )
 
 
 def dump_config(config: Config) -> str:

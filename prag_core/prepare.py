@@ -132,7 +132,7 @@ class Preparation:
         self._model_name = base.name
         self._retriever = retriever
         self.template = template
-        self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
+        self.max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
@@ -203,7 +203,7 @@ class Preparation:
         prompt += answer_prefix_ids(self._tokenizer, self.template)
         decode = DecodeRequest(
             prompt,
-            request.max_new_tokens or self._max_new_tokens,
+            request.max_new_tokens or self.max_new_tokens,
             stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
             stop_strings=request.stop,
             temperature=request.temperature,

@@ -13,17 +13,18 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
+from prag_core.bridge import putter, within
 from prag_core.cache import AdapterCache, CacheStats, Lease
-from prag_core.config import Config, ServeConfig
+from prag_core.config import Config, ServeConfig, check_defaults
 from prag_core.decode import Decoded
 from prag_core.decode_thread import DecodeThread, Ticket
 from prag_core.disk_cache import DiskCache
 from prag_core.errors import (
+    ConfigError,
     DeadlineError,
     OverloadedError,
     PragError,
@@ -34,6 +35,7 @@ from prag_core.opened import Opened, open_snapshot
 from prag_core.prepare import Prepared, Request
 from prag_core.records import Answer, Hit
 from prag_core.search_thread import SearchThread
+from prag_core.service_stats import ServiceStats
 from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store
 from prag_core.streaming import TextStream
@@ -42,49 +44,9 @@ __all__ = ["CacheStats", "Request", "Service", "ServiceStats", "open_service"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _LONGEST_RETRY_S = 30.0
 # How long closing waits for a search under way.
 _CLOSE_S = 10.0
-
-
-@dataclass(frozen=True)
-class ServiceStats:
-    """Counters since the service was opened, and gauges of now.
-
-    Args:
-        snapshot: The snapshot in service.
-        snapshots_held: How many are open: more than one while requests of a former one are under way.
-        requests: Requests that ended, by (mode, outcome); an outcome is `ok`, `overloaded`, `deadline`,
-            `cancelled`, `too_long` or `failed`.
-        open: Requests that were accepted and have not ended.
-        waiting: Of these, the ones whose prompts are ready and that have no slot yet.
-        running: Slots in use.
-        slots: Slots in all.
-        new_tokens: Tokens generated for requests that were answered.
-        prompt_tokens: Their prompt tokens.
-        fallbacks: Passages that went into a prompt because their adapters could not be had.
-        steps: Steps of the decoder.
-        step_s: Seconds that the last step took.
-        swaps: Times that another snapshot came into service.
-        cache: The adapter cache.
-    """
-
-    snapshot: str
-    snapshots_held: int = 1
-    requests: dict[tuple[str, str], int] = field(default_factory=dict)
-    open: int = 0
-    waiting: int = 0
-    running: int = 0
-    slots: int = 0
-    new_tokens: int = 0
-    prompt_tokens: int = 0
-    fallbacks: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-    swaps: int = 0
-    cache: CacheStats = field(default_factory=CacheStats)
 
 
 @dataclass(frozen=True)
@@ -253,7 +215,7 @@ class Service:
         try:
             # 1. Search; the adapters begin to come as soon as it is known which.
             searching = self._searching.submit(self._search, opened, request)
-            found = await _within(deadline, asyncio.wrap_future(searching))
+            found = await within(deadline, asyncio.wrap_future(searching))
             # 2. Wait for them, but not long: what has not come goes into the prompt.
             fetching = time.monotonic()
             prepared = await self._ready(opened, request, found, deadline)
@@ -273,7 +235,7 @@ class Service:
                 if sent or not prepared.overflowed(event):
                     break
                 rebuilding = self._searching.submit(opened.preparation.without_adapters, prepared)
-                prepared = await _within(deadline, asyncio.wrap_future(rebuilding))
+                prepared = await within(deadline, asyncio.wrap_future(rebuilding))
             answer = opened.preparation.answer(prepared, event)
             self._count(answer, prepared.fallbacks, time.monotonic() - begun)
             outcome = "ok"
@@ -319,24 +281,24 @@ class Service:
     async def _ready(self, opened: Opened, request: Request, found: _Found, deadline: float | None) -> Prepared:
         pending = [asyncio.wrap_future(future) for future in found.lease.futures if not future.done()]
         if pending:
-            await _within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
+            await within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
         factors = found.lease.factors(self._config.fetch_timeout_s)
         spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
         building = self._searching.submit(opened.preparation.build, request, found.hits, factors, spent)
-        return await _within(deadline, asyncio.wrap_future(building))
+        return await within(deadline, asyncio.wrap_future(building))
 
     async def _decode(
         self, opened: Opened, prepared: Prepared, deadline: float | None, stream: bool
     ) -> AsyncGenerator[int | Decoded, None]:
         """Yield the tokens as they are made, where `stream` asks for it, and the result last; closed before, cancel."""
         inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
-        put = _putter(asyncio.get_running_loop(), inbox)
+        put = putter(asyncio.get_running_loop(), inbox)
         ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
         self._decoding.submit(ticket)
         ended = False
         try:
             while not ended:
-                event = await _within(deadline, inbox.get())
+                event = await within(deadline, inbox.get())
                 ended = not isinstance(event, int)
                 if isinstance(event, PragError):
                     raise event
@@ -409,53 +371,31 @@ def _close(opened: Opened) -> None:
         log.exception("snapshot %s: cannot be closed", opened.id)
 
 
-async def _within(deadline: float | None, awaited: Awaitable[T]) -> T:
-    """Await something until a deadline on the monotonic clock.
-
-    Raises:
-        DeadlineError: when it has passed.
-    """
-    try:
-        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-            return await awaited
-    except TimeoutError:
-        raise DeadlineError(
-            "the request was not answered before its deadline", "allow more time, or ask for fewer tokens"
-        ) from None
-
-
-def _putter(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[int | Decoded | PragError]
-) -> Callable[[int | Decoded | PragError], None]:
-    """Return what puts an event into an inbox from another thread."""
-
-    def put(event: int | Decoded | PragError) -> None:
-        # A loop that was closed has nobody left who waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-    return put
-
-
 def open_service(config: Config, store: Store) -> Service:
     """Open the snapshot in service of a store, and start the threads that answer from it.
 
     Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`).
 
     Raises:
+        ConfigError: when what a question gets by default is beyond the server's limits.
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
+    check_defaults(config)
     settings = config.serve
     base = load_base_model(config.model)
     disk = DiskCache(cache_dir() / "adapters", settings.disk_cache_bytes) if settings.disk_cache_bytes else None
     cache = AdapterCache(
         settings.cache_bytes, disk=disk, threads=settings.fetch_threads, negative_ttl_s=settings.negative_ttl_s
     )
-    return Service(
-        base,
-        lambda id: open_snapshot(base, config, store, load_snapshot(store, id)),
-        lambda: current_id(store),
-        cache,
-        settings,
-    )
+
+    def opener(id: str | None) -> Opened:
+        opened = open_snapshot(base, config, store, load_snapshot(store, id))
+        try:
+            check_defaults(config, opened.preparation.max_new_tokens)
+        except ConfigError:
+            _close(opened)
+            raise
+        return opened
+
+    return Service(base, opener, lambda: current_id(store), cache, settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.serve import application, http_options, serve_here
-from prag_core.config import Config, parse_config
+from prag_core.config import Config, check_defaults, parse_config
 from prag_core.errors import ConfigError
 
 
@@ -45,3 +45,23 @@ def test_a_batch_has_time_for_each_of_its_questions() -> None:
     serve = {"slots": 8, "max_batch": 10, "deadline_s": 30}
     assert http_options(config(serve=serve))["request_timeout_s"] == 3 * 30 + 10
     assert deployment(serve=serve)._deployment_config.graceful_shutdown_timeout_s == 3 * 30 + 10
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"answer": {"max_new_tokens": 300}}, r"answer\.max_new_tokens = 300.*serve\.max_tokens = 256"),
+        ({"answer": {"top_k": 3}, "serve": {"max_top_k": 2}}, r"answer\.top_k = 3.*serve\.max_top_k = 2"),
+    ],
+)
+def test_a_default_beyond_a_limit_is_refused(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        deployment(**sections)
+
+
+def test_a_templates_default_is_within_the_limit_too() -> None:
+    short = config(serve={"max_tokens": 100})
+    check_defaults(short, 32)
+    with pytest.raises(ConfigError, match=r"answer\.max_new_tokens = 128.*serve\.max_tokens = 100"):
+        check_defaults(short, 128)
+    check_defaults(config(answer={"max_new_tokens": 90}, serve={"max_tokens": 100}), 90)
