@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.preflight import on_cluster
@@ -166,19 +165,16 @@ class AnswerQuestions:
         try:
             answer = self._everyone.broadcast("numbers")
             told = await answer.results_async(timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True)
-        except (RayServeException, TimeoutError) as error:
+        except Exception as error:  # whatever it is, it must keep neither metrics nor new snapshots away
             logger.warning("the other replicas cannot be asked: %s", error)
             told = []
         return [one for one in told if isinstance(one, tuple)] or [self.numbers()]
 
     async def _follow(self) -> None:
-        """Put what was published into service."""
-        try:
-            if await self._service.refresh():
-                logger.info("snapshot %s is in service", self._service.snapshot)
-        finally:
-            # A key's rate is for all replicas together.
-            self._limiter.share = len(await self._ask_all())
+        """Share a key's rate with the other replicas, and put what was published into service."""
+        self._limiter.share = len(await self._ask_all())
+        if await self._service.refresh():
+            logger.info("snapshot %s is in service", self._service.snapshot)
 
 
 def serve_here(config: Config, ready: Callable[[str], None]) -> None:
