@@ -79,9 +79,9 @@ class Engine:
 
         A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so; all of a
         question's passages do when the sum of their adapters is too large for the model. A question that cannot be
-        answered (too long for the model's context, output that is not finite) gets an empty answer
-        with `finish` = `error` and the reason in `error`; the others are not touched. The milliseconds are the
-        question's own, but for what is done for other questions meanwhile.
+        answered (too long for the model's context, output that is not finite) gets an empty answer with `finish` =
+        `error` and the reason in `error`; the others are not touched. The milliseconds are the question's own, but
+        for what is done for other questions meanwhile.
         """
         return [
             self._preparation.failed(request, answer) if isinstance(answer, GenerationError) else answer
