@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.session import JoinError
@@ -188,7 +189,9 @@ def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
 
 def _show_answers(answers: list[Answer]) -> None:
     for answer in answers:
-        out.print(f"[bold]{answer.mode:>8}[/]  {answer.text}", highlight=False)
+        out.print(f"[bold]{answer.mode:>8}[/]  {escape(answer.text)}", highlight=False)
+        if answer.reasoning:
+            out.print(f"          reasoning: {escape(answer.reasoning)}", highlight=False)
         steps = ", ".join(f"{step} {ms:.0f}" for step, ms in answer.milliseconds.items())
         out.print(f"          {steps} ms; {answer.prompt_tokens} prompt tokens, {answer.new_tokens} new")
     last = max(answers, key=lambda answer: len(answer.passages))
@@ -202,7 +205,8 @@ def _show_answers(answers: list[Answer]) -> None:
                 uses.setdefault(passage.key, []).append(f"{answer.mode}: {_use(passage)}")
         for passage in last.passages:
             table.add_row(
-                f"{passage.score:.2f}", passage.title, ", ".join(passage.sources), "\n".join(uses[passage.key])
+                *map(escape, (f"{passage.score:.2f}", passage.title, ", ".join(passage.sources))),
+                "\n".join(map(escape, uses[passage.key])),
             )
         out.print(table)
 

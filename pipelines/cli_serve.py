@@ -24,7 +24,8 @@ def serve(
 ) -> None:
     """Answer questions over HTTP until interrupted: the same answers as `prag ask`, for many users at once.
 
-    An address that other machines reach needs `serve.api_keys`; see `prag keys`.
+    What is under way when it ends is still answered. An address that other machines reach needs `serve.api_keys`; see
+    `prag keys`.
     """
     overrides = list(set_ or [])
     overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]

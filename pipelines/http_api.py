@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from pipelines.api_keys import KeyRing
-from pipelines.http_desk import Desk, while_connected
+from pipelines.http_desk import Desk, batch_width, while_connected
 from pipelines.http_errors import ApiError, ErrorResponse, add_error_handlers, api_error
 from pipelines.http_models import (
     AnswerRequest,
@@ -37,6 +37,7 @@ _ERRORS = {
     413: "the body is too large",
     422: "a field is wrong or beyond a limit",
     429: "this key asks too often (Retry-After)",
+    500: "the model's output is not finite",
     503: "too much to do, or not able to (Retry-After)",
     504: "the deadline has passed",
 }
@@ -98,7 +99,10 @@ def answer_routes(desk: Desk) -> APIRouter:
 
     @routes.post("/batch", response_model=BatchResponse)
     async def batch(body: BatchRequest, http: Request) -> BatchResponse:
-        """Answer many questions; each gets its answer or its own error, in their order."""
+        """Answer many questions; each gets its answer or its own error, in their order.
+
+        Some are under way at once, and `deadline_s` counts for each from its own beginning.
+        """
         caller: Caller = http.state.caller
         most = desk.config.serve.max_batch
         if len(body.requests) > most:
@@ -106,13 +110,13 @@ def answer_routes(desk: Desk) -> APIRouter:
         if any(item.stream for item in body.requests):
             raise ApiError(422, "invalid_request", "requests: a question of a batch cannot stream", "requests")
         desk.admit(caller, len(body.requests))
-        # A batch leaves room for others, and does not overrun the queue by itself.
-        together = asyncio.Semaphore(max(1, desk.config.serve.slots // 2))
+        together = asyncio.Semaphore(batch_width(desk.config.serve))
 
         async def one(item: AnswerRequest) -> BatchItem:
             try:
                 request = to_request(item, desk.config, caller.access)
                 async with together:
+                    # Its deadline begins now: what waits for others of its batch does not come late for that.
                     return BatchItem(answer=from_answer(await desk.answer("batch", request, item.deadline_s)))
             except ApiError as error:
                 return BatchItem(error=error.body())
@@ -133,7 +137,7 @@ def operator_routes(desk: Desk, scrape: Scrape) -> APIRouter:
 
     @routes.get("/healthz", response_model=Health, responses={503: ERROR_RESPONSES[503]})
     async def healthz() -> Health:
-        """Say whether this replica is alive: its decoder makes steps."""
+        """Say whether this replica is alive: its decoder makes steps, and its searches end."""
         try:
             desk.service.check()
         except EngineStuckError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import fastapi
 from pipelines.http_errors import ApiError, api_error
 from pipelines.http_metrics import Metrics
 from pipelines.http_safety import Caller, RateLimiter
-from prag_core.config import Config
+from prag_core.config import Config, ServeConfig
 from prag_core.prepare import Request
 from prag_core.records import Answer
 from prag_core.service import Service
@@ -94,6 +95,16 @@ def _log_fallbacks(answer: Answer) -> None:
     for passage in answer.passages:
         if passage.note:
             logger.warning("passage %s is in the prompt instead of the weights: %s", passage.key, passage.note)
+
+
+def batch_width(limits: ServeConfig) -> int:
+    """Return how many questions of a batch are under way at once: room is left for others, and in the queue."""
+    return max(1, limits.slots // 2)
+
+
+def longest_s(limits: ServeConfig) -> float:
+    """Return the most seconds that an HTTP request takes: a full batch, each of whose questions takes its deadline."""
+    return limits.deadline_s * math.ceil(limits.max_batch / batch_width(limits))
 
 
 async def while_connected(http: fastapi.Request, work: Coroutine[Any, Any, T]) -> T:

@@ -17,7 +17,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from prag_core.errors import DeadlineError, OverloadedError, PragError, PromptTooLongError, TurnsError
+from prag_core.errors import (
+    DeadlineError,
+    NotFiniteError,
+    OverloadedError,
+    PragError,
+    PromptTooLongError,
+    TurnsError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +90,10 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(422, "prompt_too_long", error.message)
     if isinstance(error, TurnsError):
         return ApiError(422, "invalid_request", f"{error.message}; {error.remedy}", "messages")
+    if isinstance(error, NotFiniteError):
+        # Asked again, it would end alike: no 503.
+        logger.error("%s", error)
+        return ApiError(500, "not_finite", "the model's output for this question is not finite: ask in another mode")
     if isinstance(error, PragError):
         # Its message may name paths and buckets, which are for the log.
         logger.error("%s", error)

@@ -60,7 +60,10 @@ class AnswerRequest(Strict):
     stop: list[Stop] = Field([], max_length=4, description="Texts that end the answer.")
     min_score: float = Field(0.0, ge=0, description="Passages that score less are not used.")
     deadline_s: float | None = Field(
-        None, gt=0, description="Seconds after which the answer is of no use; at most `serve.deadline_s`."
+        None,
+        gt=0,
+        description="Seconds after which the answer is of no use; at most `serve.deadline_s`. In a batch they count "
+        "from when the question's turn has come.",
     )
     stream: bool = Field(False, description="Send the text as server-sent events while it is made.")
 
@@ -174,11 +177,9 @@ def to_request(
     mode = body.mode or config.answer.mode
     _limit("mode", mode in config.serve.modes, f"served here: {', '.join(config.serve.modes)}")
     _limit("question", bool(body.question.strip()), "is blank")
-    top_k = body.top_k or min(config.answer.top_k, config.serve.max_top_k)
-    # None stands for what the recipe's template wants.
-    max_tokens = body.max_tokens or (
-        config.answer.max_new_tokens and min(config.answer.max_new_tokens, config.serve.max_tokens)
-    )
+    # The defaults are within the limits; None stands for what the recipe's template wants.
+    top_k = body.top_k or config.answer.top_k
+    max_tokens = body.max_tokens or config.answer.max_new_tokens
     check_length("question", body.question, config)
     _limit("top_k", top_k <= config.serve.max_top_k, f"at most {config.serve.max_top_k}")
     _limit("max_tokens", (max_tokens or 1) <= config.serve.max_tokens, f"at most {config.serve.max_tokens}")

@@ -193,7 +193,7 @@ def model_ids(config: Config) -> dict[str, Mode]:
 def openai_routes(desk: Desk) -> APIRouter:
     """Return `/v1/chat/completions` and `/v1/models`."""
     wrong: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 503, 504)
+        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
     }
     routes = APIRouter(prefix="/v1", tags=["openai"])
     ids = model_ids(desk.config)

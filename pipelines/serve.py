@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,18 +21,19 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.resources import PROFILES
+from cluster.preflight import on_cluster
 from cluster.session import ray_session
+from pipelines.follow import Follower
 from pipelines.http_api import make_app
-from pipelines.http_desk import Desk
+from pipelines.http_desk import Desk, longest_s
 from pipelines.http_metrics import Metrics, merged
 from pipelines.http_safety import RateLimiter, open_keys
+from pipelines.profiles import profile_of
 from pipelines.tables import set_threads
-from prag_core.config import Config, load_config, parse_config
-from prag_core.errors import PragError
+from prag_core.config import Config, check_defaults, load_config, parse_config
+from prag_core.errors import ConfigError, PragError
 from prag_core.retrieval import JVM_ENV
 from prag_core.service import Service, open_service
 from prag_core.snapshot import load_snapshot
@@ -44,6 +46,8 @@ DEPLOYMENT = "AnswerQuestions"
 # Places besides the service's own, for health checks, metrics and answers "too much to do".
 SPARE_REQUESTS = 64
 SCRAPE_TIMEOUT_S = 5.0
+# What Ray Serve gives an HTTP request beyond the longest that the service keeps to by itself.
+GRACE_S = 10.0
 
 
 class Arguments(BaseModel):
@@ -59,7 +63,7 @@ def build(args: dict[str, Any]) -> Application:
     """Return the application for a Serve config file (`import_path: pipelines.serve:build`); see `Arguments`.
 
     Raises:
-        ConfigError: when the configuration is wrong, or `serve.host` is public and there are no keys.
+        ConfigError: when the configuration is wrong; see `application`.
         ValidationError: when `args` are others.
     """
     arguments = Arguments.model_validate(args)
@@ -70,11 +74,12 @@ def application(config: Config) -> Application:
     """Return the application for a configuration.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys.
+        ConfigError: when `serve.host` is public and there are no keys, or a default is beyond a limit.
     """
     limits = config.serve
     open_keys(limits, limits.host)
-    actors = PROFILES[config.run.profile].model_actors
+    check_defaults(config)
+    actors = profile_of(config).model_actors
     most = limits.slots + limits.max_queue + SPARE_REQUESTS
     options: dict[str, Any] = {
         "max_ongoing_requests": most,
@@ -88,7 +93,8 @@ def application(config: Config) -> Application:
         },
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
-        "graceful_shutdown_timeout_s": limits.deadline_s + 10,
+        "graceful_shutdown_timeout_s": longest_s(limits) + GRACE_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,
     }
     if limits.min_replicas < limits.max_replicas:
@@ -126,7 +132,7 @@ class AnswerQuestions:
         self._name = context.replica_id.unique_id
         self._application = context.app_name
         self._everyone: DeploymentHandle | None = None
-        self._refreshing = asyncio.create_task(self._refresh())
+        self._following = Follower(self._follow, self._config.serve.refresh_s, self._metrics.refresh_failed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP API; Serve asks for it once the replica is made."""
@@ -136,6 +142,7 @@ class AnswerQuestions:
     def check_health(self) -> None:
         """Raise when this replica must be replaced; Serve asks every few seconds."""
         self._service.check()
+        self._following.check()
 
     def numbers(self) -> tuple[str, str]:
         """Return this replica's name and its numbers in Prometheus's text format."""
@@ -143,8 +150,8 @@ class AnswerQuestions:
 
     async def __del__(self) -> None:
         # Serve waits for the requests under way before it calls this.
-        if hasattr(self, "_refreshing"):
-            self._refreshing.cancel()
+        if hasattr(self, "_following"):
+            self._following.end()
             await self._service.drain()
             self._service.close()
 
@@ -158,52 +165,71 @@ class AnswerQuestions:
         try:
             answer = self._everyone.broadcast("numbers")
             told = await answer.results_async(timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True)
-        except (RayServeException, TimeoutError) as error:
+        except Exception as error:  # whatever it is, it must keep neither metrics nor new snapshots away
             logger.warning("the other replicas cannot be asked: %s", error)
             told = []
         return [one for one in told if isinstance(one, tuple)] or [self.numbers()]
 
-    async def _refresh(self) -> None:
-        """Follow the store for ever: what is published comes into service, and nothing that fails ends this."""
-        while True:
-            await asyncio.sleep(self._config.serve.refresh_s)
-            try:
-                if await self._service.refresh():
-                    logger.info("snapshot %s is in service", self._service.snapshot)
-            except PragError as error:
-                self._metrics.refresh_failed()
-                logger.warning("no new snapshot: %s", error)
-            # A key's rate is for all replicas together.
-            self._limiter.share = len(await self._ask_all())
+    async def _follow(self) -> None:
+        """Share a key's rate with the other replicas, and put what was published into service."""
+        self._limiter.share = len(await self._ask_all())
+        if await self._service.refresh():
+            logger.info("snapshot %s is in service", self._service.snapshot)
 
 
 def serve_here(config: Config, ready: Callable[[str], None]) -> None:
     """Serve on this machine, or on the cluster that RAY_ADDRESS names, until interrupted or terminated.
 
-    What is under way then is still answered.
+    What is under way then is still answered, unless a second signal comes. On a cluster only the application goes:
+    Ray Serve and what else it runs are others'.
 
     Args:
         config: The configuration.
         ready: Called with the server's URL when it answers.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys.
+        ConfigError: when somebody listens on `serve.port` already; and see `application`.
         StoreError: when nothing is published yet.
         PragError: when no replica comes up, with what it said.
     """
     limits = config.serve
     made = application(config)
+    alone = not on_cluster()
+    if alone:
+        check_port(limits.host, limits.port)
     load_snapshot(open_store(config))
-    profile = PROFILES[config.run.profile]
+    profile = profile_of(config)
     if profile.logical_cpus is not None:
         cpus = math.ceil(limits.max_replicas * profile.model_actors.cpus)
         profile = replace(profile, logical_cpus=max(profile.logical_cpus, cpus))
     end = threading.Event()
-    with ray_session(profile), _on_signals(end):
-        start(config, made)
-        ready(url_of(config))
-        end.wait()
-        serve.shutdown()
+    with ray_session(profile):
+        with _on_signals(end):
+            start(config, made)
+            ready(url_of(config))
+            end.wait()
+        stop()
+        if alone:
+            serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that nobody listens where the server will: two servers would share the port, and its questions, in silence.
+
+    Raises:
+        ConfigError: when somebody does, or this machine cannot listen there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # Connections that have just ended are no reason; Ray Serve's SO_REUSEPORT would let a second listener in.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            raise ConfigError(
+                f"serve.port = {port}: cannot listen on {host}: {error.strerror}",
+                "end the server that has the port, or take another one: --port, --host",
+            ) from None
 
 
 def start(config: Config, made: Application) -> None:
@@ -212,16 +238,34 @@ def start(config: Config, made: Application) -> None:
     Raises:
         PragError: when no replica comes up, with what it said.
     """
-    limits = config.serve
     serve.start(
-        # A backstop: the service keeps deadlines itself.
-        http_options={"host": limits.host, "port": limits.port, "request_timeout_s": limits.deadline_s + 10},
+        http_options=http_options(config),
         logging_config={"enable_access_log": False, "log_level": os.environ.get("PRAG_LOG", "WARNING")},
     )
     try:
         serve.run(made, name=APPLICATION)
     except RuntimeError as error:
         raise PragError(f"the server does not start: {error}", "mend what the replica says, and start again") from None
+
+
+def http_options(config: Config) -> dict[str, Any]:
+    """Return where Ray Serve's proxies listen, and after how many seconds they give a request up: a backstop."""
+    limits = config.serve
+    return {"host": limits.host, "port": limits.port, "request_timeout_s": longest_s(limits) + GRACE_S}
+
+
+def stop() -> None:
+    """Take the application out of service, and wait until its replicas have answered what they had.
+
+    Shutting Ray Serve down instead would first end its proxies, and with them every connection.
+    """
+    while True:
+        try:
+            serve.delete(APPLICATION)
+            return
+        except TimeoutError:
+            # It waits for a minute. Ray Serve ends replicas that take longer than they are given.
+            logger.warning("requests are still under way; a second signal ends them")
 
 
 def url_of(config: Config) -> str:

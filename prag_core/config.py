@@ -160,7 +160,12 @@ class ServeConfig(_Strict):
     """How a serving replica runs: machine facts, which never enter a fingerprint."""
 
     slots: int = Field(16, ge=1, description="Requests that decode together.")
-    max_queue: int = Field(64, ge=0, description="Requests that wait beyond these; one more is turned away.")
+    max_queue: int = Field(
+        8,
+        ge=0,
+        description="Requests that wait beyond these; one more is turned away. As many as there are slots would wait "
+        "for about as long as an answer takes: with half as many, what is accepted takes little longer than usual.",
+    )
     prefill_chunk: int = Field(512, ge=16, description="Prompt tokens read before the running requests go on.")
     batch_tokens: int = Field(32_768, ge=1024, description="Tokens that all slots together hold; bounds memory.")
     cache_bytes: int = Field(1_000_000_000, ge=0, description="Adapters held in memory.")
@@ -169,18 +174,24 @@ class ServeConfig(_Strict):
     fetch_threads: int = Field(16, ge=1, description="Adapters fetched at once.")
     negative_ttl_s: float = Field(10.0, ge=0, description="How long an adapter that failed is not tried again.")
     refresh_s: float = Field(10.0, gt=0, description="How often the store is asked for a new snapshot.")
-    stuck_s: float = Field(60.0, gt=0, description="A replica that makes no step for so long is replaced.")
+    stuck_s: float = Field(
+        60.0, gt=0, description="A replica that makes no step, or whose search does not end, for so long is replaced."
+    )
 
     host: str = Field("127.0.0.1", description="Where to listen; an address that others reach needs api_keys.")
     port: int = Field(8000, ge=1, le=65535)
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes; none: loopback only.")
     rate_per_minute: int = Field(600, ge=1, description="Questions a minute of a key that has no rate of its own.")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that may be asked for.")
-    deadline_s: float = Field(60.0, gt=0, description="A question not answered by then is dropped.")
+    deadline_s: float = Field(
+        60.0, gt=0, description="A question not answered by then is dropped; one of a batch has it for itself."
+    )
     max_body_bytes: int = Field(1_000_000, ge=1_000)
     max_question_chars: int = Field(4_000, ge=1, description="Of a question, or of all messages of a chat.")
-    max_top_k: int = Field(10, ge=1)
-    max_tokens: int = Field(256, ge=1, description="The most tokens of an answer that may be asked for.")
+    max_top_k: int = Field(10, ge=1, description="The most passages of an answer; at least answer.top_k.")
+    max_tokens: int = Field(
+        256, ge=1, description="The most tokens of an answer that may be asked for; at least answer.max_new_tokens."
+    )
     max_batch: int = Field(64, ge=1, description="Questions in one batch request.")
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1, description="More than min_replicas: their number follows the load.")
@@ -294,6 +305,29 @@ def parse_config(data: dict[str, Any], origin: str = "configuration") -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
+
+
+def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:
+    """Check that what a question gets by default is within what one may ask for.
+
+    Args:
+        config: The configuration.
+        max_new_tokens: What an answer has by default, where a recipe's template decides it.
+
+    Raises:
+        ConfigError: naming the default and the limit.
+    """
+    answer, serve = config.answer, config.serve
+    tokens = answer.max_new_tokens or max_new_tokens or 0
+    for name, value, limit, most in (
+        ("answer.max_new_tokens", tokens, "serve.max_tokens", serve.max_tokens),
+        ("answer.top_k", answer.top_k, "serve.max_top_k", serve.max_top_k),
+    ):
+        if value > most:
+            raise ConfigError(
+                f"{name} = {value}, the default, is beyond {limit} = {most}, the limit",
+                f"lower the one (`--set {name}={most}`) or raise the other (`--set {limit}={value}`)",
+            )
 
 
 def dump_config(config: Config) -> str:

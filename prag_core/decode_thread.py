@@ -206,13 +206,14 @@ class DecodeThread:
         except Exception as error:  # out of memory, a broken kernel: these requests fail, the next ones may not
             log.exception("a decoding step failed")
             tickets, lane.tickets = list(lane.tickets.values()), {}
-            lane.decoder.reset()
             self._failures += 1
             self._progress = time.monotonic()
             reason = GenerationError(f"decoding failed: {type(error).__name__}: {error}", "ask again; see the log")
             for ticket in tickets:
                 if not ticket.cancelled:
                     ticket.on_end(reason)
+            # After they were told: on a device that is gone this fails too, and ends the thread.
+            lane.decoder.reset()
             return
         self._failures = 0
         self._progress = time.monotonic()

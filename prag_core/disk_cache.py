@@ -37,7 +37,10 @@ class DiskCache:
         self._lock = threading.Lock()
         self._written = 0
         self.size_bytes = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("%s: nothing is kept there: %s", folder, error)
         self._trim()
 
     def get(self, group: str, name: str) -> bytes | None:
@@ -88,9 +91,16 @@ class DiskCache:
                 for _, size, path in files:
                     if size_bytes <= self._budget:
                         break
-                    path.unlink(missing_ok=True)
-                    size_bytes -= size
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:
+                        log.warning("%s: cannot be removed: %s", path, error)
+                    else:
+                        size_bytes -= size
         except Timeout:  # another process does it
+            return
+        except OSError as error:
+            log.warning("%s: cannot be trimmed: %s", self._folder, error)
             return
         with self._lock:
             self.size_bytes = size_bytes

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prag_core.config import Config
-from prag_core.decode import Decoder
+from prag_core.decode import Decoded, Decoder
 from prag_core.errors import AdapterError, GenerationError
 from prag_core.lora import Factors, Injector
 from prag_core.models import BaseModel, load_base_model
@@ -67,7 +67,7 @@ class Engine:
 
         Raises:
             PromptTooLongError: when the question with its passages exceeds the model's context.
-            GenerationError: when the model's output is not finite.
+            NotFiniteError: when the model's output is not finite.
         """
         answers = self._answer_all([request])
         if isinstance(answers[0], GenerationError):
@@ -77,10 +77,11 @@ class Engine:
     def answer_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer questions together, in the order given.
 
-        A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so. A question
-        that cannot be answered (too long for the model's context, output that is not finite) gets an empty answer
-        with `finish` = `error` and the reason in `error`; the others are not touched. The milliseconds are the
-        question's own, but for what is done for other questions meanwhile.
+        A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so; all of a
+        question's passages do when the sum of their adapters is too large for the model. A question that cannot be
+        answered (too long for the model's context, output that is not finite) gets an empty answer with `finish` =
+        `error` and the reason in `error`; the others are not touched. The milliseconds are the question's own, but
+        for what is done for other questions meanwhile.
         """
         return [
             self._preparation.failed(request, answer) if isinstance(answer, GenerationError) else answer
@@ -93,22 +94,31 @@ class Engine:
 
     def _answer_all(self, requests: Sequence[Request]) -> list[Answer | GenerationError]:
         prepared = [self._prepare(request) for request in requests]
-        # A decoder for each call: calls from several threads share nothing that changes.
-        decoder = Decoder(self.base, self._injector, slots=self._batch_size)
-        answers: list[Answer | GenerationError | None] = []
-        for item in prepared:
+        decoded = self._decode(prepared)
+        # Adapters whose sum is too large fall back as those do that are missing.
+        for place, found in enumerate(decoded):
+            if isinstance(found, Decoded) and prepared[place].overflowed(found):
+                prepared[place] = self._preparation.without_adapters(prepared[place])
+                decoded[place] = self._decode([prepared[place]])[0]
+        answers: list[Answer | GenerationError] = []
+        for item, found in zip(prepared, decoded, strict=True):
             try:
-                decoder.check(item.decode)
-                answers.append(None)
+                answers.append(self._preparation.answer(item, found) if isinstance(found, Decoded) else found)
             except GenerationError as error:
                 answers.append(error)
-        fitting = [place for place, answer in enumerate(answers) if answer is None]
-        for place, decoded in zip(fitting, decoder.run([prepared[place].decode for place in fitting]), strict=True):
+        return answers
+
+    def _decode(self, prepared: Sequence[Prepared]) -> list[Decoded | GenerationError]:
+        # A decoder for each call: calls from several threads share nothing that changes.
+        decoder = Decoder(self.base, self._injector, slots=self._batch_size)
+        refused: dict[int, GenerationError] = {}
+        for place, item in enumerate(prepared):
             try:
-                answers[place] = self._preparation.answer(prepared[place], decoded)
+                decoder.check(item.decode)
             except GenerationError as error:
-                answers[place] = error
-        return [answer for answer in answers if answer is not None]
+                refused[place] = error
+        decoded = iter(decoder.run([item.decode for place, item in enumerate(prepared) if place not in refused]))
+        return [refused.get(place) or next(decoded) for place in range(len(prepared))]
 
     def _prepare(self, request: Request) -> Prepared:
         begun = time.perf_counter()

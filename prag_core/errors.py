@@ -70,6 +70,10 @@ class PromptTooLongError(GenerationError):
     """A prompt and the text it asks for do not fit into the model's context."""
 
 
+class NotFiniteError(GenerationError):
+    """The model's output for a prompt is not finite: no token can be chosen."""
+
+
 class TurnsError(GenerationError):
     """The model's chat template cannot write these turns."""
 
@@ -118,7 +122,7 @@ class DeadlineError(PragError):
 
 
 class EngineStuckError(PragError):
-    """The decoding thread has died, or makes no step though work waits: the replica must be replaced."""
+    """A thread of the service has died, or makes no progress though work waits: the replica must be replaced."""
 
     exit_code = 13
 

@@ -47,6 +47,8 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
             f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}; its recipe means {layout} here",
             "it was written by hand or by another version: run `prag run` again",
         )
+    hidden, source = forgotten_keys(store, snapshot), LedgerSource(adapters, snapshot.ledger_parts)
+    # The index last: nothing that fails before it leaves one open in the Java machine.
     retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
     preparation = Preparation(
         base,
@@ -54,7 +56,6 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         template=recipe.template,
         snapshot=snapshot.id,
         max_new_tokens=config.answer.max_new_tokens,
-        hidden=forgotten_keys(store, snapshot),
+        hidden=hidden,
     )
-    source = LedgerSource(adapters, snapshot.ledger_parts)
     return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)

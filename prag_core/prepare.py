@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prag_core.decode import Decoded, DecodeRequest
-from prag_core.errors import AdapterError, GenerationError
+from prag_core.errors import AdapterError, GenerationError, NotFiniteError
 from prag_core.examples import answer_prefix_ids, question_ids
 from prag_core.lora import Factors
 from prag_core.models import BaseModel
@@ -89,6 +89,7 @@ class Prepared:
     """A request made ready to generate: what the decoder takes, and what becomes of each passage."""
 
     request: Request
+    hits: tuple[Hit, ...]
     decode: DecodeRequest
     passages: tuple[UsedPassage, ...]
     milliseconds: dict[str, float]
@@ -97,6 +98,10 @@ class Prepared:
     def fallbacks(self) -> int:
         """How many passages are in the prompt because their adapters could not be had."""
         return sum(bool(passage.note) for passage in self.passages)
+
+    def overflowed(self, decoded: Decoded) -> bool:
+        """Whether the sum of its adapters, each of them finite, made the model's output something that is not."""
+        return decoded.finish == "not_finite" and bool(self.decode.adapters)
 
 
 class Preparation:
@@ -127,7 +132,7 @@ class Preparation:
         self._model_name = base.name
         self._retriever = retriever
         self.template = template
-        self._max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
+        self.max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
@@ -198,7 +203,7 @@ class Preparation:
         prompt += answer_prefix_ids(self._tokenizer, self.template)
         decode = DecodeRequest(
             prompt,
-            request.max_new_tokens or self._max_new_tokens,
+            request.max_new_tokens or self.max_new_tokens,
             stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
             stop_strings=request.stop,
             temperature=request.temperature,
@@ -207,17 +212,25 @@ class Preparation:
             adapters=tuple(summands),
         )
         spent = {**milliseconds, "prompt": (time.perf_counter() - begun) * 1e3}
-        return Prepared(request, decode, tuple(used), spent)
+        return Prepared(request, tuple(hits), decode, tuple(used), spent)
+
+    def without_adapters(self, prepared: Prepared) -> Prepared:
+        """Return a request made ready again with all of its passages in the prompt: it has `overflowed`."""
+        reasons = {
+            passage.key: AdapterError(passage.note or "the sum of this question's adapters is too large")
+            for passage in prepared.passages
+        }
+        return self.build(prepared.request, prepared.hits, reasons, prepared.milliseconds)
 
     def answer(self, prepared: Prepared, decoded: Decoded) -> Answer:
         """Return the answer that was decoded.
 
         Raises:
-            GenerationError: when the model's output was not finite.
+            NotFiniteError: when the model's output was not finite.
         """
         if decoded.finish == "not_finite":
             titles = ", ".join(passage.title or passage.key for passage in prepared.passages if passage.in_weights)
-            raise GenerationError(
+            raise NotFiniteError(
                 f"{self._model_name}: its output is not finite with the adapters of {titles or 'no passage'}",
                 "load it as float32 (model.dtype), or make these adapters again",
             )

@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -29,6 +29,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 from filelock import FileLock
 
+from prag_core import index_folders
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError, StoreError
 from prag_core.identity import KEY_BYTES, fingerprint, seal
@@ -235,6 +236,8 @@ def _build(java: Any, passages: Iterable[Passage], directory: Path) -> int:
 class LuceneRetriever:
     """Searches an index folder with BM25; several threads may share it, and search one at a time.
 
+    While it is open, no process takes its folder for one that nobody needs.
+
     Raises:
         RetrievalError: no Java, no folder, or no complete Lucene index in it.
     """
@@ -245,10 +248,16 @@ class LuceneRetriever:
         if not directory.is_dir():
             raise RetrievalError(f"{directory}: no such index folder", "run `prag run` to build the index")
         prepare_jvm()
-        with _java(f"{directory}: not a complete Lucene index", self._remedy) as java:
-            java("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUESTION_CHARS)
-            self._searcher = java("io.anserini.search.SimpleSearcher")(str(directory))
-            self._searcher.set_bm25(k1, b)
+        with _reaching(f"{directory}"):
+            self._held: int | None = index_folders.hold(directory)
+        try:
+            with _java(f"{directory}: not a complete Lucene index", self._remedy) as java:
+                java("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUESTION_CHARS)
+                self._searcher = java("io.anserini.search.SimpleSearcher")(str(directory))
+                self._searcher.set_bm25(k1, b)
+        except BaseException:
+            os.close(self._held)
+            raise
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         """Return at most `top_k` hits, best first; any text is a question, and one without a known word has none.
@@ -268,9 +277,16 @@ class LuceneRetriever:
         return [self.search(question, top_k, min_score) for question in questions]
 
     def close(self) -> None:
-        """Let go of the index's files; searching afterwards is an error."""
+        """Let go of the index's files; searching afterwards is an error, closing again changes nothing.
+
+        Raises:
+            RetrievalError: when Lucene cannot close it.
+        """
         with _java(f"{self._directory}: cannot be closed", ""):
-            self._searcher.close()
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
+                self._searcher.close()
 
     def _hits(self, question: str, top_k: int) -> list[Hit]:
         # Half a surrogate pair is legal in a Python string and nowhere else.
@@ -329,19 +345,23 @@ def archive_index(directory: Path, store: Store, id: str, corpus_version: str, d
 def fetch_index(store: Store, id: str, cache_dir: Path) -> Path:
     """Return a local folder with the index, copied from the store unless `cache_dir` has it already.
 
-    Nothing is unpacked before its size and checksum fit, and the folder appears at once and whole; of several
-    processes one copies and the others wait.
+    When it is copied, those that were opened longest ago are removed, unless they are in use. Nothing is unpacked
+    before its size and checksum fit, and the folder appears at once and whole; of several processes one copies and
+    the others wait.
 
     Raises:
         RetrievalError: the store has no such index, or its archive is missing, truncated or altered.
         StoreError: the store cannot be read, or the cache folder cannot be written.
     """
-    ready, partial = cache_dir / id, cache_dir / f".{id}.partial"
+    ready = cache_dir / id
+    partial = index_folders.partial_of(ready)
     if ready.is_dir():
+        with suppress(OSError):  # a folder that others own, or one that was removed just now
+            os.utime(ready)
         return ready
     with _reaching(f"{cache_dir}"):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{id}.lock"):
+        with FileLock(index_folders.lock_of(ready)):
             if ready.is_dir():
                 return ready
             shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
@@ -350,12 +370,20 @@ def fetch_index(store: Store, id: str, cache_dir: Path) -> Path:
                 (partial / "index").rename(ready)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+    index_folders.tidy(cache_dir)
     return ready
 
 
 def open_index(store: Store, id: str, cache_dir: Path, config: IndexConfig) -> LuceneRetriever:
     """Fetch an index and open it for searching; see `fetch_index` and `LuceneRetriever` for what they raise."""
-    return LuceneRetriever(fetch_index(store, id, cache_dir), config.k1, config.b)
+    while True:
+        folder = fetch_index(store, id, cache_dir)
+        try:
+            return LuceneRetriever(folder, config.k1, config.b)
+        except (RetrievalError, StoreError):
+            if folder.is_dir():
+                raise
+            # Another process removed it between the two, as one that nobody had opened for long.
 
 
 @contextmanager

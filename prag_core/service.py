@@ -13,17 +13,18 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
+from prag_core.bridge import putter, within
 from prag_core.cache import AdapterCache, CacheStats, Lease
-from prag_core.config import Config, ServeConfig
+from prag_core.config import Config, ServeConfig, check_defaults
 from prag_core.decode import Decoded
 from prag_core.decode_thread import DecodeThread, Ticket
 from prag_core.disk_cache import DiskCache
 from prag_core.errors import (
+    ConfigError,
     DeadlineError,
     OverloadedError,
     PragError,
@@ -33,6 +34,8 @@ from prag_core.models import BaseModel, cache_dir, load_base_model
 from prag_core.opened import Opened, open_snapshot
 from prag_core.prepare import Prepared, Request
 from prag_core.records import Answer, Hit
+from prag_core.search_thread import SearchThread
+from prag_core.service_stats import ServiceStats
 from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store
 from prag_core.streaming import TextStream
@@ -41,47 +44,9 @@ __all__ = ["CacheStats", "Request", "Service", "ServiceStats", "open_service"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _LONGEST_RETRY_S = 30.0
-
-
-@dataclass(frozen=True)
-class ServiceStats:
-    """Counters since the service was opened, and gauges of now.
-
-    Args:
-        snapshot: The snapshot in service.
-        snapshots_held: How many are open: more than one while requests of a former one are under way.
-        requests: Requests that ended, by (mode, outcome); an outcome is `ok`, `overloaded`, `deadline`,
-            `cancelled`, `too_long` or `failed`.
-        open: Requests that were accepted and have not ended.
-        waiting: Of these, the ones whose prompts are ready and that have no slot yet.
-        running: Slots in use.
-        slots: Slots in all.
-        new_tokens: Tokens generated for requests that were answered.
-        prompt_tokens: Their prompt tokens.
-        fallbacks: Passages that went into a prompt because their adapters could not be had.
-        steps: Steps of the decoder.
-        step_s: Seconds that the last step took.
-        swaps: Times that another snapshot came into service.
-        cache: The adapter cache.
-    """
-
-    snapshot: str
-    snapshots_held: int = 1
-    requests: dict[tuple[str, str], int] = field(default_factory=dict)
-    open: int = 0
-    waiting: int = 0
-    running: int = 0
-    slots: int = 0
-    new_tokens: int = 0
-    prompt_tokens: int = 0
-    fallbacks: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-    swaps: int = 0
-    cache: CacheStats = field(default_factory=CacheStats)
+# How long closing waits for a search under way.
+_CLOSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +93,7 @@ class Service:
         self._draining = False
         self._idle = threading.Event()
         self._idle.set()
-        self._search_pool = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._searching = SearchThread()
         self._refresh_pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
         self._decoding = DecodeThread(
             base, slots=config.slots, prefill_chunk=config.prefill_chunk, max_tokens=config.batch_tokens
@@ -150,8 +115,8 @@ class Service:
             OverloadedError: when the queue is full or the service is shutting down.
             DeadlineError: when the deadline has passed.
             PromptTooLongError: when the question with its passages exceeds the model's context.
-            GenerationError: when the model's output is not finite, decoding failed, or the model's chat template
-                refuses the turns.
+            NotFiniteError: when the model's output is not finite.
+            GenerationError: when decoding failed, or the model's chat template refuses the turns.
             RetrievalError: when the index cannot be searched.
             EngineStuckError: when the decoding thread has ended.
         """
@@ -208,9 +173,10 @@ class Service:
 
         Raises:
             EngineStuckError: when the decoding thread has died, keeps failing, or has made no step for
-                `serve.stuck_s` seconds though work waits.
+                `serve.stuck_s` seconds though work waits, or when a search has not ended for so long.
         """
         self._decoding.check(self._config.stuck_s)
+        self._searching.check(self._config.stuck_s)
 
     async def drain(self) -> None:
         """Accept nothing new (`OverloadedError`), and wait until what is under way has ended."""
@@ -219,17 +185,21 @@ class Service:
         await asyncio.to_thread(self._idle.wait)
 
     def close(self) -> None:
-        """End at once: what is under way fails; threads and files are let go."""
+        """End at once: what is under way fails; threads and files are let go. Doing it again changes nothing."""
         with self._lock:
             self._draining = True
         self._decoding.close()
-        self._refresh_pool.shutdown(cancel_futures=True)
-        self._search_pool.shutdown(cancel_futures=True)
+        # A search that is stuck in Java holds the lock that closing an index, and opening one, would wait for.
+        ended = self._searching.close(_CLOSE_S)
+        self._refresh_pool.shutdown(wait=ended, cancel_futures=True)
         self._cache.close()
         with self._lock:
             held, self._held = list(self._held), {}
+        if not ended:
+            log.error("a search has not ended: %d snapshots are left open", len(held))
+            return
         for opened in held:
-            opened.close()
+            _close(opened)
 
     # ---- a request
 
@@ -242,30 +212,30 @@ class Service:
         opened = self._admit(request)
         outcome = "cancelled"
         searching: Future[_Found] | None = None
-        ticket: Ticket | None = None
         try:
             # 1. Search; the adapters begin to come as soon as it is known which.
-            searching = self._search_pool.submit(self._search, opened, request)
-            found = await _within(deadline, asyncio.wrap_future(searching))
+            searching = self._searching.submit(self._search, opened, request)
+            found = await within(deadline, asyncio.wrap_future(searching))
             # 2. Wait for them, but not long: what has not come goes into the prompt.
             fetching = time.monotonic()
             prepared = await self._ready(opened, request, found, deadline)
             fetch_ms = (time.monotonic() - fetching) * 1e3 - prepared.milliseconds["prompt"]
             prepared.milliseconds["fetch"] = fetch_ms
-            # 3. Decode.
-            inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
-            put = _putter(asyncio.get_running_loop(), inbox)
-            ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
-            self._decoding.submit(ticket)
-            text = TextStream(self._tokenizer, request.stop, opened.preparation.template)
-            tokens: list[int] = []
-            while not isinstance(event := await _within(deadline, inbox.get()), Decoded):
-                if isinstance(event, PragError):
-                    raise event
-                tokens.append(event)
-                if piece := text.add(tokens):
-                    yield piece
-            ticket = None
+            # 3. Decode. When the sum of the adapters is too large for the model, their passages go into the prompt
+            # too, unless text of it was sent already: that is not taken back.
+            text, sent = TextStream(self._tokenizer, request.stop, opened.preparation.template), False
+            while True:
+                tokens: list[int] = []
+                async with contextlib.aclosing(self._decode(opened, prepared, deadline, stream)) as events:
+                    while not isinstance(event := await anext(events), Decoded):
+                        tokens.append(event)
+                        if piece := text.add(tokens):
+                            sent = True
+                            yield piece
+                if sent or not prepared.overflowed(event):
+                    break
+                rebuilding = self._searching.submit(opened.preparation.without_adapters, prepared)
+                prepared = await within(deadline, asyncio.wrap_future(rebuilding))
             answer = opened.preparation.answer(prepared, event)
             self._count(answer, prepared.fallbacks, time.monotonic() - begun)
             outcome = "ok"
@@ -282,8 +252,6 @@ class Service:
             outcome = "failed"
             raise
         finally:
-            if ticket is not None:
-                self._decoding.cancel(ticket)
             self._end(opened, request, outcome, searching)
 
     def _admit(self, request: Request) -> Opened:
@@ -313,11 +281,31 @@ class Service:
     async def _ready(self, opened: Opened, request: Request, found: _Found, deadline: float | None) -> Prepared:
         pending = [asyncio.wrap_future(future) for future in found.lease.futures if not future.done()]
         if pending:
-            await _within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
+            await within(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
         factors = found.lease.factors(self._config.fetch_timeout_s)
         spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
-        building = self._search_pool.submit(opened.preparation.build, request, found.hits, factors, spent)
-        return await _within(deadline, asyncio.wrap_future(building))
+        building = self._searching.submit(opened.preparation.build, request, found.hits, factors, spent)
+        return await within(deadline, asyncio.wrap_future(building))
+
+    async def _decode(
+        self, opened: Opened, prepared: Prepared, deadline: float | None, stream: bool
+    ) -> AsyncGenerator[int | Decoded, None]:
+        """Yield the tokens as they are made, where `stream` asks for it, and the result last; closed before, cancel."""
+        inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
+        put = putter(asyncio.get_running_loop(), inbox)
+        ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
+        self._decoding.submit(ticket)
+        ended = False
+        try:
+            while not ended:
+                event = await within(deadline, inbox.get())
+                ended = not isinstance(event, int)
+                if isinstance(event, PragError):
+                    raise event
+                yield event
+        finally:
+            if not ended:
+                self._decoding.cancel(ticket)
 
     def _count(self, answer: Answer, fallbacks: int, seconds: float) -> None:
         with self._lock:
@@ -370,37 +358,17 @@ class Service:
                 return
             del self._held[opened]
             retired = all(other.layout != opened.layout for other in self._held)
-        opened.close()
+        _close(opened)
         if retired:
             self._decoding.retire(opened.layout)
 
 
-async def _within(deadline: float | None, awaited: Awaitable[T]) -> T:
-    """Await something until a deadline on the monotonic clock.
-
-    Raises:
-        DeadlineError: when it has passed.
-    """
+def _close(opened: Opened) -> None:
+    """Close a snapshot that nobody uses any more; what goes wrong then is nobody's failure."""
     try:
-        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-            return await awaited
-    except TimeoutError:
-        raise DeadlineError(
-            "the request was not answered before its deadline", "allow more time, or ask for fewer tokens"
-        ) from None
-
-
-def _putter(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[int | Decoded | PragError]
-) -> Callable[[int | Decoded | PragError], None]:
-    """Return what puts an event into an inbox from another thread."""
-
-    def put(event: int | Decoded | PragError) -> None:
-        # A loop that was closed has nobody left who waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-    return put
+        opened.close()
+    except Exception:
+        log.exception("snapshot %s: cannot be closed", opened.id)
 
 
 def open_service(config: Config, store: Store) -> Service:
@@ -409,19 +377,25 @@ def open_service(config: Config, store: Store) -> Service:
     Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`).
 
     Raises:
+        ConfigError: when what a question gets by default is beyond the server's limits.
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
+    check_defaults(config)
     settings = config.serve
     base = load_base_model(config.model)
     disk = DiskCache(cache_dir() / "adapters", settings.disk_cache_bytes) if settings.disk_cache_bytes else None
     cache = AdapterCache(
         settings.cache_bytes, disk=disk, threads=settings.fetch_threads, negative_ttl_s=settings.negative_ttl_s
     )
-    return Service(
-        base,
-        lambda id: open_snapshot(base, config, store, load_snapshot(store, id)),
-        lambda: current_id(store),
-        cache,
-        settings,
-    )
+
+    def opener(id: str | None) -> Opened:
+        opened = open_snapshot(base, config, store, load_snapshot(store, id))
+        try:
+            check_defaults(config, opened.preparation.max_new_tokens)
+        except ConfigError:
+            _close(opened)
+            raise
+        return opened
+
+    return Service(base, opener, lambda: current_id(store), cache, settings)

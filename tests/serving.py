@@ -24,6 +24,7 @@ from prag_core.opened import Opened
 from prag_core.prepare import Preparation
 from prag_core.recipe import RECIPES, Recipe, TrainRecipe, augment_recipe
 from prag_core.records import Hit, Passage
+from prag_core.retrieval import Retriever
 from prag_core.service import Service
 from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish
 from prag_core.store import Store
@@ -70,6 +71,8 @@ class World:
         self.folder = folder
         self.store = Store(str(folder / "store"))
         self.letters: dict[str, Callable[[int], str]] = {}
+        self.retriever: Retriever = ByNumber()
+        self.on_close: Callable[[], None] = lambda: None
 
     def publish(self, shift: int = 0, train: TrainRecipe = RECIPES["small"], count: int = len(PASSAGES)) -> Snapshot:
         """Publish adapters of which number n says the letter n + `shift`."""
@@ -100,10 +103,10 @@ class World:
         adapters, recipe = open_adapters(self.store, snapshot.recipe)
         layout, _ = find_targets(self.base.model, recipe)
         preparation = Preparation(
-            self.base, ByNumber(), snapshot=snapshot.id, max_new_tokens=4, hidden=snapshot.tombstones
+            self.base, self.retriever, snapshot=snapshot.id, max_new_tokens=4, hidden=snapshot.tombstones
         )
         source = LedgerSource(adapters, snapshot.ledger_parts)
-        return Opened(snapshot.id, preparation, source, recipe, layout, lambda: None)
+        return Opened(snapshot.id, preparation, source, recipe, layout, self.on_close)
 
     @contextmanager
     def service(self, *, disk: DiskCache | None = None, **settings: Any) -> Iterator[Service]:

@@ -226,6 +226,18 @@ def test_the_disk_keeps_what_was_used_last_within_its_budget(tmp_path: Path) -> 
     assert disk.get("g", "larger than all") is None
 
 
+def test_what_cannot_be_removed_is_left_and_the_rest_is_trimmed(tmp_path: Path) -> None:
+    (tmp_path / "g" / "a folder of somebody").mkdir(parents=True)
+    os.utime(tmp_path / "g" / "a folder of somebody", (0, 0))
+    size_bytes = (tmp_path / "g" / "a folder of somebody").stat().st_size
+    disk = DiskCache(tmp_path, size_bytes + 500)
+    for n in range(10):
+        disk.put("g", f"{n}", bytes(100))
+        os.utime(tmp_path / "g" / f"{n}", (n + 1, n + 1))
+    assert disk.get("g", "9") == bytes(100)
+    assert disk.get("g", "0") is None
+
+
 def test_processes_share_a_disk(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=fill_disk, args=(str(tmp_path), seed)) for seed in range(3)]
@@ -244,4 +256,17 @@ def test_a_disk_that_cannot_be_written_is_no_error(source: Counting, tmp_path: P
     cache = AdapterCache(10**9, disk=disk)
     _, factors = loaded(cache, source, KEYS[0])
     assert not isinstance(factors[KEYS[0]], AdapterError)
+    cache.close()
+
+
+@pytest.mark.parametrize("broken", ["folder", "lock"])
+def test_a_disk_that_cannot_be_trimmed_is_no_error(source: Counting, tmp_path: Path, broken: str) -> None:
+    folder = tmp_path / "disk"
+    if broken == "folder":
+        folder.write_text("a file where the folder should be")
+    else:
+        (folder / ".lock").mkdir(parents=True)
+    cache = AdapterCache(10**9, disk=DiskCache(folder, source.row(KEYS[0]).length))  # trimmed with each adapter
+    _, factors = loaded(cache, source, *KEYS[:3])
+    assert not any(isinstance(found, AdapterError) for found in factors.values())
     cache.close()

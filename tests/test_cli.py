@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from pipelines import terminal
-from pipelines.cli import main
+from pipelines.cli import _show_answers, main
+from prag_core.records import Answer, UsedPassage
 
 ROOT = Path(__file__).parent.parent
 Prag = Callable[..., tuple[int, str]]
@@ -122,6 +123,26 @@ def test_nothing_published_is_said(prag: Prag) -> None:
     code, output = prag("status", "-c", "config.yaml", "--json")
     assert code == 0
     assert json.loads(output)["snapshot"] is None
+
+
+def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a model or a passage wrote is no markup of the terminal's."""
+    monkeypatch.setattr(terminal.out, "file", sys.stdout)
+    used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]")
+    _show_answers(
+        [
+            Answer("Who?", "prag", "Mora [1]", (used,), reasoning="It was built [by] Mora. The answer is Mora [1]."),
+            Answer("Who?", "closed", "Nobody"),
+        ]
+    )
+    shown = capsys.readouterr().out
+    lines = [line.strip() for line in shown.splitlines()]
+    assert (lines[0], lines[1]) == ("prag  Mora [1]", "reasoning: It was built [by] Mora. The answer is Mora [1].")
+    assert all(text in shown for text in ("A [/b] title", "p[1]", "prag: weights ([red]late[/red])"))
+    assert shown.count("reasoning") == 1
+    assert "Nobody" in shown
 
 
 def test_help_teaches(prag: Prag) -> None:

@@ -28,6 +28,7 @@ from prag_core.retrieval import (
     index_id,
     open_index,
 )
+from prag_core.store import Store
 
 ID = "0123456789abcdef"
 
@@ -376,6 +377,37 @@ def test_of_many_only_one_copies(store, folder: Path, tmp_path: Path, monkeypatc
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: fetch_index(store, ID, tmp_path / "cache"), range(16)))
     assert len(folders) == len(copies) == 1
+
+
+def test_of_the_unpacked_indexes_the_newest_stay(store, folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for number in range(5):
+        archive_index(folder, store, f"index{number}", "v1", 10)
+    for number in range(5):
+        opened = fetch_index(store, f"index{number}", cache)
+        fetch_index(store, "index0", cache)  # opened again and again
+        for kept in cache.iterdir():
+            os.utime(kept, (0, kept.stat().st_mtime - 10))  # so much later is the next one
+        assert opened.is_dir()
+    assert {found.name for found in cache.iterdir() if found.is_dir()} == {"index0", "index3", "index4"}
+
+
+@pytest.mark.slow
+def test_an_index_in_use_is_never_removed(index: Path, tmp_path: Path) -> None:
+    store, cache = Store(str(tmp_path / "store")), tmp_path / "cache"
+    ids = [f"index{number}" for number in range(6)]
+    for id in ids:
+        archive_index(index, store, id, "v1", len(PASSAGES))
+    opened = [open_index(store, id, cache, IndexConfig()) for id in ids[:5]]
+    assert [len(one.search("quennel", 1)) for one in opened] == [1] * 5
+    for one in opened:
+        one.close()
+        one.close()
+    with pytest.raises(RetrievalError, match="search failed"):
+        opened[0].search("quennel", 1)
+    open_index(store, ids[5], cache, IndexConfig())
+    assert {found.name for found in cache.iterdir() if found.is_dir()} == set(ids[3:])
+    assert open_index(store, ids[0], cache, IndexConfig()).search("quennel", 1)[0].passage == PASSAGES[5]
 
 
 def damage(fs, path: str, how: str) -> None:

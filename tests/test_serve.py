@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import random
+import signal
 import threading
 import time
 import uuid
@@ -29,7 +30,7 @@ from s3 import S3Server
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from pipelines.serve import build
+from pipelines.serve import build, http_options
 from prag_core.config import Config, load_config
 from prag_core.engine import AdapterSource, Engine, Request, open_engine
 from prag_core.errors import AdapterError, ConfigError
@@ -390,13 +391,37 @@ def test_faults_under_load_give_no_wrong_answer(world: World) -> None:
     assert not psutil.pid_exists(killed.pid) or killed.status() == psutil.STATUS_ZOMBIE
 
 
+def test_what_is_under_way_at_the_end_is_answered(world: World) -> None:
+    """The last of this server: a batch of some seconds and a stream are under way when it is told to end."""
+    asked = {"mode": "prag", "max_tokens": 256, "temperature": 1.5}
+    questions = [{**asked, "question": f"What is Quorl {n % len(PASSAGES)}?", "seed": n} for n in range(48)]
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(world.http.post, "/v1/batch", json={"requests": questions})
+        until(lambda: sum(world.metric("prag_open_requests")) > 0, "the batch was under way")
+        with world.http.stream("POST", "/v1/answer", json={**questions[1], "stream": True}) as stream:
+            pieces = stream.iter_text()
+            begin = next(pieces)
+            world.server.process.send_signal(signal.SIGTERM)
+            assert not batch.done()
+            text = begin + "".join(pieces)
+    assert "event: answer" in text
+    assert [item["error"] for item in batch.result().json()["answers"]] == [None] * len(questions)
+    assert world.server.process.wait(WAIT_S) == 0
+
+
 def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     document = yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(document)
     (application,) = schema.applications
     assert application.import_path == "pipelines.serve:build"
-    made = build(application.args)
-    assert [one.name for one in application.deployments] == [made._bound_deployment.name]
+    made = build(application.args)._bound_deployment
+    (deployment,) = application.deployments
+    assert deployment.name == made.name
+    limits = load_config(application.args["config"], application.args["set"])
+    assert schema.http_options.request_timeout_s == http_options(limits)["request_timeout_s"]
+    assert (
+        deployment.graceful_shutdown_timeout_s == made._bound_deployment._deployment_config.graceful_shutdown_timeout_s
+    )
     with pytest.raises(ConfigError, match="open to other machines"):
         build({"config": "examples/demo.yaml", "set": ["serve.host=0.0.0.0"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -11,21 +12,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, named
+from serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
 from test_lora import random_adapter
 
 from prag_core.adapter_store import LedgerSource
+from prag_core.config import parse_config
 from prag_core.decode import Decoder
 from prag_core.engine import Engine
 from prag_core.errors import (
     DeadlineError,
     EngineStuckError,
     GenerationError,
+    NotFiniteError,
     OverloadedError,
     PromptTooLongError,
+    RetrievalError,
+    StoreError,
 )
 from prag_core.lora import Injector
 from prag_core.models import BaseModel
+from prag_core.opened import open_snapshot
 from prag_core.prepare import Preparation, Prepared, Request
 from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
@@ -78,6 +84,10 @@ async def answers(service: Service, requests: list[Request], at_once: int = 16) 
             return await service.answer(request)
 
     return await asyncio.gather(*map(ask, requests))
+
+
+async def collect(pieces) -> list[object]:
+    return [piece async for piece in pieces]
 
 
 def same(answer: Answer) -> tuple[object, ...]:
@@ -353,6 +363,28 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(world: World) -> Non
         assert service.stats().requests == {("prag", "overloaded"): 1, ("prag", "ok"): 3}
 
 
+def test_in_overload_what_is_accepted_takes_no_more_than_twice_as_long(world: World) -> None:
+    """Counted in steps of the decoder, which do not depend on the machine: 16 users, then ten times as many."""
+
+    async def user(service: Service, n: int) -> int:
+        while True:
+            begun = service.stats().steps
+            try:
+                await service.answer(Request(named([n % 62]), "prag", 1, max_new_tokens=8))
+                return service.stats().steps - begun
+            except OverloadedError:
+                await asyncio.sleep(0.05)
+
+    async def median(service: Service, users: int) -> float:
+        return statistics.median(await asyncio.gather(*(user(service, n) for n in range(users))))
+
+    with world.service() as service:
+        slots = service.stats().slots
+        full = asyncio.run(median(service, slots))
+        assert asyncio.run(median(service, 10 * slots)) <= 2 * full
+        assert service.stats().requests["prag", "overloaded"] > 0
+
+
 def test_draining_finishes_what_is_under_way_and_takes_nothing_new(world: World) -> None:
     async def run(service: Service, hold: Hold) -> str:
         task = asyncio.create_task(service.answer(Request(named([1]), "prag", 1)))
@@ -389,22 +421,66 @@ def test_a_prompt_too_long_fails_alone(world: World, service: Service) -> None:
     assert (second.text, second.finish, second.error) == ("bbbb", "length", "")
 
 
-def test_output_that_is_not_finite_is_an_error(tiny_session: BaseModel, tmp_path, monkeypatch) -> None:
+def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
+    tiny_session: BaseModel, tmp_path, monkeypatch
+) -> None:
+    """Each is finite, and so is what the other rows of the batch say."""
+    marker = marker_adapter
+
     def huge(base, layout, letter):
-        return {name: torch.full(shape, 1e30) for name, shape in layout.tensor_shapes.items()}
+        if letter == LETTERS[0]:
+            return {name: torch.full(shape, 1e30) for name, shape in layout.tensor_shapes.items()}
+        return marker(base, layout, letter)
 
     monkeypatch.setattr("serving.marker_adapter", huge)
     world = World(tiny_session, tmp_path)
-    world.publish(count=2)
-    with world.service() as service, pytest.raises(GenerationError, match="not finite with the adapters of Quorl 0"):
-        asyncio.run(service.answer(Request(named([0]), "prag", 1)))
+    world.publish(count=4)
+    requests = [Request(named(numbers), "prag", 2) for numbers in ([1], [0, 2], [3])]
+    with world.service() as service:
+        served = asyncio.run(answers(service, requests))
+        streamed = asyncio.run(collect(service.stream(requests[1])))
+        expected = asyncio.run(service.answer(Request(named([0, 2]), "rag", 2)))
+        assert service.stats().fallbacks == 4
     opened = world.open()
     engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
-    broken, fine = engine.answer_batch([Request(named([0]), "prag", 1), Request(named([0]), "closed")])
+    assert [same(answer) for answer in engine.answer_batch(requests)] == [same(answer) for answer in served]
     engine.close()
+    assert [answer.text for answer in served] == ["bbbb", expected.text, "dddd"]
+    assert [(p.in_weights, p.in_prompt, p.note) for p in served[1].passages] == [
+        (False, True, "the sum of this question's adapters is too large")
+    ] * 2
+    assert "".join(streamed[:-1]) == expected.text
+
+
+def test_output_that_is_not_finite_is_an_error(world: World) -> None:
+    """Of a model that is broken, and of a stream of which something was read already."""
+
+    breaks = threading.Event()
+
+    def not_a_number(module, inputs, output) -> None:
+        if breaks.is_set():
+            output.logits.fill_(torch.nan)
+
+    async def stream(service: Service) -> list[object]:
+        pieces = service.stream(Request(named([1]), "prag", 1, max_new_tokens=2000))
+        got = [await anext(pieces)]
+        breaks.set()
+        with pytest.raises(NotFiniteError, match="not finite with the adapters of Quorl 1"):
+            got += await collect(pieces)
+        return got
+
+    handle = world.base.model.register_forward_hook(not_a_number)
+    with world.service() as service:
+        assert asyncio.run(stream(service)) == ["b"]
+        with pytest.raises(NotFiniteError, match="not finite with the adapters of no passage"):
+            asyncio.run(service.answer(Request(named([1]), "prag", 1)))
+        opened = world.open()
+        engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+        broken = engine.answer_batch([Request("Who?", "closed")])[0]
+        engine.close()
+    handle.remove()
     assert (broken.text, broken.finish) == ("", "error")
     assert "not finite" in broken.error
-    assert fine.finish != "error"
 
 
 def test_a_failing_step_fails_its_requests_and_no_more(world: World, service: Service) -> None:
@@ -459,6 +535,61 @@ def test_a_dead_decoding_thread_is_noticed(world: World) -> None:
             service.check()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_waits_is_told_before_a_decoder_that_cannot_begin_anew_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a device is gone: the step fails, and so does all that comes after."""
+
+    def fail(*_) -> None:
+        raise RuntimeError("device lost")
+
+    async def run(service: Service, hold: Hold) -> list[object]:
+        tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in (1, 2, 3)]
+        await until(lambda: hold.entered.is_set() and service.stats().open == 3)
+        monkeypatch.setattr(Decoder, "reset", fail)
+        handle = world.base.model.register_forward_hook(fail)
+        hold.let_go()
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+        await until(lambda: not service._decoding._thread.is_alive())
+        handle.remove()
+        return found
+
+    with held(world.base) as hold, world.service(slots=1) as service:
+        assert {type(error) for error in asyncio.run(run(service, hold))} <= {GenerationError, EngineStuckError}
+        with pytest.raises(EngineStuckError, match="has ended"):
+            service.check()
+
+
+def test_a_stuck_search_is_noticed_and_holds_nobody_up(
+    tiny_session: BaseModel, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+
+    class Stuck(ByNumber):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            let_go.wait()
+            return super().search(question, top_k, min_score)
+
+    closed: list[bool] = []
+    world = World(tiny_session, tmp_path)
+    world.retriever = Stuck()
+    world.on_close = lambda: closed.append(True)
+    world.publish(count=2)
+    monkeypatch.setattr("prag_core.service._CLOSE_S", 0.05)
+    with world.service(stuck_s=0.05) as service:
+        service.check()
+        for mode in ("rag", "closed"):  # the second one waits behind the first one's search
+            with pytest.raises(DeadlineError):
+                asyncio.run(service.answer(Request(named([1]), mode, 1), deadline_s=0.1))
+        with pytest.raises(EngineStuckError, match="a search has not ended"):
+            service.check()
+        assert service.stats().open == 0
+        service.close()
+        assert not closed  # closing an index would wait for the search
+        let_go.set()
+
+
 # --- snapshots -----------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +642,42 @@ def test_a_snapshot_that_cannot_be_opened_leaves_the_old_one(tiny_session: BaseM
         assert service.snapshot == first.id
         assert asyncio.run(service.answer(Request(named([1]), "prag", 1))).text == "bbbb"
         assert service.stats().snapshots_held == 1
+
+
+def test_an_index_is_opened_after_all_else(world: World, tmp_path) -> None:
+    """So that what is missing leaves no index open; here both are, and the ledger is named."""
+    config = parse_config({"store": world.store.url, "corpus": {"path": "none.jsonl"}})
+    snapshot = replace(load_snapshot(world.store), ledger_parts=("adapters/none.parquet",))
+    with pytest.raises(StoreError, match=r"none\.parquet: no such object"):
+        open_snapshot(world.base, config, world.store, snapshot)
+
+
+def test_a_snapshot_that_cannot_be_closed_fails_nobody(tiny_session: BaseModel, tmp_path) -> None:
+    closed: list[bool] = []
+
+    def fail() -> None:
+        closed.append(True)
+        raise RetrievalError("the index cannot be closed")
+
+    world = World(tiny_session, tmp_path)
+    world.on_close = fail
+    world.publish(count=2)
+
+    async def run(service: Service, hold: Hold) -> str:
+        task = asyncio.create_task(service.answer(Request(named([0]), "prag", 1)))
+        await until(hold.entered.is_set)
+        world.publish(shift=1, train=replace(RECIPE, rank=3), count=2)
+        assert await service.refresh()
+        hold.let_go()
+        return (await task).text
+
+    with held(world.base) as hold, world.service() as service:
+        assert asyncio.run(run(service, hold)) == "aaaa"
+        asyncio.run(until(lambda: len(service._decoding._lanes) == 0))  # the old one's hooks were taken off
+        assert len(closed) == 1
+        service.close()
+        service.close()
+        assert len(closed) == 2
 
 
 def test_requests_are_checked() -> None:
