@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prag_core.adapter_io import pack_shard, unpack_adapter
 from prag_core.compaction import visible_parts
-from prag_core.errors import AdapterError, StoreError
+from prag_core.errors import AdapterError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact, seal
 from prag_core.ledger import LedgerColumns, Located
 from prag_core.lora import Factors, LoraLayout
@@ -112,10 +112,12 @@ class AdapterStore:
         """Return the bytes of one adapter by one ranged read, as they are.
 
         Raises:
-            AdapterError: when the shard is missing or cut short.
+            AdapterError: when the shard is missing or cut short, or the store cannot be asked.
         """
         try:
             return self.store.get(row.shard, row.offset, row.offset + row.length)
+        except UnreachableError as error:
+            raise AdapterError(f"adapter {row.key}: {error.message}", error.remedy) from None
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
 
@@ -152,10 +154,13 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
 
     Raises:
         AdapterError: when they are missing or altered.
+        UnreachableError: when the store cannot be asked.
     """
     try:
         data = store.get(f"starts/{name}.safetensors")
         tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}
+    except UnreachableError:
+        raise
     except (StoreError, safetensors.SafetensorError) as error:
         raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.start again") from None
     if start_fingerprint(tensors) != name:

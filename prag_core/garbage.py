@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from prag_core.compaction import compactions, replaced_parts
-from prag_core.errors import StoreError
+from prag_core.errors import StoreError, UnreachableError
 from prag_core.identity import is_intact, seal
 from prag_core.maintenance import Finding, Kind, StoredObject, kind_of, list_snapshots, names_of, remove, serving_id
 from prag_core.records import from_dict
@@ -76,6 +76,8 @@ def newest_inputs(store: Store) -> RunInputs | None:
         document = store.get_json(names[-1])
         if is_intact(document):
             return from_dict(RunInputs, document)
+    except UnreachableError:
+        raise
     except (StoreError, TypeError, AttributeError):
         pass
     raise StoreError(f"{store.url}/{names[-1]}: altered or cut short", "run `prag repair` first")
@@ -201,6 +203,8 @@ def _why(kind: str, name: str, replaced: Collection[str]) -> str:
 def _shards(store: Store, part: str) -> pa.ChunkedArray:
     try:
         return store.get_columns(part, ["shard"])["shard"]
+    except UnreachableError:
+        raise
     except StoreError as error:
         raise StoreError(error.message, "run `prag repair` first: nobody knows which shards it names") from None
 
@@ -223,6 +227,8 @@ def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObje
             store.get_json(f"adapters/{r}/recipe.json") for r in recipes if f"adapters/{r}/recipe.json" in there
         ]
         return {str(document["recipe"]["train"]["start"]) for document in documents}
+    except UnreachableError:
+        raise
     except (StoreError, KeyError, TypeError):
         return None
 
@@ -237,6 +243,8 @@ def _indexes(
             try:
                 if store.get_json(item.name)["corpus_version"] == newest.corpus_version:
                     indexes.add(item.name.split("/")[1])
+            except UnreachableError:
+                raise
             except (StoreError, KeyError, TypeError):
                 continue  # `repair` removes it; an archive without it is nobody's
     return indexes

@@ -212,7 +212,7 @@ def unpin(store: Store, id: str) -> None:
 def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
     """Pin, instead of each pinned snapshot, the one that took its place; those without one are pinned no more.
 
-    A list of pins that cannot be read is given up.
+    A list of pins that is damaged is given up.
 
     Raises:
         ConflictError: when somebody changed the pins meanwhile.

@@ -25,7 +25,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import checksum
 from prag_core.records import Augmentation, Reject, schema, to_table
 
@@ -42,7 +42,8 @@ class Store:
     """Bytes under one root: atomic writes, a conditional write, Parquet tables, JSON documents.
 
     Pickles as its URL and options, so that Ray workers open their own connection. Each failure is a `StoreError`
-    that names the object, the cause and what to do; on S3 it comes after bounded retries (`prag_core.s3`).
+    that names the object, the cause and what to do; on S3 it comes after bounded retries (`prag_core.s3`). It is an
+    `UnreachableError` unless the store has answered: that an object is missing, or ends too early, is an answer.
 
     Args:
         url: A folder, or an fsspec URL such as `s3://bucket/prefix`. Credentials come from the usual AWS
@@ -292,15 +293,17 @@ class Store:
         try:
             yield
         except self._failures as error:
+            answered = isinstance(error, FileNotFoundError)
             if self._s3 is not None:
+                answered = self._s3.is_answer(error)
                 cause, remedy = self._s3.explain(error)
-            elif isinstance(error, FileNotFoundError):
+            elif answered:
                 cause, remedy = "no such object", ""
             else:
                 cause, remedy = str(error), "check the path, its rights and the room on the disk"
             cause = cause if cause == "no such object" else f"cannot be {verb}: {cause}"
             # The chain of causes would show the request in a traceback.
-            raise StoreError(f"{what}: {cause}", remedy) from None
+            raise (StoreError if answered else UnreachableError)(f"{what}: {cause}", remedy) from None
 
     # ---- documents and tables
 
