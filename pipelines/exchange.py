@@ -22,6 +22,7 @@ from pipelines.tables import Survey, read_columns, survey
 from prag_core.adapter_store import open_adapters
 from prag_core.augment_import import paper_passages
 from prag_core.config import Config
+from prag_core.forgetting import corpus_parts
 from prag_core.lease import hold_lease
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, Passage, from_table, schema
@@ -88,7 +89,7 @@ def export_from_store(config: Config, file: Path, form: str, snapshot_id: str | 
     adapters, _ = open_adapters(store, snapshot.recipe)
     partitions = profile_of(config).partitions
     with ray_session(profile_of(config)):
-        parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
+        parts = corpus_parts(store, snapshot.corpus_version)
         rows = read_columns(store, parts, schema(Passage).names, partitions)
         passages = [p for batch in data.batches(rows) for p in from_table(Passage, batch)]
         keys = {passage.key for passage in passages} - set(snapshot.tombstones)

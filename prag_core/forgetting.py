@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prag_core.errors import InputError, StoreError
-from prag_core.identity import KEY_BYTES
+from prag_core.identity import KEY_BYTES, is_intact
 from prag_core.maintenance import remove
 from prag_core.snapshot import Snapshot, current_id, kept_snapshots, load_snapshot, pinned
 from prag_core.store import Store
@@ -84,10 +83,14 @@ def corpus_parts(store: Store, version: str) -> list[str]:
     Raises:
         StoreError: when it has no readable manifest.
     """
+    name = f"corpus/{version}/manifest.json"
     try:
-        return [str(part) for part in store.get_json(f"corpus/{version}/manifest.json")["parts"]]
-    except (KeyError, TypeError):
-        raise StoreError(f"{store.url}/corpus/{version}/manifest.json: names no parts", "run `prag repair`") from None
+        document = store.get_json(name)
+        if is_intact(document):
+            return [str(part) for part in document["parts"]]
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise StoreError(f"{store.url}/{name}: altered, or names no parts", "run `prag repair`")
 
 
 def holding(store: Store, snapshots: Iterable[Snapshot], keys: Sequence[str]) -> dict[str, list[str]]:
@@ -138,8 +141,7 @@ def erase_rows(store: Store, keys: Collection[str]) -> list[str]:
     for part in [name for folder in _TABLES for name in store.list(folder, ".parquet")]:
         if not _has_any(store, part, wanted):
             continue
-        with pa.BufferReader(store.get(part)) as data:
-            table = pq.read_table(data)
+        table = store.get_part(part)  # what is written anew has been checked: nothing altered gets a good name
         rest = table.filter(pc.invert(pc.is_in(table["key"], value_set=wanted)))
         if rest.num_rows:
             store.put_table(posixpath.dirname(part), rest)

@@ -202,7 +202,7 @@ def _why(kind: str, name: str, replaced: Collection[str]) -> str:
 
 def _shards(store: Store, part: str) -> pa.ChunkedArray:
     try:
-        return store.get_columns(part, ["shard"])["shard"]
+        return store.get_part(part, ["shard"])["shard"]
     except UnreachableError:
         raise
     except StoreError as error:

@@ -23,7 +23,7 @@ from prag_core.lease import LEASE, read_lease
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_dict, schema
 from prag_core.retrieval import StoredIndex, checksum_stream
-from prag_core.snapshot import CURRENT, PINS, Snapshot, pinned, renamed
+from prag_core.snapshot import CURRENT, PINS, Snapshot, load_snapshot, pinned
 from prag_core.store import Store
 
 Kind = Literal[
@@ -117,12 +117,18 @@ def remove(store: Store, name: str) -> None:
 
 
 def list_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
-    """Return the readable snapshots, oldest first, and a finding for each one that is not as it was published."""
+    """Return the readable snapshots, oldest first, and a finding for each one that is not as it was published.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
     snapshots, findings = [], []
     for name in store.list("snapshots", ".json"):
         try:
-            snapshots.append(_read_snapshot(store, name))
-        except (StoreError, TypeError, KeyError, ValueError, AttributeError) as error:
+            snapshots.append(load_snapshot(store, name.removeprefix("snapshots/").removesuffix(".json")))
+        except UnreachableError:
+            raise
+        except StoreError as error:
             findings.append(Finding(name, "not_readable", _words(error), repairable=False))
     return sorted(snapshots, key=lambda snapshot: (snapshot.created, snapshot.id)), findings
 
@@ -139,15 +145,6 @@ def serving_id(store: Store) -> str | None:
         raise
     except (StoreError, ValueError, TypeError, KeyError):
         return None
-
-
-def _read_snapshot(store: Store, name: str) -> Snapshot:
-    document = store.get_json(name)
-    lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
-    snapshot = Snapshot(**{**document, **lists})
-    if name != f"snapshots/{snapshot.id}.json" or renamed(snapshot).id != snapshot.id:
-        raise ValueError("its content is not what its name says")
-    return snapshot
 
 
 def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serving: str | None) -> list[Finding]:

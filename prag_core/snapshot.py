@@ -13,7 +13,6 @@ from typing import Any
 
 from prag_core.errors import ConflictError, StoreError
 from prag_core.identity import fingerprint
-from prag_core.records import from_dict
 from prag_core.store import Store
 
 CURRENT = "CURRENT"
@@ -95,7 +94,7 @@ def current_id(store: Store) -> str | None:
 
 
 def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
-    """Return a snapshot, by default the one in service.
+    """Return a snapshot, by default the one in service, after checking that it says what its id was made from.
 
     Raises:
         StoreError: when nothing was published yet, or there is no such snapshot, or it is damaged.
@@ -105,11 +104,13 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         raise StoreError(f"store = {store.url!r}: nothing is published yet", "run `prag run` first")
     document = store.get_json(_document(id))
     try:
-        return from_dict(Snapshot, document)
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"{store.url}/{_document(id)}: not a snapshot: {error}", "roll back to another, or run `prag run` again"
-        ) from None
+        lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
+        snapshot = Snapshot(**{**document, **lists})
+        if snapshot.id != id or renamed(snapshot).id != id:
+            raise ValueError("its content is not what its id was made from")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{store.url}/{_document(id)}: not a snapshot: {error}", "run `prag repair`") from None
+    return snapshot
 
 
 def list_snapshots(store: Store) -> list[Snapshot]:

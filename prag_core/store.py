@@ -325,25 +325,48 @@ class Store:
     def put_table(self, folder: str, table: pa.Table) -> str:
         """Write a Parquet part named by its content, and return its name; the same again changes nothing."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         data = sink.getvalue().to_pybytes()
         name = f"{folder}/part-{checksum(data)}.parquet"
         if not self.exists(name):
             self.put(name, data)
         return name
 
+    def get_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one Parquet part, or some columns of it, after checking every byte against the checksum in its name.
+
+        Raises:
+            StoreError: when the part is missing or damaged, or lacks a column.
+        """
+        data = self.get(name)
+        stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
+        if len(stem) == len(checksum(b"")) and stem != checksum(data):
+            raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
+        return self._parsed(name, pa.BufferReader(data), columns)
+
     def get_columns(self, name: str, columns: Sequence[str]) -> pa.Table:
         """Read some columns of one Parquet part; of a big part no other bytes are fetched.
+
+        A big part's pages are checked against their own checksums, but nothing checks its footer: what decides which
+        bytes are whose is read by `get_part`.
 
         Raises:
             StoreError: when the part is missing or damaged, or lacks a column.
         """
         stream = self.open(name)
-        source = stream if stream.seek(0, io.SEEK_END) > WHOLE_PART_BYTES else pa.BufferReader(self.get(name))
+        if stream.seek(0, io.SEEK_END) <= WHOLE_PART_BYTES:
+            return self.get_part(name, columns)
+        return self._parsed(name, stream, columns)
+
+    def _parsed(self, name: str, source: Any, columns: Sequence[str] | None) -> pa.Table:
+        names = None if columns is None else list(columns)
         try:
-            return pq.read_table(source, columns=list(columns)).select(columns)
+            table = pq.read_table(source, columns=names, page_checksum_verification=True)
+            return table if names is None else table.select(names)
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
+            raise StoreError(
+                f"{self.url}/{name}: not a readable Parquet part: {error}", "run `prag verify --full`, `prag repair`"
+            ) from None
 
     def get_table(self, record: type[T], names: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Read Parquet parts into one table with the columns of `record`, in a fixed order of rows.
@@ -354,18 +377,7 @@ class Store:
         wanted = schema(record)  # type: ignore[arg-type]
         if columns is not None:
             wanted = pa.schema([wanted.field(column) for column in columns])
-        tables = []
-        for name in sorted(names):
-            data = self.get(name)
-            # Parquet has no checksum of its own here: an altered page can decode to other values without a word.
-            stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
-            if len(stem) == len(checksum(b"")) and stem != checksum(data):
-                raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
-            try:
-                part = pq.read_table(pa.BufferReader(data), columns=wanted.names)
-            except (pa.ArrowException, OSError) as error:
-                raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
-            tables.append(part.cast(wanted))
+        tables = [self.get_part(name, wanted.names).cast(wanted) for name in sorted(names)]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
 

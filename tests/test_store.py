@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_passage
@@ -100,6 +103,24 @@ def test_the_same_table_is_one_part(store: Store) -> None:
     store.put("corpus/v/part-x.parquet", b"PAR1 but not really")
     with pytest.raises(StoreError, match=r"part-x\.parquet: not a readable Parquet part"):
         store.get_table(Passage, store.list("corpus", ".parquet"))
+
+
+@pytest.mark.parametrize("whole_part_bytes", [1 << 20, 0])
+def test_altered_columns_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_part_bytes: int) -> None:
+    """Read whole, the name is the checksum; by ranges, as a big part is, each page has one of its own."""
+    monkeypatch.setattr("prag_core.store.WHOLE_PART_BYTES", whole_part_bytes)
+    store, dice = Store(str(tmp_path / "store")), random.Random(4)
+    table = pa.table({"key": [f"{dice.getrandbits(128):032x}" for _ in range(500)], "value": list(range(500))})
+    part = store.put_table("parts", table)
+    data = store.get(part)
+    chunk = pq.read_metadata(pa.BufferReader(data)).row_group(0).column(0)
+    # A page's own header, some tens of bytes before it, is not under its checksum.
+    for place in dice.sample(range(chunk.dictionary_page_offset + 100, chunk.data_page_offset), 100):
+        store.put(part, data[:place] + bytes([data[place] ^ 1 << dice.randrange(8)]) + data[place + 1 :])
+        with pytest.raises(StoreError, match="altered or cut short|not a readable Parquet part"):
+            store.get_columns(part, ["key"])
+    store.put(part, data)
+    assert store.get_columns(part, ["key"]).equals(table.select(["key"]))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
