@@ -67,7 +67,7 @@ def mend(config: Config, console: Console, *, full: bool, run: bool, take_over: 
         if not verified.findings:
             return Mended(verified, None, None)
         lease.check()
-        repaired = repair(store, verified.findings)
+        repaired = repair(store, verified.findings, lease.check)
     report = run_job(config, console).to_json() if run else None
     return Mended(verified, repaired, report)
 

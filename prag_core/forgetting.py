@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from prag_core.errors import InputError, StoreError
 from prag_core.identity import KEY_BYTES, is_intact
 from prag_core.maintenance import remove
-from prag_core.snapshot import Snapshot, current_id, kept_snapshots, load_snapshot, pinned
+from prag_core.snapshot import Snapshot, current_id, forgotten_now, kept_snapshots, load_snapshot, pinned
 from prag_core.store import Store
 
 _KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
@@ -30,11 +30,9 @@ def forgotten_keys(store: Store, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the keys that must not be used when answering from a snapshot: its own tombstones and later ones.
 
     Raises:
-        StoreError: when the snapshot in service cannot be read.
+        UnreachableError: when the store cannot be asked.
     """
-    serving = current_id(store)
-    later = load_snapshot(store, serving).tombstones if serving not in (None, snapshot.id) else ()
-    return tuple(sorted({*snapshot.tombstones, *later}))
+    return tuple(sorted({*snapshot.tombstones} | forgotten_now(store)))
 
 
 @dataclass(frozen=True)

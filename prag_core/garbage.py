@@ -182,7 +182,7 @@ class _Needed:
         if kind == "compactions":
             return name in self.compactions
         if kind == "starts":
-            return self.starts is None or folder.removesuffix(".safetensors") in self.starts
+            return self.starts is None or posixpath.splitext(folder)[0] in self.starts
         return True
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import fingerprint
 from prag_core.store import Store
 
@@ -122,6 +122,33 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in _ids(store)]
 
 
+def forgotten_now(store: Store) -> set[str]:
+    """Return the keys of passages that must not be used now: the tombstones of the snapshot in service.
+
+    Where none is in service, or it is damaged, those of all snapshots that can be read: rather may a passage be
+    forgotten again whose forgetting was undone than one come back.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
+    try:
+        if (serving := current_id(store)) is not None:
+            return {*load_snapshot(store, serving).tombstones}
+    except UnreachableError:
+        raise
+    except StoreError:
+        pass
+    found: set[str] = set()
+    for id in _ids(store):
+        try:
+            found.update(load_snapshot(store, id).tombstones)
+        except UnreachableError:
+            raise
+        except StoreError:
+            continue
+    return found
+
+
 def put_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Store a snapshot without putting it into service: it can be asked, and put into service with `rollback`."""
     store.put_json(_document(snapshot.id), asdict(snapshot))
@@ -154,8 +181,8 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
 def rollback(store: Store, id: str) -> Snapshot:
     """Put an existing snapshot, older or newer, into service, and return what serves then.
 
-    What was forgotten since stays forgotten: where the snapshot lacks tombstones of the one in service, a new one
-    with them takes its place.
+    What was forgotten since stays forgotten: where the snapshot lacks tombstones of the one in service (or, when
+    that is damaged, of any), a new one with them takes its place.
 
     Raises:
         StoreError: when there is no such snapshot.
@@ -166,10 +193,10 @@ def rollback(store: Store, id: str) -> Snapshot:
     serving = _named_in(store, previous)
     if serving == id:
         return snapshot
-    forgotten = _tombstones_of(store, serving)
+    forgotten = forgotten_now(store)
     if not forgotten <= {*snapshot.tombstones}:
         snapshot = with_tombstones(snapshot, forgotten)
-        store.put_json(_document(snapshot.id), asdict(snapshot))
+        put_snapshot(store, snapshot)
     _move(store, previous, snapshot.id)
     return snapshot
 
@@ -247,14 +274,6 @@ def renamed(snapshot: Snapshot) -> Snapshot:
 
 def _stamped(snapshot: Snapshot) -> Snapshot:
     return renamed(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
-
-
-def _tombstones_of(store: Store, id: str | None) -> set[str]:
-    """The tombstones of a snapshot that may be damaged: rolling back is how an operator gets away from one."""
-    try:
-        return set() if id is None else {*load_snapshot(store, id).tombstones}
-    except StoreError:
-        return set()
 
 
 def same_content(left: Snapshot, right: Snapshot) -> bool:

@@ -22,6 +22,7 @@ from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters, p
 from prag_core.compaction import Compaction, put_rows, record_compaction
 from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import AdapterError, StoreError
+from prag_core.forgetting import forgotten_keys
 from prag_core.garbage import RunInputs, collect, find_garbage, newest_inputs, parse_age, put_inputs
 from prag_core.identity import checksum, fingerprint, is_intact, seal
 from prag_core.lease import LEASE, LeaseRecord, acquire_lease
@@ -45,7 +46,19 @@ from prag_core.records import LedgerRow, Passage, Reject, from_dict, from_table,
 from prag_core.repair import forget_rejects, repair
 from prag_core.retrieval import StoredIndex
 from prag_core.shards import ROWS, check_shards, ledger_rows, move_adapters
-from prag_core.snapshot import PINS, current_id, load_snapshot, make_snapshot, pin, publish
+from prag_core.snapshot import (
+    PINS,
+    current_id,
+    forgotten_now,
+    load_snapshot,
+    make_snapshot,
+    pin,
+    publish,
+    put_snapshot,
+    renamed,
+    rollback,
+    with_tombstones,
+)
 from prag_core.store import Store, put_augmentations, put_rejects
 from prag_core.trainer import TrainedAdapter
 
@@ -414,6 +427,65 @@ def test_another_snapshot_that_lost_its_index_is_withdrawn(store: Store, layout:
     assert mended.snapshots == {first.id: ""}
     assert current_id(store) == second
     assert verify(store) == []
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_forgotten_outlives_the_snapshot_that_said_so(store: Store, layout: LoraLayout, whole: bool) -> None:
+    """Also when a newer snapshot knows nothing of it, as a publisher that lost leaves one, and is all that is left."""
+    keys = sorted(SEEDS)[:3]
+    first = load_snapshot(store)
+    once = with_tombstones(first, keys[:1])
+    publish(store, once)
+    write_index(store, "other", VERSION)
+    lost = renamed(replace(with_tombstones(first, []), index="other"))
+    put_snapshot(store, lost)
+    last = with_tombstones(once, keys[1:2])
+    publish(store, last)
+    # 1. Somebody takes a passage off the list: this is damage, and an operator's way out does not bring it back.
+    store.put_json(f"snapshots/{last.id}.json", {**store.get_json(f"snapshots/{last.id}.json"), "tombstones": []})
+    assert forgotten_now(store) == {keys[0]} == {*forgotten_keys(store, first)}
+    before = store.get("CURRENT")
+    back = rollback(store, first.id)
+    assert back.tombstones == (keys[0],)
+    store.put("CURRENT", before)
+    store.remove(f"snapshots/{back.id}.json")
+    # 2. Nor does a repair, whichever snapshots lost more than that.
+    if not whole:
+        store.put(f"indexes/{INDEX}/lucene.tar.zst", b"cut")
+        store.put("indexes/other/lucene.tar.zst", b"cut")
+    mended = repair(store, verify(store))
+    assert mended.serving == current_id(store)
+    assert load_snapshot(store).tombstones == (keys[0],)
+    assert load_snapshot(store).index == "other"
+    # 3. Nor a run after CURRENT was lost.
+    store.remove("CURRENT")
+    assert forgotten_now(store) == {keys[0]}
+
+
+def test_a_repair_does_not_remove_what_was_missing_and_is_there(store: Store) -> None:
+    """A rollback under a check's eyes puts a snapshot into service that the check had not seen."""
+    snapshot = load_snapshot(store)
+    document = f"snapshots/{snapshot.id}.json"
+    findings = [Finding("CURRENT", "not_readable"), Finding(document, "missing", repairable=False)]
+    assert repair(store, findings).removed == ()
+    assert load_snapshot(store) == snapshot
+    shard = next(item.name for item in list_objects(store) if kind_of(item.name) == "shards")
+    store.remove(shard)
+    mended = repair(store, verify(store))
+    assert shard not in mended.removed
+    assert len(mended.dropped) == 3
+
+
+def test_a_note_of_a_warmup_is_no_damage_and_stays_with_its_start(store: Store, layout: LoraLayout) -> None:
+    start = put_start(store, layout, random_adapter(layout, 1))
+    recipe = Recipe("base", RECIPE.augment, replace(RECIPE.train, start=start))
+    adapters_of(store, layout, recipe).describe()
+    put_inputs(store, "run1", RunInputs(VERSION, recipe.fingerprint))
+    other = put_start(store, layout, random_adapter(layout, 2))
+    for name in (start, other):
+        store.put_json(f"starts/{name}.json", {"warmup": name})
+    assert verify(store) == []
+    assert take(store, all_snapshots(store)) == {f"starts/{other}.json", f"starts/{other}.safetensors"}
 
 
 def test_moved_adapters_are_a_shard_that_safetensors_reads(store: Store) -> None:

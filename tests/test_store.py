@@ -117,7 +117,7 @@ def test_altered_columns_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # A page's own header, some tens of bytes before it, is not under its checksum.
     for place in dice.sample(range(chunk.dictionary_page_offset + 100, chunk.data_page_offset), 100):
         store.put(part, data[:place] + bytes([data[place] ^ 1 << dice.randrange(8)]) + data[place + 1 :])
-        with pytest.raises(StoreError, match="altered or cut short|not a readable Parquet part"):
+        with pytest.raises(StoreError, match=r"altered or cut short|not a readable Parquet part"):
             store.get_columns(part, ["key"])
     store.put(part, data)
     assert store.get_columns(part, ["key"]).equals(table.select(["key"]))
