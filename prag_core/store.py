@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import posixpath
 import shutil
 import uuid
@@ -135,12 +136,17 @@ class Store:
 
     @contextlib.contextmanager
     def _scratch(self, path: str) -> Iterator[str]:
-        """Give a name beside `path` to write to, which becomes `path` when the block has ended well."""
-        self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        """Give a name beside `path` to write to, which becomes `path` when the block has ended well.
+
+        A power cut leaves `path` as it was before, or whole: its bytes are on the disk before it has its name.
+        """
+        _make_folder(Path(path).parent)
         scratch = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             yield scratch
+            _sync(Path(scratch))
             Path(scratch).replace(path)
+            _sync(Path(path).parent)
         except BaseException:
             if self.fs.exists(scratch):
                 self.fs.rm_file(scratch)
@@ -275,7 +281,7 @@ class Store:
             if self._s3 is not None:
                 done = self._s3.swap(path, expected, new)
             elif self.is_local:
-                self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                _make_folder(Path(path).parent)
                 with FileLock(f"{path}.lock"):
                     done = self.get_if_exists(name) == expected
                     if done:
@@ -379,6 +385,22 @@ class Store:
             wanted = pa.schema([wanted.field(column) for column in columns])
         tables = [self.get_part(name, wanted.names).cast(wanted) for name in sorted(names)]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def _make_folder(folder: Path) -> None:
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync(made.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or what a folder names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 class _ObjectReader(io.RawIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,37 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(StoreError, match=r"a/b: cannot be written: disk full"):
         store.put("a/b", b"data")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_an_object_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a name must not stand over no bytes; nor may a commit be there without what it names."""
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(opened: int) -> None:
+        fsync(opened)
+        done.append(f"sync {Path(f'/proc/self/fd/{opened}').readlink().relative_to(tmp_path)}")
+
+    def record_replace(self: Path, target: str) -> Path:
+        done.append(f"name {Path(target).relative_to(tmp_path)}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "source").write_bytes(b"1")
+    for write in (
+        lambda: store.put("a/b", b"1"),
+        lambda: store.put_file("a/b", tmp_path / "source"),
+        lambda: store.swap("a/b", b"1", b"2"),
+    ):
+        done.clear()
+        write()
+        *folders, synced, named, after = done
+        assert folders in ([], ["sync store", "sync ."])  # those in which a folder was made for it
+        assert synced.startswith("sync store/a/b.")
+        assert (named, after) == ("name store/a/b", "sync store/a")
+    assert store.get("a/b") == b"2"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
