@@ -7,9 +7,10 @@ then removes the old objects. Objects are immutable, so each step writes without
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -83,12 +84,12 @@ def corpus_parts(store: Store, version: str) -> list[str]:
     """
     name = f"corpus/{version}/manifest.json"
     try:
-        document = store.get_json(name)
+        document = json.loads(store.get_if_exists(name) or b"")
         if is_intact(document):
             return [str(part) for part in document["parts"]]
-    except (KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise StoreError(f"{store.url}/{name}: altered, or names no parts", "run `prag repair`")
+    raise StoreError(f"{store.url}/{name}: missing, altered, or names no parts", "run `prag repair`")
 
 
 def holding(store: Store, snapshots: Iterable[Snapshot], keys: Sequence[str]) -> dict[str, list[str]]:
@@ -128,8 +129,10 @@ def snapshots_to_keep(store: Store, newest: int) -> tuple[list[str], dict[str, l
     return kept, {id: parts for id, parts in held.items() if id in kept}
 
 
-def erase_rows(store: Store, keys: Collection[str]) -> list[str]:
+def erase_rows(store: Store, keys: Collection[str], check: Callable[[], None] = lambda: None) -> list[str]:
     """Take passages out of the augmentations and rejects, and return the parts that were removed for it.
+
+    `check` is called before each removal, and raises when the store's lease is lost.
 
     Raises:
         StoreError: when the store cannot be read or written; what was erased until then stays so.
@@ -143,6 +146,7 @@ def erase_rows(store: Store, keys: Collection[str]) -> list[str]:
         rest = table.filter(pc.invert(pc.is_in(table["key"], value_set=wanted)))
         if rest.num_rows:
             store.put_table(posixpath.dirname(part), rest)
+        check()
         remove(store, part)
         removed.append(part)
     return removed

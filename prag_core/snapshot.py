@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -186,7 +187,8 @@ def rollback(store: Store, id: str) -> Snapshot:
 
     Raises:
         StoreError: when there is no such snapshot.
-        ConflictError: when somebody else changed the one in service at the same time.
+        ConflictError: when somebody else changed the one in service at the same time, or a collection of garbage
+            was taking this snapshot away; then what served before serves on.
     """
     snapshot = load_snapshot(store, id)
     previous = store.get_if_exists(CURRENT)
@@ -198,6 +200,14 @@ def rollback(store: Store, id: str) -> Snapshot:
         snapshot = with_tombstones(snapshot, forgotten)
         put_snapshot(store, snapshot)
     _move(store, previous, snapshot.id)
+    # A collection removes a document and then looks at CURRENT and PINS: one of the two sees the other.
+    if not store.exists(_document(id)):
+        if previous is not None:
+            with contextlib.suppress(ConflictError):  # somebody has put another one into service by now
+                store.swap(CURRENT, _naming(snapshot.id), previous)
+            if snapshot.id != id:
+                store.remove(_document(snapshot.id))
+        raise _collected(store, id)
     return snapshot
 
 
@@ -215,10 +225,14 @@ def pin(store: Store, id: str) -> None:
 
     Raises:
         StoreError: when there is no such snapshot.
-        ConflictError: when others changed the pins again and again meanwhile.
+        ConflictError: when others changed the pins again and again meanwhile, or a collection of garbage was taking
+            this snapshot away.
     """
     load_snapshot(store, id)
     _change_pins(store, lambda pins: pins | {id})
+    if not store.exists(_document(id)):  # as in `rollback`
+        _change_pins(store, lambda pins: pins - {id})
+        raise _collected(store, id)
 
 
 def unpin(store: Store, id: str) -> None:
@@ -304,9 +318,19 @@ def _field(store: Store, name: str, data: bytes, field: str) -> Any:
         raise StoreError(f"{store.url}/{name}: does not say {field!r}", "it was written by hand: mend it") from None
 
 
+def _naming(id: str) -> bytes:
+    return json.dumps({"snapshot": id}).encode()
+
+
+def _collected(store: Store, id: str) -> ConflictError:
+    return ConflictError(
+        f"store = {store.url!r}: `prag gc` is taking the snapshot {id} away", "choose another of `prag snapshots list`"
+    )
+
+
 def _move(store: Store, previous: bytes | None, id: str) -> None:
     try:
-        store.swap(CURRENT, previous, json.dumps({"snapshot": id}).encode())
+        store.swap(CURRENT, previous, _naming(id))
     except ConflictError:
         raise _conflict(store, id, current_id(store)) from None
 
