@@ -189,7 +189,7 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     go first, and what they name only when neither is so; `rollback` and `pin`, for their part, look for the document
     after their write.
 
-    `check` is called before each removal, and raises when the store's lease is lost.
+    `check` is called before each removal of anything else, and raises when the store's lease is lost.
 
     Raises:
         ConflictError: when a snapshot that was to go is in service or pinned by now; it stays, with all that it names.
@@ -198,10 +198,10 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     names = [finding.name for finding in garbage.objects]
     documents = {name: store.get_if_exists(name) for name in names if kind_of(name) == "snapshots"}
     _check_unused(store, names)
-    for name in documents:
-        check()
-        remove(store, name)
+    check()
     try:
+        for name in documents:
+            remove(store, name)
         _check_unused(store, names)
     except StoreError:
         for name, data in documents.items():
