@@ -189,7 +189,7 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     go first, and what they name only when neither is so; `rollback` and `pin`, for their part, look for the document
     after their write.
 
-    `check` is called before each removal of anything else, and raises when the store's lease is lost.
+    `check` is called before these and before each other removal, and raises when the store's lease is lost.
 
     Raises:
         ConflictError: when a snapshot that was to go is in service or pinned by now; it stays, with all that it names.

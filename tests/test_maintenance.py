@@ -24,7 +24,7 @@ from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters, p
 from prag_core.compaction import Compaction, put_rows, record_compaction
 from prag_core.config import AugmentConfig, TrainConfig
 from prag_core.errors import AdapterError, ConflictError, LeaseError, StoreError
-from prag_core.forgetting import forgotten_keys
+from prag_core.forgetting import erase_rows, forgotten_keys
 from prag_core.garbage import RunInputs, collect, find_garbage, parse_age, put_inputs, recent_inputs
 from prag_core.identity import checksum, fingerprint, is_intact, seal
 from prag_core.lease import LEASE, LeaseRecord, acquire_lease
@@ -647,19 +647,26 @@ def test_a_snapshot_that_was_just_collected_is_not_chosen(
     assert all_snapshots(store) == snapshots - {old}
 
 
-def test_a_collection_that_lost_its_lease_stops(store: Store) -> None:
-    shard = f"adapters/{RECIPE.fingerprint}/shards/{'0' * 32}.safetensors"
-    store.put(shard, b"nobody's")
+def test_who_lost_the_lease_removes_nothing_more(store: Store) -> None:
+    store.put(f"adapters/{RECIPE.fingerprint}/shards/{'0' * 32}.safetensors", b"nobody's")
     garbage = find_garbage(store, list_objects(store), all_snapshots(store), grace_s=0)
+    row = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))[0]
+    store.put(row.shard, store.get(row.shard)[:-1])
+    findings, before = verify(store), {item.name for item in list_objects(store)}
     lease = acquire_lease(store, "gc", ttl_s=0.2)
     acquire_lease(store, "run1", take_over=True).release()
     deadline = time.monotonic() + 10
     while not lease.lost:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with pytest.raises(LeaseError, match="the lease of run gc"):
-        collect(store, garbage, lease.check)
-    assert store.exists(shard)
+    for work in (
+        lambda: collect(store, garbage, lease.check),
+        lambda: repair(store, findings, lease.check),
+        lambda: erase_rows(store, [row.key], lease.check),
+    ):
+        with pytest.raises(LeaseError, match="the lease of run gc"):
+            work()
+    assert before <= {item.name for item in list_objects(store)}
     lease.release()
 
 
