@@ -145,9 +145,9 @@ def gc(
 ) -> None:
     """Compact the ledger, and remove what nobody needs any more.
 
-    Kept are the newest snapshots, the pinned ones, the one in service, and all that they name; also what the newest
-    run would resume from, augmentations and rejects. Ledger parts become few, shards with few adapters that still
-    count are written anew, and the bytes of forgotten passages go.
+    Kept are the newest snapshots, the pinned ones, the one in service, and all that they name; also what recent runs
+    would resume from, augmentations and rejects. Ledger parts become few, shards with few adapters that still count
+    are written anew, and the bytes of forgotten passages go, as do adapters of passages that no kept corpus has.
     """
     from pipelines import operate
 

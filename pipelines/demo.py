@@ -17,6 +17,7 @@ from prag_core.augment_import import read_augmentations
 from prag_core.config import Config
 from prag_core.engine import Engine, Request, open_engine
 from prag_core.errors import InputError
+from prag_core.forgetting import corpus_parts
 from prag_core.metrics import f1, paired_bootstrap
 from prag_core.records import MODES, Answer, Hit, Passage, from_table
 from prag_core.snapshot import load_snapshot
@@ -84,7 +85,7 @@ def read_questions(path: Path, passages: dict[str, Passage]) -> list[Question]:
 
 def _passages(store: Store) -> dict[str, Passage]:
     version = load_snapshot(store).corpus_version
-    parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
+    parts = corpus_parts(store, version)
     rows = from_table(Passage, store.get_table(Passage, parts))
     return {source: passage for passage in rows for source in passage.sources}
 

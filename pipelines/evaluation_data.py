@@ -17,6 +17,7 @@ import ray.data
 from pipelines.tables import read_columns, read_parts
 from prag_core.config import Config
 from prag_core.datasets import GoldIndex, Question
+from prag_core.forgetting import corpus_parts
 from prag_core.models import cache_dir
 from prag_core.records import Augmentation, Hit, Passage, from_table, schema, to_table
 from prag_core.retrieval import JVM_ENV, open_index
@@ -47,7 +48,7 @@ def find_passages(store: Store, snapshot: Snapshot, keys: Iterable[str], partiti
 
 
 def _passages(store: Store, snapshot: Snapshot, chosen: Callable[[Passage], bool], partitions: int) -> list[Passage]:
-    parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
+    parts = corpus_parts(store, snapshot.corpus_version)
     rows = read_columns(store, parts, schema(Passage).names, partitions)
     kept = rows.map_batches(_choose, batch_format="pyarrow", fn_kwargs={"chosen": chosen})
     gone = set(snapshot.tombstones)

@@ -23,10 +23,11 @@ from pipelines.tables import Survey, read_columns, survey
 from prag_core.adapter_store import open_adapters
 from prag_core.augment_import import paper_passages
 from prag_core.config import Config
+from prag_core.forgetting import corpus_parts
 from prag_core.lease import hold_lease
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, Passage, from_table, schema
-from prag_core.snapshot import load_snapshot
+from prag_core.snapshot import forgotten_now, load_snapshot
 from prag_core.store import open_store
 
 # The name of the augmenting model in the paper's form.
@@ -35,6 +36,8 @@ _MODEL = "prag"
 
 def import_into_store(config: Config, console: Console) -> dict[str, int]:
     """Store what `augment.import_file` holds for the passages of the corpus; nothing is generated.
+
+    Forgotten passages are left out.
 
     Returns:
         Counts: the passages, those imported now and earlier, those that the file lacks, and the file's bad records.
@@ -51,7 +54,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     profile, progress = profile_of(config), RunProgress(store, run, console)
     with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
-        corpus = ingest.ingest(config.corpus, profile.partitions)
+        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten_now(store))
         ingest.store_corpus(store, corpus, run)
         passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
@@ -89,7 +92,7 @@ def export_from_store(config: Config, file: Path, form: str, snapshot_id: str | 
     adapters, _ = open_adapters(store, snapshot.recipe)
     partitions = profile_of(config).partitions
     with ray_session(profile_of(config)):
-        parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
+        parts = corpus_parts(store, snapshot.corpus_version)
         rows = read_columns(store, parts, schema(Passage).names, partitions)
         passages = [p for batch in data.batches(rows) for p in from_table(Passage, batch)]
         keys = {passage.key for passage in passages} - set(snapshot.tombstones)

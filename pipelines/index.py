@@ -13,6 +13,7 @@ import ray
 
 from pipelines.report import StageReport
 from prag_core.config import IndexConfig
+from prag_core.forgetting import corpus_parts
 from prag_core.records import Passage, from_table
 from prag_core.retrieval import JVM_ENV, StoredIndex, archive_index, build_index, find_index, index_id
 from prag_core.store import Store
@@ -53,7 +54,7 @@ def _build(store: Store, corpus_version: str, id: str) -> StoredIndex:
 
 
 def _passages(store: Store, corpus_version: str) -> Iterator[Passage]:
-    for part in store.get_json(f"corpus/{corpus_version}/manifest.json")["parts"]:
+    for part in corpus_parts(store, corpus_version):
         with store.open(part) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches():
+            for batch in pq.ParquetFile(stream, page_checksum_verification=True).iter_batches():
                 yield from from_table(Passage, pa.Table.from_batches([batch]))

@@ -18,6 +18,7 @@ from pipelines.tables import read_columns
 from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
 from prag_core.errors import InputError
+from prag_core.forgetting import corpus_parts
 from prag_core.identity import fingerprint, seal
 from prag_core.records import Passage, Reject, from_table, schema, to_table
 from prag_core.store import Store, put_rejects
@@ -119,7 +120,7 @@ def stored_passages(
     store: Store, version: str, partitions: int, columns: Sequence[str] = tuple(schema(Passage).names)
 ) -> ray.data.Dataset:
     """Return the passages of a stored corpus version; they are read anew wherever they are needed."""
-    parts = store.get_json(f"corpus/{version}/manifest.json")["parts"]
+    parts = corpus_parts(store, version)
     if not parts:
         return ray.data.from_arrow(schema(Passage).empty_table().select(columns))
     return read_columns(store, parts, list(columns), partitions)

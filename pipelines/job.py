@@ -31,7 +31,15 @@ from prag_core.identity import is_start_name
 from prag_core.layout import LoraLayout
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.recipe import Recipe
-from prag_core.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish, same_content
+from prag_core.snapshot import (
+    Snapshot,
+    current_id,
+    forgotten_now,
+    load_snapshot,
+    make_snapshot,
+    publish,
+    same_content,
+)
 from prag_core.store import Store, open_store
 
 # Called with the snapshot in service, if there is one, and with the one that is about to take its place, unless both
@@ -165,7 +173,7 @@ def _stages(
     # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
     serving = current_id(store)
     before = load_snapshot(store, serving) if serving else None
-    forgotten = before.tombstones if before else ()
+    forgotten = before.tombstones if before else tuple(sorted(forgotten_now(store)))
     # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
     corpus = anew("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
     put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))

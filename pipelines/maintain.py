@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from prag_core.compaction import (
     MARKED,
     ROWS_PER_PART,
     Compaction,
+    corpus_keys,
     mark_live,
     put_rows,
     record_compaction,
     settle,
 )
+from prag_core.forgetting import corpus_parts
 from prag_core.maintenance import (
     Finding,
     check_object,
@@ -72,13 +74,15 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
     """Check a store on Ray: each object once, each shard with all ledger rows that name it. Changes nothing.
 
     Raises:
-        StoreError: when the store cannot be listed.
+        UnreachableError: when the store does not answer: that is no damage.
     """
     begun = time.perf_counter()
+    # What names something is looked at before it: a run at work stores that first.
+    serving = serving_id(store)
+    snapshots, findings = list_snapshots(store)
     objects = list_objects(store)
     names = [item.name for item in objects]
-    snapshots, findings = list_snapshots(store)
-    findings += check_references(names, snapshots, serving_id(store)) + check_singles(store, snapshots)
+    findings += check_references(names, snapshots, serving) + check_singles(store, snapshots)
     checkable = [name for name in names if is_checkable(name)]
     shards = sum(kind_of(name) == "shards" for name in names)
     how = {"store": store, "full": full}
@@ -111,9 +115,9 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
 class Compacted:
     """What a compaction did, or would do.
 
-    `rows` are those of the snapshot in service, `superseded` and `forgotten` those of them that no longer count;
-    `parts` the ledger parts before, `new_parts` after (0: it was not worth it, or only looked at); `snapshot` the
-    one in service after it.
+    `rows` are those of the snapshot in service, `superseded` and `forgotten` those of them that no longer count (a
+    row is superseded by a later one, or by corpora that have its passage no more); `parts` the ledger parts before,
+    `new_parts` after (0: it was not worth it, or only looked at); `snapshot` the one in service after it.
     """
 
     rows: int
@@ -124,10 +128,26 @@ class Compacted:
     snapshot: str
 
 
-def compact(store: Store, snapshot: Snapshot, profile: Profile, *, dry_run: bool = False) -> Compacted:
+def compact(
+    store: Store,
+    snapshot: Snapshot,
+    profile: Profile,
+    corpora: Collection[str],
+    *,
+    since: float,
+    dry_run: bool = False,
+) -> Compacted:
     """Put few ledger parts and full shards in the place of the snapshot's, and publish a snapshot that names them.
 
     Nothing is done when the parts are few, all rows count, and no shard holds a forgotten passage.
+
+    Args:
+        store: The store.
+        snapshot: The one in service.
+        profile: On what it runs.
+        corpora: The versions of the corpora, besides the snapshot's, whose passages keep their adapters.
+        since: Adapters that were made later, in seconds since the epoch, are kept whosesoever they are.
+        dry_run: Only look.
 
     Raises:
         ConflictError: when somebody published meanwhile; nothing is lost, and the old parts stay in service.
@@ -138,10 +158,12 @@ def compact(store: Store, snapshot: Snapshot, profile: Profile, *, dry_run: bool
         return Compacted(0, 0, 0, 0, 0, snapshot.id)
     with ray_session(profile):
         # 1. Which rows count: all rows of a key meet.
-        rows = _tasks(snapshot.ledger_parts, profile).map_batches(_plain_rows, **_blocks(), fn_kwargs={"store": store})
+        versions = sorted({snapshot.corpus_version, *corpora})
+        parts = [*snapshot.ledger_parts, *(part for version in versions for part in corpus_parts(store, version))]
+        rows = _tasks(parts, profile).map_batches(_plain_rows, **_blocks(), fn_kwargs={"store": store})
         marked = (
-            _together(rows, "key", _partitions(len(snapshot.ledger_parts), profile))
-            .map_batches(_mark, **_blocks(), fn_kwargs={"forgotten": forgotten})
+            _together(rows, "key", _partitions(len(parts), profile))
+            .map_batches(_mark, **_blocks(), fn_kwargs={"forgotten": forgotten, "since": since})
             .materialize()
         )
         counts = marked.map_batches(_count, **_blocks(), fn_kwargs={"forgotten": forgotten}).take_all()
@@ -154,15 +176,15 @@ def compact(store: Store, snapshot: Snapshot, profile: Profile, *, dry_run: bool
         # 2. Where they lie: all rows of a shard meet, and each group of shards becomes one part.
         arguments = {"store": store, "recipe": snapshot.recipe, "forgotten": forgotten}
         written = _together(marked, "shard", wanted).map_batches(_settle, **_blocks(), fn_kwargs=arguments).take_all()
-    parts = tuple(sorted({row["part"] for row in written if row["part"]}))
-    if {*parts} == {*snapshot.ledger_parts}:
+    made = tuple(sorted({row["part"] for row in written if row["part"]}))
+    if {*made} == {*snapshot.ledger_parts}:
         return nothing
     # 3. The commit, and the snapshot that shows it.
-    replaced = tuple(part for part in snapshot.ledger_parts if part not in parts)
-    record_compaction(store, snapshot.recipe, Compaction(parts, replaced))
-    new = with_ledger(snapshot, parts, min(live, max(snapshot.adapters - erased, 0)))
+    replaced = tuple(part for part in snapshot.ledger_parts if part not in made)
+    record_compaction(store, snapshot.recipe, Compaction(made, replaced))
+    new = with_ledger(snapshot, made, min(live, max(snapshot.adapters - erased, 0)))
     publish(store, new, replaces=snapshot.id)
-    return Compacted(total, total - live - erased, erased, before, len(parts), new.id)
+    return Compacted(total, total - live - erased, erased, before, len(made), new.id)
 
 
 def _blocks() -> dict[str, Any]:
@@ -209,11 +231,12 @@ def _check_shards(table: pa.Table, store: Store, full: bool) -> pa.Table:
 
 def _plain_rows(table: pa.Table, store: Store) -> Iterator[pa.Table]:
     for name in table["name"].to_pylist():
-        yield store.get_table(LedgerRow, [name])
+        yield store.get_table(LedgerRow, [name]) if kind_of(name) == "ledger" else corpus_keys(store, name)
 
 
-def _mark(table: pa.Table, forgotten: list[str]) -> pa.Table:
-    return mark_live(table.select(schema(LedgerRow).names) if table.num_columns else table, forgotten)
+def _mark(table: pa.Table, forgotten: list[str], since: float) -> pa.Table:
+    rows = table.select(schema(LedgerRow).names) if table.num_columns else schema(LedgerRow).empty_table()
+    return mark_live(rows, forgotten, since)
 
 
 def _count(table: pa.Table, forgotten: list[str]) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,13 +17,14 @@ from pipelines.profiles import profile_of
 from prag_core.config import Config
 from prag_core.errors import InputError
 from prag_core.forgetting import Known, erase_rows, find_passages, is_key, snapshots_to_keep
-from prag_core.garbage import Garbage, collect, find_garbage
-from prag_core.lease import hold_lease
+from prag_core.garbage import Garbage, collect, find_garbage, needed_corpora
+from prag_core.lease import Lease, hold_lease
 from prag_core.maintenance import Usage, list_objects, usage
 from prag_core.records import LedgerRow, to_table
 from prag_core.repair import Repaired, forget_rejects, repair
 from prag_core.snapshot import (
     current_id,
+    kept_snapshots,
     load_snapshot,
     publish,
     with_ledger,
@@ -67,7 +69,7 @@ def mend(config: Config, console: Console, *, full: bool, run: bool, take_over: 
         if not verified.findings:
             return Mended(verified, None, None)
         lease.check()
-        repaired = repair(store, verified.findings)
+        repaired = repair(store, verified.findings, lease.check)
     report = run_job(config, console).to_json() if run else None
     return Mended(verified, repaired, report)
 
@@ -104,28 +106,31 @@ def clean(
     """Compact the ledger, erase what was forgotten, and remove what nobody needs; with `dry_run`, only look.
 
     Raises:
-        LeaseError: when a run works on the store.
+        LeaseError: when a run works on the store, or has taken it over meanwhile.
+        ConflictError: when a snapshot that was to go was put into service or pinned meanwhile; run it again.
         StoreError: when the store is damaged: nobody knows then what is needed.
     """
     store = open_store(config)
     newest = keep or config.storage.keep_snapshots
     if dry_run:
-        return _clean(store, config, newest, grace_s, dry_run=True)
+        return _clean(store, config, newest, grace_s, None)
     with hold_lease(store, _name("gc"), take_over=take_over) as lease:
-        done = _clean(store, config, newest, grace_s, dry_run=False)
-        lease.check()
-        collect(store, done.garbage)
+        done = _clean(store, config, newest, grace_s, lease)
+        collect(store, done.garbage, lease.check)
     return done
 
 
-def _clean(store: Store, config: Config, newest: int, grace_s: float, *, dry_run: bool) -> Collected:
-    # 1. Few parts, full shards, and nothing of the forgotten in them.
-    compacted, erased = None, []
+def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: Lease | None) -> Collected:
+    """Do all but the removal of garbage; without a lease, only look."""
+    # 1. Few parts, full shards, and nothing in them of what was forgotten or has left every corpus.
+    compacted, erased, dry_run = None, [], lease is None
     if current_id(store):
         snapshot = load_snapshot(store)
-        compacted = compact(store, snapshot, profile_of(config), dry_run=dry_run)
-        if snapshot.tombstones and not dry_run:
-            erased = erase_rows(store, snapshot.tombstones)
+        corpora = needed_corpora(store, list_objects(store), kept_snapshots(store, newest), grace_s=grace_s)
+        since = time.time() - grace_s
+        compacted = compact(store, snapshot, profile_of(config), corpora, since=since, dry_run=dry_run)
+        if snapshot.tombstones and lease is not None:
+            erased = erase_rows(store, snapshot.tombstones, lease.check)
     # 2. What is left over.
     kept, held = snapshots_to_keep(store, newest)
     garbage = find_garbage(store, list_objects(store), kept, grace_s=grace_s)

@@ -23,7 +23,7 @@ from prag_core.layout import adapter_size_bytes
 from prag_core.models import load_tokenizer, resolve_model
 from prag_core.recipe import Recipe
 from prag_core.records import Passage
-from prag_core.snapshot import current_id, load_snapshot
+from prag_core.snapshot import forgotten_now
 from prag_core.store import open_store
 
 _SAMPLE = 64
@@ -87,8 +87,7 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     profile = profile_of(config)
     recipe, layout = describe(config)
     with ray_session(profile):
-        forgotten = load_snapshot(store).tombstones if current_id(store) else ()
-        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
+        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten_now(store))
         found = survey(store, corpus.passages, recipe, profile.partitions)
         counts = found.counts
         to_augment = counts["to_augment"]

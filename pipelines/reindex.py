@@ -19,6 +19,7 @@ from pipelines.progress import RunProgress
 from pipelines.tables import distinct, read_columns
 from prag_core.config import Config
 from prag_core.errors import CanaryError, ConfigError, StoreError
+from prag_core.forgetting import corpus_parts
 from prag_core.retrieval import find_index
 from prag_core.snapshot import Snapshot, put_candidate
 from prag_core.store import Store, open_store
@@ -171,7 +172,7 @@ def check_whole(store: Store, snapshot: Snapshot, partitions: int) -> None:
         StoreError: naming the first thing that is not.
     """
     missing = [] if find_index(store, snapshot.index) else [f"indexes/{snapshot.index}"]
-    parts = store.get_json(f"corpus/{snapshot.corpus_version}/manifest.json")["parts"]
+    parts = corpus_parts(store, snapshot.corpus_version)
     missing += sorted({*parts} - {*store.list(f"corpus/{snapshot.corpus_version}", ".parquet")})
     if snapshot.ledger_parts and not missing:
         named = read_columns(store, list(snapshot.ledger_parts), ["shard"], partitions)

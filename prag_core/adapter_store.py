@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 
 from prag_core.compaction import visible_parts
-from prag_core.errors import AdapterError, StoreError
+from prag_core.errors import AdapterError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact, seal
 from prag_core.layout import LoraLayout
 from prag_core.ledger import LedgerColumns, Located
@@ -119,10 +119,12 @@ class AdapterStore:
         """Return the bytes of one adapter by one ranged read, as they are.
 
         Raises:
-            AdapterError: when the shard is missing or cut short.
+            AdapterError: when the shard is missing or cut short, or the store cannot be asked.
         """
         try:
             return self.store.get(row.shard, row.offset, row.offset + row.length)
+        except UnreachableError as error:
+            raise AdapterError(f"adapter {row.key}: {error.message}", error.remedy) from None
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
 
@@ -158,12 +160,15 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
 
     Raises:
         AdapterError: when they are missing or altered.
+        UnreachableError: when the store cannot be asked.
     """
     import safetensors.torch
 
     try:
         data = store.get(f"starts/{name}.safetensors")
         tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}
+    except UnreachableError:
+        raise
     except (StoreError, safetensors.SafetensorError) as error:
         raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.start again") from None
     if start_fingerprint(tensors) != name:

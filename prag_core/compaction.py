@@ -1,5 +1,8 @@
 """Many small ledger parts become few, and shards with few live adapters smaller ones.
 
+A row counts if it is the latest of its passage, and the passage is in a corpus that is still needed or the row is
+young: a passage that changed is another one, so without the corpus the adapters of old texts would stay for ever.
+
 New shards and new ledger parts are written first. Then `adapters/<recipe>/compactions/<id>.json` names the new parts
 and those that they replace: this write is the commit, and from then on the old ones count no more for the next run.
 Snapshots go on naming the old parts until one that names the new ones is published; `gc` takes the old ones away when
@@ -100,11 +103,31 @@ def record_compaction(store: Store, recipe: str, compaction: Compaction) -> None
     store.put_json(name, seal(asdict(whole)))
 
 
-def mark_live(rows: pa.Table, forgotten: Sequence[str]) -> pa.Table:
-    """Add to ledger rows whether each counts: the latest of its key, and not forgotten.
+def corpus_keys(store: Store, part: str) -> pa.Table:
+    """Return the keys of a corpus part as `mark_live` takes them: as ledger rows of which nothing else is known.
 
-    All rows of a key must be among `rows`. Of rows of one time, as a retried task may leave them, one counts.
+    Raises:
+        StoreError: when the part is missing or damaged.
     """
+    keys = store.get_columns(part, ["key"])["key"]
+    columns = [keys if field.name == "key" else pa.nulls(len(keys), field.type) for field in schema(LedgerRow)]
+    return pa.table(columns, schema=schema(LedgerRow))
+
+
+def mark_live(rows: pa.Table, forgotten: Sequence[str], since: float) -> pa.Table:
+    """Return the ledger rows among `rows`, with whether each counts.
+
+    It does if it is the latest of its key, its key is not forgotten, and a corpus has the key or the row was created
+    after `since`. Of rows of one time, as a retried task may leave them, one counts.
+
+    Args:
+        rows: Ledger rows, and for each passage of a corpus its key (`corpus_keys`); all rows of a key.
+        forgotten: Keys that do not count.
+        since: Seconds since the epoch.
+    """
+    is_ledger = pc.is_valid(rows["shard"])
+    wanted = rows.filter(pc.invert(is_ledger))["key"].combine_chunks()
+    rows = rows.filter(is_ledger)
     if not rows.num_rows:
         return MARKED.empty_table()
     numbered = rows.append_column("row", pa.array(range(rows.num_rows)))
@@ -112,7 +135,8 @@ def mark_live(rows: pa.Table, forgotten: Sequence[str]) -> pa.Table:
     last = latest.group_by("key", use_threads=False).aggregate([("row", "last")])["row_last"]
     counts = pc.is_in(numbered["row"], value_set=last.combine_chunks())
     erased = pc.is_in(rows["key"], value_set=pa.array(forgotten, pa.string()))
-    return rows.append_column(MARKED.field("live"), pc.and_(counts, pc.invert(erased)))
+    needed = pc.or_(pc.is_in(rows["key"], value_set=wanted), pc.greater(rows["created"], since))
+    return rows.append_column(MARKED.field("live"), pc.and_(pc.and_(counts, needed), pc.invert(erased)))
 
 
 def settle(store: Store, marked: pa.Table, forgotten: Sequence[str]) -> list[LedgerRow]:

@@ -44,6 +44,10 @@ class StoreError(PragError):
     exit_code = 5
 
 
+class UnreachableError(StoreError):
+    """The store gave no answer, or refused one: what it holds is not known, so nothing of it may count as damaged."""
+
+
 class AdapterError(StoreError):
     """One adapter's bytes are missing, truncated, altered or do not fit the model."""
 

@@ -7,19 +7,19 @@ then removes the old objects. Objects are immutable, so each step writes without
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prag_core.errors import InputError, StoreError
-from prag_core.identity import KEY_BYTES
+from prag_core.identity import KEY_BYTES, is_intact
 from prag_core.maintenance import remove
-from prag_core.snapshot import Snapshot, current_id, kept_snapshots, load_snapshot, pinned
+from prag_core.snapshot import Snapshot, current_id, forgotten_now, kept_snapshots, load_snapshot, pinned
 from prag_core.store import Store
 
 _KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
@@ -31,11 +31,9 @@ def forgotten_keys(store: Store, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the keys that must not be used when answering from a snapshot: its own tombstones and later ones.
 
     Raises:
-        StoreError: when the snapshot in service cannot be read.
+        UnreachableError: when the store cannot be asked.
     """
-    serving = current_id(store)
-    later = load_snapshot(store, serving).tombstones if serving not in (None, snapshot.id) else ()
-    return tuple(sorted({*snapshot.tombstones, *later}))
+    return tuple(sorted({*snapshot.tombstones} | forgotten_now(store)))
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,14 @@ def corpus_parts(store: Store, version: str) -> list[str]:
     Raises:
         StoreError: when it has no readable manifest.
     """
+    name = f"corpus/{version}/manifest.json"
     try:
-        return [str(part) for part in store.get_json(f"corpus/{version}/manifest.json")["parts"]]
-    except (KeyError, TypeError):
-        raise StoreError(f"{store.url}/corpus/{version}/manifest.json: names no parts", "run `prag repair`") from None
+        document = json.loads(store.get_if_exists(name) or b"")
+        if is_intact(document):
+            return [str(part) for part in document["parts"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise StoreError(f"{store.url}/{name}: missing, altered, or names no parts", "run `prag repair`")
 
 
 def holding(store: Store, snapshots: Iterable[Snapshot], keys: Sequence[str]) -> dict[str, list[str]]:
@@ -127,8 +129,10 @@ def snapshots_to_keep(store: Store, newest: int) -> tuple[list[str], dict[str, l
     return kept, {id: parts for id, parts in held.items() if id in kept}
 
 
-def erase_rows(store: Store, keys: Collection[str]) -> list[str]:
+def erase_rows(store: Store, keys: Collection[str], check: Callable[[], None] = lambda: None) -> list[str]:
     """Take passages out of the augmentations and rejects, and return the parts that were removed for it.
+
+    `check` is called before each removal, and raises when the store's lease is lost.
 
     Raises:
         StoreError: when the store cannot be read or written; what was erased until then stays so.
@@ -138,11 +142,11 @@ def erase_rows(store: Store, keys: Collection[str]) -> list[str]:
     for part in [name for folder in _TABLES for name in store.list(folder, ".parquet")]:
         if not _has_any(store, part, wanted):
             continue
-        with pa.BufferReader(store.get(part)) as data:
-            table = pq.read_table(data)
+        table = store.get_part(part)  # what is written anew has been checked: nothing altered gets a good name
         rest = table.filter(pc.invert(pc.is_in(table["key"], value_set=wanted)))
         if rest.num_rows:
             store.put_table(posixpath.dirname(part), rest)
+        check()
         remove(store, part)
         removed.append(part)
     return removed

@@ -60,7 +60,7 @@ class LedgerColumns:
         self._naming = threading.Lock()
         # A store far away answers late, and several parts can be asked for at once.
         with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda part: self._rows_of(part, store.get_columns(part, _COLUMNS)), parts)
+            read = pool.map(lambda part: self._rows_of(part, store.get_part(part, _COLUMNS)), parts)
             rows = np.concatenate([np.empty(0, _ROW), *read])
         order = np.argsort(rows["created"], kind="stable")
         order = order[np.argsort(rows["key"][order], kind="stable")]

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.errors import PragError, StoreError
+from prag_core.errors import PragError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
 from prag_core.lease import LEASE, read_lease
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_dict, schema
 from prag_core.retrieval import StoredIndex, checksum_stream
-from prag_core.snapshot import CURRENT, PINS, Snapshot, pinned, renamed
+from prag_core.snapshot import CURRENT, PINS, Snapshot, load_snapshot, pinned
 from prag_core.store import Store
 
 Kind = Literal[
@@ -117,31 +117,34 @@ def remove(store: Store, name: str) -> None:
 
 
 def list_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
-    """Return the readable snapshots, oldest first, and a finding for each one that is not as it was published."""
+    """Return the readable snapshots, oldest first, and a finding for each one that is not as it was published.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
     snapshots, findings = [], []
     for name in store.list("snapshots", ".json"):
         try:
-            snapshots.append(_read_snapshot(store, name))
-        except (StoreError, TypeError, KeyError, ValueError, AttributeError) as error:
+            snapshots.append(load_snapshot(store, name.removeprefix("snapshots/").removesuffix(".json")))
+        except UnreachableError:
+            raise
+        except StoreError as error:
             findings.append(Finding(name, "not_readable", _words(error), repairable=False))
     return sorted(snapshots, key=lambda snapshot: (snapshot.created, snapshot.id)), findings
 
 
 def serving_id(store: Store) -> str | None:
-    """Return the id that `CURRENT` names, or None when there is no `CURRENT` or it cannot be read."""
+    """Return the id that `CURRENT` names, or None when there is no `CURRENT` or it names none.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
     try:
         return str(json.loads(store.get(CURRENT))["snapshot"])
+    except UnreachableError:
+        raise
     except (StoreError, ValueError, TypeError, KeyError):
         return None
-
-
-def _read_snapshot(store: Store, name: str) -> Snapshot:
-    document = store.get_json(name)
-    lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
-    snapshot = Snapshot(**{**document, **lists})
-    if name != f"snapshots/{snapshot.id}.json" or renamed(snapshot).id != snapshot.id:
-        raise ValueError("its content is not what its name says")
-    return snapshot
 
 
 def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serving: str | None) -> list[Finding]:
@@ -167,7 +170,11 @@ def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serv
 
 
 def check_singles(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
-    """Check the objects of which there is one: `PINS`, and the lease."""
+    """Check the objects of which there is one: `PINS`, and the lease.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
     findings = []
     try:
         unknown = sorted({*pinned(store)} - {snapshot.id for snapshot in snapshots})
@@ -175,10 +182,14 @@ def check_singles(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
             findings.append(Finding(PINS, "not_readable", f"names {unknown[0]}, which is no readable snapshot"))
             gone = [f"snapshots/{id}.json" for id in unknown if not store.exists(f"snapshots/{id}.json")]
             findings += [Finding(name, "missing", f"{PINS} names it", repairable=False) for name in gone]
+    except UnreachableError:
+        raise
     except (StoreError, TypeError) as error:
         findings.append(Finding(PINS, "not_readable", _words(error), repairable=False))
     try:
         read_lease(store)
+    except UnreachableError:
+        raise
     except StoreError as error:
         findings.append(Finding(LEASE, "not_readable", _words(error)))
     return findings
@@ -202,7 +213,9 @@ def is_checkable(name: str) -> bool:
     kind, base = kind_of(name), posixpath.basename(name)
     if kind in _RECORDS:
         return name.endswith((".parquet", "manifest.json"))
-    return kind in ("starts", "compactions") or base in ("index.json", "recipe.json", "inputs.json")
+    if kind == "starts":  # beside one may lie a note of the warm-up that made it, which nothing reads
+        return name.endswith(".safetensors")
+    return kind == "compactions" or base in ("index.json", "recipe.json", "inputs.json")
 
 
 def check_object(store: Store, name: str, full: bool) -> list[Finding]:
@@ -210,6 +223,9 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
 
     `full` reads every byte of it; otherwise a part's footer and an archive's size. A ledger part is always read in
     full: all else depends on it.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
     """
     kind = kind_of(name)
     try:
@@ -227,6 +243,8 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
             from prag_core.adapter_store import get_start  # torch, which workers that check parts do without
 
             get_start(store, posixpath.basename(name).removesuffix(".safetensors"))
+    except UnreachableError:
+        raise
     except (PragError, pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [Finding(name, "not_readable", _words(error))]
     return []
@@ -234,7 +252,7 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
 
 def _check_part(store: Store, name: str, full: bool) -> list[Finding]:
     if not full:
-        with store.fs.open(store.path(name)) as stream:
+        with store.open(name) as stream:
             pq.read_schema(stream)
         return []
     data = store.get(name)
@@ -266,7 +284,7 @@ def _check_index(store: Store, name: str, full: bool) -> list[Finding]:
     if size != stored.size_bytes:
         return [Finding(archive, "size", f"{size} bytes instead of {stored.size_bytes}", size_bytes=size)]
     if full:
-        with store.fs.open(store.path(archive), "rb") as stream:
+        with store.open(archive) as stream:
             if checksum_stream(stream) != stored.checksum:
                 return [Finding(archive, "checksum", f"not the bytes that {name} names", size_bytes=size)]
     return []
@@ -332,7 +350,7 @@ def usage(store: Store, objects: Sequence[StoredObject], unreferenced_bytes: int
 
 def _rows(store: Store, part: str) -> int:
     try:
-        with store.fs.open(store.path(part)) as stream:
+        with store.open(part) as stream:
             return int(pq.read_metadata(stream).num_rows)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{store.url}/{part}: not a readable ledger part: {error}", "run `prag repair`") from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow.compute as pc
 
@@ -17,7 +17,16 @@ from prag_core.lease import LEASE
 from prag_core.maintenance import Finding, kind_of, list_snapshots, names_of, remove, serving_id
 from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.shards import replace_rows
-from prag_core.snapshot import CURRENT, PINS, Snapshot, move_pins, renamed
+from prag_core.snapshot import (
+    CURRENT,
+    PINS,
+    Snapshot,
+    load_snapshot,
+    move_pins,
+    put_snapshot,
+    renamed,
+    with_tombstones,
+)
 from prag_core.store import Store
 
 # Written anew by conditional writes, never removed. A lease that is garbled goes when it is taken over.
@@ -41,7 +50,7 @@ class Repaired:
     serving: str | None
 
 
-def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
+def repair(store: Store, findings: Sequence[Finding], check: Callable[[], None] = lambda: None) -> Repaired:
     """Take what `findings` name out of the store, keeping every good adapter; the next run makes the rest again.
 
     - A ledger part that names damaged adapters is replaced by one without them; the good adapters of a damaged shard
@@ -51,8 +60,11 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
     - A snapshot that names a replaced or lost ledger part is replaced by an amended one; passages without an adapter
       go into the prompt meanwhile. A snapshot that lost its corpus, index or recipe stays if it is the one in
       service, for the next run makes these again, and says so when it is opened; otherwise it is withdrawn. So is
-      one that cannot be read; if it was the one in service, the newest readable one takes its place. Pins move
-      along; where `PINS` itself cannot be read, all are lost.
+      one that cannot be read; if it was the one in service, the newest readable one takes its place, with the
+      tombstones of all readable ones. Pins move along; where `PINS` itself cannot be read, all are lost.
+    - What was found missing is not removed: if it is there by now, somebody has just written it.
+
+    `check` is called before each removal, and raises when the store's lease is lost.
 
     Raises:
         ConflictError: when somebody published meanwhile; nothing is removed then, run it again.
@@ -79,8 +91,11 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
     replaced.update({finding.name: None for finding in damage if kind_of(finding.name) == "ledger"})
     # 2. Snapshots, and which of them serves.
     gone = _uncommitted(damage)
-    amended = _amend(store, replaced, gone)
-    serving = _serve(store, amended)
+    before = store.get_if_exists(CURRENT)
+    chosen, forgotten = _choose(store, gone)
+    amended = _amend(store, replaced, gone, chosen)
+    stays = (amended.get(chosen) or load_snapshot(store, chosen)) if chosen else None
+    serving = _serve(store, before, stays, forgotten)
     if store.exists(PINS):
         move_pins(store, {snapshot.id: snapshot.id for snapshot in list_snapshots(store)[0]} | _successors(amended))
     # 3. What is named no more: documents first, then what they named.
@@ -91,8 +106,10 @@ def repair(store: Store, findings: Sequence[Finding]) -> Repaired:
         *sorted(replaced),
         *sorted({finding.name for finding in damage} - named - _SINGLES),
     ]
-    doomed = [name for name in dict.fromkeys(doomed) if store.exists(name)]
+    missing = {finding.name for finding in damage if finding.kind == "missing"}
+    doomed = [name for name in dict.fromkeys(doomed) if name not in missing and store.exists(name)]
     for name in doomed:
+        check()
         remove(store, name)
     return Repaired(
         dropped=tuple(sorted(dropped)),
@@ -117,9 +134,24 @@ def _uncommitted(damage: Sequence[Finding]) -> set[str]:
     }
 
 
-def _amend(store: Store, replaced: Mapping[str, str | None], gone: set[str]) -> dict[str, Snapshot | None]:
+def _choose(store: Store, gone: set[str]) -> tuple[str | None, set[str]]:
+    """Return which snapshot shall serve, and the tombstones that it must have.
+
+    That is the one in service; if it cannot be read, the newest readable one that lost nothing, or else the newest.
+    Nobody knows then what was forgotten last, so what any of them forgot stays forgotten.
+    """
+    snapshots, serving = list_snapshots(store)[0], serving_id(store)
+    if serving in {snapshot.id for snapshot in snapshots}:
+        return serving, set()
+    whole = [snapshot for snapshot in snapshots if not gone & {*names_of(snapshot)}]
+    ids = [snapshot.id for snapshot in whole or snapshots]
+    return ids[-1] if ids else None, {key for snapshot in snapshots for key in snapshot.tombstones}
+
+
+def _amend(
+    store: Store, replaced: Mapping[str, str | None], gone: set[str], serving: str | None
+) -> dict[str, Snapshot | None]:
     """Write what takes the place of each snapshot that must go; None: nothing does."""
-    serving = serving_id(store)
     amended: dict[str, Snapshot | None] = {}
     for snapshot in list_snapshots(store)[0]:
         if snapshot.id != serving and gone & set(names_of(snapshot)):
@@ -129,28 +161,24 @@ def _amend(store: Store, replaced: Mapping[str, str | None], gone: set[str]) -> 
             left = tuple(sorted({part for part in parts if part}))
             keys = store.get_table(LedgerRow, left, ["key"])["key"].unique()
             new = renamed(replace(snapshot, ledger_parts=left, adapters=min(snapshot.adapters, len(keys))))
-            store.put_json(f"snapshots/{new.id}.json", asdict(new))
+            put_snapshot(store, new)
             amended[snapshot.id] = new
     return amended
 
 
-def _serve(store: Store, amended: Mapping[str, Snapshot | None]) -> str | None:
-    before = store.get(CURRENT) if store.exists(CURRENT) else None
-    readable = [snapshot.id for snapshot in list_snapshots(store)[0] if snapshot.id not in amended]
-    serving = serving_id(store)
-    new = amended.get(serving or "")
-    if new is not None:
-        serving = new.id
-    elif serving not in readable:
-        serving = readable[-1] if readable else None
-    if serving is None:
+def _serve(store: Store, before: bytes | None, snapshot: Snapshot | None, forgotten: set[str]) -> str | None:
+    """Put a snapshot with these tombstones into service, unless another one came into it since `before` was read."""
+    if snapshot is None:
         if before is not None:  # no snapshot is left: the next run publishes as if it were the first
             remove(store, CURRENT)
         return None
-    wanted = json.dumps({"snapshot": serving}).encode()
+    if not forgotten <= {*snapshot.tombstones}:
+        snapshot = with_tombstones(snapshot, forgotten)
+        put_snapshot(store, snapshot)
+    wanted = json.dumps({"snapshot": snapshot.id}).encode()
     if wanted != before:
         store.swap(CURRENT, before, wanted)
-    return serving
+    return snapshot.id
 
 
 def forget_rejects(store: Store, stage: str | None, reason: str | None) -> int:

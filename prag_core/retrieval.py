@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -433,7 +434,7 @@ def _checksum(file: Path) -> str:
         return checksum_stream(stream)
 
 
-def checksum_stream(stream: IO[bytes]) -> str:
+def checksum_stream(stream: IO[bytes] | io.RawIOBase) -> str:
     """Return the checksum (that of `identity.checksum`) of a stream, without holding it in memory."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     while chunk := stream.read(COPY_BYTES):

@@ -171,6 +171,11 @@ class S3Objects:
             _pause(attempt)
         raise OSError("its condition was refused again and again, and yet nobody changed it")
 
+    def is_answer(self, error: BaseException) -> bool:
+        """Whether a failure says how an object is, and not that the server could not be asked."""
+        missing = isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket"
+        return missing or isinstance(error, TooShortError)
+
     def explain(self, error: BaseException) -> tuple[str, str]:
         """Say in a few words what failed, and what to do; nothing of the request is repeated, so no secret either."""
         code = _code(error)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import safetensors
 
-from prag_core.errors import AdapterError, StoreError
+from prag_core.errors import AdapterError, StoreError, UnreachableError
 from prag_core.identity import checksum
 from prag_core.maintenance import Finding, Kind
 from prag_core.records import LedgerRow, from_table, schema, to_table
@@ -45,6 +45,9 @@ def check_shards(store: Store, rows: pa.Table, full: bool) -> list[Finding]:
     Without `full`, a shard must be there and as long as its rows say. With it, every byte is read: the shard is what
     its name says, and each adapter has its checksum, the layout's shapes, and only finite values. Shapes are not
     checked where the recipe beside the shards is itself damaged.
+
+    Raises:
+        StoreError: when a shard cannot be read.
     """
     groups: dict[str, list[LedgerRow]] = {}
     parts_of: dict[str, set[str]] = {}
@@ -80,6 +83,8 @@ def _open(store: Store, recipe: str) -> AdapterStore | None:
 
     try:
         return open_adapters(store, recipe)[0]
+    except UnreachableError:
+        raise
     except (StoreError, TypeError, KeyError, ValueError):
         return None
 
@@ -150,12 +155,18 @@ def move_adapters(store: Store, shard: str, rows: Sequence[LedgerRow]) -> list[L
 
     Left out are those whose bytes are not what their rows say, and all of them when the header is unreadable or
     does not describe them.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+        StoreError: when the new shard cannot be written.
     """
     try:
         data = store.get(shard)
         rows = [row for row in rows if checksum(data[row.offset : row.offset + row.length]) == row.checksum]
         packed, moved = _repack(data, rows)
         safetensors.deserialize(packed)  # type: ignore[no-untyped-call]
+    except UnreachableError:
+        raise
     except (StoreError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
         return []
     if not moved:
@@ -168,7 +179,10 @@ def move_adapters(store: Store, shard: str, rows: Sequence[LedgerRow]) -> list[L
 def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
     """Return the keys of all adapters that a shard holds, named by a ledger or not, and the bytes of its tensors.
 
-    None when the shard is missing or its header cannot be read.
+    None when the shard is missing or its header is damaged.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
     """
     try:
         size = store.size(shard)
@@ -177,6 +191,8 @@ def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
             return None
         header = json.loads(store.get(shard, 8, begin))
         return {name.split("/")[0] for name in header if name != "__metadata__"}, size - begin
+    except UnreachableError:
+        raise
     except (StoreError, ValueError, TypeError, AttributeError):
         return None
 

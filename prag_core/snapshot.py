@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import fingerprint
-from prag_core.records import from_dict
 from prag_core.store import Store
 
 CURRENT = "CURRENT"
@@ -95,7 +95,7 @@ def current_id(store: Store) -> str | None:
 
 
 def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
-    """Return a snapshot, by default the one in service.
+    """Return a snapshot, by default the one in service, after checking that it says what its id was made from.
 
     Raises:
         StoreError: when nothing was published yet, or there is no such snapshot, or it is damaged.
@@ -105,11 +105,13 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         raise StoreError(f"store = {store.url!r}: nothing is published yet", "run `prag run` first")
     document = store.get_json(_document(id))
     try:
-        return from_dict(Snapshot, document)
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"{store.url}/{_document(id)}: not a snapshot: {error}", "roll back to another, or run `prag run` again"
-        ) from None
+        lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
+        snapshot = Snapshot(**{**document, **lists})
+        if snapshot.id != id or renamed(snapshot).id != id:
+            raise ValueError("its content is not what its id was made from")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{store.url}/{_document(id)}: not a snapshot: {error}", "run `prag repair`") from None
+    return snapshot
 
 
 def list_snapshots(store: Store) -> list[Snapshot]:
@@ -121,12 +123,44 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in _ids(store)]
 
 
+def forgotten_now(store: Store) -> set[str]:
+    """Return the keys of passages that must not be used now: the tombstones of the snapshot in service.
+
+    Where none is in service, or it is damaged, those of all snapshots that can be read: rather may a passage be
+    forgotten again whose forgetting was undone than one come back.
+
+    Raises:
+        UnreachableError: when the store cannot be asked.
+    """
+    try:
+        if (serving := current_id(store)) is not None:
+            return {*load_snapshot(store, serving).tombstones}
+    except UnreachableError:
+        raise
+    except StoreError:
+        pass
+    found: set[str] = set()
+    for id in _ids(store):
+        try:
+            found.update(load_snapshot(store, id).tombstones)
+        except UnreachableError:
+            raise
+        except StoreError:
+            continue
+    return found
+
+
 def put_candidate(store: Store, snapshot: Snapshot) -> None:
     """Store a snapshot without putting it into service: it can be asked, published, or served by `rollback`.
 
     Until it has been in service nobody would go back to it: it takes no place among those that are kept.
     """
     store.put(_mark(snapshot.id), b"")
+    put_snapshot(store, snapshot)
+
+
+def put_snapshot(store: Store, snapshot: Snapshot) -> None:
+    """Store a snapshot without putting it into service; see `put_candidate` for one that may never be."""
     store.put_json(_document(snapshot.id), asdict(snapshot))
 
 
@@ -147,7 +181,7 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
     serving = _named_in(store, previous)
     if serving is not None and same_content(load_snapshot(store, serving), snapshot):
         return False
-    store.put_json(_document(snapshot.id), asdict(snapshot))
+    put_snapshot(store, snapshot)
     if replaces not in (ANY, serving):
         raise _conflict(store, snapshot.id, serving)
     _move(store, previous, snapshot.id)
@@ -157,23 +191,32 @@ def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> 
 def rollback(store: Store, id: str) -> Snapshot:
     """Put an existing snapshot, older or newer, into service, and return what serves then.
 
-    What was forgotten since stays forgotten: where the snapshot lacks tombstones of the one in service, a new one
-    with them takes its place.
+    What was forgotten since stays forgotten: where the snapshot lacks tombstones of the one in service (or, when
+    that is damaged, of any), a new one with them takes its place.
 
     Raises:
         StoreError: when there is no such snapshot.
-        ConflictError: when somebody else changed the one in service at the same time.
+        ConflictError: when somebody else changed the one in service at the same time, or a collection of garbage
+            was taking this snapshot away; then what served before serves on.
     """
     snapshot = load_snapshot(store, id)
     previous = store.get_if_exists(CURRENT)
     serving = _named_in(store, previous)
     if serving == id:
         return snapshot
-    forgotten = _tombstones_of(store, serving)
+    forgotten = forgotten_now(store)
     if not forgotten <= {*snapshot.tombstones}:
         snapshot = with_tombstones(snapshot, forgotten)
-        store.put_json(_document(snapshot.id), asdict(snapshot))
+        put_snapshot(store, snapshot)
     _move(store, previous, snapshot.id)
+    # A collection removes a document and then looks at CURRENT and PINS: one of the two sees the other.
+    if not store.exists(_document(id)):
+        if previous is not None:
+            with contextlib.suppress(ConflictError):  # somebody has put another one into service by now
+                store.swap(CURRENT, _naming(snapshot.id), previous)
+            if snapshot.id != id:
+                store.remove(_document(snapshot.id))
+        raise _collected(store, id)
     return snapshot
 
 
@@ -191,10 +234,14 @@ def pin(store: Store, id: str) -> None:
 
     Raises:
         StoreError: when there is no such snapshot.
-        ConflictError: when others changed the pins again and again meanwhile.
+        ConflictError: when others changed the pins again and again meanwhile, or a collection of garbage was taking
+            this snapshot away.
     """
     load_snapshot(store, id)
     _change_pins(store, lambda pins: pins | {id})
+    if not store.exists(_document(id)):  # as in `rollback`
+        _change_pins(store, lambda pins: pins - {id})
+        raise _collected(store, id)
 
 
 def unpin(store: Store, id: str) -> None:
@@ -216,7 +263,7 @@ def unpin(store: Store, id: str) -> None:
 def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
     """Pin, instead of each pinned snapshot, the one that took its place; those without one are pinned no more.
 
-    A list of pins that cannot be read is given up.
+    A list of pins that is damaged is given up.
 
     Raises:
         ConflictError: when somebody changed the pins meanwhile.
@@ -257,14 +304,6 @@ def _stamped(snapshot: Snapshot) -> Snapshot:
     return renamed(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
 
 
-def _tombstones_of(store: Store, id: str | None) -> set[str]:
-    """The tombstones of a snapshot that may be damaged: rolling back is how an operator gets away from one."""
-    try:
-        return set() if id is None else {*load_snapshot(store, id).tombstones}
-    except StoreError:
-        return set()
-
-
 def same_content(left: Snapshot, right: Snapshot) -> bool:
     """Whether two snapshots say the same, whenever they were made."""
     return replace(left, id="", created="") == replace(right, id="", created="")
@@ -297,9 +336,19 @@ def _field(store: Store, name: str, data: bytes, field: str) -> Any:
         raise StoreError(f"{store.url}/{name}: does not say {field!r}", "it was written by hand: mend it") from None
 
 
+def _naming(id: str) -> bytes:
+    return json.dumps({"snapshot": id}).encode()
+
+
+def _collected(store: Store, id: str) -> ConflictError:
+    return ConflictError(
+        f"store = {store.url!r}: `prag gc` is taking the snapshot {id} away", "choose another of `prag snapshots list`"
+    )
+
+
 def _move(store: Store, previous: bytes | None, id: str) -> None:
     try:
-        store.swap(CURRENT, previous, json.dumps({"snapshot": id}).encode())
+        store.swap(CURRENT, previous, _naming(id))
     except ConflictError:
         raise _conflict(store, id, current_id(store)) from None
     if store.exists(_mark(id)):

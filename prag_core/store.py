@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import posixpath
 import shutil
 import uuid
@@ -25,7 +26,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import checksum
 from prag_core.records import Augmentation, Reject, schema, to_table
 
@@ -42,7 +43,8 @@ class Store:
     """Bytes under one root: atomic writes, a conditional write, Parquet tables, JSON documents.
 
     Pickles as its URL and options, so that Ray workers open their own connection. Each failure is a `StoreError`
-    that names the object, the cause and what to do; on S3 it comes after bounded retries (`prag_core.s3`).
+    that names the object, the cause and what to do; on S3 it comes after bounded retries (`prag_core.s3`). It is an
+    `UnreachableError` unless the store has answered: that an object is missing, or ends too early, is an answer.
 
     Args:
         url: A folder, or an fsspec URL such as `s3://bucket/prefix`. Credentials come from the usual AWS
@@ -134,12 +136,17 @@ class Store:
 
     @contextlib.contextmanager
     def _scratch(self, path: str) -> Iterator[str]:
-        """Give a name beside `path` to write to, which becomes `path` when the block has ended well."""
-        self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        """Give a name beside `path` to write to, which becomes `path` when the block has ended well.
+
+        A power cut leaves `path` as it was before, or whole: its bytes are on the disk before it has its name.
+        """
+        _make_folder(Path(path).parent)
         scratch = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             yield scratch
+            _sync(Path(scratch))
             Path(scratch).replace(path)
+            _sync(Path(path).parent)
         except BaseException:
             if self.fs.exists(scratch):
                 self.fs.rm_file(scratch)
@@ -274,7 +281,7 @@ class Store:
             if self._s3 is not None:
                 done = self._s3.swap(path, expected, new)
             elif self.is_local:
-                self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                _make_folder(Path(path).parent)
                 with FileLock(f"{path}.lock"):
                     done = self.get_if_exists(name) == expected
                     if done:
@@ -292,15 +299,17 @@ class Store:
         try:
             yield
         except self._failures as error:
+            answered = isinstance(error, FileNotFoundError)
             if self._s3 is not None:
+                answered = self._s3.is_answer(error)
                 cause, remedy = self._s3.explain(error)
-            elif isinstance(error, FileNotFoundError):
+            elif answered:
                 cause, remedy = "no such object", ""
             else:
                 cause, remedy = str(error), "check the path, its rights and the room on the disk"
             cause = cause if cause == "no such object" else f"cannot be {verb}: {cause}"
             # The chain of causes would show the request in a traceback.
-            raise StoreError(f"{what}: {cause}", remedy) from None
+            raise (StoreError if answered else UnreachableError)(f"{what}: {cause}", remedy) from None
 
     # ---- documents and tables
 
@@ -322,25 +331,48 @@ class Store:
     def put_table(self, folder: str, table: pa.Table) -> str:
         """Write a Parquet part named by its content, and return its name; the same again changes nothing."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         data = sink.getvalue().to_pybytes()
         name = f"{folder}/part-{checksum(data)}.parquet"
         if not self.exists(name):
             self.put(name, data)
         return name
 
+    def get_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one Parquet part, or some columns of it, after checking every byte against the checksum in its name.
+
+        Raises:
+            StoreError: when the part is missing or damaged, or lacks a column.
+        """
+        data = self.get(name)
+        stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
+        if len(stem) == len(checksum(b"")) and stem != checksum(data):
+            raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
+        return self._parsed(name, pa.BufferReader(data), columns)
+
     def get_columns(self, name: str, columns: Sequence[str]) -> pa.Table:
         """Read some columns of one Parquet part; of a big part no other bytes are fetched.
+
+        A big part's pages are checked against their own checksums, but nothing checks its footer: what decides which
+        bytes are whose is read by `get_part`.
 
         Raises:
             StoreError: when the part is missing or damaged, or lacks a column.
         """
         stream = self.open(name)
-        source = stream if stream.seek(0, io.SEEK_END) > WHOLE_PART_BYTES else pa.BufferReader(self.get(name))
+        if stream.seek(0, io.SEEK_END) <= WHOLE_PART_BYTES:
+            return self.get_part(name, columns)
+        return self._parsed(name, stream, columns)
+
+    def _parsed(self, name: str, source: Any, columns: Sequence[str] | None) -> pa.Table:
+        names = None if columns is None else list(columns)
         try:
-            return pq.read_table(source, columns=list(columns)).select(columns)
+            table = pq.read_table(source, columns=names, page_checksum_verification=True)
+            return table if names is None else table.select(names)
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
+            raise StoreError(
+                f"{self.url}/{name}: not a readable Parquet part: {error}", "run `prag verify --full`, `prag repair`"
+            ) from None
 
     def get_table(self, record: type[T], names: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Read Parquet parts into one table with the columns of `record`, in a fixed order of rows.
@@ -351,19 +383,24 @@ class Store:
         wanted = schema(record)  # type: ignore[arg-type]
         if columns is not None:
             wanted = pa.schema([wanted.field(column) for column in columns])
-        tables = []
-        for name in sorted(names):
-            data = self.get(name)
-            # Parquet has no checksum of its own here: an altered page can decode to other values without a word.
-            stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
-            if len(stem) == len(checksum(b"")) and stem != checksum(data):
-                raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
-            try:
-                part = pq.read_table(pa.BufferReader(data), columns=wanted.names)
-            except (pa.ArrowException, OSError) as error:
-                raise StoreError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
-            tables.append(part.cast(wanted))
+        tables = [self.get_part(name, wanted.names).cast(wanted) for name in sorted(names)]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def _make_folder(folder: Path) -> None:
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync(made.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or what a folder names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 class _ObjectReader(io.RawIOBase):

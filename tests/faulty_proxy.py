@@ -22,6 +22,8 @@ _HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"
 class Fault:
     """What goes wrong with the next `times` requests of these methods (None: with all of them).
 
+    The first `after` of them go well.
+
     500, 503, 403: an S3 error instead of an answer; nothing reaches the server. reset: the connection is reset
     before the request reaches it. lost answer: it is reset after the server has done its work. truncated: the body
     ends in the middle. short: the body has half its bytes, and its header says that this is all. late: the answer
@@ -32,6 +34,7 @@ class Fault:
     times: int | None = None
     methods: tuple[str, ...] = ("GET", "PUT", "HEAD", "DELETE")
     late_s: float = 30.0
+    after: int = 0
 
 
 class FaultyProxy:
@@ -125,6 +128,9 @@ class FaultyProxy:
     def _next_fault(self, method: str) -> Fault | None:
         for fault in self._faults:
             if method in fault.methods and fault.times != 0:
+                if fault.after:
+                    fault.after -= 1
+                    continue
                 if fault.times is not None:
                     fault.times -= 1
                 return fault

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -109,10 +110,10 @@ class Driver:
             self._process.wait(seconds)
         return self._process.returncode is not None
 
-    def kill(self) -> None:
-        """End it as nothing can refuse, and wait until it is gone."""
+    def kill(self) -> bool:
+        """End it as nothing can refuse, and wait until it is gone; return whether it had not ended by itself."""
         self._process.kill()
-        self._process.wait()
+        return self._process.wait() == -signal.SIGKILL
 
     def report(self) -> dict[str, Any] | None:
         """Return what the run said of itself, or None when it failed or was killed."""

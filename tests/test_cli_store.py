@@ -25,6 +25,7 @@ from pipelines.operate import Mended
 from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import ModelConfig
 from prag_core.errors import ConfigError, ConflictError, InputError, LeaseError, PragError, StoreError
+from prag_core.identity import passage_key
 from prag_core.lease import hold_lease
 from prag_core.lora import Injector, stack_rows
 from prag_core.maintenance import Finding
@@ -132,7 +133,12 @@ def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> 
     message = mending.communicate(timeout=240)[1]
     assert (mending.returncode, "another publisher" in message) == (ConflictError.exit_code, True), message[-3000:]
 
-    # 3. The run after it publishes what was made again; the corpus file has the forgotten one, the corpus has not.
+    # 3. The run after it publishes what was made again; the corpus file has the forgotten one, the corpus has not. A
+    # passage has another text now, and so is another one.
+    old, lines = PASSAGES[4], (folder / "corpus.jsonl").read_text().splitlines()
+    text = f"{old.text} It is high."
+    lines = [line.replace(old.text, text) for line in lines]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
     code, printed = call("run", "--json")
     assert code == 0, printed
     report = json.loads(printed)
@@ -148,12 +154,13 @@ def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> 
     assert used
     assert victim.key not in used
 
-    # 4. Its bytes go.
-    code, printed = call("gc", "--grace", "0s", "--json")
+    # 4. Its bytes go, and the adapter of the text that no kept snapshot's corpus has.
+    code, printed = call("gc", "--grace", "0s", "--keep", "1", "--json")
     assert code == 0, printed
     done = json.loads(printed)
     assert (done["held"], done["compacted"]["new_parts"]) == ({}, 1)
-    assert set(served(folder)) == set(before) - {victim.key}
+    assert set(served(folder)) == set(before) - {victim.key, old.key}
+    assert {row.key for row in rows_of(folder)} == {*served(folder), passage_key(old.title, text)}
     files = {path: path.read_bytes() for path in (folder / "store").rglob("*") if path.is_file()}
     assert {path.parent.name for path, data in files.items() if victim.key.encode() in data} == {"snapshots"}
     for name in store.list("", ".parquet"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from prag_core.adapter_store import AdapterStore, LedgerSource, find_row, open_a
 from prag_core.compaction import (
     Compaction,
     compactions,
+    corpus_keys,
     mark_live,
     put_rows,
     record_compaction,
@@ -41,8 +43,8 @@ from prag_core.compaction import (
     visible_parts,
 )
 from prag_core.errors import AdapterError, InputError
-from prag_core.forgetting import erase_rows, find_passages, forgotten_keys, holding, snapshots_to_keep
-from prag_core.garbage import RunInputs, collect, find_garbage, put_inputs
+from prag_core.forgetting import corpus_parts, erase_rows, find_passages, forgotten_keys, holding, snapshots_to_keep
+from prag_core.garbage import RunInputs, collect, find_garbage, needed_corpora, put_inputs
 from prag_core.layout import LoraLayout
 from prag_core.lora import find_targets
 from prag_core.maintenance import kind_of, list_objects
@@ -52,6 +54,7 @@ from prag_core.repair import repair
 from prag_core.shards import keys_in
 from prag_core.snapshot import (
     current_id,
+    kept_snapshots,
     load_snapshot,
     pin,
     publish,
@@ -91,11 +94,17 @@ def seed_of(key: str) -> int:
     return 200 if key in KEYS[:5] else 100 if key in KEYS[:8] else 0
 
 
-def compact(store: Store) -> None:
+def mark(store: Store, parts: Sequence[str], versions: set[str], since: float = math.inf) -> pa.Table:
+    tables = [corpus_keys(store, part) for version in versions for part in corpus_parts(store, version)]
+    rows = pa.concat_tables([store.get_table(LedgerRow, parts), *tables])
+    return mark_live(rows, load_snapshot(store).tombstones, since)
+
+
+def compact(store: Store, corpora: Sequence[str] = (), since: float = math.inf) -> None:
     """What the pipeline does on Ray, in one process."""
     snapshot = load_snapshot(store)
     forgotten = snapshot.tombstones
-    marked = mark_live(store.get_table(LedgerRow, snapshot.ledger_parts), forgotten)
+    marked = mark(store, snapshot.ledger_parts, {snapshot.corpus_version, *corpora}, since)
     rows = settle(store, marked, forgotten)
     part = put_rows(store, snapshot.recipe, rows)
     record_compaction(store, snapshot.recipe, Compaction((part,), tuple({*snapshot.ledger_parts} - {part})))
@@ -132,7 +141,7 @@ def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, l
     assert all(is_trained(layout, key, factors, seed_of(key)) for key, factors in found.items())
     # There is nothing left to compact or to collect, and the next run finds everything done.
     before = {item.name for item in list_objects(store)}
-    marked = mark_live(store.get_table(LedgerRow, [part]), ())
+    marked = mark(store, [part], {VERSION})
     assert put_rows(store, RECIPE.fingerprint, settle(store, marked, ())) == part
     assert clean(store) == set()
     assert {item.name for item in list_objects(store)} == before
@@ -254,6 +263,36 @@ def test_int8_adapters_move_bit_by_bit(store: Store, layout: LoraLayout) -> None
     assert (moved.dtype, moved.shard != rows[0].shard) == ("int8", True)
     factors = adapters.fetch(moved)
     assert all(torch.equal(factors[name], before[KEYS[2]][name]) for name in factors)
+    assert verify(store) == []
+
+
+def test_adapters_of_passages_that_no_needed_corpus_has_go(store: Store, layout: LoraLayout) -> None:
+    """A passage that changed is another one: no later row ever supersedes the adapter of the old text."""
+    first = load_snapshot(store)
+    write_corpus(store, "v2", PASSAGES[3:])
+    write_index(store, "2d", "v2")
+    put_inputs(store, "run1", RunInputs("v2", RECIPE.fingerprint))
+    publish(store, with_ledger(replace(first, corpus_version="v2", index="2d"), first.ledger_parts, 9))
+
+    def corpora(keep: int, grace_s: float = 0) -> list[str]:
+        return needed_corpora(store, list_objects(store), kept_snapshots(store, keep), grace_s=grace_s)
+
+    def keys() -> set[str]:
+        return {*store.get_table(LedgerRow, load_snapshot(store).ledger_parts, ["key"])["key"].to_pylist()}
+
+    # 1. They stay while a kept snapshot has the passage, while a recent run works on it, and while they are young.
+    assert corpora(keep=2) == corpora(keep=1, grace_s=3600) == sorted([VERSION, "v2"])
+    compact(store, corpora(keep=2))
+    assert keys() == {*KEYS}
+    compact(store, since=0)
+    assert keys() == {*KEYS}
+    # 2. Then they go, and their bytes with them.
+    assert corpora(keep=1) == ["v2"]
+    compact(store, corpora(keep=1))
+    assert keys() == {*KEYS[3:]} == {*served(store)}
+    clean(store)
+    held = [keys_in(store, shard)[0] for shard in store.list("adapters", ".safetensors")]
+    assert sorted(key for shard in held for key in shard) == sorted(KEYS[3:])
     assert verify(store) == []
 
 

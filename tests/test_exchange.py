@@ -14,8 +14,10 @@ from published import publish_passages
 from pipelines.exchange import write_augmentations, write_corpus
 from prag_core.augment_import import read_augmentations
 from prag_core.errors import InputError
+from prag_core.identity import passage_key
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, from_table
+from prag_core.snapshot import load_snapshot, publish, with_tombstones
 from prag_core.store import Store
 
 PASSAGES = [make_passage(n) for n in range(3)]
@@ -70,13 +72,15 @@ def test_out_of_a_store_and_into_another(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out" / "ours.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["p0", "p1", "p2"]
 
-    # 2. A published file goes into an empty store, and its passages with it. No model has to augment.
+    # 2. A published file goes into an empty store, and its passages with it. No model has to augment. What a store
+    # has forgotten is left out.
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**config, "store": "other"}))
-    file = paper_file(tmp_path / "published.json")
+    file, store = paper_file(tmp_path / "published.json"), Store(str(tmp_path / "other"))
+    forgotten = passage_key("", PASSAGES[0].text)
+    publish(store, with_tombstones(load_snapshot(Store(str(tmp_path / "store"))), [forgotten]))
     command = ["import-augmentations", "-c", "other.yaml", "--json", "--passages-to", "p.jsonl", str(file)]
     counts = json.loads(work.run(*command))
-    assert counts == {"passages": 3, "imported": 3, "there_before": 0, "not_in_file": 0, "bad_records": 0}
-    store = Store(str(tmp_path / "other"))
+    assert counts == {"passages": 2, "imported": 2, "there_before": 0, "not_in_file": 0, "bad_records": 0}
     stored = from_table(Augmentation, store.get_table(Augmentation, store.list("augmentations", ".parquet")))
-    assert {a.digest for a in stored} == {make_augmentation(passage).digest for passage in PASSAGES}
+    assert {a.digest for a in stored} == {make_augmentation(passage).digest for passage in PASSAGES[1:]}

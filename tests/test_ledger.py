@@ -58,6 +58,18 @@ def test_it_says_what_a_dictionary_would(store: Store) -> None:
         assert ledger.find(stranger) is None
 
 
+def test_an_altered_part_is_no_ledger(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another key in a row would give a passage the adapter of another one, with a checksum that fits."""
+    monkeypatch.setattr("prag_core.store.WHOLE_PART_BYTES", 0)  # as if it were a big one
+    dice = random.Random(3)
+    part = store.put_table("ledger", to_table(LedgerRow, [row(dice, f"{n:032x}", 1.0) for n in range(50)]))
+    data = store.get(part)
+    for place in dice.sample(range(len(data)), 40):
+        store.put(part, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(StoreError, match="altered or cut short"):
+            LedgerColumns(store, [part])
+
+
 def test_none_and_nonsense(store: Store) -> None:
     empty = LedgerColumns(store, [])
     assert (len(empty), empty.find("a" * 32)) == (0, None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +23,9 @@ from prag_core.adapter_io import pack_shard
 from prag_core.adapter_store import AdapterStore, LedgerSource, open_adapters, put_start
 from prag_core.compaction import Compaction, put_rows, record_compaction
 from prag_core.config import AugmentConfig, TrainConfig
-from prag_core.errors import AdapterError, StoreError
-from prag_core.garbage import RunInputs, collect, find_garbage, newest_inputs, parse_age, put_inputs
+from prag_core.errors import AdapterError, ConflictError, LeaseError, StoreError
+from prag_core.forgetting import erase_rows, forgotten_keys
+from prag_core.garbage import RunInputs, collect, find_garbage, parse_age, put_inputs, recent_inputs
 from prag_core.identity import checksum, fingerprint, is_intact, seal
 from prag_core.layout import LoraLayout
 from prag_core.lease import LEASE, LeaseRecord, acquire_lease
@@ -46,7 +49,20 @@ from prag_core.records import LedgerRow, Passage, Reject, from_dict, from_table,
 from prag_core.repair import forget_rejects, repair
 from prag_core.retrieval import StoredIndex
 from prag_core.shards import ROWS, check_shards, ledger_rows, move_adapters
-from prag_core.snapshot import PINS, current_id, load_snapshot, make_snapshot, pin, publish
+from prag_core.snapshot import (
+    PINS,
+    current_id,
+    forgotten_now,
+    load_snapshot,
+    make_snapshot,
+    pin,
+    pinned,
+    publish,
+    put_snapshot,
+    renamed,
+    rollback,
+    with_tombstones,
+)
 from prag_core.store import Store, put_augmentations, put_rejects
 from prag_core.trainer import TrainedAdapter
 
@@ -417,6 +433,65 @@ def test_another_snapshot_that_lost_its_index_is_withdrawn(store: Store, layout:
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_forgotten_outlives_the_snapshot_that_said_so(store: Store, layout: LoraLayout, whole: bool) -> None:
+    """Also when a newer snapshot knows nothing of it, as a publisher that lost leaves one, and is all that is left."""
+    keys = sorted(SEEDS)[:3]
+    first = load_snapshot(store)
+    once = with_tombstones(first, keys[:1])
+    publish(store, once)
+    write_index(store, "other", VERSION)
+    lost = renamed(replace(with_tombstones(first, []), index="other"))
+    put_snapshot(store, lost)
+    last = with_tombstones(once, keys[1:2])
+    publish(store, last)
+    # 1. Somebody takes a passage off the list: this is damage, and an operator's way out does not bring it back.
+    store.put_json(f"snapshots/{last.id}.json", {**store.get_json(f"snapshots/{last.id}.json"), "tombstones": []})
+    assert forgotten_now(store) == {keys[0]} == {*forgotten_keys(store, first)}
+    before = store.get("CURRENT")
+    back = rollback(store, first.id)
+    assert back.tombstones == (keys[0],)
+    store.put("CURRENT", before)
+    store.remove(f"snapshots/{back.id}.json")
+    # 2. Nor does a repair, whichever snapshots lost more than that.
+    if not whole:
+        store.put(f"indexes/{INDEX}/lucene.tar.zst", b"cut")
+        store.put("indexes/other/lucene.tar.zst", b"cut")
+    mended = repair(store, verify(store))
+    assert mended.serving == current_id(store)
+    assert load_snapshot(store).tombstones == (keys[0],)
+    assert load_snapshot(store).index == "other"
+    # 3. Nor a run after CURRENT was lost.
+    store.remove("CURRENT")
+    assert forgotten_now(store) == {keys[0]}
+
+
+def test_a_repair_does_not_remove_what_was_missing_and_is_there(store: Store) -> None:
+    """A rollback under a check's eyes puts a snapshot into service that the check had not seen."""
+    snapshot = load_snapshot(store)
+    document = f"snapshots/{snapshot.id}.json"
+    findings = [Finding("CURRENT", "not_readable"), Finding(document, "missing", repairable=False)]
+    assert repair(store, findings).removed == ()
+    assert load_snapshot(store) == snapshot
+    shard = next(item.name for item in list_objects(store) if kind_of(item.name) == "shards")
+    store.remove(shard)
+    mended = repair(store, verify(store))
+    assert shard not in mended.removed
+    assert len(mended.dropped) == 3
+
+
+def test_a_note_of_a_warmup_is_no_damage_and_stays_with_its_start(store: Store, layout: LoraLayout) -> None:
+    start = put_start(store, layout, random_adapter(layout, 1))
+    recipe = Recipe("base", RECIPE.augment, replace(RECIPE.train, start=start))
+    adapters_of(store, layout, recipe).describe()
+    put_inputs(store, "run1", RunInputs(VERSION, recipe.fingerprint))
+    other = put_start(store, layout, random_adapter(layout, 2))
+    for name in (start, other):
+        store.put_json(f"starts/{name}.json", {"warmup": name})
+    assert verify(store) == []
+    assert take(store, all_snapshots(store)) == {f"starts/{other}.json", f"starts/{other}.safetensors"}
+
+
 def test_moved_adapters_are_a_shard_that_safetensors_reads(store: Store) -> None:
     rows = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))
     shard = rows[0].shard
@@ -484,6 +559,118 @@ def test_what_only_a_dropped_snapshot_named_goes_with_it(store: Store, layout: L
     assert set(served(store)) == set(SEEDS)
 
 
+def test_what_recent_runs_and_kept_snapshots_work_with_stays(store: Store, layout: LoraLayout) -> None:
+    write_corpus(store, "v2", PASSAGES[:6])
+    adapters = adapters_of(store, layout, Recipe("base", RECIPE.augment, replace(RECIPE.train, seed=9)))
+    adapters.describe()
+    commit(adapters, list(SEEDS)[:3])
+    put_inputs(store, "run1", RunInputs("v2", adapters.recipe.fingerprint))
+    put_inputs(store, "run2", RunInputs(VERSION, RECIPE.fingerprint))
+    kept = all_snapshots(store)
+    # 1. A run that is not the newest has worked for hours, and is still there.
+    age(store, 2)
+    store.put_json("runs/run1/progress.json", {})
+    assert take(store, kept, grace_s=3600) == set()
+    # 2. It is not, but a kept snapshot has its recipe: also what that one does not name would be resumed from.
+    serving = str(current_id(store))
+    other = snapshot_now(store, adapters, "v2", INDEX)
+    rollback(store, serving)
+    commit(adapters, list(SEEDS)[3:6])
+    age(store, 2)
+    assert take(store, {*kept, other}, grace_s=3600) == set()
+    # 3. Nobody needs it any more.
+    gone = take(store, kept, grace_s=3600)
+    assert {kind_of(name) for name in gone} == {"corpus", "ledger", "recipes", "shards", "snapshots"}
+    assert verify(store) == []
+
+
+def test_a_snapshot_that_is_young_keeps_what_it_names(store: Store, layout: LoraLayout) -> None:
+    first = str(current_id(store))
+    write_corpus(store, "v2", PASSAGES[:6])
+    write_index(store, "2d", "v2")
+    age(store, 48)
+    adapters = adapters_of(store, layout)
+    snapshot_now(store, adapters, "v2", "2d")
+    third = snapshot_now(store, adapters)
+    assert take(store, {third}, grace_s=24 * 3600) == {f"snapshots/{first}.json"}
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize("how", ["rollback", "rollback over a tombstone", "pin"])
+def test_a_snapshot_that_is_chosen_while_it_is_collected_stays(store: Store, layout: LoraLayout, how: str) -> None:
+    """Neither takes the lease that the collection holds: both must work while a run is at work."""
+    old = load_snapshot(store)
+    adapters = adapters_of(store, layout)
+    commit(adapters, list(SEEDS)[:3], "new", seed=50)
+    write_index(store, "2d", VERSION)
+    new = snapshot_now(store, adapters, index="2d")
+    if "tombstone" in how:
+        publish(store, with_tombstones(load_snapshot(store), list(SEEDS)[:1]))
+        new = str(current_id(store))
+    before = contents(store, old.id)
+    garbage = find_garbage(store, list_objects(store), {new}, grace_s=0)
+    assert f"snapshots/{old.id}.json" in {finding.name for finding in garbage.objects}
+    chosen = []
+
+    def choose() -> None:  # when everything has been looked at, and the first object is about to be removed
+        if not chosen:
+            chosen.append(pin(store, old.id) if how == "pin" else rollback(store, old.id))
+
+    with pytest.raises(ConflictError, match="run `prag gc` again"):
+        collect(store, garbage, choose)
+    assert contents(store, old.id) == before
+    assert verify(store) == []
+    take(store, {new, old.id} if how == "pin" else {str(current_id(store))})
+    assert verify(store) == []
+    assert len(served(store)) == len(PASSAGES)
+
+
+@pytest.mark.parametrize("choose", [rollback, pin])
+def test_a_snapshot_that_was_just_collected_is_not_chosen(
+    store: Store, layout: LoraLayout, monkeypatch: pytest.MonkeyPatch, choose: Callable[[Store, str], object]
+) -> None:
+    old = str(current_id(store))
+    write_index(store, "2d", VERSION)
+    snapshot_now(store, adapters_of(store, layout), index="2d")
+    new = with_tombstones(load_snapshot(store), list(SEEDS)[:1])
+    publish(store, new)
+    real, snapshots = Store.swap, all_snapshots(store)
+
+    def swap(self: Store, name: str, expected: bytes | None, data: bytes) -> None:
+        remove(store, f"snapshots/{old}.json")  # what a collection does between a look at it and the write
+        real(self, name, expected, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "swap", swap)
+        with pytest.raises(ConflictError, match="taking the snapshot"):
+            choose(store, old)
+    assert (current_id(store), pinned(store)) == (new.id, ())
+    assert all_snapshots(store) == snapshots - {old}
+
+
+def test_who_lost_the_lease_removes_nothing_more(store: Store) -> None:
+    store.put(f"adapters/{RECIPE.fingerprint}/shards/{'0' * 32}.safetensors", b"nobody's")
+    garbage = find_garbage(store, list_objects(store), all_snapshots(store), grace_s=0)
+    row = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))[0]
+    store.put(row.shard, store.get(row.shard)[:-1])
+    findings, before = verify(store), {item.name for item in list_objects(store)}
+    lease = acquire_lease(store, "gc", ttl_s=0.2)
+    acquire_lease(store, "run1", take_over=True).release()
+    deadline = time.monotonic() + 10
+    while not lease.lost:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for work in (
+        lambda: collect(store, garbage, lease.check),
+        lambda: repair(store, findings, lease.check),
+        lambda: erase_rows(store, [row.key], lease.check),
+    ):
+        with pytest.raises(LeaseError, match="the lease of run gc"):
+            work()
+    assert before <= {item.name for item in list_objects(store)}
+    lease.release()
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_gc_never_takes_what_a_kept_snapshot_names(store: Store, layout: LoraLayout, seed: int) -> None:
     choice = random.Random(seed)
@@ -503,8 +690,7 @@ def test_gc_never_takes_what_a_kept_snapshot_names(store: Store, layout: LoraLay
             snapshot_now(store, adapters, version, index)
     # 2. Keep some snapshots, and collect all that can go.
     kept = {id for id in all_snapshots(store) if choice.random() < 0.5}
-    inputs = newest_inputs(store)
-    assert inputs is not None
+    (inputs,) = recent_inputs(store, list_objects(store), math.inf)
     before = {id: contents(store, id) for id in kept | {str(current_id(store))}}
     resumable = latest(store, inputs.recipe)
     take(store, kept)

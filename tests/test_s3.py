@@ -13,9 +13,19 @@ import pyarrow as pa
 import pytest
 from faulty_proxy import Fault, FaultyProxy, Kind
 from s3 import S3Server
+from test_lora import random_adapter
+from test_maintenance import RECIPE, SEEDS, VERSION, all_snapshots, run_again, served, verify
 
+from prag_core.adapter_store import put_start
 from prag_core.config import parse_config
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, StoreError, UnreachableError
+from prag_core.garbage import RunInputs, find_garbage, put_inputs
+from prag_core.lora import find_targets
+from prag_core.maintenance import list_objects
+from prag_core.models import BaseModel
+from prag_core.records import LedgerRow, from_table
+from prag_core.repair import repair
+from prag_core.snapshot import load_snapshot
 from prag_core.store import Store, open_store
 
 pytestmark = pytest.mark.slow
@@ -87,7 +97,7 @@ def test_what_stays_is_one_error_within_a_bounded_time(
     store.put("there", DATA)
     proxy.fail(Fault(kind))
     begun = time.monotonic()
-    with pytest.raises(StoreError, match=rf"{store.url}/\w*: cannot be [\w ]+: {cause}"):
+    with pytest.raises(UnreachableError, match=rf"{store.url}/\w*: cannot be [\w ]+: {cause}"):
         OPERATIONS[operation](store)
     # 3 tries, the pauses between them (up to 1 and 2 s), and some room for a busy machine.
     assert time.monotonic() - begun < 3 * TIMEOUT_S + 3 + 3
@@ -114,7 +124,9 @@ def test_a_denied_request_is_not_tried_again_and_tells_no_secret(
 ) -> None:
     store.put("there", DATA)
     proxy.fail(Fault("403"))
-    with pytest.raises(StoreError, match=r"access denied \((403|AccessDenied)\)\n.*check the credentials") as caught:
+    with pytest.raises(
+        UnreachableError, match=r"access denied \((403|AccessDenied)\)\n.*check the credentials"
+    ) as caught:
         OPERATIONS[operation](store)
     assert len(proxy.seen) == 1
     secrets = [os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"], "Signature"]
@@ -126,7 +138,7 @@ def test_a_denied_request_is_not_tried_again_and_tells_no_secret(
 def test_a_missing_bucket_is_said_at_once(proxy: FaultyProxy, operation: str) -> None:
     proxy.fail()
     store = Store("s3://no-such-bucket/x", {"endpoint_url": proxy.endpoint}, RETRIES, TIMEOUT_S)
-    with pytest.raises(StoreError, match=r"there is no such bucket\n.*create it"):
+    with pytest.raises(UnreachableError, match=r"there is no such bucket\n.*create it"):
         OPERATIONS[operation](store)
     assert len(proxy.seen) <= 2
 
@@ -179,6 +191,48 @@ def test_files_and_columns_take_the_same_way(
         proxy.fail(Fault(kind, methods=("GET",)))
         with pytest.raises(StoreError, match=r"parts/part-\w+\.parquet: cannot be read: .*after up to 3 tries"):
             store.get_columns(part, ["value"])
+
+
+def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: BaseModel) -> None:
+    """From whatever request on the server fails: nothing whole is found damaged, and no good adapter is taken out."""
+    layout = find_targets(tiny_session.model, RECIPE.train)[0]
+    store = Store(store.url, store.options, 0, TIMEOUT_S)
+    put_inputs(store, "run0", RunInputs(VERSION, RECIPE.fingerprint))
+    put_start(store, layout, random_adapter(layout, 1))
+    run_again(store, layout)
+    victim = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))[1]
+    data = bytearray(store.get(victim.shard))
+    data[victim.offset + 5] ^= 64
+    store.put(victim.shard, bytes(data))
+    good, objects, kept = {*SEEDS} - {victim.key}, list_objects(store), all_snapshots(store)
+
+    def is_cut_off(after: int, work: Callable[..., object], *arguments: object) -> bool:
+        proxy.fail(Fault("503", after=after))
+        try:
+            work(*arguments)
+        except UnreachableError:
+            return True
+        finally:
+            proxy.fail()
+        return False
+
+    # 1. Who looks is told that the store is away, and never something else.
+    found = verify(store)
+    assert [finding.name for finding in found] == [victim.shard]
+    for look in (lambda: verify(store), lambda: find_garbage(store, objects, kept, grace_s=0)):
+        after = 0
+        while is_cut_off(after, look):
+            after += 3
+        assert after > 10
+    # 2. Who mends keeps what is good, and ends the same when the store is back.
+    after = 0
+    while is_cut_off(after, repair, store, found):
+        assert good <= {*served(store)}, after
+        found, after = verify(store), after + 3
+    assert after > 10
+    repair(store, verify(store))
+    assert verify(store) == []
+    assert {*served(store)} == good
 
 
 def test_a_server_that_was_killed_is_waited_for(s3_server: S3Server) -> None:

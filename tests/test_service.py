@@ -37,7 +37,7 @@ from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Answer, Hit
 from prag_core.service import Service
-from prag_core.snapshot import load_snapshot, publish, with_tombstones
+from prag_core.snapshot import load_snapshot, publish, with_ledger, with_tombstones
 from prag_core.streaming import TextStream
 
 RECIPE = RECIPES["small"]
@@ -635,7 +635,7 @@ def test_a_snapshot_that_cannot_be_opened_leaves_the_old_one(tiny_session: BaseM
     world = World(tiny_session, tmp_path)
     first = world.publish(count=3)
     with world.service() as service:
-        second = replace(load_snapshot(world.store), ledger_parts=("adapters/none.parquet",), id="broken")
+        second = with_ledger(load_snapshot(world.store), ["adapters/none.parquet"], 3)
         publish(world.store, second)
         with pytest.raises(Exception, match="no such object"):
             asyncio.run(service.refresh())

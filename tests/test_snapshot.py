@@ -23,6 +23,7 @@ from prag_core.snapshot import (
     pinned,
     publish,
     put_candidate,
+    renamed,
     rollback,
     unpin,
     with_tombstones,
@@ -40,8 +41,7 @@ def publish_dated(store: Store, count: int) -> list[str]:
     """Publish snapshots of as many days."""
     ids = []
     for day in range(count):
-        snapshot = snapshot_of(f"p{day}")
-        dated = replace(snapshot, id=f"202601{day + 1:02}T000000-{snapshot.id[-16:]}")
+        dated = renamed(replace(snapshot_of(f"p{day}"), created=f"2026-01-{day + 1:02}T00:00:00+00:00"))
         publish(store, dated)
         ids.append(dated.id)
     return ids
@@ -174,4 +174,19 @@ def test_documents_that_were_damaged_are_named(store: Store, text: str) -> None:
         load_snapshot(store)
     store.put("CURRENT", text.encode())
     with pytest.raises(StoreError, match="CURRENT: does not say 'snapshot'"):
+        load_snapshot(store)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tombstones", []), ("tombstones", ["a", "c"]), ("ledger_parts", ["p2"]), ("created", "2026-01-02"), ("more", 1)],
+)
+def test_a_snapshot_that_was_altered_is_none(store: Store, field: str, value: object) -> None:
+    """Least of all may a passage be taken off the list of what was forgotten."""
+    snapshot = with_tombstones(snapshot_of("p1"), ["a", "b"])
+    publish(store, snapshot)
+    store.put_json(
+        f"snapshots/{snapshot.id}.json", {**json.loads(store.get(f"snapshots/{snapshot.id}.json")), field: value}
+    )
+    with pytest.raises(StoreError, match=rf"snapshots/{snapshot.id}\.json: not a snapshot"):
         load_snapshot(store)

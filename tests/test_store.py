@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_passage
@@ -103,12 +107,61 @@ def test_the_same_table_is_one_part(store: Store) -> None:
         store.get_table(Passage, store.list("corpus", ".parquet"))
 
 
+@pytest.mark.parametrize("whole_part_bytes", [1 << 20, 0])
+def test_altered_columns_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_part_bytes: int) -> None:
+    """Read whole, the name is the checksum; by ranges, as a big part is, each page has one of its own."""
+    monkeypatch.setattr("prag_core.store.WHOLE_PART_BYTES", whole_part_bytes)
+    store, dice = Store(str(tmp_path / "store")), random.Random(4)
+    table = pa.table({"key": [f"{dice.getrandbits(128):032x}" for _ in range(500)], "value": list(range(500))})
+    part = store.put_table("parts", table)
+    data = store.get(part)
+    chunk = pq.read_metadata(pa.BufferReader(data)).row_group(0).column(0)
+    # A page's own header, some tens of bytes before it, is not under its checksum.
+    for place in dice.sample(range(chunk.dictionary_page_offset + 100, chunk.data_page_offset), 100):
+        store.put(part, data[:place] + bytes([data[place] ^ 1 << dice.randrange(8)]) + data[place + 1 :])
+        with pytest.raises(StoreError, match=r"altered or cut short|not a readable Parquet part"):
+            store.get_columns(part, ["key"])
+    store.put(part, data)
+    assert store.get_columns(part, ["key"]).equals(table.select(["key"]))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path / "store"))
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(StoreError, match=r"a/b: cannot be written: disk full"):
         store.put("a/b", b"data")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_an_object_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a name must not stand over no bytes; nor may a commit be there without what it names."""
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(opened: int) -> None:
+        fsync(opened)
+        done.append(f"sync {Path(f'/proc/self/fd/{opened}').readlink().relative_to(tmp_path)}")
+
+    def record_replace(self: Path, target: str) -> Path:
+        done.append(f"name {Path(target).relative_to(tmp_path)}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "source").write_bytes(b"1")
+    for write in (
+        lambda: store.put("a/b", b"1"),
+        lambda: store.put_file("a/b", tmp_path / "source"),
+        lambda: store.swap("a/b", b"1", b"2"),
+    ):
+        done.clear()
+        write()
+        *folders, synced, named, after = done
+        assert folders in ([], ["sync store", "sync ."])  # those in which a folder was made for it
+        assert synced.startswith("sync store/a/b.")
+        assert (named, after) == ("name store/a/b", "sync store/a")
+    assert store.get("a/b") == b"2"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
