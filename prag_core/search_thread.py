@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from prag_core.errors import EngineStuckError
@@ -25,7 +26,7 @@ class SearchThread:
 
     def submit(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue a job; a future that is cancelled before it runs takes no time of the thread."""
-        return self._pool.submit(self._run, job, *args, **kwargs)
+        return self._pool.submit(self._run, partial(job, *args, **kwargs))
 
     def check(self, stuck_s: float) -> None:
         """Check that no job takes too long.
@@ -44,11 +45,11 @@ class SearchThread:
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self._idle.wait(wait_s)
 
-    def _run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _run(self, job: Callable[[], T]) -> T:
         self._idle.clear()
         self._begun = time.monotonic()
         try:
-            return job(*args, **kwargs)
+            return job()
         finally:
             self._begun = None
             self._idle.set()

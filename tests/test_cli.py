@@ -133,7 +133,7 @@ def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
     used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]")
     _show_answers(
         [
-            Answer("Who?", "prag", "Mora [1]", (used,), reasoning="It was built [by] Mora. The answer is Mora [1]."),
+            Answer("Who?", "prag", "Mora [1]", "It was built [by] Mora. The answer is Mora [1].", (used,)),
             Answer("Who?", "closed", "Nobody"),
         ]
     )
