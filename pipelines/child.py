@@ -75,9 +75,9 @@ class Child:
     def __init__(self, work: bytes, preload: Sequence[str]) -> None:
         # The process from which children are forked finds modules where this one does.
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
         try:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(list(preload))
             self._connection, end = context.Pipe()
             self._process = context.Process(target=_serve, args=(end, work), daemon=True)
             self._process.start()

@@ -13,7 +13,7 @@ from pipelines.follow import Follower
 from prag_core.errors import EngineStuckError
 from prag_core.identity import seal
 from prag_core.models import BaseModel
-from prag_core.snapshot import load_snapshot, publish
+from prag_core.snapshot import load_snapshot, publish, renamed
 
 
 def test_a_look_that_goes_wrong_in_any_way_is_not_the_last(tiny_session: BaseModel, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_look_that_goes_wrong_in_any_way_is_not_the_last(tiny_session: BaseMod
         follower = Follower(look, 0.001, lambda: failures.append(service.snapshot))
         # A recipe of which this version knows nothing: an error that nobody foresaw.
         world.store.put_json("adapters/newer/recipe.json", seal({"recipe": {}, "layout": {}}))
-        publish(world.store, replace(load_snapshot(world.store), recipe="newer", id="newer"))
+        publish(world.store, renamed(replace(load_snapshot(world.store), recipe="newer")))
         await until(lambda: len(failures) > 1)
         follower.check()
         mended = world.publish(shift=1, count=2)

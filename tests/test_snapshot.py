@@ -125,7 +125,7 @@ def test_the_newest_the_pinned_and_the_one_in_service_are_kept(store: Store) -> 
 
 def test_candidates_that_never_served_push_nothing_out(store: Store) -> None:
     ids = publish_dated(store, 3)
-    failed = [replace(snapshot_of(f"c{n}"), id=f"2027-{n}") for n in range(3)]
+    failed = [renamed(replace(snapshot_of(f"c{n}"), created=f"2099-01-0{n + 1}T00:00:00+00:00")) for n in range(3)]
     for candidate in failed:
         put_candidate(store, candidate)
     assert kept_snapshots(store, 2) == [*ids[1:], failed[2].id]
