@@ -88,19 +88,21 @@ def run(
         return
     table = Table(title=f"Run {report.run}")
     for name in ("stage", "in", "done", "earlier", "rejected", "seconds", "passages/s", "bytes"):
-        table.add_column(name, justify="left" if name in ("stage", "rejected") else "right")
+        table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in report.stages:
         table.add_row(
             stage.stage,
             str(stage.taken),
             str(stage.done),
             str(stage.earlier),
-            ", ".join(f"{reason} {n}" for reason, n in sorted(stage.rejected.items())) or "0",
+            str(sum(stage.rejected.values())),
             f"{stage.seconds:.1f}",
             f"{stage.per_second:.2f}",
             cli_cluster.size_text(stage.bytes) if stage.bytes else "",
         )
     out.print(table)
+    for reason, count in report.rejected.items():
+        out.print(f"rejected: {reason} {count}; `prag rejects` says which")
     out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
 
 
