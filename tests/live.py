@@ -22,6 +22,7 @@ from test_lora import random_adapter
 from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
+from prag_core.identity import fingerprint
 from prag_core.records import LedgerRow, Passage
 from prag_core.retrieval import archive_index, build_index, find_index, index_id
 from prag_core.snapshot import Snapshot, make_snapshot, publish
@@ -58,7 +59,7 @@ def publish_adapters(config: Config, passages: Sequence[Passage], seed: int) -> 
     for place, passage in enumerate(passages):
         trained = TrainedAdapter(passage.key, random_adapter(layout, seed + place), 1, 1, 1.0, 1.0, 1.0)
         rows += adapters.commit([(trained, str(seed))])
-    version = passages[0].key
+    version = fingerprint([passage.key for passage in passages])
     id = index_id(version, config.index)
     if find_index(store, id) is None:
         with tempfile.TemporaryDirectory() as scratch:
