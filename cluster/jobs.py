@@ -45,8 +45,9 @@ def connect(address: str) -> JobSubmissionClient:
     """Return a client of the job server at an URL such as http://127.0.0.1:8265.
 
     Raises:
-        JobServerError: when nobody answers there.
+        JobServerError: when nobody answers there, or does not take the token.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     # The client takes these before its argument.
@@ -54,6 +55,8 @@ def connect(address: str) -> JobSubmissionClient:
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise JobServerError(f"the job server at {address} takes no such token: {_first_line(error)}") from None
     except (ConnectionError, RuntimeError, OSError) as error:
         raise JobServerError(f"no job server answers at {address}: {_first_line(error)}") from None
 
@@ -122,7 +125,6 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
                 write(fresh)
                 shown = seen
 
-    over = False
     while True:
         whole = False
         # A stream in which nothing is said may be cut by whatever lies between: the job is asked for below.
@@ -136,11 +138,14 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
             if "does not exist" in str(error) or time.monotonic() - heard > PATIENCE_S:
                 raise JobServerError(f"job {id}: {_first_line(error)}") from None
         else:
-            if job.status.is_terminal() and (whole or over):
+            if job.status.is_terminal():
+                with contextlib.suppress(RuntimeError, OSError):
+                    # Its last words, when every stream was cut before them.
+                    if rest := "" if whole else client.get_job_logs(id)[shown:]:
+                        write(rest)
                 failed = 0 if job.status.name == "SUCCEEDED" else 1
                 code = job.driver_exit_code if job.driver_exit_code is not None else failed
                 return Ended(job.status.name, str(job.message or ""), code if code > 0 else failed)
-            over = job.status.is_terminal()  # then its last words are asked for once more
         time.sleep(_PAUSE_S)
 
 

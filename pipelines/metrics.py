@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcome
+
+
+# Ray exports what a gauge was last set to once, and then no more until it is set again.
+_RENEWED_EVERY_S = 1.0
 
 
 class PipelineMetrics:
@@ -23,19 +28,32 @@ class PipelineMetrics:
         self._busy = Counter("prag_work_seconds_total", "Seconds that actors worked on passages.", ("stage",))
         self._recoveries = Counter("prag_recoveries_total", "Times that a stage went on after a loss.", ("stage",))
         self._todo = Gauge("prag_stage_passages", "Passages that a stage has to do in this run.", ("stage",))
-        # Not how long it runs: nobody would renew that while nothing moves, which is what an alarm is for.
+        # Not how long it runs: of that nobody could say whether it still does.
         self._began = Gauge(
-            "prag_stage_start_time_seconds", "When a stage began, since the epoch; 0 once it has ended.", ("stage",)
+            "prag_stage_start_time_seconds", "When the stage under way began, in seconds since the epoch.", ("stage",)
         )
+        self._renewing: dict[str, tuple[threading.Thread, threading.Event]] = {}
 
     def begin(self, stage: str, total: int) -> None:
-        """Say that a stage begins, and what it has to do."""
-        self._todo.set(total, {"stage": stage})
-        self._began.set(time.time(), {"stage": stage})
+        """Say that a stage begins, and what it has to do; both gauges are there until its end."""
+        began, over = time.time(), threading.Event()
+
+        def renew() -> None:
+            while True:
+                self._todo.set(total, {"stage": stage})
+                self._began.set(began, {"stage": stage})
+                if over.wait(_RENEWED_EVERY_S):
+                    return
+
+        thread = threading.Thread(target=renew, name=f"metrics of {stage}", daemon=True)
+        thread.start()
+        self._renewing[stage] = thread, over
 
     def end(self, stage: str) -> None:
         """Say that a stage has ended, well or not."""
-        self._began.set(0, {"stage": stage})
+        thread, over = self._renewing.pop(stage)
+        over.set()
+        thread.join()
 
     def count(self, stage: str, outcomes: Iterable[Outcome]) -> None:
         """Count a block of outcomes."""
