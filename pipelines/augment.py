@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray.data
 
 from cluster.resources import Profile
-from pipelines.child import Alive, nobody
+from pipelines.child import Alive
 from pipelines.outcomes import Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
@@ -62,8 +62,8 @@ class AugmentPassages:
         self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
         self._generator: Generator | None = None
 
-    def __call__(self, table: pa.Table, alive: Alive = nobody) -> pa.Table:
-        """Augment a batch of passages; give back one outcome each."""
+    def __call__(self, table: pa.Table, alive: Alive) -> pa.Table:
+        """Augment a batch of passages; give back one outcome each, all at the end: none of it is `alive` before."""
         passages = from_table(Passage, table)
         results: list[Augmentation | Reject] = []
         lacking = []

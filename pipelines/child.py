@@ -35,10 +35,6 @@ _SET_PARENT_DEATH_SIGNAL = 1
 Alive = Callable[[], None]
 
 
-def nobody() -> None:
-    """Be told by an actor that nobody waits for."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """How long a child may work without a sign of life (outcomes, or `Alive`), and how much memory it may hold."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray.data
 
 from cluster.resources import Profile
-from pipelines.child import Alive, nobody
+from pipelines.child import Alive
 from pipelines.outcomes import TASK, Budget, Outcome, Tally, follow, outcome_table
 from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
@@ -59,7 +59,7 @@ class TrainAdapters:
         self._tokens_per_step = profile.tokens_per_step
         self._run = run
 
-    def __call__(self, table: pa.Table, alive: Alive = nobody) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, alive: Alive) -> Iterator[pa.Table]:
         """Train a batch of passages; give back one outcome each, and be `alive` with each step of training.
 
         What another attempt at the batch, or at one that it is a part of, committed before its process died is not

@@ -184,22 +184,22 @@ def _agreed(answers: list[Finding]) -> list[Finding]:
 
 def _this_machine(config: Config, profile: Profile, layout: LoraLayout) -> list[Finding]:
     """Find out whether the Ray that will be started here can ever give an actor what it takes."""
-    import torch
+    actors, cpus = profile.train, profile.logical_cpus or os.cpu_count() or 1
+    if actors.cpus > cpus:
+        detail = f"a training actor takes {actors.cpus:g} CPUs; of this machine the profile {profile.name} has {cpus}"
+        return [Finding("resources", "failed", detail, "lower run.actor_cpus")]
+    if not actors.gpus:
+        return [check_room(actors.cpus, 0, "a training actor", [Node("", {}, (), "", {"CPU": cpus})])]
+    import torch  # only who wants a GPU waits for it
 
-    actors = profile.train
-    cpus, gpu_count = profile.logical_cpus or os.cpu_count() or 1, torch.cuda.device_count()
-    if actors.cpus > cpus or actors.gpus > gpu_count:
-        detail = (
-            f"a training actor takes {actors.cpus:g} CPUs and {actors.gpus:g} GPUs; of this machine the profile "
-            f"{profile.name} has {cpus} CPUs, and torch can use {gpu_count} GPUs"
-        )
-        remedy = (
-            "lower run.actor_cpus, run.actor_gpus (0: no GPU), or take --profile laptop; if it has a GPU, see that "
-        )
-        return [Finding("resources", "failed", detail, remedy + "nvidia-smi shows it and torch is built for CUDA")]
-    here = Node("", {}, gpus(), torch_cuda(), {"CPU": cpus, "GPU": gpu_count})
+    count = torch.cuda.device_count()
+    if actors.gpus > count:
+        detail = f"a training actor takes {actors.gpus:g} GPUs; of this machine torch can use {count}"
+        remedy = "see that nvidia-smi shows the GPU and torch is built for CUDA, or take --profile laptop"
+        return [Finding("resources", "failed", detail, remedy)]
+    here = Node("", {}, gpus(), torch_cuda(), {"CPU": cpus, "GPU": count})
     room = check_room(actors.cpus, actors.gpus, "a training actor", [here])
-    return [room, *(_gpu_memory(config, profile, layout, [here]) if actors.gpus else [])]
+    return [room, *_gpu_memory(config, profile, layout, [here])]
 
 
 def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: list[Node]) -> list[Finding]:

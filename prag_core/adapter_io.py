@@ -16,12 +16,21 @@ from torch import Tensor
 
 from prag_core.errors import AdapterError
 from prag_core.identity import checksum
-from prag_core.layout import GROUP, INT8, SCALE_UNIT, LoraLayout, adapter_size_bytes, check_dtype, groups_of
+from prag_core.layout import (
+    GROUP,
+    INT8,
+    SCALE_UNIT,
+    STORED_BYTES,
+    LoraLayout,
+    adapter_size_bytes,
+    check_dtype,
+    groups_of,
+)
 from prag_core.lora import Factors, check_factors
 
 _PEFT_NAME = re.compile(r"layers\.(\d+)\..*?(\w+)\.lora_([AB])\.weight$")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORED_BYTES}
 
 
 @dataclass(frozen=True)

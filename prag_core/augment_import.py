@@ -49,10 +49,10 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
 
     Our form is JSON Lines, one passage a line: `id` or `key`, `rewrites` (a list of texts) and `qa` (a list of
-    `question`, `answer`, `full_answer`). A line with a `key` is for the passage of that very
-    text, whatever its `id`. The paper's is one JSON list of records, each with `augment`: a list of `passage`,
-    `<model>_rewrite` and `<model>_qa`. Of two records for one passage the first one counts; in our form the second
-    is a reject, in the paper's passages come again with each question.
+    `question`, `answer`, `full_answer`). A line with a `key` is for the passage of that very text, whatever its `id`.
+    The paper's is one JSON list of records, each with `augment`: a list of `passage`, `<model>_rewrite` and
+    `<model>_qa`. Of two records for one passage the first one counts; in our form the second is a reject, in the
+    paper's passages come again with each question.
 
     Raises:
         InputError: when the file as a whole cannot be read.

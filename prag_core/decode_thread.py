@@ -214,20 +214,21 @@ class DecodeThread:
                     ticket.on_end(reason)
             # After they were told: on a device that is gone this fails too, and ends the thread.
             lane.decoder.reset()
+            self._count()
             return
         self._failures = 0
         self._progress = time.monotonic()
         self.steps += 1
         self.step_s = self._progress - begun
-        for event in events:
-            ticket = lane.tickets[event.id]
-            if event.token is not None and ticket.on_token is not None and not ticket.cancelled:
+        tickets = [lane.tickets.pop(e.id) if e.result is not None else lane.tickets[e.id] for e in events]
+        self._count()  # before anyone is told: whoever has an answer finds its slot free
+        for event, ticket in zip(events, tickets, strict=True):
+            if ticket.cancelled:
+                continue
+            if event.token is not None and ticket.on_token is not None:
                 ticket.on_token(event.token)
             if event.result is not None:
-                del lane.tickets[event.id]
-                if not ticket.cancelled:
-                    ticket.on_end(event.result)
-        self._count()
+                ticket.on_end(event.result)
 
     def _count(self) -> None:
         self.running = sum(lane.decoder.running for lane in self._lanes.values())

@@ -1,6 +1,6 @@
 """The shape of an adapter: which modules of a base model it is for, and the bytes that it takes.
 
-Nothing here needs torch, whose import takes seconds: planning, the ledger and Ray's tasks know adapters by their shape.
+Nothing here needs torch, whose import takes seconds: a run's driver and Ray's tasks know adapters by their shape.
 """
 
 from __future__ import annotations

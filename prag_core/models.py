@@ -139,7 +139,7 @@ class ModelFacts:
 def model_facts(folder: Path) -> ModelFacts:
     """Return the facts of a model folder. They are kept in the cache folder under a hash of all that they follow from.
 
-    So a command that trains and generates nothing itself need not import torch and transformers, which takes seconds.
+    So the driver of a run, which leaves the model to its workers, need not import torch and transformers for seconds.
 
     Raises:
         ModelError: when the folder holds no safetensors weights, or its tokenizer has no chat template.

@@ -54,7 +54,7 @@ def training_batch(passages: list[Passage]) -> pa.Table:
 def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:
     store = Store(config.store)
     actor = TrainAdapters(config, store, describe(config)[0], "run", PROFILE)
-    outcomes = pa.concat_tables(actor(table)).to_pylist()
+    outcomes = pa.concat_tables(actor(table, lambda: None)).to_pylist()
     rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
     return store, rows, outcomes
 

@@ -328,7 +328,7 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     table = training_batch(harmless)
     nothing = pa.array([[]] * 196, pa.list_(pa.string()))  # the imported augmentations have no rewrites
     table = table.set_column(table.column_names.index("rewrites"), "rewrites", nothing)
-    assert sum(done.num_rows for done in actor(table)) == 196
+    assert sum(done.num_rows for done in actor(table, lambda: None)) == 196
     sources = []
     for where in (store, Store(config.store)):
         adapters, _ = open_adapters(store, poisoned["recipe"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,10 +25,11 @@ from cluster.preflight import (
 from pipelines.checks import Preflight
 from pipelines.preflight import PACKAGES, _gpu_memory, check_here
 from pipelines.profiles import profile_of
-from prag_core.config import Config, parse_config
+from prag_core.config import Config, dump_config, parse_config
 from prag_core.errors import PragError, PreflightError
 from prag_core.store import Store
 
+ROOT = Path(__file__).parent.parent
 GPU = Gpu("a card", 24_000_000_000, 23_000_000_000)
 
 
@@ -165,8 +169,8 @@ def test_an_actor_that_fits_no_node_is_warned_of() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 2 CPUs and 64 GPUs"),
-        ({"run__actor_cpus": 3}, "takes 3 CPUs and 0 GPUs; of this machine the profile laptop has 2 CPUs"),
+        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 64 GPUs; of this machine torch can use "),
+        ({"run__actor_cpus": 3}, "takes 3 CPUs; of this machine the profile laptop has 2"),
     ],
 )
 def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, settings: dict, said: str) -> None:
@@ -174,6 +178,22 @@ def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, setti
     (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
     assert failed.check == "resources"
     assert said in failed.detail
+
+
+def test_a_machine_that_is_asked_for_no_gpu_loads_no_torch(config: Config, tmp_path: Path) -> None:
+    assert check_here(config).errors == []  # what is known of the model is in the cache from here on
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    code = (
+        "import sys; from pathlib import Path; from pipelines.preflight import check_here\n"
+        "from prag_core.config import load_config\n"
+        "found = check_here(load_config(Path('config.yaml')))\n"
+        "print(found.errors, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout == "[] []\n"
 
 
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

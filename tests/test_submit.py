@@ -196,6 +196,15 @@ class ImpatientProxy(socketserver.BaseRequestHandler):
                     others[end].sendall(data)
 
 
+def test_a_token_that_the_job_server_refuses_is_said(
+    head: Head, work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
+    message = work.run("submit", "-c", "config.yaml", "--address", head.address, "run", code=12)
+    assert f"the job server at {head.address} takes no such token" in message
+    assert "Traceback" not in message
+
+
 # In a process of its own: Ray reads its token once a process, and another test may have had it read before.
 FOLLOW = """
 import sys
