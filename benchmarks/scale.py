@@ -145,7 +145,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     from cluster.session import ray_session
     from pipelines.outcomes import outcome_blocks
     from pipelines.patience import Desk, run_actors
-    from pipelines.tables import read_parts, survey, with_augmentations, with_passages
+    from pipelines.tables import read_parts, survey, with_augmentations
     from prag_core.config import RunConfig
     from prag_core.records import Passage, schema
     from prag_core.store import Store
@@ -157,10 +157,9 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     with ray_session(replace(profile, logical_cpus=actors + 2)):
         begun = time.perf_counter()
         corpus = read_parts(store, "corpus/million", schema(Passage).names, profile.partitions)
-        found = survey(store, corpus, recipe(), profile.partitions)
+        found = survey(store, corpus, recipe(), profile.blocks(passages))
         surveyed = time.perf_counter()
-        keys = with_passages(found.keys("to_train"), corpus, profile.partitions)
-        missing = with_augmentations(store, keys, recipe().augment.fingerprint, profile.partitions)
+        missing = with_augmentations(store, found, "to_train", corpus, recipe().augment.fingerprint, profile)
         batch = passages // (actors * TASKS_AN_ACTOR)
         desk, limits = Desk(store, "run", "train", recipe().fingerprint), RunConfig()
         outcomes = run_actors(
@@ -207,9 +206,9 @@ def plan(rows: int, folder: Path) -> dict[str, Any]:
         scales = ray.remote(Scales).options(num_cpus=0).remote()
         weigh_shuffles(scales)
         begun = time.perf_counter()
-        corpus = ingest.ingest(CorpusConfig(path=str(folder / "corpus")), profile.partitions)
+        corpus = ingest.ingest(CorpusConfig(path=str(folder / "corpus")), profile)
         ingested = time.perf_counter()
-        counts = survey(store, corpus.passages, recipe(), profile.partitions).counts
+        counts = survey(store, corpus.passages, recipe(), profile.blocks(corpus.count)).counts
         seconds = time.perf_counter() - begun
         shuffled = ray.get(scales.total.remote())
     if counts != {"to_augment": rows}:

@@ -48,9 +48,9 @@ class Profile:
     """What a job may use.
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
-    `partitions` is the number of blocks that a shuffle makes; `augment` and `train` are the pools of the two stages
-    that hold a model, and `index_cpus` is what the one process of the index takes; `tokens_per_step` is what a
-    training actor takes at once.
+    `partitions` is the number of blocks that a shuffle makes of more than `rows_per_task` passages; `augment` and
+    `train` are the pools of the two stages that hold a model, and `index_cpus` is what the one process of the index
+    takes; `tokens_per_step` is what a training actor takes at once.
     """
 
     name: str
@@ -61,6 +61,15 @@ class Profile:
     train: Actors
     index_cpus: float
     tokens_per_step: int
+    # What one task holds with all texts: some tens of megabytes.
+    rows_per_task: int = 20_000
+
+    def blocks(self, passages: int) -> int:
+        """Return into how many blocks so many passages, or what is known of each, are shuffled.
+
+        A shuffle into several takes actors, each a process that takes seconds to start; into one it takes a task.
+        """
+        return 1 if passages <= self.rows_per_task else self.partitions
 
     @property
     def model_actors(self) -> Actors:
@@ -94,6 +103,7 @@ class Profile:
             train=actors(self.train),
             index_cpus=self.index_cpus if actor_cpus is None else min(self.index_cpus, actor_cpus),
             partitions=self.partitions if partitions is None else partitions,
+            rows_per_task=self.rows_per_task if partitions is None else 0,
             tokens_per_step=self.tokens_per_step if tokens_per_step is None else tokens_per_step,
         )
 

@@ -123,7 +123,7 @@ def run_augment(
         total = survey.counts["to_augment"]
         if not total:
             return Tally()
-        missing = with_passages(survey.keys("to_augment"), passages, profile.partitions)
+        missing = with_passages(survey, "to_augment", passages, profile)
         arguments = (config, store, recipe, run, profile.augment.threads)
         desk = Desk(store, run, "augment", recipe.fingerprint)
         silence_s = config.run.passage_timeout_s * config.run.augment_batch

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from pipelines.ingest import stored_passages
+from pipelines.shuffle import together
 from prag_core.store import Store
 
 # An id under which a passage is in the old version, the new one or both. `kept` says that the passage is in both.
@@ -49,15 +50,14 @@ def compare(store: Store, old: str | None, new: str, partitions: int) -> Differe
         )
         for version, is_new in versions
     ]
-    together = facts[0].union(*facts[1:])
-    by_key = together.repartition(partitions, keys=["key"])
+    by_key = together(facts[0].union(*facts[1:]), ["key"], partitions)
     places = by_key.map_batches(_differing, batch_size=None, batch_format="pyarrow").materialize()
     counts: Counter[str] = Counter()
     for stage in (
         places.map_batches(_count_keys, batch_size=None, batch_format="pyarrow"),
-        places.map_batches(_with_source, batch_size=None, batch_format="pyarrow")
-        .repartition(partitions, keys=["source"])
-        .map_batches(_count_sources, batch_size=None, batch_format="pyarrow"),
+        together(
+            places.map_batches(_with_source, batch_size=None, batch_format="pyarrow"), ["source"], partitions
+        ).map_batches(_count_sources, batch_size=None, batch_format="pyarrow"),
     ):
         for row in stage.iter_rows():
             counts[row["what"]] += row["count"]

@@ -54,12 +54,12 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     profile, progress = profile_of(config), RunProgress(store, run, console)
     with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
-        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten_now(store))
+        corpus = ingest.ingest(config.corpus, profile, forgotten_now(store))
         ingest.store_corpus(store, corpus, run)
         passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
         def look() -> Survey:
-            return survey(store, passages, recipe, profile.partitions)
+            return survey(store, passages, recipe, profile.blocks(corpus.count))
 
         budget = Budget(corpus.count, 1.0)
         report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, budget, progress)

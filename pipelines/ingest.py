@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from cluster.resources import Profile
 from pipelines.report import StageReport
+from pipelines.shuffle import together
 from pipelines.tables import read_columns
 from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
@@ -43,7 +45,7 @@ class Corpus:
     report: StageReport
 
 
-def ingest(config: CorpusConfig, partitions: int, forgotten: Collection[str] = ()) -> Corpus:
+def ingest(config: CorpusConfig, profile: Profile, forgotten: Collection[str] = ()) -> Corpus:
     """Read a corpus into passages; stores nothing.
 
     Each record is a reject or gives one piece or more; pieces of equal content become one passage that keeps all
@@ -61,8 +63,9 @@ def ingest(config: CorpusConfig, partitions: int, forgotten: Collection[str] = (
         .map_batches(_read, batch_size=1, batch_format="pyarrow", fn_kwargs={"config": config.model_dump()})
         .materialize()
     )
+    blocks = profile.blocks(rows.count())
     resolved = (
-        rows.repartition(partitions, keys=["record_id"])
+        together(rows, ["record_id"], blocks)
         .map_batches(_resolve_ids, batch_size=None, batch_format="pyarrow")
         .materialize()
     )
@@ -73,8 +76,7 @@ def ingest(config: CorpusConfig, partitions: int, forgotten: Collection[str] = (
     counts = resolved.map_batches(_count, batch_size=None, batch_format="pyarrow").take_all()
     pieces, accepted = (sum(row[name] for row in counts) for name in ("pieces", "records"))
     merged = (
-        resolved.map_batches(_pieces_only, batch_format="pyarrow")
-        .repartition(partitions, keys=["key"])
+        together(resolved.map_batches(_pieces_only, batch_format="pyarrow"), ["key"], blocks)
         .map_batches(_merge, batch_size=None, batch_format="pyarrow")
         .materialize()
     )

@@ -184,7 +184,7 @@ def _stages(
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
     def look() -> Survey:
-        return survey(store, passages, recipe, profile.partitions)
+        return survey(store, passages, recipe, profile.blocks(corpus.count))
 
     # 2. Augment.
     missing = anew("augment", look, progress)
@@ -228,6 +228,6 @@ def _stages(
 
 
 def _read_corpus(config: Config, store: Store, profile: Profile, run: str, forgotten: tuple[str, ...]) -> ingest.Corpus:
-    corpus = ingest.ingest(config.corpus, profile.partitions, forgotten)
+    corpus = ingest.ingest(config.corpus, profile, forgotten)
     ingest.store_corpus(store, corpus, run)
     return corpus

@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.progress import stage_progress
+from pipelines.shuffle import together
 from prag_core.compaction import (
     MARKED,
     ROWS_PER_PART,
@@ -105,7 +106,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
         parts = [name for name in names if kind_of(name) == "ledger" and name not in broken]
         if parts:
             rows = _tasks(parts, profile).map_batches(_rows, **_blocks(), fn_kwargs={"store": store})
-            groups = _together(rows, "shard", _partitions(max(len(parts), shards), profile))
+            groups = together(rows, ["shard"], _partitions(max(len(parts), shards), profile))
             follow(groups.map_batches(_check_shards, **_blocks(), fn_kwargs=how))
     size = sum(item.size_bytes for item in objects)
     return Verified(full, len(objects), size, time.perf_counter() - begun, tuple(findings))
@@ -162,7 +163,7 @@ def compact(
         parts = [*snapshot.ledger_parts, *(part for version in versions for part in corpus_parts(store, version))]
         rows = _tasks(parts, profile).map_batches(_plain_rows, **_blocks(), fn_kwargs={"store": store})
         marked = (
-            _together(rows, "key", _partitions(len(parts), profile))
+            together(rows, ["key"], _partitions(len(parts), profile))
             .map_batches(_mark, **_blocks(), fn_kwargs={"forgotten": forgotten, "since": since})
             .materialize()
         )
@@ -175,7 +176,7 @@ def compact(
             return nothing
         # 2. Where they lie: all rows of a shard meet, and each group of shards becomes one part.
         arguments = {"store": store, "recipe": snapshot.recipe, "forgotten": forgotten}
-        written = _together(marked, "shard", wanted).map_batches(_settle, **_blocks(), fn_kwargs=arguments).take_all()
+        written = together(marked, ["shard"], wanted).map_batches(_settle, **_blocks(), fn_kwargs=arguments).take_all()
     made = tuple(sorted({row["part"] for row in written if row["part"]}))
     if {*made} == {*snapshot.ledger_parts}:
         return nothing
@@ -198,12 +199,6 @@ def _tasks(names: Sequence[str], profile: Profile) -> ray.data.Dataset:
 def _partitions(objects: int, profile: Profile) -> int:
     """Return into how many tasks so many objects are cut: what one task does at once needs no second."""
     return 1 if objects <= _OBJECTS_PER_TASK else max(profile.partitions, -(-objects // _OBJECTS_PER_TASK))
-
-
-def _together(rows: ray.data.Dataset, column: str, partitions: int) -> ray.data.Dataset:
-    """Bring all rows of one value into one block."""
-    # The actors of a shuffle cost seconds to start: a store that fits into one block does without.
-    return rows.repartition(partitions, keys=[column]) if partitions > 1 else rows.repartition(1)
 
 
 def _found(findings: Sequence[Finding], checked: int) -> pa.Table:

@@ -16,7 +16,7 @@ from pipelines.patience import Desk, run_actors
 from pipelines.progress import RunProgress
 from pipelines.recovery import persist
 from pipelines.report import StageReport
-from pipelines.tables import Survey, set_threads, with_augmentations, with_length, with_passages
+from pipelines.tables import Survey, set_threads, with_augmentations, with_length
 from prag_core.adapter_store import AdapterStore, get_start
 from prag_core.config import Config
 from prag_core.examples import TrainingJob, training_examples
@@ -157,8 +157,8 @@ def run_train(
         total = survey.counts["to_train"]
         if not total:
             return Tally()
-        keys = with_passages(survey.keys("to_train"), passages, profile.partitions)
-        missing = with_augmentations(store, keys, recipe.augment.fingerprint, profile.partitions)
+        fingerprint = recipe.augment.fingerprint
+        missing = with_augmentations(store, survey, "to_train", passages, fingerprint, profile)
         # Like lengths together in a batch: padding is computed like any token.
         missing = missing.map_batches(with_length, batch_format="pyarrow").sort("length")
         arguments = (config, store, recipe, progress.run, profile)

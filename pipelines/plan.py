@@ -87,8 +87,8 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     profile = profile_of(config)
     recipe, layout = describe(config)
     with ray_session(profile):
-        corpus = ingest.ingest(config.corpus, profile.partitions, forgotten_now(store))
-        found = survey(store, corpus.passages, recipe, profile.partitions)
+        corpus = ingest.ingest(config.corpus, profile, forgotten_now(store))
+        found = survey(store, corpus.passages, recipe, profile.blocks(corpus.count))
         counts = found.counts
         to_augment = counts["to_augment"]
         to_train = to_augment + counts["to_train"]

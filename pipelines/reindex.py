@@ -144,7 +144,8 @@ class _Look:
         profile = profile_of(self._config)
         self.before = old.id if old else None
         version = old.corpus_version if old else None
-        self.difference = compare(self._store, version, new.corpus_version, profile.partitions)
+        blocks = profile.blocks(new.passages)
+        self.difference = compare(self._store, version, new.corpus_version, blocks)
         progress.console.print(f"difference: {self.difference}")
         check_whole(self._store, new, profile.partitions)
         if not self._canaries:

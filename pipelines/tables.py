@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from cluster.resources import Profile
+from pipelines.shuffle import fetched, join_few, together
 from prag_core.compaction import visible_parts
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage, from_dict, schema
@@ -24,12 +26,16 @@ from prag_core.store import Store
 # Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it, a small device.
 TRANSIENT = ("generation_failed", "not_imported", "out_of_memory")
 
+# Parts of which one task reads the facts: at worst some million rows of a compacted ledger.
+PARTS_PER_TASK = 64
+
 # What the store knows of a key: the digest of its augmentation, of the one an adapter was trained on, or a reason.
 _FACT = pa.schema([pa.field(name, pa.string()) for name in ("key", "kind", "value")])
 _STATE = pa.schema([pa.field(name, pa.string()) for name in ("key", "augmentation", "state", "reason")])
-# The columns of a stored augmentation that training reads.
+# What training reads of a stored augmentation: `augmentation` is its digest.
+_TEXTS = ("rewrites", "pairs", "origin")
 _AUGMENTATION = pa.schema(
-    [pa.field("digest", pa.string()), *(schema(Augmentation).field(n) for n in ("key", "rewrites", "pairs", "origin"))]
+    [*(pa.field(n, pa.string()) for n in ("key", "augmentation")), *(schema(Augmentation).field(n) for n in _TEXTS)]
 )
 
 
@@ -69,7 +75,9 @@ class Survey:
 
 
 def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions: int) -> Survey:
-    """Find out by one shuffle what is done, given up and missing: no key passes through the driver.
+    """Find out by one shuffle into `partitions` or more what is done, given up and missing.
+
+    No key passes through the driver.
 
     Of several augmentations of a passage (a task that was tried again) the one with the smallest digest counts.
     A reject for a `TRANSIENT` reason, or of a passage that was done after all, is none.
@@ -92,7 +100,7 @@ def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions:
         )
         facts = facts.union(stored)
     joined = (
-        facts.repartition(partitions, keys=["key"])
+        together(facts, ["key"], max(partitions, -(-len(parts) // PARTS_PER_TASK)))
         .map_batches(_states, batch_size=None, batch_format="pyarrow")
         .materialize()
     )
@@ -132,22 +140,30 @@ def read_columns(store: Store, parts: Sequence[str], columns: list[str], partiti
     )
 
 
-def with_passages(keys: ray.data.Dataset, passages: ray.data.Dataset, partitions: int) -> ray.data.Dataset:
-    """Return the passages of `keys`, with the other columns of `keys` beside theirs."""
-    return passages.join(keys, join_type="inner", on=("key",), num_partitions=partitions)
+def with_passages(found: Survey, state: str, passages: ray.data.Dataset, profile: Profile) -> ray.data.Dataset:
+    """Return the passages that a survey found in a state, each with the digest of its augmentation."""
+    keys = found.keys(state)
+    blocks = profile.blocks(found.counts[state])
+    if blocks == 1:
+        return join_few(passages, fetched(keys), on=["key"])
+    return passages.join(keys, join_type="inner", on=("key",), num_partitions=blocks)
 
 
 def with_augmentations(
-    store: Store, keys: ray.data.Dataset, augment_fingerprint: str, partitions: int
+    store: Store, found: Survey, state: str, passages: ray.data.Dataset, augment_fingerprint: str, profile: Profile
 ) -> ray.data.Dataset:
-    """Return `keys` (with their column `augmentation`, a digest), each with that augmentation's text."""
-    rows = read_parts(store, f"augmentations/{augment_fingerprint}", _AUGMENTATION.names, partitions)
+    """Return the passages that a survey found in a state, each with its augmentation's digest and text."""
+    wanted = with_passages(found, state, passages, profile)
+    rows = read_parts(store, f"augmentations/{augment_fingerprint}", ["key", "digest", *_TEXTS], profile.partitions)
     if rows is None:  # a survey that found augmented passages read these very parts
         raise RuntimeError(f"no augmentations under {augment_fingerprint}")
-    made = rows.repartition(partitions, keys=["key", "digest"]).map_batches(
-        _one_each, batch_size=None, batch_format="pyarrow"
-    )
-    return keys.join(made, join_type="inner", on=("key", "augmentation"), num_partitions=partitions)
+    rows = rows.rename_columns({"digest": "augmentation"})
+    on, whole = ("key", "augmentation"), {"batch_size": None, "batch_format": "pyarrow"}
+    blocks = profile.blocks(found.counts[state])
+    if blocks == 1:
+        return together(join_few(rows, fetched(wanted), on), on, 1).map_batches(_one_each, **whole)
+    made = together(rows, on, blocks).map_batches(_one_each, **whole)
+    return wanted.join(made, join_type="inner", on=on, num_partitions=blocks)
 
 
 def _tasks(parts: list[dict[str, str]], partitions: int) -> ray.data.Dataset:
@@ -244,13 +260,11 @@ def _count(table: pa.Table) -> pa.Table:
 
 
 def _one_each(table: pa.Table) -> pa.Table:
-    """Keep one row an augmentation, under the name by which it is joined: a retried task may have stored it twice."""
+    """Keep one row an augmentation: a task that was tried again may have stored it twice."""
     if not table.num_columns:
-        table = _AUGMENTATION.empty_table()
-    numbered = pa.table({"key": table["key"], "digest": table["digest"], "row": pa.array(range(table.num_rows))})
-    first = numbered.group_by(["key", "digest"]).aggregate([("row", "min")])["row_min"]
-    names = ["augmentation" if name == "digest" else name for name in _AUGMENTATION.names]
-    return table.take(first).select(_AUGMENTATION.names).rename_columns(names)
+        return _AUGMENTATION.empty_table()
+    numbered = table.select(["key", "augmentation"]).append_column("row", pa.array(range(table.num_rows)))
+    return table.take(numbered.group_by(["key", "augmentation"]).aggregate([("row", "min")])["row_min"])
 
 
 def with_length(table: pa.Table) -> pa.Table:

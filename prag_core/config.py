@@ -208,7 +208,9 @@ class RunConfig(_Strict):
     actors_max: int | None = Field(None, ge=1, description="… and how many it may grow to.")
     actor_cpus: float | None = Field(None, gt=0, description="What each of them takes of its node.")
     actor_gpus: float | None = Field(None, ge=0, description="0 on a cluster without GPUs.")
-    partitions: int | None = Field(None, ge=1, description="Blocks that a shuffle makes.")
+    partitions: int | None = Field(
+        None, ge=1, description="Blocks that a shuffle makes; by default one for a few thousand passages."
+    )
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(
         8, ge=1, description="Passages of a training task at least; in a large corpus as many as fill a shard."
