@@ -215,18 +215,26 @@ class SlotAdapters:
         self._has[place] = self._has[last]
         self._has.pop()
         self._view = None
-        if not any(self._has):
-            self._stack = None
 
     def rows(self) -> RowAdapters | None:
         """Return the live rows' adapters, or None when none has any: the bare model then runs as it is."""
-        if self._stack is not None and self._view is None:
+        if self._stack is None or not any(self._has):
+            return None
+        if self._view is None:
             self._view = self._stack.rows(len(self._has))
         return self._view
 
     def _widen(self, source: AdapterStack) -> None:
-        """Make the tensors hold a summed rank like that of `source`."""
+        """Make the tensors hold a summed rank like that of `source`; where no row has adapters, that rank alone.
+
+        Tensors for all slots take longer to make than an adapter to lay into one, so they stay when the last row that
+        has adapters leaves.
+        """
         rank, old = source.weights.shape[1], self._stack
+        if not any(self._has):
+            if old is not None and old.weights.shape[1] == rank:
+                return
+            old = None
         if old is not None and old.weights.shape[1] >= rank:
             return
         factors = {}

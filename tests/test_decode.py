@@ -19,11 +19,11 @@ from prag_core import slots
 from prag_core.decode import Decoded, Decoder, DecodeRequest, context_length
 from prag_core.errors import ModelError, PromptTooLongError
 from prag_core.llm import Prompt, TransformersGenerator
-from prag_core.lora import Factors, Injector, find_targets, stack_rows
+from prag_core.lora import AdapterStack, Factors, Injector, find_targets, stack_adapters, stack_rows
 from prag_core.models import BaseModel
 from prag_core.prefixes import Prefixes
 from prag_core.recipe import RECIPES
-from prag_core.slots import attention_layers
+from prag_core.slots import SlotAdapters, attention_layers
 
 RECIPE = RECIPES["small"]
 VOCABULARY = 259
@@ -153,6 +153,29 @@ def test_a_slot_keeps_nothing_of_its_former_row(tiny_session: BaseModel, injecto
             events = [event for _ in range(8) for event in decoder.step() if event.id == id]
         assert [event.token for event in events] == alone(tiny_session, injector, newcomer)
     assert decoder.cancel(stays)
+
+
+def test_tensors_for_adapters_stay_until_another_rank_comes(injector: Injector) -> None:
+    def stack(count: int) -> AdapterStack:
+        one = random_adapter(injector.layout, 1)
+        stacked = stack_adapters(injector.layout, [[(one, 1.0)] * count], dtype=torch.float32)
+        assert stacked is not None
+        return stacked
+
+    slots, seen = SlotAdapters(4), []
+    for count in (3, 3, 1):
+        slots.join(None, 0)
+        assert slots.rows() is None
+        slots.join(stack(count), 0)
+        rows = slots.rows()
+        assert rows is not None
+        seen.append((slots._stack, rows.weights.shape))
+        slots.leave(1)
+        assert slots.rows() is None
+        slots.leave(0)
+    rank = injector.layout.rank
+    assert [shape for _, shape in seen] == [(2, 3 * rank), (2, 3 * rank), (2, rank)]
+    assert seen[0][0] is seen[1][0]
 
 
 def test_a_neighbour_that_is_not_finite_changes_nothing(tiny_session: BaseModel, injector: Injector) -> None:
