@@ -157,7 +157,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     with ray_session(replace(profile, logical_cpus=actors + 2)):
         begun = time.perf_counter()
         corpus = read_parts(store, "corpus/million", schema(Passage).names, profile.partitions)
-        found = survey(store, corpus, recipe(), profile.blocks(passages))
+        found = survey(store, corpus, passages, recipe(), profile)
         surveyed = time.perf_counter()
         missing = with_augmentations(store, found, "to_train", corpus, recipe().augment.fingerprint, profile)
         batch = passages // (actors * TASKS_AN_ACTOR)
@@ -208,7 +208,7 @@ def plan(rows: int, folder: Path) -> dict[str, Any]:
         begun = time.perf_counter()
         corpus = ingest.ingest(CorpusConfig(path=str(folder / "corpus")), profile)
         ingested = time.perf_counter()
-        counts = survey(store, corpus.passages, recipe(), profile.blocks(corpus.count)).counts
+        counts = survey(store, corpus.passages, corpus.count, recipe(), profile).counts
         seconds = time.perf_counter() - begun
         shuffled = ray.get(scales.total.remote())
     if counts != {"to_augment": rows}:

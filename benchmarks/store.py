@@ -316,7 +316,7 @@ def plan_million(arguments: argparse.Namespace) -> dict[str, Any]:
     with ray_session(profile):
         begun = time.perf_counter()
         passages = read_parts(store, "corpus/million", ["key"], profile.partitions)
-        found = survey(store, passages, recipe_of_million(), profile.partitions)
+        found = survey(store, passages, arguments.rows, recipe_of_million(), profile)
         seconds = time.perf_counter() - begun
     return {"seconds": seconds, "peak_mb": peak_mb(), "counts": dict(found.counts)}
 

@@ -59,7 +59,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
         def look() -> Survey:
-            return survey(store, passages, recipe, profile.blocks(corpus.count))
+            return survey(store, passages, corpus.count, recipe, profile)
 
         budget = Budget(corpus.count, 1.0)
         report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, budget, progress)

@@ -184,7 +184,7 @@ def _stages(
     passages = ingest.stored_passages(store, corpus.version, profile.partitions)
 
     def look() -> Survey:
-        return survey(store, passages, recipe, profile.blocks(corpus.count))
+        return survey(store, passages, corpus.count, recipe, profile)
 
     # 2. Augment.
     missing = anew("augment", look, progress)

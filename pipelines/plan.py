@@ -88,7 +88,7 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     recipe, layout = describe(config)
     with ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile, forgotten_now(store))
-        found = survey(store, corpus.passages, recipe, profile.blocks(corpus.count))
+        found = survey(store, corpus.passages, corpus.count, recipe, profile)
         counts = found.counts
         to_augment = counts["to_augment"]
         to_train = to_augment + counts["to_train"]

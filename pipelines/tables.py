@@ -74,10 +74,8 @@ class Survey:
         return chosen.select_columns(["key", "augmentation"])
 
 
-def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions: int) -> Survey:
-    """Find out by one shuffle into `partitions` or more what is done, given up and missing.
-
-    No key passes through the driver.
+def survey(store: Store, passages: ray.data.Dataset, count: int, recipe: Recipe, profile: Profile) -> Survey:
+    """Find out by one shuffle what is done, given up and missing of `count` passages: no key passes the driver.
 
     Of several augmentations of a passage (a task that was tried again) the one with the smallest digest counts.
     A reject for a `TRANSIENT` reason, or of a passage that was done after all, is none.
@@ -95,12 +93,12 @@ def survey(store: Store, passages: ray.data.Dataset, recipe: Recipe, partitions:
     ]
     facts = passages.select_columns(["key"]).map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
     if parts:
-        stored = _tasks(parts, partitions).map_batches(
+        stored = _tasks(parts, profile.partitions).map_batches(
             _stored_facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store}
         )
         facts = facts.union(stored)
     joined = (
-        together(facts, ["key"], max(partitions, -(-len(parts) // PARTS_PER_TASK)))
+        together(facts, ["key"], profile.blocks(count) if len(parts) <= PARTS_PER_TASK else profile.partitions)
         .map_batches(_states, batch_size=None, batch_format="pyarrow")
         .materialize()
     )

@@ -65,7 +65,7 @@ made = []
 with ray_session(PROFILES["laptop"]):
     for profile in PROFILES["laptop"], PROFILES["laptop"].tuned(partitions=3):
         passages = read_parts(store, "corpus", schema(Passage).names, profile.partitions)
-        found = survey(store, passages, recipe, profile.blocks(9))
+        found = survey(store, passages, 9, recipe, profile)
         lacking = with_passages(found, "to_augment", passages, profile)
         ready = with_augmentations(store, found, "to_train", passages, recipe.augment.fingerprint, profile)
         rows = [sorted(rows.take_all(), key=lambda row: row["key"]) for rows in (lacking, ready)]
