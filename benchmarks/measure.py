@@ -1,26 +1,30 @@
-"""What the benchmarks share: the machine in words, its matrix rate, and the plain PEFT loop to compare with."""
+"""What the benchmarks share: the machine in words, its matrix rate, and the plain PEFT loop to compare with.
+
+Some measure the memory of a process that needs no torch, so it is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig, get_peft_model
+if TYPE_CHECKING:
+    import torch
 
-from prag_core.examples import TrainingJob
-from prag_core.models import BaseModel
-from prag_core.recipe import TrainRecipe
-from prag_core.trainer import Trainer
+    from prag_core.examples import TrainingJob
+    from prag_core.models import BaseModel
+    from prag_core.recipe import TrainRecipe
 
 
 def machine(device: torch.device | str = "cpu") -> str:
     """Name the processor or the card, and what torch uses of it."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
@@ -33,12 +37,16 @@ def machine(device: torch.device | str = "cpu") -> str:
 
 def wait_for(device: torch.device | str) -> None:
     """Wait until the device has done what it was told to do."""
+    import torch
+
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int, int]) -> float:
     """Return the FLOP/s of a product of that shape (rows, inputs, outputs): the median of seven."""
+    import torch
+
     rows, inputs, outputs = shape
     x = torch.randn(rows, inputs, device=device).to(dtype)
     w = torch.randn(outputs, inputs, device=device).to(dtype)
@@ -59,13 +67,26 @@ def matrix_rate(dtype: torch.dtype, device: torch.device | str, shape: tuple[int
 
 def peak_gb(device: torch.device | str) -> float:
     """Return the most memory that this process used on the device so far, in GB."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    return peak_mb() / 1e3
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process had resident so far, in MB (Linux)."""
+    # Not `ru_maxrss`: what the parent had when it started this process is part of that.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak) * 1024 / 1e6
 
 
 def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, pad_to: int = 0) -> float:
     """Train one passage after the other as the paper's code does: PEFT, AdamW, batch 1; padded where asked."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     device = base.device
     wait_for(device)
     begun = time.perf_counter()
@@ -90,6 +111,8 @@ def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainReci
 
 def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, tokens_per_step: int) -> float:
     """Train the passages together, as the pipeline does."""
+    from prag_core.trainer import Trainer
+
     trainer = Trainer(base, recipe)
     wait_for(base.device)
     begun = time.perf_counter()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from measure import machine
+from measure import machine, peak_mb
 
 WORK_S = 0.2
 ACTORS = (1, 2, 4, 8)
@@ -216,7 +215,7 @@ def plan(rows: int, folder: Path) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "ingest_s": ingested - begun,
-        "driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        "driver_mb": peak_mb(),
         "shuffle_gb": shuffled / 1e9,
     }
 

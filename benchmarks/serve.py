@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import resource
 import secrets
 import statistics
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
+from measure import machine, peak_mb
 from peft import PeftModel
 
 from prag_core.adapter_io import export_peft
@@ -111,7 +110,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     update_ms = result["inject_ms_warm"] + result["fetch_ms_cold"]
     result["paper_update_ms"] = round(paper_ms, 1)
     result["x_update"] = round(paper_ms / update_ms, 1)
-    result["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # Linux counts in KiB
+    result["rss_mb"] = round(peak_mb())
     result["machine"] = f"{machine(base.device)}, {dtype}"
     print(f"the paper's update: {paper_ms:.0f} ms; ours: {update_ms:.1f} ms")
     return result

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import secrets
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from measure import machine
+from measure import machine, peak_mb
 
 ROOT = Path(__file__).parent.parent
 K = 3
@@ -283,10 +282,6 @@ def write_million(url: str, rows: int, missing: int) -> None:
             "created": place + 1.7e9,
         }
         store.put_table(f"{adapters}/ledger", pa.table(ledger, schema=schema(LedgerRow)))
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 * 1.024
 
 
 def open_million(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,20 +22,13 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_passage
+from killing import end_tree, free_ports
 from test_job import Workspace
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 PASSAGES = 8
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Head:
@@ -90,8 +83,7 @@ class Head:
         return ""
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=60)
+        end_tree(self.process)
 
 
 @pytest.fixture(scope="module")
