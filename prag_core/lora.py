@@ -76,7 +76,9 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
             raise AdapterError(
                 f"adapter {key}: {name} has shape {tuple(factors[name].shape)}, the layout wants {shape}"
             )
-        if not bool(torch.isfinite(factors[name]).all()):
+        # The extremes are not finite where any value is not; to find them is an order of magnitude faster than to look
+        # at each value in bf16, which took most of the time of fetching an adapter.
+        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
             raise AdapterError(f"adapter {key}: {name} holds values that are not finite")
 
 

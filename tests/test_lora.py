@@ -120,6 +120,18 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny: BaseModel, damage, messag
         check_factors(layout, factors, "k")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(tiny_session: BaseModel, value: float, dtype: torch.dtype) -> None:
+    layout, _ = find_targets(tiny_session.model, RECIPE)
+    for name in layout.tensor_shapes:
+        factors = {other: tensor.to(dtype) for other, tensor in random_adapter(layout, 1).items()}
+        check_factors(layout, factors, "k")
+        factors[name].view(-1)[-1] = value
+        with pytest.raises(AdapterError, match=f"{name} holds values that are not finite"):
+            check_factors(layout, factors, "k")
+
+
 def test_a_layer_computed_again_elsewhere_has_the_same_adapters(tiny_session: BaseModel) -> None:
     injector = Injector(tiny_session.model, RECIPE)
     ids = torch.tensor([[5, 6, 7]])
