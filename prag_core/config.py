@@ -209,7 +209,7 @@ class RunConfig(_Strict):
     actor_cpus: float | None = Field(None, gt=0, description="What each of them takes of its node.")
     actor_gpus: float | None = Field(None, ge=0, description="0 on a cluster without GPUs.")
     partitions: int | None = Field(
-        None, ge=1, description="Blocks that a shuffle makes; by default one for a few thousand passages."
+        None, ge=1, description="Blocks that a shuffle makes; by default one up to 20,000 passages."
     )
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(

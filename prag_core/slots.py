@@ -230,13 +230,11 @@ class SlotAdapters:
         Tensors for all slots take longer to make than an adapter to lay into one, so they stay when the last row that
         has adapters leaves.
         """
-        rank, old = source.weights.shape[1], self._stack
-        if not any(self._has):
-            if old is not None and old.weights.shape[1] == rank:
-                return
-            old = None
-        if old is not None and old.weights.shape[1] >= rank:
+        rank, in_use = source.weights.shape[1], any(self._has)
+        width = 0 if self._stack is None else self._stack.weights.shape[1]
+        if width == rank or (in_use and width > rank):
             return
+        old = self._stack if in_use else None
         factors = {}
         for target, pair in source.factors.items():
             wider = [tensor.new_zeros(len(tensor), self._slots, rank, tensor.shape[3]) for tensor in pair]
