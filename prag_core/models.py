@@ -245,6 +245,8 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
     import torch
     from transformers import AutoModelForCausalLM
 
+    from prag_core.linear import use_few_rows
+
     _silence_progress()
     folder = resolve_model(config.name)
     found = model_fingerprint(folder)
@@ -263,6 +265,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
         raise ModelError(f"model.name = {config.name!r} cannot be loaded on {device}: {error}") from error
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
+    use_few_rows(model)
     return BaseModel(config.name, found, model, load_tokenizer(folder))
 
 
