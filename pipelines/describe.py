@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.augment import generator_fingerprint
 from prag_core.adapter_store import start_fingerprint
 from prag_core.config import Config
-from prag_core.identity import is_start_name
+from prag_core.identity import is_checksum
 from prag_core.layout import LoraLayout, find_layout
 from prag_core.models import model_facts, resolve_model
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
@@ -26,7 +26,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     facts = model_facts(folder)
     layout = find_layout(facts.linear, train)
     if start := config.train.start:
-        train = replace(train, start=start if is_start_name(start) else _fingerprint_of(layout, Path(start)))
+        train = replace(train, start=start if is_checksum(start) else _fingerprint_of(layout, Path(start)))
     augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint))
     return Recipe(facts.fingerprint, augmenting, train), layout
 

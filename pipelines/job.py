@@ -27,7 +27,7 @@ from pipelines.tables import Survey, survey
 from prag_core.adapter_store import AdapterStore, get_start, put_start
 from prag_core.config import Config, dump_config
 from prag_core.garbage import RunInputs, put_inputs
-from prag_core.identity import is_start_name
+from prag_core.identity import is_checksum
 from prag_core.layout import LoraLayout
 from prag_core.lease import Lease, hold_lease, wait_for_lease
 from prag_core.recipe import Recipe
@@ -152,7 +152,7 @@ def _keep_start(start: str, store: Store, layout: LoraLayout) -> None:
     from prag_core.adapter_io import import_peft
     from prag_core.lora import check_factors
 
-    if is_start_name(start):
+    if is_checksum(start):
         check_factors(layout, get_start(store, start), f"start {start}")
     else:
         put_start(store, layout, import_peft(layout, Path(start)))

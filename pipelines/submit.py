@@ -12,7 +12,7 @@ from cluster import jobs
 from cluster.jobs import JobServerError
 from prag_core.config import Config, dump_config
 from prag_core.errors import ClusterError, ConfigError
-from prag_core.identity import fingerprint, is_start_name
+from prag_core.identity import fingerprint, is_checksum
 
 CONFIG_FILE = "prag-config.yaml"
 # Machine facts: the same work with others of them is the same job still.
@@ -86,7 +86,7 @@ def _refuse_relative(config: Config) -> None:
         "store": config.store,
         "corpus.path": config.corpus.path,
         "augment.import_file": config.augment.import_file,
-        "train.start": None if start and is_start_name(start) else start,
+        "train.start": None if start and is_checksum(start) else start,
     }
     relative = [key for key, path in named.items() if path and "://" not in path and not Path(path).is_absolute()]
     if config.model.name.startswith(".") or (

@@ -71,8 +71,8 @@ def checksum(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
 
 
-def is_start_name(text: str) -> bool:
-    """Whether a text has the form of the name that a start has in the store, a checksum, and is no path."""
+def is_checksum(text: str) -> bool:
+    """Whether a text has the form of a checksum or a key: 32 hexadecimal digits, so that it is no path either."""
     return re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", text) is not None
 
 

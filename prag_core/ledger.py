@@ -14,17 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prag_core.errors import StoreError
-from prag_core.identity import KEY_BYTES
+from prag_core.identity import KEY_BYTES, is_checksum
 from prag_core.store import Store
 
 READERS = 8
 
 _COLUMNS = ["key", "checksum", "shard", "dtype", "offset", "length", "created"]
-# Keys as their hexadecimal digits, in whose order numpy bisects; shard and dtype as positions in a list of names.
+# Keys and checksums as bytes, which are half of their hexadecimal digits and have the same order; shard and dtype as
+# positions in a list of names.
 _ROW = np.dtype(
     [
-        ("key", f"S{2 * KEY_BYTES}"),
-        ("checksum", f"S{2 * KEY_BYTES}"),
+        ("key", f"S{KEY_BYTES}"),
+        ("checksum", f"S{KEY_BYTES}"),
         ("shard", np.int32),
         ("dtype", np.int32),
         ("offset", np.int64),
@@ -47,7 +48,7 @@ class Located:
 
 
 class LedgerColumns:
-    """The rows of some ledger parts, sorted by key: about a hundred bytes an adapter and no Python object.
+    """The rows of some ledger parts, sorted by key: 80 bytes an adapter and no Python object.
 
     Of several rows of a key the one that was created last counts: a changed augmentation adds a row, it edits none.
 
@@ -76,7 +77,9 @@ class LedgerColumns:
 
     def find(self, key: str) -> Located | None:
         """Return where the adapter of a key lies, or None when there is none."""
-        wanted = key.encode()
+        if not is_checksum(key):
+            return None
+        wanted = bytes.fromhex(key).rstrip(b"\0")  # as numpy gives a value back: without zeros at its end
         position = int(np.searchsorted(self._keys, np.bytes_(wanted)))
         if position == len(self._keys) or self._keys[position] != wanted:
             return None
@@ -86,20 +89,14 @@ class LedgerColumns:
             shard=self._list[row["shard"]],
             offset=int(row["offset"]),
             length=int(row["length"]),
-            checksum=row["checksum"].decode(),
+            checksum=row["checksum"].ljust(KEY_BYTES, b"\0").hex(),
             dtype=self._list[row["dtype"]],
         )
 
     def _rows_of(self, part: str, table: pa.Table) -> npt.NDArray[Any]:
         rows = np.empty(table.num_rows, _ROW)
         for name in ("key", "checksum"):
-            width = _ROW[name].itemsize
-            column = table[name].combine_chunks()
-            if (pc.max(pc.binary_length(column)).as_py() or 0) > width:
-                raise StoreError(f"{part}: {name} is longer than {width} characters", "it is no ledger part of ours")
-            if len(column):
-                padded = pc.ascii_rpad(column, width, padding="\0")
-                rows[name] = np.frombuffer(padded.buffers()[2], f"S{width}", len(column))
+            rows[name] = _bytes_of(table[name], f"{part}: {name}")
         for name in ("shard", "dtype"):
             coded = table[name].combine_chunks().dictionary_encode()
             with self._naming:
@@ -108,3 +105,18 @@ class LedgerColumns:
         for name in ("offset", "length", "created"):
             rows[name] = table[name].to_numpy()
         return rows
+
+
+def _bytes_of(column: pa.ChunkedArray, what: str) -> npt.NDArray[np.bytes_]:
+    """Return the bytes that the digits of keys or checksums stand for."""
+    digits = 2 * KEY_BYTES
+    values = column.combine_chunks()
+    try:
+        if not pc.all(pc.equal(pc.binary_length(values), digits), min_count=0).as_py():
+            raise ValueError
+        # Padded by nothing: a new array, in which the first value begins at the first byte.
+        text = pc.ascii_rpad(values, digits).buffers()[2] if len(values) else b""
+        found = bytes.fromhex(str(text, "ascii"))
+        return np.frombuffer(found, f"S{KEY_BYTES}", len(values))
+    except ValueError:
+        raise StoreError(f"{what} is not {digits} hexadecimal digits", "it is no ledger part of ours") from None

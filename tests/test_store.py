@@ -29,6 +29,7 @@ from prag_core.store import Store
 from prag_core.trainer import TrainedAdapter
 
 RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
+KEY = "0c" * 16
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> N
 
 
 def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
-    made = [trained(adapters, f"key{n}", n) for n in range(4)]
+    made = [trained(adapters, f"{n:032x}", n) for n in range(4)]
     rows = adapters.commit([(adapter, f"digest{n}") for n, adapter in enumerate(made)])
     reopened, train = open_adapters(adapters.store, RECIPE.fingerprint)
     assert train == RECIPE.train
@@ -226,7 +227,7 @@ def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
 
 
 def test_each_row_is_read_as_it_was_stored(adapters: AdapterStore) -> None:
-    made = trained(adapters, "key", 1)
+    made = trained(adapters, KEY, 1)
     assert made.factors is not None
     for dtype in ("int8", "bfloat16", "float32"):
         (row,) = AdapterStore(adapters.store, RECIPE, adapters.layout, dtype).commit([(made, "d")])
@@ -237,30 +238,30 @@ def test_each_row_is_read_as_it_was_stored(adapters: AdapterStore) -> None:
 
 
 def test_a_later_row_replaces_an_earlier_one(adapters: AdapterStore) -> None:
-    adapters.commit([(trained(adapters, "key", 1), "old")])
-    adapters.commit([(trained(adapters, "key", 2), "new")])
-    got = LedgerSource(adapters, adapters.ledger_parts()).get("key")
+    adapters.commit([(trained(adapters, KEY, 1), "old")])
+    adapters.commit([(trained(adapters, KEY, 2), "new")])
+    got = LedgerSource(adapters, adapters.ledger_parts()).get(KEY)
     assert torch.equal(got["up_proj.A"], random_adapter(adapters.layout, 2)["up_proj.A"])
 
 
 def test_a_shard_without_a_ledger_part_does_not_exist(adapters: AdapterStore) -> None:
-    adapters.commit([(trained(adapters, "key", 1), "d")])
+    adapters.commit([(trained(adapters, KEY, 1), "d")])
     for part in adapters.ledger_parts():
         adapters.store.remove(part)
-    assert "key" not in LedgerSource(adapters, adapters.ledger_parts())
+    assert KEY not in LedgerSource(adapters, adapters.ledger_parts())
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_bytes_are_never_an_adapter(adapters: AdapterStore, damage: str) -> None:
-    (row,) = adapters.commit([(trained(adapters, "key", 1), "d")])
+    (row,) = adapters.commit([(trained(adapters, KEY, 1), "d")])
     data = bytearray(adapters.store.get(row.shard))
     if damage == "flip":
         data[row.offset + row.length // 2] ^= 1
     adapters.store.put(row.shard, bytes(data[: row.offset + row.length - 1] if damage == "cut" else data))
     if damage == "remove":
         adapters.store.remove(row.shard)
-    with pytest.raises(AdapterError, match="adapter key"):
-        LedgerSource(adapters, adapters.ledger_parts()).get("key")
+    with pytest.raises(AdapterError, match=f"adapter {KEY}"):
+        LedgerSource(adapters, adapters.ledger_parts()).get(KEY)
 
 
 def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: BaseModel, tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: B
 
 
 def test_ledger_rows_name_what_they_hold(adapters: AdapterStore) -> None:
-    (row,) = adapters.commit([(trained(adapters, "key", 1), "digest")])
+    (row,) = adapters.commit([(trained(adapters, KEY, 1), "digest")])
     table = adapters.store.get_table(LedgerRow, adapters.ledger_parts())
     assert table.column("augmentation").to_pylist() == ["digest"]
     assert row.length == adapters.layout.parameters * 4
