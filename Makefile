@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo eval test check fast slow format clean help s3 browser \
-	bench-augment bench-precision bench-scale bench-serve bench-store bench-train bench-train-gpu
+	bench-augment bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -16,6 +16,8 @@ help:
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
 	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
+	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
+	@echo "make bench-retrieval  a search in the replica that answers, against one in a deployment of its own (two minutes)"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about a quarter of an hour)"
 	@echo "make bench-serve      latency, tokens/s and overload of serving, adapters on S3; the paper's way (about eight minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about four minutes)"
@@ -81,6 +83,13 @@ bench-precision: setup
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
 
+# DATA names a folder with corpus.jsonl.gz, questions_squad.jsonl and questions_popqa.jsonl. Killed, it goes on.
+bench-quality: setup
+	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
+
+bench-retrieval: setup
+	$(BIN)/python benchmarks/retrieval.py
+
 bench-scale: setup
 	$(BIN)/python benchmarks/scale.py
 
@@ -95,4 +104,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-store eval-report
+	rm -rf $(VENV) demo-store eval-report quality

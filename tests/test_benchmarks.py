@@ -80,3 +80,11 @@ def test_serve() -> None:
     assert found["x_update"] > 1
     assert isinstance(found["overload_ok"], bool)
     assert min(found["prag_vs_rag"], found["mixed_vs_base"], found["x_concurrency16"], found["rss_mb"]) > 0
+
+
+@pytest.mark.slow
+def test_retrieval() -> None:
+    found = last_line("retrieval.py", "--passages", "500", "--questions", "60")
+    assert set(found) == {"in_replica", "own_deployment", "hop_ms", "machine"}
+    for way in ("in_replica", "own_deployment"):
+        assert min(found[way].values()) > 0, way

@@ -1,0 +1,82 @@
+"""Does it know? Modes and controls, with intervals, at a size that a claim needs: `python benchmarks/quality.py`.
+
+1. `atlas`: all invented passages, with the augmentations beside them; the questions about the held-out half.
+2. `wiki`, with `--data`: real questions of SQuAD and of PopQA, drawn by a seed, over a corpus of their gold passages,
+   which the base model augments itself. The folder holds `corpus.jsonl.gz` (`id`, `title`, `text`) and, for each set,
+   `questions_<set>.jsonl` as `prag evaluate` reads them.
+
+Each is `prag run` and `prag evaluate` on a store in the folder `--work`: killed, it goes on where it was. The model is
+the packaged one, the recipe `--recipe`, retrieval BM25, the one best passage. The last line is JSON: what `prag
+evaluate` gives, by set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from measure import machine
+
+ROOT = Path(__file__).parent.parent
+SETS = ("squad", "popqa")
+CONTROLS = "wrong,random,task,da"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder of real questions and passages; else the atlas alone")
+    parser.add_argument("--questions", type=int, default=100, help="of each set")
+    parser.add_argument("--recipe", default="closed_book")
+    parser.add_argument("--seeds", type=int, default=3, help="how often what is random is drawn")
+    parser.add_argument("--work", type=Path, default=Path("quality"), help="the folder of the stores and reports")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    arguments.work = arguments.work.resolve()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    found = {"atlas": evaluate(arguments, "atlas", [], "atlas", "--split", "test")}
+    if arguments.data:
+        questions, corpus = draw(arguments.data, arguments.questions, arguments.work)
+        settings = [f"corpus.path={corpus}", "augment.import_file=null"]
+        found["wiki"] = evaluate(arguments, "wiki", settings, f"jsonl:{questions}")
+    print(json.dumps({"recipe": arguments.recipe, **found, "machine": machine()}))
+
+
+def draw(data: Path, count: int, work: Path) -> tuple[Path, Path]:
+    """Write the questions that are drawn, each with its set as its type, and a corpus of their gold passages."""
+    drawn: list[dict[str, Any]] = []
+    for name in SETS:
+        lines = (data / f"questions_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        drawn += [{**row, "type": name} for row in random.Random(0).sample(rows, count)]
+    gold = {id for row in drawn for id in row["gold_ids"]}
+    with gzip.open(data / "corpus.jsonl.gz", "rt", encoding="utf-8") as stream:
+        passages = [line for line in stream if json.loads(line)["id"] in gold]
+    questions, corpus = work / "questions.jsonl", work / "corpus.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in drawn), encoding="utf-8")
+    corpus.write_text("".join(passages), encoding="utf-8")
+    print(f"{len(drawn)} questions about {len(passages)} passages", flush=True)
+    return questions, corpus
+
+
+def evaluate(arguments: argparse.Namespace, name: str, settings: list[str], dataset: str, *more: str) -> dict[str, Any]:
+    """Run the job on a store of its own, evaluate it, and return the last line that this printed."""
+    settings = [f"store={arguments.work / name}", f"train.recipe={arguments.recipe}", *settings, *arguments.overrides]
+    common = ["-c", "examples/demo.yaml", *(part for setting in settings for part in ("--set", setting))]
+    prag = [sys.executable, "-m", "pipelines.cli"]
+    subprocess.run([*prag, "run", *common], cwd=ROOT, check=True)
+    report = str(arguments.work / f"report-{name}-{arguments.recipe}")
+    asked = ["--dataset", dataset, *more, "--controls", CONTROLS, "--seeds", str(arguments.seeds), "--report", report]
+    done = subprocess.run([*prag, "evaluate", *common, *asked], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
