@@ -20,7 +20,7 @@ from pipelines.tables import distinct, read_columns
 from prag_core.config import Config
 from prag_core.errors import CanaryError, ConfigError, StoreError
 from prag_core.forgetting import corpus_parts
-from prag_core.retrieval import find_index
+from prag_core.index_store import find_index
 from prag_core.snapshot import Snapshot, put_candidate
 from prag_core.store import Store, open_store
 
