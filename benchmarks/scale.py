@@ -8,8 +8,8 @@
    process of its own: seconds, the driver's memory, and what goes through shuffles.
 3. The survey of a million passages that are almost all done: what every resumed run begins with.
 
-4. The Lucene index of a hundred thousand made-up passages of a hundred words: built anew, against fetched, unpacked,
-   added to (a hundredth of it), and packed again.
+4. The Lucene index of a hundred thousand made-up passages of a hundred words, from the stored corpus to the archive:
+   built anew, against a former one brought up to date after some of the passages were replaced.
 
 `overhead_share` is what a passage costs beside its 0.2 s, of the whole: the loss at the rate of one actor, and its
 share of planning a million. `--only` runs one part of the four, `--rows` and `--passages` less of it.
@@ -37,6 +37,7 @@ TASKS_AN_ACTOR = 8  # as the training stage gives where a task is less than a sh
 ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
 FILES = 20
 PARTS = ("rates", "plan", "scan", "index")
+CHANGED = (0.01, 0.1, 0.25)
 
 
 def main() -> None:
@@ -84,8 +85,9 @@ def main() -> None:
             print(f"a million passages surveyed: {result}", flush=True)
             found["resume_scan_s_1m"] = round(result["seconds"], 1)
         if "index" in parts:
-            found["index_100k_s"] = in_process("index", ROWS["100k"], Path(scratch))
-            print(f"a hundred thousand passages indexed: {found['index_100k_s']}", flush=True)
+            name = "10k" if arguments.rows == ["10k"] else "100k"
+            found[f"index_{name}_s"] = in_process("index", ROWS[name], Path(scratch))
+            print(f"{name} passages indexed: {found[f'index_{name}_s']}", flush=True)
     if "1" in found.get("passages_per_s_fake", {}) and "1m" in found.get("plan_s", {}):
         each = 1 / found["passages_per_s_fake"]["1"] + found["plan_s"]["1m"] / ROWS["1m"]
         found["overhead_share"] = round(1 - WORK_S / each, 4)
@@ -272,35 +274,26 @@ def scan(rows: int, folder: Path) -> dict[str, Any]:
     return dict(plan_million(argparse.Namespace(store=str(folder / "store"), rows=rows)))
 
 
-# ---- 4. a new index, or an old one with additions
+# ---- 4. a new index, or a former one brought up to date
 
 
 def index(rows: int, folder: Path) -> dict[str, Any]:
-    from prag_core.retrieval import archive_index, build_index, fetch_index
+    from prag_core.config import IndexConfig
+    from prag_core.index_build import Making, make_index
+    from prag_core.retrieval import prepare_jvm
     from prag_core.store import Store
 
-    store = Store(str(folder / "store"))
-    seconds = {}
-
-    def timed(name: str, begun: float) -> None:
-        seconds[name] = round(time.perf_counter() - begun, 1)
-
-    begun = time.perf_counter()
-    documents = build_index(made_up(0, rows), folder / "built")
-    timed("build", begun)
-    begun = time.perf_counter()
-    archive_index(folder / "built", store, "old", "made up", documents)
-    timed("pack", begun)
-    begun = time.perf_counter()
-    unpacked = fetch_index(store, "old", folder / "cache")
-    timed("fetch", begun)
-    begun = time.perf_counter()
-    add_to_index(unpacked, made_up(rows, rows // 100), [passage.key for passage in made_up(0, rows // 100)])
-    timed("add", begun)
-    begun = time.perf_counter()
-    archive_index(unpacked, store, "new", "made up", documents)
-    timed("pack_again", begun)
-    return seconds
+    prepare_jvm()
+    store, seconds = Store(str(folder / "store")), {}
+    for share in (0.0, *CHANGED):
+        begin = round(share * rows)
+        store_made_up(store, str(begin), begin, rows)
+        begun = time.perf_counter()
+        _, making = make_index(store, str(begin), "0" if begin else None, IndexConfig())
+        seconds[f"changed_{share:.0%}" if begin else "anew"] = round(time.perf_counter() - begun, 1)
+        if begin and making != Making(added=begin, removed=begin):
+            raise RuntimeError(f"index {making}")
+    return {**seconds, "peak_mb": peak_mb()}
 
 
 def made_up(begin: int, count: int) -> Iterator[Any]:
@@ -312,27 +305,16 @@ def made_up(begin: int, count: int) -> Iterator[Any]:
         yield Passage(passage_key(f"Row {n}", text), f"Row {n}", text, (f"p{n}",))
 
 
-def add_to_index(directory: Path, passages: Iterator[Any], gone: list[str]) -> None:
-    """Do to an index what the pipeline does not: put new passages in the place of others."""
-    import jnius
+def store_made_up(store: Any, version: str, begin: int, count: int) -> None:
+    from prag_core.records import passage_table
 
-    new = jnius.autoclass
-    keep_raw = new("io.anserini.index.IndexCollection$Args")()
-    keep_raw.storeRaw = True
-    generator = new("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
-    document = new("io.anserini.collection.JsonCollection$Document")
-    analyzer = new("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
-    settings = new("org.apache.lucene.index.IndexWriterConfig")(analyzer)
-    settings.setOpenMode(new("org.apache.lucene.index.IndexWriterConfig$OpenMode").APPEND)
-    path = new("java.nio.file.Paths").get(str(directory))
-    writer = new("org.apache.lucene.index.IndexWriter")(new("org.apache.lucene.store.FSDirectory").open(path), settings)
-    for key, passage in zip(gone, passages, strict=True):
-        contents = f"{passage.title}\n{passage.text}"
-        fields = {"id": passage.key, "title": passage.title, "contents": contents, "sources": passage.sources}
-        written = generator.createDocument(document.fromString(json.dumps(fields)))
-        writer.updateDocument(new("org.apache.lucene.index.Term")("id", key), written)
-    writer.forceMerge(1)  # as a new index is: one segment
-    writer.close()
+    step = 10_000
+    places = range(begin, begin + count, step)
+    parts = [
+        store.put_table(f"corpus/{version}", passage_table(made_up(place, min(step, begin + count - place))))
+        for place in places
+    ]
+    store.put_json(f"corpus/{version}/manifest.json", {"parts": parts})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from prag_core.cache import AdapterCache
 from prag_core.config import Config, parse_config
 from prag_core.errors import OverloadedError
 from prag_core.identity import passage_key
+from prag_core.index_store import archive_index
 from prag_core.layout import LoraLayout
 from prag_core.lora import Factors, find_targets
 from prag_core.models import BaseModel, load_base_model
@@ -47,7 +48,7 @@ from prag_core.opened import open_snapshot
 from prag_core.prepare import Request
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.records import MODES, Answer, Mode, Passage
-from prag_core.retrieval import archive_index, build_index, index_id
+from prag_core.retrieval import build_index, index_id
 from prag_core.service import Service
 from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.store import open_store

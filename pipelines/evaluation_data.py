@@ -18,9 +18,10 @@ from pipelines.tables import read_columns, read_parts
 from prag_core.config import Config
 from prag_core.datasets import GoldIndex, Question
 from prag_core.forgetting import corpus_parts
+from prag_core.index_store import open_index
 from prag_core.models import cache_dir
 from prag_core.records import Augmentation, Hit, Passage, from_table, schema, to_table
-from prag_core.retrieval import JVM_ENV, open_index
+from prag_core.retrieval import JVM_ENV
 from prag_core.snapshot import Snapshot
 from prag_core.store import Store
 

@@ -21,8 +21,8 @@ from prag_core.config import CorpusConfig
 from prag_core.corpus import Piece, list_files, merge_pieces, read_records, resolve_ids
 from prag_core.errors import InputError
 from prag_core.forgetting import corpus_parts
-from prag_core.identity import fingerprint, seal
-from prag_core.records import Passage, Reject, from_table, schema, to_table
+from prag_core.identity import seal
+from prag_core.records import Passage, Reject, from_table, passage_table, schema
 from prag_core.store import Store, put_rejects
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def _pieces_only(table: pa.Table) -> pa.Table:
 def _merge(table: pa.Table) -> pa.Table:
     pieces = from_table(Piece, table) if table.num_columns else []
     merged = [merge_pieces(group) for group in _groups(pieces, lambda piece: piece.key)]
-    return to_table(Passage, sorted(merged, key=lambda passage: passage.key))
+    return passage_table(sorted(merged, key=lambda passage: passage.key))
 
 
 def _without(table: pa.Table, forgotten: list[str]) -> pa.Table:
@@ -199,7 +199,7 @@ def _groups(items: Iterable[T], key: Any) -> list[list[T]]:
 
 def _digest(table: pa.Table) -> dict[str, list[Any]]:
     # A sum does not depend on order: the same passages make the same version however they are filed.
-    total = sum(int(fingerprint(passage), 16) for passage in from_table(Passage, table)) if table.num_rows else 0
+    total = sum(int(digest, 16) for digest in table["digest"].to_pylist()) if table.num_rows else 0
     return {"digest": [f"{total % 2**64:016x}"], "count": [table.num_rows]}
 
 

@@ -196,7 +196,8 @@ def _stages(
     report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, budget, progress)
     adapters = progress.finish(report).done
     # 4. Index.
-    index_id, report = index.run_index(store, corpus.version, config.index, corpus.count, profile.index_cpus)
+    former = before.corpus_version if before else None
+    index_id, report = index.run_index(store, corpus.version, former, config.index, corpus.count, profile.index_cpus)
     progress.finish(report)
     reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
     budget.check(reasons)

@@ -20,7 +20,7 @@ from pipelines.tables import distinct, read_columns
 from prag_core.config import Config
 from prag_core.errors import CanaryError, ConfigError, StoreError
 from prag_core.forgetting import corpus_parts
-from prag_core.retrieval import find_index
+from prag_core.index_store import find_index
 from prag_core.snapshot import Snapshot, put_candidate
 from prag_core.store import Store, open_store
 
@@ -63,7 +63,7 @@ def reindex(
     take_over: bool = False,
     wait_s: float = 0.0,
 ) -> ReindexReport:
-    """Bring the store to the configured corpus: make what is new, rebuild the index, check, ask, publish once.
+    """Bring the store to the configured corpus: make what is new, and the index, check, ask, publish once.
 
     What did not change is not touched, and when nothing did, nothing is published. What was removed from the corpus
     is not in the new index, so it is found no more from the publication on. The report is stored as

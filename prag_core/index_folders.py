@@ -6,10 +6,13 @@ import fcntl
 import logging
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from prag_core.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,17 @@ def hold(folder: Path) -> int:
     with suppress(OSError):  # a file system without locks, where nothing is removed either
         fcntl.flock(held, fcntl.LOCK_SH)
     return held
+
+
+@contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """Turn a failure of the system at a folder of this machine into a `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{what}: {error}", "check the rights and the room there, then run the same command again"
+        ) from error
 
 
 def tidy(cache_dir: Path) -> None:

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from prag_core.errors import PragError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
+from prag_core.index_store import StoredIndex, checksum_stream
 from prag_core.lease import LEASE, read_lease
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_dict, schema
-from prag_core.retrieval import StoredIndex, checksum_stream
 from prag_core.snapshot import CURRENT, PINS, Snapshot, load_snapshot, pinned
 from prag_core.store import Store
 

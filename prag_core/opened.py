@@ -9,12 +9,12 @@ from prag_core.adapter_store import LedgerSource, open_adapters
 from prag_core.config import Config
 from prag_core.errors import StoreError
 from prag_core.forgetting import forgotten_keys
+from prag_core.index_store import open_index
 from prag_core.layout import LoraLayout
 from prag_core.lora import find_targets
 from prag_core.models import BaseModel, cache_dir
 from prag_core.prepare import Preparation
 from prag_core.recipe import TrainRecipe
-from prag_core.retrieval import open_index
 from prag_core.snapshot import Snapshot, check_base_model
 from prag_core.store import Store
 

@@ -39,6 +39,11 @@ class Passage:
     sources: tuple[str, ...]
     access: tuple[str, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """Name all of it: two passages of one key differ if their white space, ids or tags do."""
+        return fingerprint(self)
+
 
 @dataclass(frozen=True, slots=True)
 class QAPair:
@@ -190,6 +195,12 @@ def schema(record: Hashable) -> pa.Schema:
 def to_table(record: type[T], rows: Iterable[T]) -> pa.Table:
     """Return `rows` as an Arrow table with the schema of `record`, also when there are none."""
     return pa.Table.from_pylist([dataclasses.asdict(cast(Any, row)) for row in rows], schema=schema(cast(Any, record)))
+
+
+def passage_table(passages: Iterable[Passage]) -> pa.Table:
+    """Return passages as a stored corpus keeps them: with a column `digest`, which tells what changed of them."""
+    rows = list(passages)
+    return to_table(Passage, rows).append_column("digest", pa.array([row.digest for row in rows], pa.string()))
 
 
 def from_table(record: type[T], table: pa.Table) -> list[T]:

@@ -1,41 +1,28 @@
-"""Lucene index and search (Pyserini's Anserini), and how an index travels through the store.
+"""Lucene index and search (Pyserini's Anserini).
 
 The only file that knows the Java machine. It talks to the Java classes that Pyserini carries and not to
 `pyserini.search`, whose import loads every dense encoder it knows (half a gigabyte, and an OpenAI client that
 wants a key) for a BM25 search that needs none.
-
-In the store an index is `indexes/<id>/lucene.tar.zst`, then `indexes/<id>/index.json`, whose write is the commit.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import re
-import shutil
-import tarfile
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
-
-import pyarrow as pa
-from filelock import FileLock
+from typing import Any, Protocol
 
 from prag_core import index_folders
 from prag_core.config import IndexConfig
-from prag_core.errors import RetrievalError, StoreError
-from prag_core.identity import KEY_BYTES, fingerprint, seal
-from prag_core.records import Hit, Passage, from_dict
-from prag_core.store import Store
+from prag_core.errors import RetrievalError
+from prag_core.identity import fingerprint
+from prag_core.records import Hit, Passage
 
 # Raise it when the analyzer, the stored fields or Lucene's major version change: all indexes are then built anew.
 INDEX_RULE = 2
@@ -44,7 +31,6 @@ HEAP = "1g"
 INDEXING_BUFFER_MB = 256.0
 # No text has more terms than characters, so this also bounds the clauses of a query.
 MAX_QUESTION_CHARS = 10_000
-COPY_BYTES = 1 << 25  # on S3 each piece is a request
 
 # The environment that a process of its own (a Ray actor, a pod) must start with to hold a JVM: HotSpot uses
 # SIGSEGV as a tool, and Ray's failure handler takes it for a crash.
@@ -61,18 +47,6 @@ class Retriever(Protocol):
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         """Return at most `top_k` hits that score `min_score` or more, best first; ties in the order of keys."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class StoredIndex:
-    """What `index.json` says about an archived index; `checksum` is over the archive's bytes."""
-
-    id: str
-    corpus_version: str
-    documents: int
-    size_bytes: int
-    checksum: str
-    pyserini: str
 
 
 # ---- the Java machine
@@ -196,12 +170,29 @@ def build_index(passages: Iterable[Passage], directory: Path) -> int:
     Raises:
         RetrievalError: no Java, a folder or disk that cannot be written, or a passage without any text.
     """
+    return _write(directory, "CREATE", (), passages)
+
+
+def update_index(directory: Path, gone: Iterable[str], passages: Iterable[Passage]) -> int:
+    """Take passages out of the index in `directory` by key, then put others in; return how many it holds.
+
+    It is then as one that was built anew: one segment, the same scores, and not a byte of what was taken out; a key
+    that it has not is none of them. A passage that changed is taken out and put in. Room for twice the index is
+    needed, and nothing is visible before the end.
+
+    Raises:
+        RetrievalError: see `build_index`; or there is no index.
+    """
+    return _write(directory, "APPEND", gone, passages)
+
+
+def _write(directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage]) -> int:
     prepare_jvm()
     with _java(f"{directory}: the index cannot be written", "check the space and the rights there") as java:
-        return _build(java, passages, directory)
+        return _write_in(java, directory, mode, gone, passages)
 
 
-def _build(java: Any, passages: Iterable[Passage], directory: Path) -> int:
+def _write_in(java: Any, directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage]) -> int:
     keep_raw = java("io.anserini.index.IndexCollection$Args")()
     keep_raw.storeRaw = True
     generator = java("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
@@ -209,13 +200,16 @@ def _build(java: Any, passages: Iterable[Passage], directory: Path) -> int:
     analyzer = java("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
     settings = java("org.apache.lucene.index.IndexWriterConfig")(analyzer)
     settings.setRAMBufferSizeMB(INDEXING_BUFFER_MB)
-    settings.setOpenMode(java("org.apache.lucene.index.IndexWriterConfig$OpenMode").CREATE)
+    settings.setOpenMode(getattr(java("org.apache.lucene.index.IndexWriterConfig$OpenMode"), mode))
     path = java("java.nio.file.Paths").get(str(directory))
     writer = java("org.apache.lucene.index.IndexWriter")(
         java("org.apache.lucene.store.FSDirectory").open(path), settings
     )
-    documents = 0
+    term, nothing = java("org.apache.lucene.index.Term"), java("java.util.ArrayList")()
     try:
+        for key in gone:
+            # By no documents: of the two kinds of `deleteDocuments` jnius takes the wrong one.
+            writer.updateDocuments(term("id", key), nothing)
         for passage in passages:
             # Lucene gives this JSON back with a hit, so that no second look-up is needed.
             fields = {
@@ -226,12 +220,11 @@ def _build(java: Any, passages: Iterable[Passage], directory: Path) -> int:
                 "access": passage.access,
             }
             writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
-            documents += 1
-        writer.forceMerge(1)
+        writer.forceMerge(1)  # also where there is one segment, if anything in it was deleted
         writer.commit()
+        return int(writer.getDocStats().maxDoc)  # what is deleted and still there would count
     finally:
         writer.rollback()  # closes; after a commit there is nothing left to roll back
-    return documents
 
 
 class LuceneRetriever:
@@ -249,7 +242,7 @@ class LuceneRetriever:
         if not directory.is_dir():
             raise RetrievalError(f"{directory}: no such index folder", "run `prag run` to build the index")
         prepare_jvm()
-        with _reaching(f"{directory}"):
+        with index_folders.reaching(f"{directory}"):
             self._held: int | None = index_folders.hold(directory)
         try:
             with _java(f"{directory}: not a complete Lucene index", self._remedy) as java:
@@ -307,151 +300,3 @@ def _passage(raw: str) -> Passage:
         sources=tuple(fields["sources"]),
         access=tuple(fields.get("access", ())),  # an index of the first rule knows no tags
     )
-
-
-# ---- travel through the store
-
-
-def find_index(store: Store, id: str) -> StoredIndex | None:
-    """Return what the store says about an index, or None when it must be (re)built.
-
-    That is: `index.json` is missing or garbled, or its archive is missing or has another size.
-
-    Raises:
-        StoreError: the store cannot be read.
-    """
-    stored = _read_record(store, id)
-    return stored if stored and store.size(_archive(id)) == stored.size_bytes else None
-
-
-def archive_index(directory: Path, store: Store, id: str, corpus_version: str, documents: int) -> StoredIndex:
-    """Pack an index folder into the store and commit it; one that is there already is left alone.
-
-    Raises:
-        StoreError: the store cannot be written, or there is no room beside the folder.
-    """
-    if there := find_index(store, id):
-        return there
-    with _reaching(f"{directory.parent}"), tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        packed = Path(scratch, "lucene.tar.zst")
-        _pack(directory, packed)
-        size_bytes, checksum = packed.stat().st_size, _checksum(packed)
-        store.put_file(_archive(id), packed)
-        pyserini = importlib.metadata.version("pyserini")
-        stored = StoredIndex(id, corpus_version, documents, size_bytes, checksum, pyserini)
-        store.put_json(_record(id), seal(dataclasses.asdict(stored)))
-    return stored
-
-
-def fetch_index(store: Store, id: str, cache_dir: Path) -> Path:
-    """Return a local folder with the index, copied from the store unless `cache_dir` has it already.
-
-    When it is copied, those that were opened longest ago are removed, unless they are in use. Nothing is unpacked
-    before its size and checksum fit, and the folder appears at once and whole; of several processes one copies and
-    the others wait.
-
-    Raises:
-        RetrievalError: the store has no such index, or its archive is missing, truncated or altered.
-        StoreError: the store cannot be read, or the cache folder cannot be written.
-    """
-    ready = cache_dir / id
-    partial = index_folders.partial_of(ready)
-    if ready.is_dir():
-        with suppress(OSError):  # a folder that others own, or one that was removed just now
-            os.utime(ready)
-        return ready
-    with _reaching(f"{cache_dir}"):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(index_folders.lock_of(ready)):
-            if ready.is_dir():
-                return ready
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-            try:
-                _fetch(store, id, partial)
-                (partial / "index").rename(ready)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    index_folders.tidy(cache_dir)
-    return ready
-
-
-def open_index(store: Store, id: str, cache_dir: Path, config: IndexConfig) -> LuceneRetriever:
-    """Fetch an index and open it for searching; see `fetch_index` and `LuceneRetriever` for what they raise."""
-    while True:
-        folder = fetch_index(store, id, cache_dir)
-        try:
-            return LuceneRetriever(folder, config.k1, config.b)
-        except (RetrievalError, StoreError):
-            if folder.is_dir():
-                raise
-            # Another process removed it between the two, as one that nobody had opened for long.
-
-
-@contextmanager
-def _reaching(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"{what}: {error}", "check the rights and the room there, then run the same command again"
-        ) from error
-
-
-def _fetch(store: Store, id: str, partial: Path) -> None:
-    archive, record = f"{store.url}/{_archive(id)}", f"{store.url}/{_record(id)}"
-    stored = _read_record(store, id)
-    if stored is None:
-        raise RetrievalError(f"{record}: no such index in the store", "run `prag run` to build it")
-    remedy = f"remove {record} and run `prag run` again: it builds the index anew"
-    found_bytes = store.size(_archive(id))
-    if found_bytes is None:
-        raise RetrievalError(f"{archive}: missing, though index.json names it", remedy)
-    if found_bytes != stored.size_bytes:
-        raise RetrievalError(f"{archive}: has {found_bytes} bytes instead of {stored.size_bytes}", remedy)
-    partial.mkdir()
-    packed = partial / "lucene.tar.zst"
-    with store.open(_archive(id)) as source, packed.open("wb") as target:
-        shutil.copyfileobj(source, target, COPY_BYTES)
-    if (checksum := _checksum(packed)) != stored.checksum:
-        raise RetrievalError(f"{archive}: altered (checksum {checksum} instead of {stored.checksum})", remedy)
-    try:
-        with pa.CompressedInputStream(str(packed), "zstd") as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-            tar.extractall(partial / "index", filter="data")
-    except tarfile.TarError as error:
-        raise RetrievalError(f"{archive}: not an archive of an index: {error}", remedy) from error
-
-
-def _pack(directory: Path, packed: Path) -> None:
-    with pa.CompressedOutputStream(str(packed), "zstd") as out, tarfile.open(fileobj=out, mode="w|") as tar:
-        for file in sorted(directory.iterdir()):
-            if file.name != "write.lock":
-                # The builder's name and ids are nobody's business.
-                tar.add(file, file.name, filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return checksum_stream(stream)
-
-
-def checksum_stream(stream: IO[bytes] | io.RawIOBase) -> str:
-    """Return the checksum (that of `identity.checksum`) of a stream, without holding it in memory."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    while chunk := stream.read(COPY_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_record(store: Store, id: str) -> StoredIndex | None:
-    try:
-        return from_dict(StoredIndex, json.loads(store.get_if_exists(_record(id)) or b""))
-    except (ValueError, TypeError):  # a garbled one was cut off while it was written
-        return None
-
-
-def _archive(id: str) -> str:
-    return f"indexes/{id}/lucene.tar.zst"
-
-
-def _record(id: str) -> str:
-    return f"indexes/{id}/index.json"

@@ -23,8 +23,9 @@ from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config
 from prag_core.identity import fingerprint
+from prag_core.index_store import archive_index, find_index
 from prag_core.records import LedgerRow, Passage
-from prag_core.retrieval import archive_index, build_index, find_index, index_id
+from prag_core.retrieval import build_index, index_id
 from prag_core.snapshot import Snapshot, make_snapshot, publish
 from prag_core.store import open_store
 from prag_core.trainer import TrainedAdapter

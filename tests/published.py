@@ -12,8 +12,9 @@ from test_lora import random_adapter
 from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config, load_config
-from prag_core.records import Passage, to_table
-from prag_core.retrieval import archive_index, build_index, index_id
+from prag_core.index_store import archive_index
+from prag_core.records import Passage, passage_table
+from prag_core.retrieval import build_index, index_id
 from prag_core.snapshot import make_snapshot, publish
 from prag_core.store import Store, open_store, put_augmentations
 from prag_core.trainer import TrainedAdapter
@@ -26,7 +27,7 @@ def publish_passages(folder: Path, passages: list[Passage]) -> Workspace:
     store = open_store(config)
     recipe, layout = describe(config)
     corpus = "0123456789abcdef"
-    part = store.put_table(f"corpus/{corpus}", to_table(Passage, sorted(passages, key=lambda p: p.key)))
+    part = store.put_table(f"corpus/{corpus}", passage_table(sorted(passages, key=lambda p: p.key)))
     store.put_json(f"corpus/{corpus}/manifest.json", {"passages": len(passages), "parts": [part]})
     augmentations = [make_augmentation(passage) for passage in passages]
     put_augmentations(store, recipe.augment.fingerprint, augmentations)

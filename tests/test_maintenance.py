@@ -27,6 +27,7 @@ from prag_core.errors import AdapterError, ConflictError, LeaseError, StoreError
 from prag_core.forgetting import erase_rows, forgotten_keys
 from prag_core.garbage import RunInputs, collect, find_garbage, parse_age, put_inputs, recent_inputs
 from prag_core.identity import checksum, fingerprint, is_intact, seal
+from prag_core.index_store import StoredIndex
 from prag_core.layout import LoraLayout
 from prag_core.lease import LEASE, LeaseRecord, acquire_lease
 from prag_core.lora import find_targets
@@ -47,7 +48,6 @@ from prag_core.models import BaseModel
 from prag_core.recipe import Recipe, augment_recipe, train_recipe
 from prag_core.records import LedgerRow, Passage, Reject, from_dict, from_table, to_table
 from prag_core.repair import forget_rejects, repair
-from prag_core.retrieval import StoredIndex
 from prag_core.shards import ROWS, check_shards, ledger_rows, move_adapters
 from prag_core.snapshot import (
     PINS,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import make_augmentation, make_passage
 from rich.console import Console
-from test_job import Workspace
+from test_job import Workspace, stage
 
 from pipelines.canary import Canary, read_canaries
 from pipelines.difference import Difference, _count_keys, _count_sources, _differing, _facts, _with_source
@@ -193,6 +193,8 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     assert (second.passages, second.adapters) == (305, 305)
     assert store.get_json(f"runs/{report['run']}/reindex.json") == report
     assert len({row.key for row in work.ledger()}) == len(work.ledger()) == 320
+    index = stage(store.get_json(f"runs/{report['run']}/report.json"), "index")
+    assert index["extra"] == {"added": 20, "changed": 1, "removed": 15, "anew": "", "failed": False}
 
     # 2. The server, which has looked once, finds what changed, and what was removed no more. No request has failed.
     assert not asyncio.run(service.refresh())
@@ -213,11 +215,16 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     assert len(list_snapshots(store)) == 2
 
     # 3. Another night, which loses a passage that the canary asks for: what served answers better and goes on, and
-    # the candidate can be asked. It takes nobody's place among the snapshots that are kept.
+    # the candidate can be asked. It takes nobody's place among the snapshots that are kept. The index in service is
+    # damaged by now, where nobody has read it since.
+    archive = tmp_path / "store" / "indexes" / second.index / "lucene.tar.zst"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"?")
     (tmp_path / "tonight.jsonl").write_text("\n".join(lines[:-1]))
     (tmp_path / "canary.jsonl").write_text(json.dumps({"question": question, "answers": [served.text]}))
     said = work.run(*night, code=16)
     assert "below what the snapshot in service reaches, 1.000: it was not published" in said
+    assert "built anew: " in said
+    assert f"indexes/{second.index}/lucene.tar.zst: altered" in said
     assert load_snapshot(store).id == second.id
     (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
     gone = load_snapshot(store, candidate)
