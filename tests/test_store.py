@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,6 +204,21 @@ def test_a_swap_that_comes_too_late_writes_nothing(store: Store) -> None:
     assert store.get("CURRENT") == b"first"
     store.swap("CURRENT", b"first", b"second")
     assert store.get("CURRENT") == b"second"
+
+
+def test_a_part_is_read_without_a_dataset(tmp_path: Path) -> None:
+    """Its threads may still hold the part's bytes when the process ends, and then they abort it, now and then."""
+    store = Store(str(tmp_path))
+    part = store.put_table("t", pa.table({"key": ["a"], "text": ["b"]}))
+    code = f"""
+import sys
+from prag_core.store import Store
+store = Store({store.url!r})
+assert store.get_part({part!r}).num_rows == store.get_columns({part!r}, ["key"]).num_rows == 1
+print("pyarrow.dataset" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 @pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "s3://key:sec/ret@bucket", "http://me:secret@host/x"])
