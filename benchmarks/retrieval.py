@@ -4,8 +4,8 @@ Invented passages of a hundred words are indexed by Lucene. The same search is d
 replica that answers, as `prag serve` does it, and as a deployment of its own, which the replica calls by its handle.
 One process after the other asks through a handle, first one question at a time, then sixteen at once. What the second
 way takes more is the hop: a message, and passages serialized and read again. The last line is JSON: the median of
-milliseconds a question, questions a second, and the memory of the process that searches, which every replica pays
-where it searches itself.
+milliseconds a question, questions a second, and the most memory of the replica's process, which holds the Java machine
+only where it searches itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -139,5 +138,4 @@ async def measure(handle: DeploymentHandle, questions: list[str]) -> dict[str, f
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     main()
