@@ -1,6 +1,7 @@
 """Does it know? Modes and controls, with intervals, at a size that a claim needs: `python benchmarks/quality.py`.
 
-1. `atlas`: all invented passages, with the augmentations beside them; the questions about the held-out half.
+1. `atlas`: all invented passages, with the augmentations beside them; the questions about the held-out half, or with
+   `--split dev` about the other one, on which recipes and settings are tuned.
 2. `wiki`, with `--data`: real questions of SQuAD and of PopQA, drawn by a seed, over a corpus of their gold passages,
    which the base model augments itself. The folder holds `corpus.jsonl.gz` (`id`, `title`, `text`) and, for each set,
    `questions_<set>.jsonl` as `prag evaluate` reads them.
@@ -25,7 +26,6 @@ from measure import machine
 
 ROOT = Path(__file__).parent.parent
 SETS = ("squad", "popqa")
-CONTROLS = "wrong,random,task,da"
 
 
 def main() -> None:
@@ -35,12 +35,16 @@ def main() -> None:
     parser.add_argument("--recipe", default="closed_book")
     parser.add_argument("--seeds", type=int, default=3, help="how often what is random is drawn")
     parser.add_argument("--work", type=Path, default=Path("quality"), help="the folder of the stores and reports")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the atlas")
+    parser.add_argument("--modes", default="closed,rag,prag,combine")
+    parser.add_argument("--controls", default="wrong,random,task,da", help="'' for none")
+    parser.add_argument("--strength", default="0.5,1", help="of the adapters in combine; the first counts")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
     arguments = parser.parse_args()
     print(machine(), flush=True)
     arguments.work = arguments.work.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found = {"atlas": evaluate(arguments, "atlas", [], "atlas", "--split", "test")}
+    found = {"atlas": evaluate(arguments, "atlas", [], "atlas", "--split", arguments.split)}
     if arguments.data:
         questions, corpus = draw(arguments.data, arguments.questions, arguments.work)
         settings = [f"corpus.path={corpus}", "augment.import_file=null"]
@@ -72,7 +76,8 @@ def evaluate(arguments: argparse.Namespace, name: str, settings: list[str], data
     prag = [sys.executable, "-m", "pipelines.cli"]
     subprocess.run([*prag, "run", *common], cwd=ROOT, check=True)
     report = str(arguments.work / f"report-{name}-{arguments.recipe}")
-    asked = ["--dataset", dataset, *more, "--controls", CONTROLS, "--seeds", str(arguments.seeds), "--report", report]
+    asked = ["--dataset", dataset, *more, "--modes", arguments.modes, "--controls", arguments.controls]
+    asked += ["--seeds", str(arguments.seeds), "--strength", arguments.strength, "--report", report]
     done = subprocess.run([*prag, "evaluate", *common, *asked], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

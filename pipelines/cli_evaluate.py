@@ -23,7 +23,7 @@ from pipelines.terminal import (
 )
 from prag_core.config import load_config
 from prag_core.errors import ConfigError
-from prag_core.records import MODES, Weights
+from prag_core.records import MAX_STRENGTH, MODES, Weights
 
 if TYPE_CHECKING:
     from prag_core.datasets import Question
@@ -48,6 +48,9 @@ def register(app: typer.Typer) -> None:
         retrieval: Annotated[str, typer.Option(help="bm25, or oracle: the gold passages.")] = "bm25",
         top_k: Annotated[str | None, typer.Option(help="Passages; further values add columns, as in 1,2,3.")] = None,
         weights: Annotated[str | None, typer.Option(help="sum, mean, score; further values add columns.")] = None,
+        strength: Annotated[
+            str | None, typer.Option(help="In combine, of the adapters; further values add columns, as in 1,0.5.")
+        ] = None,
         wrong: Annotated[
             str, typer.Option(help="The control `wrong` takes the nearest wrong passage's adapter, or a random one's.")
         ] = "nearest",
@@ -90,6 +93,7 @@ def register(app: typer.Typer) -> None:
             retrieval=_one("retrieval", retrieval, get_args(Retrieval)),
             top_k=_numbers(top_k) if top_k else (settings.answer.top_k,),
             weights=_several("weights", weights or settings.answer.weights, get_args(Weights)),
+            strengths=_strengths(strength) if strength else (settings.answer.combine_strength,),
             wrong=_one("wrong", wrong, get_args(Wrong)),
             seeds=seeds,
             task_passages=task_passages,
@@ -230,6 +234,18 @@ def _one(option: str, value: str, known: tuple[T, ...]) -> T:
 def _several(option: str, values: str, known: tuple[T, ...]) -> tuple[T, ...]:
     named = [value.strip() for value in values.split(",") if value.strip()]
     return tuple(dict.fromkeys(_one(option, value, known) for value in named))
+
+
+def _strengths(values: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(float(value) for value in values.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number <= MAX_STRENGTH for number in numbers):
+        raise ConfigError(
+            f"--strength {values!r}: not numbers above 0, up to {MAX_STRENGTH:g}", "write it as 0.5, or as 1,0.5"
+        )
+    return numbers
 
 
 def _numbers(values: str) -> tuple[int, ...]:

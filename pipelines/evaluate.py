@@ -398,7 +398,7 @@ def _request(ask: Ask) -> Request:
     # As the plan named them, narrowed again: Arrow knows texts alone.
     mode = next(mode for mode in MODES if mode == ask.mode)
     weights: Weights = next(weights for weights in get_args(Weights) if weights == ask.weights)
-    return Request(ask.question, mode, max(1, len(ask.hits)), weights, ask.hits)
+    return Request(ask.question, mode, max(1, len(ask.hits)), weights, ask.hits, ask.strength)
 
 
 def _reply(ask: Ask, answer: Answer) -> Reply:

@@ -35,7 +35,7 @@ def evaluate_server(
     timeout_s: float = 120.0,
     transport: httpx.BaseTransport | None = None,
 ) -> Evaluation:
-    """Ask a server every question in every mode, k and weights of the plan.
+    """Ask a server every question in every mode, k, weights and strength of the plan.
 
     A question's gold passages are known by the ids that the set gives. A server that is busy is asked again, some
     times; what it refuses counts as a failed answer, with its words.
@@ -74,6 +74,7 @@ def evaluate_server(
                 "mode": column.mode,
                 "top_k": column.top_k,
                 "weights": column.weights,
+                "strength": column.strength,
             }
             return _answer(client, body if max_tokens is None else {**body, "max_tokens": max_tokens})
 

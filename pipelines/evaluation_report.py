@@ -220,4 +220,6 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _varies_k(column: Mapping[str, Any], mode: str, report: Mapping[str, Any]) -> bool:
-    return column["mode"] == mode and not column["control"] and column["weights"] == report["plan"]["weights"][0]
+    plan = report["plan"]
+    asked = (column["mode"], column["control"], column["weights"], column["strength"])
+    return asked == (mode, "", plan["weights"][0], plan["strengths"][0] if mode == "combine" else 1.0)

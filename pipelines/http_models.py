@@ -11,7 +11,7 @@ from pipelines.http_errors import ApiError, ErrorBody
 from prag_core.config import Config
 from prag_core.prepare import Request
 from prag_core.prompts import Role
-from prag_core.records import Answer, Finish, Mode, UsedPassage, Weights
+from prag_core.records import MAX_STRENGTH, Answer, Finish, Mode, UsedPassage, Weights
 
 QUESTION = "Who built the Cazambra Lighthouse?"
 MAX_SEED = 2**63 - 1
@@ -53,6 +53,12 @@ class AnswerRequest(Strict):
     )
     top_k: int | None = Field(None, ge=1, description="Passages to use, at most `serve.max_top_k`.")
     weights: Weights | None = Field(None, description="How the passages' adapters are added.")
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_STRENGTH,
+        description="What their weights are multiplied by: by default 1, in `combine` `answer.combine_strength`.",
+    )
     max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer, at most `serve.max_tokens`.")
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
@@ -188,6 +194,7 @@ def to_request(
         mode=mode,
         top_k=top_k,
         weights=body.weights or config.answer.weights,
+        strength=body.strength,
         max_new_tokens=max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,

@@ -36,7 +36,7 @@ from pipelines.http_stream import EVENTS, EventStream, event
 from prag_core.config import Config
 from prag_core.prepare import Request as AskRequest
 from prag_core.prompts import Role
-from prag_core.records import Answer, Mode, Weights
+from prag_core.records import MAX_STRENGTH, Answer, Mode, Weights
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -77,6 +77,7 @@ class PragOptions(Strict):
 
     top_k: int | None = Field(None, ge=1)
     weights: Weights | None = None
+    strength: float | None = Field(None, gt=0, le=MAX_STRENGTH)
     min_score: float = Field(0.0, ge=0)
     deadline_s: float | None = Field(None, gt=0)
 
@@ -247,6 +248,7 @@ def _to_request(body: ChatRequest, mode: Mode, config: Config, caller: Caller) -
         mode=mode,
         top_k=body.prag.top_k,
         weights=body.prag.weights,
+        strength=body.prag.strength,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
 from prag_core.recipe import RECIPES
-from prag_core.records import MODES, Mode, Template, Weights
+from prag_core.records import MAX_STRENGTH, MODES, Mode, Template, Weights
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
@@ -150,6 +150,13 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
     weights: Weights = "sum"
+    combine_strength: float = Field(
+        1.0,
+        gt=0,
+        le=MAX_STRENGTH,
+        description="What the adapters' weights are multiplied by in the mode combine. Less than 1 leaves the model "
+        "more of what it reads in its prompt.",
+    )
     max_new_tokens: int | None = Field(
         None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
     )

@@ -31,10 +31,11 @@ EVALUATION_VERSION = 1
 class EvaluationPlan:
     """What is to be asked.
 
-    The first of `top_k` and of `weights` is used throughout; the further ones are asked in the modes that they
-    change. `wrong` says whose adapter the control of that name takes: that of the nearest passage that is not right,
-    or of a random one. Whatever is drawn at random is drawn `seeds` times. A task adapter is trained on
-    `task_passages` other passages, with `task_rounds` times the steps of one passage's adapter.
+    The first of `top_k`, of `weights` and of `strengths` is used throughout; the further ones are asked in the modes
+    that they change. `strengths` are of the mode `combine`: what its adapters' weights are multiplied by. `wrong` says
+    whose adapter the control of that name takes: that of the nearest passage that is not right, or of a random one.
+    Whatever is drawn at random is drawn `seeds` times. A task adapter is trained on `task_passages` other passages,
+    with `task_rounds` times the steps of one passage's adapter.
     """
 
     modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
@@ -42,6 +43,7 @@ class EvaluationPlan:
     retrieval: Retrieval = "bm25"
     top_k: tuple[int, ...] = (3,)
     weights: tuple[Weights, ...] = ("sum",)
+    strengths: tuple[float, ...] = (1.0,)
     wrong: Wrong = "nearest"
     seeds: int = 3
     task_passages: int = 8
@@ -63,6 +65,7 @@ class Column:
     weights: Weights
     control: str = ""
     seeds: tuple[int, ...] = (0,)
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,16 @@ class Ask:
     mode: str
     weights: str
     hits: tuple[Hit, ...]
+    strength: float = 1.0
 
     @property
     def id(self) -> str:
         """Name what decides the answer, once base model, recipe and adapters are given."""
-        return fingerprint(asdict(self))
+        content = asdict(self)
+        # It came later: at its default it is no part of the name, or stored answers would have to be made again.
+        if self.strength == 1:
+            del content["strength"]
+        return fingerprint(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,7 @@ def columns(plan: EvaluationPlan) -> list[Column]:
             "several values of top_k have no meaning with the gold passages", "use --retrieval bm25 for F1 against k"
         )
     drawn = tuple(range(plan.seeds))
+    strength = plan.strengths[0]
     made = [Column(mode, mode, k, weights) for mode in plan.modes]
     for control in plan.controls:
         if control == "wrong":
@@ -138,6 +147,9 @@ def columns(plan: EvaluationPlan) -> list[Column]:
     for mode in plan.modes:
         if mode in ("prag", "combine"):
             made += [Column(f"{mode}_{other}", mode, k, other) for other in plan.weights[1:]]
+    made = [replace(column, strength=strength) if column.mode == "combine" else column for column in made]
+    if "combine" in plan.modes:
+        made += [Column(f"combine_x{x:g}", "combine", k, weights, strength=x) for x in plan.strengths[1:]]
     return made
 
 
@@ -187,7 +199,7 @@ def make_ask(question: Question, column: Column, seed: int, context: Context, pl
         hits = tuple(_named(hit, rest if i else whole) for i, hit in enumerate(hits))
     elif column.control == "da":
         hits = tuple(replace(hit, passage=_augmented(hit.passage, context.augmentations)) for hit in hits)
-    return Ask(question.question, column.mode, column.weights, hits)
+    return Ask(question.question, column.mode, column.weights, hits, column.strength)
 
 
 def _has(hit: Hit, context: Context) -> bool:

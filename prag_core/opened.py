@@ -56,6 +56,7 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         template=recipe.template,
         snapshot=snapshot.id,
         max_new_tokens=config.answer.max_new_tokens,
+        combine_strength=config.answer.combine_strength,
         hidden=hidden,
     )
     return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)

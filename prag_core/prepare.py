@@ -36,6 +36,8 @@ class Request:
         weights: How their adapters are added.
         hits: The retrieved passages when the caller has them already (an oracle, an evaluation); otherwise they
             are retrieved.
+        strength: What the adapters' weights are multiplied by; None stands for 1, and in the mode `combine` for the
+            configuration's `answer.combine_strength`.
         max_new_tokens: The most tokens of the answer; None stands for the configuration's `answer.max_new_tokens`.
         temperature: 0 takes the likeliest token each time.
         top_p: Draw among the likeliest tokens that together have this probability.
@@ -56,6 +58,7 @@ class Request:
     top_k: int = 3
     weights: Weights = "sum"
     hits: tuple[Hit, ...] | None = None
+    strength: float | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -73,6 +76,8 @@ class Request:
             raise ValueError(f"top_k {self.top_k}, max_new_tokens {self.max_new_tokens}: both must be positive")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}: out of range")
+        if self.strength is not None and not self.strength > 0:
+            raise ValueError(f"strength {self.strength}: must be positive")
         if "" in self.stop:
             raise ValueError("an empty stop string would end every answer at once")
         if others := {role for role, _ in self.history} - set(get_args(Role)):
@@ -114,6 +119,9 @@ class Preparation:
         snapshot: The id that answers carry.
         max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
             the template lets the model reason.
+        combine_strength: What the adapters' weights are multiplied by in the mode `combine`, when its request does
+            not say. An adapter strong enough to answer without its passage may drown what the prompt says
+            (docs/quality.md).
         hidden: Keys of passages that must not be used any more.
     """
 
@@ -125,6 +133,7 @@ class Preparation:
         template: Template = "direct",
         snapshot: str = "",
         max_new_tokens: int | None = None,
+        combine_strength: float = 1.0,
         hidden: Iterable[str] = (),
     ) -> None:
         self.snapshot = snapshot
@@ -133,6 +142,7 @@ class Preparation:
         self._retriever = retriever
         self.template = template
         self.max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
+        self._combine_strength = combine_strength
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
@@ -174,11 +184,12 @@ class Preparation:
         """
         # 1. Which passages go where. Who may read what is asked again, at the last moment.
         hits = [hit for hit in hits if self._may_use(hit.passage, request)]
+        strength = request.strength or (self._combine_strength if request.mode == "combine" else 1.0)
         summands: list[tuple[Factors, float]] = []
         used = []
         in_prompt: list[Passage] = []
-        for hit, weight in zip(hits, hit_weights(hits, request.weights), strict=True):
-            passage = hit.passage
+        for hit, share in zip(hits, hit_weights(hits, request.weights), strict=True):
+            passage, weight = hit.passage, strength * share
             factors = adapters[passage.key] if request.updates else None
             fallback = isinstance(factors, AdapterError)
             entry = UsedPassage(

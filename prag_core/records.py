@@ -22,6 +22,8 @@ Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 Weights = Literal["sum", "mean", "score"]
+# The most that an adapter's weight may be multiplied by.
+MAX_STRENGTH = 4.0
 Template = Literal["direct", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
 

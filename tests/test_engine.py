@@ -99,6 +99,31 @@ def test_weights() -> None:
     assert hit_weights([], "mean") == []
 
 
+def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
+    class Halved(Adapters):
+        def get(self, key: str):
+            return {name: f / 2 if name.endswith(".B") else f for name, f in super().get(key).items()}
+
+    def answers(adapters: Adapters, strength: float, *requests: Request):
+        preparation = Preparation(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=strength)
+        engine = Engine(tiny_session, RECIPE, preparation, adapters)
+        found = engine.answer_batch(requests)
+        engine.close()
+        return found
+
+    combine, prag = Request("Who?", "combine", 2), Request("Who?", "prag", 2)
+    whole = answers(Adapters(tiny_session), 1.0, combine, prag)
+    half = answers(Adapters(tiny_session), 0.5, combine, prag, replace(combine, strength=1.0))
+    halved = answers(Halved(tiny_session), 1.0, combine)
+    # It is of combine alone, what a request says counts first, and it is the same as a weaker adapter.
+    assert half[0].text == halved[0].text != whole[0].text
+    assert [p.weight for p in half[0].passages] == [0.5, 0.5]
+    assert half[1].text == whole[1].text
+    assert half[2].text == whole[0].text
+    with pytest.raises(ValueError, match="strength"):
+        replace(combine, strength=0.0)
+
+
 def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
     class Nothing:
         def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:

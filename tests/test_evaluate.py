@@ -80,6 +80,19 @@ def test_columns() -> None:
         "prag_k1": ("prag", 1, "sum", 1),
         "prag_mean": ("prag", 3, "mean", 1),
     }
+    strong = columns(EvaluationPlan(controls=("task",), top_k=(3, 1), strengths=(0.5, 1.0)))
+    assert {c.name: c.strength for c in strong} == {
+        "closed": 1.0,
+        "rag": 1.0,
+        "prag": 1.0,
+        "combine": 0.5,
+        "task": 1.0,
+        "task_rag": 0.5,
+        "rag_k1": 1.0,
+        "prag_k1": 1.0,
+        "combine_k1": 0.5,
+        "combine_x1": 1.0,
+    }
     assert len(columns(replace(plan, wrong="random"))[2].seeds) == 2
     with pytest.raises(InputError, match="several values of top_k"):
         columns(replace(plan, retrieval="oracle"))
@@ -143,6 +156,9 @@ def test_a_request_is_named_by_its_content() -> None:
     names = ["closed", "rag", "prag", "combine", "wrong", "random", "task", "task_rag", "da_rag", "prag_k1"]
     assert len({asked(name).id for name in names}) == len(names)
     assert asked("prag").id == asked("prag", ranked=(*context().ranked[:2], Hit(PASSAGES[7], 0.1))).id
+    weak = asked("combine", plan=EvaluationPlan(top_k=(2,), strengths=(0.5,)))
+    assert (weak.strength, weak.hits) == (0.5, asked("combine").hits)
+    assert weak.id != asked("combine").id
     again = from_table(Ask, to_table(Ask, [asked("da_rag")]))[0]
     assert again == asked("da_rag")
     assert again.id == asked("da_rag").id

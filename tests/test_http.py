@@ -94,8 +94,9 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
 def test_served_answers_are_those_of_the_engine(api: Api, config: Config) -> None:
     engine = open_engine(open_store(config), config)
     for mode in MODES:
-        expected = engine.answer(Request(QUESTION, mode, 2, "mean"))
-        found = api.post("/v1/answer", {"question": QUESTION, "mode": mode, "top_k": 2, "weights": "mean"})
+        expected = engine.answer(Request(QUESTION, mode, 2, "mean", strength=0.75))
+        asked = {"question": QUESTION, "mode": mode, "top_k": 2, "weights": "mean", "strength": 0.75}
+        found = api.post("/v1/answer", asked)
         assert found.status_code == 200
         answer = found.json()
         assert answer["answer"] == expected.text
