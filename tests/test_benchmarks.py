@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -21,6 +23,23 @@ def last_line(name: str, *arguments: str) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("squad", "popqa"):
+        rows = [
+            {"id": f"{name}{n}", "question": f"{n}?", "answers": ["x"], "gold_ids": [f"{name}-p{n}"]} for n in range(9)
+        ]
+        (tmp_path / f"questions_{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ids = ["other", *(f"{name}-p{n}" for name in ("squad", "popqa") for n in range(9))]
+    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps({"id": id, "text": f"text of {id}"}) + "\n" for id in ids)
+    drawn = importlib.import_module("quality").draw(tmp_path, 4, tmp_path)
+    questions, corpus = ([json.loads(line) for line in path.read_text().splitlines()] for path in drawn)
+    assert [row["type"] for row in questions] == ["squad"] * 4 + ["popqa"] * 4
+    assert len({row["id"] for row in questions}) == 8
+    assert {row["id"] for row in corpus} == {id for row in questions for id in row["gold_ids"]}
 
 
 @pytest.mark.slow
