@@ -97,17 +97,20 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     ]
     asked = report["dataset"]["asked"]
     tables = [(f"{asked} questions", head, rows)]
-    differences = [d for d in report["differences"] if d["metric"] == "f1"]
+    # Passages without an adapter are in the prompt instead: the questions without such passages are told apart.
+    kept = report["with_adapters"]
+    apart = kept["n"] < asked
+    differences = _f1_differences(report["differences"])
     if differences:
-        rows = [
-            [f"{d['left']} − {d['right']}", f"{d['mean']:+.3f}", f"{d['low']:+.3f} … {d['high']:+.3f}"]
-            for d in differences
-        ]
-        tables.append(("Differences of F1, paired bootstrap", ["", "F1", "95 %"], rows))
-    if len(report["types"]) > 1:
-        rows = [
-            [kind, str(of["n"]), *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in report["types"].items()
-        ]
+        head = ["", "F1", "95 %", *([f"F1 of the {kept['n']} with an adapter", "95 %"] if apart else [])]
+        beside = _f1_differences(kept["differences"]) if apart else {}
+        rows = [[name, *cells, *beside.get(name, [])] for name, cells in differences.items()]
+        tables.append(("Differences of F1, paired bootstrap", head, rows))
+    kinds = dict(report["types"]) if len(report["types"]) > 1 else {}
+    if apart:
+        kinds["each passage has an adapter"] = kept
+    if kinds:
+        rows = [[kind, str(of["n"]), *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in kinds.items()]
         tables.append(("F1 by question type", ["", "n", *columns], rows))
     rows = [[name, *(f"{c['milliseconds'][step]:.1f}" for step in STEPS)] for name, c in columns.items()]
     tables.append(("Milliseconds an answer, in batches", ["", *STEPS], rows))
@@ -124,6 +127,15 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
         head = ["", "answers with a passage that had no adapter", "failed"]
         tables.append(("Not as planned", head, odd))
     return tables
+
+
+def _f1_differences(differences: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the cells of each difference of F1, its mean and its interval, by its name."""
+    return {
+        f"{d['left']} − {d['right']}": [f"{d['mean']:+.3f}", f"{d['low']:+.3f} … {d['high']:+.3f}"]
+        for d in differences
+        if d["metric"] == "f1"
+    }
 
 
 def _html_table(head: Sequence[str], rows: _Rows, style: str = "") -> str:

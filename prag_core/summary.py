@@ -86,6 +86,12 @@ class Evaluation:
             scored.append(_mean(values))
         return scored
 
+    @property
+    def with_adapters(self) -> list[int]:
+        """Which questions, by position, no mode answered without the adapter of one of its passages."""
+        own = [self.asks[c.name] for c in self.columns if not c.control and c.mode in ("prag", "combine")]
+        return [i for i in range(len(self.questions)) if not any(self.replies[id].notes for of in own for id in of[i])]
+
 
 def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Return the report of an evaluation as plain values, numbers rounded to four digits.
@@ -111,12 +117,8 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
             }
             for column in evaluation.columns
         },
-        "differences": [
-            _difference(left, right, scores, groups, metric)
-            for left, right in DIFFERENCES
-            for metric in ("f1", "paper_f1")
-            if left in scores and right in scores
-        ],
+        "differences": _differences(scores, groups),
+        "with_adapters": _with_adapters(evaluation, scores, groups),
         "types": _types(evaluation, scores),
         "retrieval": _retrieval(evaluation),
         "examples": [
@@ -162,15 +164,30 @@ def _column(
     }
 
 
-def _difference(
-    left: str,
-    right: str,
-    scores: Mapping[str, Mapping[str, list[float]]],
-    groups: Sequence[str],
-    metric: str,
+def _differences(scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for left, right in DIFFERENCES:
+        if left in scores and right in scores:
+            for metric in ("f1", "paper_f1"):
+                mean, low, high = paired_bootstrap(scores[left][metric], scores[right][metric], groups)
+                found.append({"left": left, "right": right, "metric": metric, "mean": mean, "low": low, "high": high})
+    return found
+
+
+def _with_adapters(
+    evaluation: Evaluation, scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]
 ) -> dict[str, Any]:
-    mean, low, high = paired_bootstrap(scores[left][metric], scores[right][metric], groups)
-    return {"left": left, "right": right, "metric": metric, "mean": mean, "low": low, "high": high}
+    """Return scores and differences of the questions whose passages all have an adapter.
+
+    A passage without one goes into the prompt, so the other questions say less of what adapters do.
+    """
+    chosen = evaluation.with_adapters
+    of = {name: {metric: [values[i] for i in chosen] for metric, values in by.items()} for name, by in scores.items()}
+    return {
+        "n": len(chosen),
+        "f1": {name: _mean(by["f1"]) for name, by in of.items()},
+        "differences": _differences(of, [groups[i] for i in chosen]) if chosen else [],
+    }
 
 
 def _types(evaluation: Evaluation, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:

@@ -289,6 +289,11 @@ def test_the_summary() -> None:
     # By question 0, 1, 1, -2/3; by passage 0.5 and 1/6.
     assert difference["mean"] == pytest.approx(1 / 3, abs=1e-4)
     assert (difference["low"], difference["high"]) == (pytest.approx(1 / 6, abs=1e-4), 0.5)
+    # The fourth question's adapter was cut short: without it 0, 1, 1.
+    kept = made["with_adapters"]
+    assert (kept["n"], kept["f1"]) == (3, {"closed": 0.3333, "prag": 1.0, "random": 0.1667})
+    difference = next(d for d in kept["differences"] if (d["right"], d["metric"]) == ("closed", "f1"))
+    assert (difference["mean"], difference["low"], difference["high"]) == (0.6667, 0.5, 1.0)
     assert made["types"]["odd"]["f1"]["prag"] == 0.5
     assert made["types"]["even"] == {"n": 2, "f1": {"closed": 0.5, "prag": 1.0, "random": 0.25}}
     assert made["retrieval"]["recall"] == {"1": 0.375, "3": 0.625, "5": 0.625}
@@ -338,6 +343,11 @@ def test_the_page_is_self_contained_and_always_the_same(tmp_path: Path) -> None:
     assert "Question 1 &lt;b&gt;?" in page
     for told in ("20260101T000000-ab", "small ab", "prag evaluate --dataset invented", "random"):
         assert told in page
+    row = "<td>prag − closed</td><td>+0.333</td><td>+0.167 … +0.500</td><td>+0.667</td><td>+0.500 … +1.000</td>"
+    assert row in page
+    assert "each passage has an adapter" in page
+    whole = replace(evaluation(), replies={id: replace(r, notes=()) for id, r in evaluation().replies.items()})
+    assert "with an adapter" not in html_page(summarize(whole, {"name": "x"}, ""))
     assert not re.search(r"url\((?!#)", page)
     write_report(made, tmp_path / "deep" / "report")
     assert json.loads((tmp_path / "deep" / "report" / "report.json").read_text(encoding="utf-8")) == made
