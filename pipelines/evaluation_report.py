@@ -21,6 +21,7 @@ _STYLE = (
     ".text td{text-align:left}svg{max-width:100%;height:auto}code,pre{background:#f4f4f4;padding:.1em .3em;"
     "white-space:pre-wrap}details{margin:1em 0}.good{color:#176b2c}.bad{color:#a11}"
 )
+_LOG_WIDTH = 200
 _Rows = list[list[str]]
 
 
@@ -34,10 +35,13 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a report."""
+    if not console.is_terminal:
+        # A log has no width of its own, and a number that is cut is none.
+        console = Console(file=console.file, width=_LOG_WIDTH)
     for title, head, rows in _tables(report):
         table = Table(title=title)
         for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left")
+            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -110,8 +114,11 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     if apart:
         kinds["each passage has an adapter"] = kept
     if kinds:
-        rows = [[kind, str(of["n"]), *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in kinds.items()]
-        tables.append(("F1 by question type", ["", "n", *columns], rows))
+        rows = [[f"{kind} ({of['n']})", *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in kinds.items()]
+        head = ["", *columns]
+        if len(kinds) < len(columns):  # the narrower way round
+            head, *rows = map(list, zip(head, *rows, strict=True))
+        tables.append(("F1 by question type", head, rows))
     rows = [[name, *(f"{c['milliseconds'][step]:.1f}" for step in STEPS)] for name, c in columns.items()]
     tables.append(("Milliseconds an answer, in batches", ["", *STEPS], rows))
     if report["retrieval"]["n"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,9 +16,10 @@ import pytest
 import torch
 from conftest import make_augmentation, make_passage
 from published import publish_passages
+from rich.console import Console
 from test_lora import random_adapter
 
-from pipelines.evaluation_report import html_page, write_report
+from pipelines.evaluation_report import html_page, print_report, write_report
 from prag_core.controls import NOTHING, ControlSource, random_like, random_name, task_job, task_name, task_sets
 from prag_core.datasets import Gold, Question
 from prag_core.errors import InputError
@@ -351,6 +353,20 @@ def test_the_page_is_self_contained_and_always_the_same(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)", page)
     write_report(made, tmp_path / "deep" / "report")
     assert json.loads((tmp_path / "deep" / "report" / "report.json").read_text(encoding="utf-8")) == made
+
+
+def test_a_log_gets_whole_numbers() -> None:
+    made = report()
+    made["columns"] |= {f"combine_mean_{i}": made["columns"]["prag"] for i in range(9)}
+    for kind in made["types"].values():
+        kind["f1"] |= dict.fromkeys(made["columns"], 0.5)
+    made["with_adapters"]["f1"] |= dict.fromkeys(made["columns"], 0.5)
+    log = io.StringIO()
+    print_report(made, Console(file=log))
+    lines = log.getvalue().splitlines()
+    assert not [line for line in lines if re.search(r"\S…", line)]
+    (row,) = [line.split() for line in lines if "combine_mean_8" in line and line.count("0.500") == 3]
+    assert row[1] == "combine_mean_8"
 
 
 def test_f1_against_k_is_drawn() -> None:
