@@ -138,14 +138,19 @@ def register(app: typer.Typer) -> None:
         batch: Annotated[int, typer.Option(min=1, help="Questions a step, of all workers together.")] = 8,
         seed: int = 0,
         workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
-        limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, drawn at random.")] = None,
+        reading: Annotated[
+            bool, typer.Option("--reading", help="With their passages in the prompts: a reader, for `answer.reader`.")
+        ] = False,
         export: Annotated[Path | None, typer.Option(help="Write it as a PEFT adapter folder, too.")] = None,
         set_: SetOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Train initial weights for a recipe on questions that overlap with nothing, and store them by fingerprint.
+        """Train an adapter on questions that overlap with nothing, and store it by its fingerprint.
 
-        Use them with `--set train.start=NAME`: every adapter then starts from them.
+        Use it with `--set train.start=NAME`: every passage's adapter then starts from it. With --reading the
+        questions are asked with their passages, which the set has to bring (SQuAD, HotpotQA, 2WikiMultihopQA): use
+        that one with `--set answer.reader=NAME`, and it is added to the adapters in the mode `combine`.
         """
         from dataclasses import asdict
 
@@ -153,23 +158,24 @@ def register(app: typer.Typer) -> None:
         from prag_core.warmup import WarmupSettings
 
         others = [question for name in exclude or [] for question in _questions(name)]
-        settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed)
+        settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, reading=reading)
         with result_only():
             made = run_warmup(
                 load_config(config, set_ or []),
-                _questions(data)[:limit],
+                _questions(data),
                 others,
                 settings,
                 progress_to,
                 workers=workers,
+                limit=limit,
                 export=export,
             )
         if as_json:
             print_json(asdict(made))
             return
         out.print(
-            f"{made.questions} questions ({made.left_out} left out for overlap); loss {made.first_loss:.3f} → "
-            f"{made.last_loss:.3f}\nuse it with: --set train.start={made.start}"
+            f"{made.questions} questions ({made.left_out} left out); loss {made.first_loss:.3f} → "
+            f"{made.last_loss:.3f}\nuse it with: --set {'answer.reader' if reading else 'train.start'}={made.start}"
         )
 
     @app.command("import-augmentations")

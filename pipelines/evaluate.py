@@ -45,6 +45,7 @@ from prag_core.identity import fingerprint
 from prag_core.layout import LoraLayout
 from prag_core.lora import Factors, check_factors
 from prag_core.models import load_base_model
+from prag_core.opened import open_reader
 from prag_core.prepare import Preparation
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, Passage, Weights, from_table, to_table
@@ -83,6 +84,8 @@ def run_evaluation(
     snapshot = load_snapshot(store, snapshot_id)
     adapters, _ = open_adapters(store, snapshot.recipe)
     profile = profile_of(config)
+    if open_reader(store, config, adapters.layout) is not None:
+        plan = replace(plan, reader=f"{config.answer.reader} x{config.answer.reader_strength:g}")
     wanted = columns(plan)
     with ray_session(profile):
         # 1. The gold passages, and which questions can be asked.
@@ -377,6 +380,7 @@ class AnswerAsks:
                 template=train.template,
                 snapshot=snapshot.id,
                 max_new_tokens=config.answer.max_new_tokens,
+                reader=open_reader(store, config, layout),
                 hidden=forgotten_keys(store, snapshot),
             ),
             source,

@@ -19,14 +19,16 @@ from pipelines.tables import read_parts, set_threads
 from prag_core.adapter_io import export_peft
 from prag_core.adapter_store import get_start, put_start
 from prag_core.config import Config
-from prag_core.datasets import Question
-from prag_core.errors import ConfigError, PragError
+from prag_core.datasets import Question, match_gold
+from prag_core.errors import ConfigError, InputError, PragError
+from prag_core.evaluate import draw
 from prag_core.identity import fingerprint
 from prag_core.models import load_base_model
 from prag_core.recipe import TrainRecipe
+from prag_core.snapshot import current_id, load_snapshot
 from prag_core.store import Store, open_store
 from prag_core.trainer import Trainer
-from prag_core.warmup import WarmupSettings, train_warmup, warmup_examples, without_overlap
+from prag_core.warmup import WarmupSettings, train_warmup, warmup_examples, with_texts, without_overlap
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,17 @@ def run_warmup(
     console: Console,
     *,
     workers: int = 1,
+    limit: int | None = None,
     export: Path | None = None,
 ) -> Warmup:
-    """Train initial weights for the configured recipe, store them, and return their name for `train.start`.
+    """Train an adapter of the configured recipe's shape, store it, and return its name.
 
-    Questions that share words or a gold passage with `others`, or words with a question of the store's
-    augmentations, are left out. `export` names a folder for the same adapter in PEFT's form.
+    The name is for `train.start`, or, when it was trained with `settings.reading`, for `answer.reader`. Questions that
+    share words or a gold passage with `others`, or words with a question of the store's augmentations, are left out;
+    of the rest `limit` are drawn, the same each time. `export` names a folder for the same adapter in PEFT's form.
 
     Raises:
-        InputError: when no question is left.
+        InputError: when no question is left, or none brings the passages that `settings.reading` wants.
         ConfigError: when the configuration names a `train.start` already.
     """
     if config.train.start:
@@ -80,8 +84,14 @@ def run_warmup(
         from ray.train.torch import TorchTrainer
 
         asked = _augmentation_questions(store, recipe.augment.fingerprint, profile.partitions)
-        chosen = without_overlap(questions, others, asked)
-        console.print(f"warm-up: {len(chosen)} questions, {len(questions) - len(chosen)} left out for overlap")
+        usable = with_texts(questions) if settings.reading else list(questions)
+        free = without_overlap(usable, others, asked)
+        free = _about_other_passages(store, free, others, profile.partitions)
+        chosen = draw(free, limit)
+        console.print(
+            f"warm-up: {len(chosen)} questions; left out: {len(usable) - len(free)} for overlap, "
+            f"{len(questions) - len(usable)} without their passage, {len(free) - len(chosen)} over the limit"
+        )
         loop = {
             "config": config,
             "store": store,
@@ -124,6 +134,27 @@ def run_warmup(
     return made
 
 
+def _about_other_passages(
+    store: Store, questions: Sequence[Question], others: Sequence[Question], partitions: int
+) -> list[Question]:
+    """Return the questions that share no passage of the published corpus with `others`.
+
+    Two sets may name the same passage differently, one by its text and the other by an id: the corpus tells.
+    """
+    if current_id(store) is None:
+        return list(questions)
+    passages = data.find_gold(store, load_snapshot(store), [*questions, *others], partitions)
+    taken = {passage.key for of in match_gold(others, passages).values() for passage in of}
+    gold = match_gold(questions, passages)
+    left = [q for q in questions if not any(passage.key in taken for passage in gold[q.id])]
+    if not left:
+        raise InputError(
+            f"each of the {len(questions)} questions is about a passage that will be asked about",
+            "warm up on questions of another set",
+        )
+    return left
+
+
 def _augmentation_questions(store: Store, augment_fingerprint: str, partitions: int) -> list[str]:
     rows = read_parts(store, f"augmentations/{augment_fingerprint}", ["pairs"], partitions)
     if rows is None:
@@ -145,7 +176,7 @@ def _train(loop: dict[str, Any]) -> _Trained | None:
     losses: list[float] = []
     factors = train_warmup(
         trainer,
-        warmup_examples(trainer, loop["questions"]),
+        warmup_examples(trainer, loop["questions"], reading=loop["settings"].reading),
         loop["settings"],
         rank=rank,
         workers=workers,

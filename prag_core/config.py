@@ -157,6 +157,12 @@ class AnswerConfig(_Strict):
         description="What the adapters' weights are multiplied by in the mode combine. Less than 1 leaves the model "
         "more of what it reads in its prompt.",
     )
+    reader: str | None = Field(
+        None,
+        description="What `prag warmup --reading` printed: an adapter that has learned to read, added to the "
+        "passages' own in the mode combine.",
+    )
+    reader_strength: float = Field(0.4, gt=0, le=MAX_STRENGTH, description="Its weight.")
     max_new_tokens: int | None = Field(
         None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
     )

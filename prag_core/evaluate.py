@@ -32,7 +32,8 @@ class EvaluationPlan:
     """What is to be asked.
 
     The first of `top_k`, of `weights` and of `strengths` is used throughout; the further ones are asked in the modes
-    that they change. `strengths` are of the mode `combine`: what its adapters' weights are multiplied by. `wrong` says
+    that they change. `strengths` are of the mode `combine`: what its adapters' weights are multiplied by; `reader` says
+    which reader is added there, and its weight. `wrong` says
     whose adapter the control of that name takes: that of the nearest passage that is not right, or of a random one.
     Whatever is drawn at random is drawn `seeds` times. A task adapter is trained on `task_passages` other passages,
     with `task_rounds` times the steps of one passage's adapter.
@@ -44,6 +45,7 @@ class EvaluationPlan:
     top_k: tuple[int, ...] = (3,)
     weights: tuple[Weights, ...] = ("sum",)
     strengths: tuple[float, ...] = (1.0,)
+    reader: str = ""
     wrong: Wrong = "nearest"
     seeds: int = 3
     task_passages: int = 8
@@ -77,14 +79,17 @@ class Ask:
     weights: str
     hits: tuple[Hit, ...]
     strength: float = 1.0
+    reader: str = ""
 
     @property
     def id(self) -> str:
         """Name what decides the answer, once base model, recipe and adapters are given."""
         content = asdict(self)
-        # It came later: at its default it is no part of the name, or stored answers would have to be made again.
+        # They came later: at their defaults they are no part of the name, or stored answers would be made again.
         if self.strength == 1:
             del content["strength"]
+        if not self.reader:
+            del content["reader"]
         return fingerprint(content)
 
 
@@ -141,6 +146,8 @@ def columns(plan: EvaluationPlan) -> list[Column]:
             made.append(Column("task_rag", "combine", k, weights, control, drawn))
         else:
             made.append(Column("da_rag", "rag", k, weights, control))
+    if plan.reader and plan.controls:
+        made.append(Column("reader_rag", "combine", k, weights, "reader"))
     for mode in plan.modes:
         if mode != "closed":
             made += [Column(f"{mode}_k{other}", mode, other, weights) for other in plan.top_k[1:]]
@@ -197,9 +204,12 @@ def make_ask(question: Question, column: Column, seed: int, context: Context, pl
         whole = task_name(context.tasks[seed])
         rest = NOTHING if column.weights == "sum" else whole
         hits = tuple(_named(hit, rest if i else whole) for i, hit in enumerate(hits))
+    elif column.control == "reader":
+        hits = tuple(_named(hit, NOTHING) for hit in hits)
     elif column.control == "da":
         hits = tuple(replace(hit, passage=_augmented(hit.passage, context.augmentations)) for hit in hits)
-    return Ask(question.question, column.mode, column.weights, hits, column.strength)
+    reader = plan.reader if column.mode == "combine" else ""
+    return Ask(question.question, column.mode, column.weights, hits, column.strength, reader)
 
 
 def _has(hit: Hit, context: Context) -> bool:

@@ -290,16 +290,19 @@ def _at_work(store: Store, recipes: Collection[str], stay: Collection[str]) -> s
 
 
 def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObject]) -> set[str] | None:
-    """The starts of the recipes; None (all) when a recipe cannot be read."""
+    """The starts of the recipes, and the readers, which configurations name; None (all) when one cannot be read."""
     there = {item.name for item in objects}
+    notes = [name for name in there if kind_of(name) == "starts" and name.endswith(".json")]
     try:
         documents = [
             store.get_json(f"adapters/{r}/recipe.json") for r in recipes if f"adapters/{r}/recipe.json" in there
         ]
-        return {str(document["recipe"]["train"]["start"]) for document in documents}
+        starts = {str(document["recipe"]["train"]["start"]) for document in documents}
+        readers = [name for name in notes if store.get_json(name).get("settings", {}).get("reading")]
+        return starts | {posixpath.basename(name).removesuffix(".json") for name in readers}
     except UnreachableError:
         raise
-    except (StoreError, KeyError, TypeError):
+    except (StoreError, KeyError, TypeError, AttributeError):
         return None
 
 

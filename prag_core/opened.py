@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prag_core.adapter_store import LedgerSource, open_adapters
+from prag_core.adapter_store import LedgerSource, get_start, open_adapters
 from prag_core.config import Config
-from prag_core.errors import StoreError
+from prag_core.errors import AdapterError, ConfigError, StoreError
 from prag_core.forgetting import forgotten_keys
 from prag_core.index_store import open_index
 from prag_core.layout import LoraLayout
-from prag_core.lora import find_targets
+from prag_core.lora import Factors, check_factors, find_targets
 from prag_core.models import BaseModel, cache_dir
 from prag_core.prepare import Preparation
 from prag_core.recipe import TrainRecipe
@@ -31,11 +31,31 @@ class Opened:
     close: Callable[[], None]
 
 
+def open_reader(store: Store, config: Config, layout: LoraLayout) -> tuple[Factors, float] | None:
+    """Return the configured reader's factors and weight, if there is one.
+
+    Raises:
+        ConfigError: when the store has none of that name, or not of this shape.
+    """
+    name = config.answer.reader
+    if name is None:
+        return None
+    try:
+        factors = get_start(store, name)
+        check_factors(layout, factors, name)
+    except AdapterError as error:
+        raise ConfigError(
+            f"answer.reader = {name!r}: {error.message}", "name what `prag warmup --reading` printed, or make it again"
+        ) from None
+    return factors, config.answer.reader_strength
+
+
 def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snapshot) -> Opened:
     """Open a snapshot. Its index is unpacked into the local cache on first use; adapters come when they are needed.
 
     Raises:
         StoreError: when it was made with another base model, or what it names is missing.
+        ConfigError: when `answer.reader` names nothing of this shape.
         ModelError: when the model has not the modules that the adapters are for.
         RetrievalError: when the index cannot be opened.
     """
@@ -47,6 +67,7 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
             f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}; its recipe means {layout} here",
             "it was written by hand or by another version: run `prag run` again",
         )
+    reader = open_reader(store, config, layout)
     hidden, source = forgotten_keys(store, snapshot), LedgerSource(adapters, snapshot.ledger_parts)
     # The index last: nothing that fails before it leaves one open in the Java machine.
     retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
@@ -57,6 +78,7 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         snapshot=snapshot.id,
         max_new_tokens=config.answer.max_new_tokens,
         combine_strength=config.answer.combine_strength,
+        reader=reader,
         hidden=hidden,
     )
     return Opened(snapshot.id, preparation, source, recipe, layout, retriever.close)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from prag_core.decode import Decoded, DecodeRequest
@@ -122,6 +122,8 @@ class Preparation:
         combine_strength: What the adapters' weights are multiplied by in the mode `combine`, when its request does
             not say. An adapter strong enough to answer without its passage may drown what the prompt says
             (docs/quality.md).
+        reader: An adapter that is added to the passages' own, with its weight, in the mode `combine`: one that has
+            learned to answer from passages in the prompt.
         hidden: Keys of passages that must not be used any more.
     """
 
@@ -134,6 +136,7 @@ class Preparation:
         snapshot: str = "",
         max_new_tokens: int | None = None,
         combine_strength: float = 1.0,
+        reader: tuple[Factors, float] | None = None,
         hidden: Iterable[str] = (),
     ) -> None:
         self.snapshot = snapshot
@@ -143,6 +146,7 @@ class Preparation:
         self.template = template
         self.max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
         self._combine_strength = combine_strength
+        self._reader = reader
         self._hidden = frozenset(hidden)
         # An answer is one line: a newline ends it as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
@@ -207,6 +211,8 @@ class Preparation:
             if entry.in_prompt:
                 in_prompt.append(passage)
             used.append(entry)
+        if self._reader is not None and request.mode == "combine" and in_prompt:
+            summands.append(self._reader)
         # 2. The prompt opens the answer with the words that every answer in training opens with.
         begun = time.perf_counter()
         texts = [passage_text(passage) for passage in in_prompt]
@@ -231,7 +237,8 @@ class Preparation:
             passage.key: AdapterError(passage.note or "the sum of this question's adapters is too large")
             for passage in prepared.passages
         }
-        return self.build(prepared.request, prepared.hits, reasons, prepared.milliseconds)
+        built = self.build(prepared.request, prepared.hits, reasons, prepared.milliseconds)
+        return replace(built, decode=replace(built.decode, adapters=()))
 
     def answer(self, prepared: Prepared, decoded: Decoded) -> Answer:
         """Return the answer that was decoded.

@@ -41,6 +41,7 @@ DIFFERENCES = (
     ("prag", "task"),
     ("combine", "rag"),
     ("combine", "task_rag"),
+    ("combine", "reader_rag"),
     ("combine", "da_rag"),
     ("task_rag", "rag"),
 )

@@ -1,7 +1,9 @@
-"""A warm-up: one adapter trained on questions of no passage, from which every passage's adapter then starts.
+"""A warm-up: one adapter trained on questions that nobody will be asked.
 
-It has learned how an answer looks, so that a passage's few steps are left for what the passage says. It is trained
-by data parallelism: the gradient of a step is that of the whole batch, however many workers share it.
+Asked without a passage, it learns how an answer looks, and every passage's adapter starts from it, so that its few
+steps are left for what the passage says. Asked with its passage in the prompt (`reading`), it learns to answer from
+what it reads: a reader, which is added to the passages' adapters where they are in the prompt too. It is trained by
+data parallelism: the gradient of a step is that of the whole batch, however many workers share it.
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ from prag_core.errors import InputError
 from prag_core.examples import TrainingExample, question_ids
 from prag_core.lora import Factors, initial_factors
 from prag_core.metrics import normalize_answer
-from prag_core.prompts import answer_target
-from prag_core.records import QAPair
+from prag_core.prompts import answer_target, passage_text
+from prag_core.records import Passage, QAPair
 from prag_core.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class WarmupSettings:
-    """What decides a warm-up, besides the recipe and the questions. `batch` is of all workers together."""
+    """What decides a warm-up, besides the recipe and the questions.
+
+    `batch` is of all workers together. `reading` puts each question's gold passages into its prompt.
+    """
 
     learning_rate: float = 3e-4
     epochs: int = 1
     batch: int = 8
     seed: int = 0
+    reading: bool = False
 
 
 def without_overlap(
@@ -57,16 +63,36 @@ def without_overlap(
     return left
 
 
-def warmup_examples(trainer: Trainer, questions: Sequence[Question]) -> list[TrainingExample]:
-    """Return each question with its first answer, asked without a passage as the trainer's recipe asks."""
+def with_texts(questions: Sequence[Question]) -> list[Question]:
+    """Return the questions that bring the texts of all their gold passages.
+
+    Raises:
+        InputError: when none does.
+    """
+    left = [q for q in questions if q.gold and all(gold.text for gold in q.gold)]
+    if not left:
+        raise InputError(
+            f"none of the {len(questions)} questions brings the text of its passage",
+            "read with a set that has them, such as SQuAD, HotpotQA or 2WikiMultihopQA",
+        )
+    return left
+
+
+def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading: bool = False) -> list[TrainingExample]:
+    """Return each question with its first answer, asked as the trainer's recipe asks.
+
+    With `reading` its gold passages are in the prompt, and the loss is on the answer alone, whatever the recipe says:
+    what is to be learned is how to answer from them, not what they say.
+    """
     recipe, tokenizer = trainer.recipe, trainer.base.tokenizer
     examples = []
     for question in questions:
         pair = QAPair(question.question, question.answers[0], question.answers[0])
-        asked = question_ids(tokenizer, pair.question, template=recipe.template)
+        texts = [passage_text(Passage("", of.title, of.text, ())) for of in question.gold] if reading else []
+        asked = question_ids(tokenizer, pair.question, texts, template=recipe.template)
         answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
         ids = (*asked, *answer, *([tokenizer.eos_token_id] if recipe.eos else []))[: recipe.max_tokens]
-        scored_from = len(asked) if recipe.loss == "answer" else 1
+        scored_from = len(asked) if reading or recipe.loss == "answer" else 1
         if scored_from < len(ids):
             examples.append(TrainingExample(ids, scored_from))
     return examples

@@ -124,6 +124,30 @@ def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
         replace(combine, strength=0.0)
 
 
+def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseModel) -> None:
+    source = Adapters(tiny_session)
+    reader = source.get(PASSAGES[4].key)
+    plain, reading = (
+        Preparation(tiny_session, KnownHits(), max_new_tokens=6, reader=given) for given in (None, (reader, 0.5))
+    )
+    requests = [Request("Who?", mode, 2) for mode in MODES]
+    texts = []
+    for preparation in (plain, reading):
+        engine = Engine(tiny_session, RECIPE, preparation, source)
+        texts.append([answer.text for answer in engine.answer_batch(requests)])
+        engine.close()
+    assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["combine"]
+
+    # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
+    combine, hits = requests[-1], KnownHits().search("Who?", 2)
+    prepared = reading.build(combine, hits, {hit.passage.key: source.get(hit.passage.key) for hit in hits}, {})
+    assert [weight for _, weight in prepared.decode.adapters] == [1.0, 1.0, 0.5]
+    assert prepared.decode.adapters[-1][0] is reader
+    assert [passage.weight for passage in prepared.passages] == [1.0, 1.0]
+    assert reading.without_adapters(prepared).decode.adapters == ()
+    assert reading.build(combine, [], {}, {}).decode.adapters == ()
+
+
 def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
     class Nothing:
         def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:

@@ -95,6 +95,12 @@ def test_columns() -> None:
         "combine_k1": 0.5,
         "combine_x1": 1.0,
     }
+    read = columns(EvaluationPlan(modes=("combine",), controls=("wrong",), reader="ab x0.4"))
+    assert [(c.name, c.mode, c.control) for c in read] == [
+        ("combine", "combine", ""),
+        ("wrong", "prag", "wrong"),
+        ("reader_rag", "combine", "reader"),
+    ]
     assert len(columns(replace(plan, wrong="random"))[2].seeds) == 2
     with pytest.raises(InputError, match="several values of top_k"):
         columns(replace(plan, retrieval="oracle"))
@@ -160,6 +166,14 @@ def test_a_request_is_named_by_its_content() -> None:
     assert asked("prag").id == asked("prag", ranked=(*context().ranked[:2], Hit(PASSAGES[7], 0.1))).id
     weak = asked("combine", plan=EvaluationPlan(top_k=(2,), strengths=(0.5,)))
     assert (weak.strength, weak.hits) == (0.5, asked("combine").hits)
+    reading = EvaluationPlan(top_k=(2,), controls=("wrong",), reader="ab x0.4")
+    assert asked("combine", plan=reading) == replace(asked("combine"), reader="ab x0.4")
+    assert asked("combine", plan=reading).id != asked("combine").id
+    assert asked("prag", plan=reading).id == asked("prag").id
+    # The reader alone: the passages in the prompt, and nothing of them in the weights.
+    alone = asked("reader_rag", plan=reading)
+    assert (alone.reader, keys(alone)) == ("ab x0.4", [NOTHING, NOTHING])
+    assert [hit.passage.text for hit in alone.hits] == [hit.passage.text for hit in asked("combine").hits]
     assert weak.id != asked("combine").id
     again = from_table(Ask, to_table(Ask, [asked("da_rag")]))[0]
     assert again == asked("da_rag")

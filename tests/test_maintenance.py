@@ -489,6 +489,9 @@ def test_a_note_of_a_warmup_is_no_damage_and_stays_with_its_start(store: Store, 
     for name in (start, other):
         store.put_json(f"starts/{name}.json", {"warmup": name})
     assert verify(store) == []
+    # No recipe names a reader: configurations do.
+    reader = put_start(store, layout, random_adapter(layout, 3))
+    store.put_json(f"starts/{reader}.json", {"warmup": reader, "settings": {"reading": True}})
     assert take(store, all_snapshots(store)) == {f"starts/{other}.json", f"starts/{other}.safetensors"}
 
 

@@ -16,13 +16,14 @@ from prag_core.adapter_store import get_start
 from prag_core.config import load_config
 from prag_core.datasets import Gold, Question, read_questions
 from prag_core.errors import InputError
+from prag_core.examples import TrainingExample
 from prag_core.lora import initial_factors
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
 from prag_core.store import Store
 from prag_core.testing import tiny_base_model
 from prag_core.trainer import Trainer
-from prag_core.warmup import WarmupSettings, train_warmup, warmup_examples, without_overlap
+from prag_core.warmup import WarmupSettings, train_warmup, warmup_examples, with_texts, without_overlap
 
 QUESTIONS = [Question(f"q{i}", f"Which number follows {i}?", (f"{i + 1}", "x")) for i in range(10)]
 SETTINGS = WarmupSettings(learning_rate=1e-2, epochs=3, batch=4)
@@ -51,6 +52,24 @@ def test_examples_are_asked_as_the_recipe_asks(trainer: Trainer) -> None:
     assert len(texts) == 10
     assert "Which number follows 3?" in texts[3]
     assert texts[3].endswith("The answer is 4." + tokenizer.eos_token)
+
+
+def test_a_reader_is_asked_with_its_passages_and_learns_the_answer_alone(trainer: Trainer) -> None:
+    gold = (Gold(title="Numbers", text="After 3 comes 4."), Gold(id="p", title="More", text="After 4 comes 5."))
+    questions = with_texts([*QUESTIONS, replace(QUESTIONS[3], gold=gold), replace(QUESTIONS[4], gold=(Gold(id="p"),))])
+    assert [question.gold for question in questions] == [gold]
+    (example,) = warmup_examples(trainer, questions, reading=True)
+    tokenizer = trainer.base.tokenizer
+    prompt, answer = (tokenizer.decode(ids) for ids in _parted(example))
+    assert "Numbers\nAfter 3 comes 4." in prompt
+    assert "More\nAfter 4 comes 5." in prompt
+    assert answer == "The answer is 4." + tokenizer.eos_token
+    with pytest.raises(InputError, match="none of the 10 questions brings"):
+        with_texts(QUESTIONS)
+
+
+def _parted(example: TrainingExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return example.ids[: example.scored_from], example.ids[example.scored_from :]
 
 
 def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
@@ -107,3 +126,38 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     ]
     assert [recipe.train.start for recipe in recipes] == ["", made["start"], made["start"]]
     assert recipes[0].fingerprint != recipes[1].fingerprint == recipes[2].fingerprint
+
+
+@pytest.mark.slow
+def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(2)]
+    work = publish_passages(tmp_path, passages)
+
+    def paragraph(title: str, context: str, numbers: range) -> dict:
+        asked = [
+            {"id": f"{title} {n}", "question": f"What follows {n}?", "answers": [{"text": str(n)}]} for n in numbers
+        ]
+        return {"title": title, "paragraphs": [{"context": context, "qas": asked}]}
+
+    known, other = passages[0], "Each number is followed by itself."
+    read = {"data": [paragraph(known.title, known.text, range(3)), paragraph("Numbers", other, range(3, 9))]}
+    (tmp_path / "squad.json").write_text(json.dumps(read))
+    # It will be asked about the first passage, which it names by its id.
+    later = {"question": "Will this be asked?", "answers": ["yes"], "gold_ids": [known.sources[0]]}
+    (tmp_path / "later.jsonl").write_text(json.dumps(later))
+    command = ["warmup", "-c", "config.yaml", "--json", "--reading", "--exclude", "later.jsonl"]
+    made = json.loads(work.run(*command, "--limit", "5", "--epochs", "3", "--learning-rate", "0.01", "squad.json"))
+    assert (made["questions"], made["left_out"]) == (5, 4)
+    assert made["last_loss"] < made["first_loss"]
+    note = json.loads((tmp_path / "store" / "starts" / f"{made['start']}.json").read_text())
+    assert note["settings"]["reading"] is True
+
+    ask = ["ask", "-c", "config.yaml", "--json", "--compare", f"What is {known.title}?"]
+    without, with_reader = (
+        json.loads(work.run(*ask, *more)) for more in ([], ["--set", f"answer.reader={made['start']}"])
+    )
+    changed = [a["mode"] for a, b in zip(without, with_reader, strict=True) if a["text"] != b["text"]]
+    assert changed == ["combine"]
+    refused = work.run(*ask, "--set", "answer.reader=nobody", code=2)
+    assert "answer.reader = 'nobody'" in refused
+    assert "prag warmup --reading" in refused
