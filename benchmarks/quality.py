@@ -7,6 +7,9 @@
    which the base model augments itself. The folder holds `corpus.jsonl.gz` (`id`, `title`, `text`) and, for each set,
    `questions_<set>.jsonl` as `prag evaluate` reads them.
 
+With `--reader`, questions that bring their passages, such as SQuAD's file, a reader is trained on some of them first
+(`prag warmup --reading`) and added in `combine`.
+
 Each is `prag run` and `prag evaluate` on a store in the folder `--work`: killed, it goes on where it was. The model is
 the packaged one, the recipe `--recipe`, retrieval BM25, the one best passage. The last line is JSON: what `prag
 evaluate` gives, by set.
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="a corpus of the split's passages alone")
     parser.add_argument("--modes", default="closed,rag,prag,combine")
     parser.add_argument("--controls", default="wrong,random,task,da", help="'' for none")
+    parser.add_argument("--reader", type=Path, help="questions with their passages, on which a reader is trained")
     parser.add_argument("--strength", default="0.5,1", help="of the adapters in combine; the first counts")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
     arguments = parser.parse_args()
@@ -86,13 +90,27 @@ def draw(data: Path, count: int, work: Path) -> tuple[Path, Path]:
     return questions, corpus
 
 
+def reader(arguments: argparse.Namespace, name: str, warmup: list[str], dataset: str) -> str:
+    """Train a reader in the store, unless it was before, and return its name."""
+    kept = arguments.work / f"reader-{name}-{arguments.recipe}.json"
+    if not kept.exists():
+        command = [*warmup, "--reading", "--exclude", dataset, "--learning-rate", "1e-3", "--batch", "4"]
+        command += ["--limit", "160", "--json", str(arguments.reader.resolve())]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        kept.write_text(done.stdout)
+    return str(json.loads(kept.read_text())["start"])
+
+
 def evaluate(arguments: argparse.Namespace, name: str, settings: list[str], dataset: str, *more: str) -> dict[str, Any]:
     """Run the job on a store of its own, evaluate it, and return the last line that this printed."""
     settings = [f"store={arguments.work / name}", f"train.recipe={arguments.recipe}", *settings, *arguments.overrides]
     common = ["-c", "examples/demo.yaml", *(part for setting in settings for part in ("--set", setting))]
     prag = [sys.executable, "-m", "pipelines.cli"]
     subprocess.run([*prag, "run", *common], cwd=ROOT, check=True)
-    report = str(arguments.work / f"report-{name}-{arguments.recipe}")
+    if arguments.reader is not None:
+        common += ["--set", f"answer.reader={reader(arguments, name, [*prag, 'warmup', *common], dataset)}"]
+    read = "" if arguments.reader is None else "-reader"
+    report = str(arguments.work / f"report-{name}-{arguments.recipe}{read}")
     asked = ["--dataset", dataset, *more, "--modes", arguments.modes, "--controls", arguments.controls]
     asked += ["--seeds", str(arguments.seeds), "--strength", arguments.strength, "--report", report]
     done = subprocess.run([*prag, "evaluate", *common, *asked], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
