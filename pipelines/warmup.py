@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,8 @@ def _about_other_passages(
     if current_id(store) is None:
         return list(questions)
     passages = data.find_gold(store, load_snapshot(store), [*questions, *others], partitions)
+    # An id is unique within a set, and `others` may be of several.
+    others = [replace(question, id=str(place)) for place, question in enumerate(others)]
     taken = {passage.key for of in match_gold(others, passages).values() for passage in of}
     gold = match_gold(questions, passages)
     left = [q for q in questions if not any(passage.key in taken for passage in gold[q.id])]

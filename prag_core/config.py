@@ -162,7 +162,9 @@ class AnswerConfig(_Strict):
         description="What `prag warmup --reading` printed: an adapter that has learned to read, added to the "
         "passages' own in the mode combine.",
     )
-    reader_strength: float = Field(0.4, gt=0, le=MAX_STRENGTH, description="Its weight.")
+    reader_strength: float = Field(
+        0.4, gt=0, le=MAX_STRENGTH, description="Its weight; combine_strength is best about as much."
+    )
     max_new_tokens: int | None = Field(
         None, ge=1, le=1024, description="By default 32, and 128 where the recipe's template lets the model reason."
     )

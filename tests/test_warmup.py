@@ -145,7 +145,11 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     # It will be asked about the first passage, which it names by its id.
     later = {"question": "Will this be asked?", "answers": ["yes"], "gold_ids": [known.sources[0]]}
     (tmp_path / "later.jsonl").write_text(json.dumps(later))
-    command = ["warmup", "-c", "config.yaml", "--json", "--reading", "--exclude", "later.jsonl"]
+    # Another set that will be asked, whose question has the same id: its number.
+    more = {"question": "And this?", "answers": ["yes"], "gold_ids": [passages[1].sources[0]]}
+    (tmp_path / "more.jsonl").write_text(json.dumps(more))
+    command = ["warmup", "-c", "config.yaml", "--json", "--reading"]
+    command += ["--exclude", "later.jsonl", "--exclude", "more.jsonl"]
     made = json.loads(work.run(*command, "--limit", "5", "--epochs", "3", "--learning-rate", "0.01", "squad.json"))
     assert (made["questions"], made["left_out"]) == (5, 4)
     assert made["last_loss"] < made["first_loss"]
