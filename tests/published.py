@@ -12,6 +12,7 @@ from test_lora import random_adapter
 from pipelines.describe import describe
 from prag_core.adapter_store import AdapterStore
 from prag_core.config import Config, load_config
+from prag_core.identity import fingerprint
 from prag_core.index_store import archive_index
 from prag_core.records import Passage, passage_table
 from prag_core.retrieval import build_index, index_id
@@ -26,7 +27,8 @@ def publish_passages(folder: Path, passages: list[Passage]) -> Workspace:
     config = load_config(folder / "config.yaml", [f"store={folder / 'store'}", f"model.name={folder / 'tiny'}"])
     store = open_store(config)
     recipe, layout = describe(config)
-    corpus = "0123456789abcdef"
+    # Of its passages, as a real one's: unpacked indexes are kept by the corpus that they are of.
+    corpus = fingerprint(sorted(passage.key for passage in passages))
     part = store.put_table(f"corpus/{corpus}", passage_table(sorted(passages, key=lambda p: p.key)))
     store.put_json(f"corpus/{corpus}/manifest.json", {"passages": len(passages), "parts": [part]})
     augmentations = [make_augmentation(passage) for passage in passages]
