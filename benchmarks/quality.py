@@ -1,8 +1,7 @@
 """Does it know? Modes and controls, with intervals, at a size that a claim needs: `python benchmarks/quality.py`.
 
 1. `atlas`: all invented passages, with the augmentations beside them; the questions about the held-out half, or with
-   `--split dev` about the other one, on which recipes and settings are tuned. With `--half` the corpus is that half
-   alone, for recipes that train long.
+   `--split dev` about the other one, on which recipes and settings are tuned.
 2. `wiki`, with `--data`: real questions of SQuAD and of PopQA, drawn by a seed, over a corpus of their gold passages,
    which the base model augments itself. The folder holds `corpus.jsonl.gz` (`id`, `title`, `text`) and, for each set,
    `questions_<set>.jsonl` as `prag evaluate` reads them.
@@ -29,7 +28,6 @@ from typing import Any
 from measure import machine
 
 ROOT = Path(__file__).parent.parent
-ATLAS = ROOT / "examples" / "atlas"
 SETS = ("squad", "popqa")
 
 
@@ -41,7 +39,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how often what is random is drawn")
     parser.add_argument("--work", type=Path, default=Path("quality"), help="the folder of the stores and reports")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the atlas")
-    parser.add_argument("--half", action="store_true", help="a corpus of the split's passages alone")
     parser.add_argument("--modes", default="closed,rag,prag,combine")
     parser.add_argument("--controls", default="wrong,random,task,da", help="'' for none")
     parser.add_argument("--reader", type=Path, help="questions with their passages, on which a reader is trained")
@@ -51,26 +48,12 @@ def main() -> None:
     print(machine(), flush=True)
     arguments.work = arguments.work.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    name, corpus = "atlas", []
-    if arguments.half:
-        name = f"atlas-{arguments.split}"
-        corpus = [f"corpus.path={half(arguments.split, arguments.work)}"]
-    found = {"atlas": evaluate(arguments, name, corpus, "atlas", "--split", arguments.split)}
+    found = {"atlas": evaluate(arguments, "atlas", [], "atlas", "--split", arguments.split)}
     if arguments.data:
-        questions, drawn = draw(arguments.data, arguments.questions, arguments.work)
-        settings = [f"corpus.path={drawn}", "augment.import_file=null"]
+        questions, corpus = draw(arguments.data, arguments.questions, arguments.work)
+        settings = [f"corpus.path={corpus}", "augment.import_file=null"]
         found["wiki"] = evaluate(arguments, "wiki", settings, f"jsonl:{questions}")
     print(json.dumps({"recipe": arguments.recipe, **found, "machine": machine()}))
-
-
-def half(split: str, work: Path) -> Path:
-    """Write the passages that the atlas asks about in one split, as a corpus."""
-    asked = [json.loads(line) for line in (ATLAS / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    ids = {question["passage_id"] for question in asked if question["split"] == split}
-    passages = (ATLAS / "passages.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    corpus = work / f"atlas-{split}.jsonl"
-    corpus.write_text("".join(line for line in passages if json.loads(line)["id"] in ids), encoding="utf-8")
-    return corpus
 
 
 def draw(data: Path, count: int, work: Path) -> tuple[Path, Path]:

@@ -33,10 +33,9 @@ class EvaluationPlan:
 
     The first of `top_k`, of `weights` and of `strengths` is used throughout; the further ones are asked in the modes
     that they change. `strengths` are of the mode `combine`: what its adapters' weights are multiplied by; `reader` says
-    which reader is added there, and its weight. `wrong` says
-    whose adapter the control of that name takes: that of the nearest passage that is not right, or of a random one.
-    Whatever is drawn at random is drawn `seeds` times. A task adapter is trained on `task_passages` other passages,
-    with `task_rounds` times the steps of one passage's adapter.
+    which reader is added there, and its weight. `wrong` says whose adapter the control of that name takes: that of the
+    nearest passage that is not right, or of a random one. Whatever is drawn at random is drawn `seeds` times. A task
+    adapter is trained on `task_passages` other passages, with `task_rounds` times the steps of one passage's adapter.
     """
 
     modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")

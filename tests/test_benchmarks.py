@@ -42,13 +42,6 @@ def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeyp
     assert {row["id"] for row in corpus} == {id for row in questions for id in row["gold_ids"]}
 
 
-def test_quality_takes_half_of_the_atlas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    halves = [importlib.import_module("quality").half(split, tmp_path) for split in ("dev", "test")]
-    dev, test = ({json.loads(line)["id"] for line in path.read_text().splitlines()} for path in halves)
-    assert (len(dev), len(test), len(dev & test)) == (32, 32, 0)
-
-
 @pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny")
