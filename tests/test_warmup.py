@@ -16,10 +16,12 @@ from prag_core.adapter_store import get_start
 from prag_core.config import load_config
 from prag_core.datasets import Gold, Question, read_questions
 from prag_core.errors import InputError
+from prag_core.evaluate import Reply
 from prag_core.examples import TrainingExample
 from prag_core.lora import initial_factors
 from prag_core.models import BaseModel
 from prag_core.recipe import RECIPES
+from prag_core.records import from_table
 from prag_core.store import Store
 from prag_core.testing import tiny_base_model
 from prag_core.trainer import Trainer
@@ -162,6 +164,22 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     )
     changed = [a["mode"] for a, b in zip(without, with_reader, strict=True) if a["text"] != b["text"]]
     assert changed == ["combine"]
+
+    # An evaluation asks with it too, and once with it alone.
+    asked = {"question": ask[-1], "answers": ["thing 0"], "gold_ids": [known.sources[0]]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked))
+    command = ["evaluate", "-c", "config.yaml", "--dataset", "asked.jsonl", "--modes", "rag,combine"]
+    command += ["--controls", "random", "--seeds", "1", "--set", f"answer.reader={made['start']}"]
+    line = json.loads(work.run(*command).splitlines()[-1])
+    assert list(line["f1"]) == ["rag", "combine", "random", "reader_rag"]
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["plan"]["reader"] == f"{made['start']} x0.4"
+    store = Store(str(tmp_path / "store"))
+    texts = [reply.text for reply in from_table(Reply, store.get_table(Reply, store.list("evaluations", ".parquet")))]
+    told = {answer["mode"]: answer["text"] for answer in with_reader}
+    assert len(texts) == 4
+    assert {told["rag"], told["combine"]} <= set(texts)
+
     refused = work.run(*ask, "--set", "answer.reader=nobody", code=2)
     assert "answer.reader = 'nobody'" in refused
     assert "prag warmup --reading" in refused
