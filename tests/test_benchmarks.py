@@ -14,6 +14,8 @@ import pytest
 
 from prag_core.testing import write_tiny_model
 
+pytestmark = pytest.mark.serial
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

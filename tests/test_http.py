@@ -25,7 +25,7 @@ from prag_core.records import MODES
 from prag_core.service import Service, open_service
 from prag_core.store import open_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 PASSAGES = [make_passage(n, words=4) for n in range(6)]
 QUESTION = "What is Quorl 3?"

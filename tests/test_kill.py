@@ -42,7 +42,7 @@ from prag_core.records import LedgerRow, from_table
 from prag_core.snapshot import load_snapshot
 from prag_core.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 PASSAGES = 60
 KILLS = int(os.environ.get("PRAG_KILLS", "1"))

@@ -26,6 +26,8 @@ from prag_core.lease import (
 )
 from prag_core.store import Store
 
+pytestmark = pytest.mark.serial
+
 TTL_S = 1.0
 
 

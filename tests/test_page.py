@@ -22,7 +22,7 @@ from prag_core.config import load_config
 from prag_core.identity import passage_key
 from prag_core.records import MODES, Passage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 WAIT_S = 60
 EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script></li>"""

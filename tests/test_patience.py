@@ -33,6 +33,8 @@ from prag_core.identity import passage_key
 from prag_core.records import Passage, Reject, from_table, to_table
 from prag_core.store import Store
 
+pytestmark = pytest.mark.serial
+
 NOTHING = Limits(60.0, 1e12)
 LIMITS = RunConfig(passage_attempts=2)
 

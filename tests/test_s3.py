@@ -28,7 +28,7 @@ from prag_core.repair import repair
 from prag_core.snapshot import load_snapshot
 from prag_core.store import Store, open_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 RETRIES = 2
 TIMEOUT_S = 0.5

@@ -40,7 +40,7 @@ from prag_core.records import MODES, LedgerRow
 from prag_core.snapshot import Snapshot, load_snapshot, rollback
 from prag_core.store import open_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 ROOT = Path(__file__).parent.parent
 PASSAGES = [make_passage(n, words=4) for n in range(12)]

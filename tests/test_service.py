@@ -40,6 +40,8 @@ from prag_core.service import Service
 from prag_core.snapshot import load_snapshot, publish, with_ledger, with_tombstones
 from prag_core.streaming import TextStream
 
+pytestmark = pytest.mark.serial
+
 RECIPE = RECIPES["small"]
 
 

@@ -25,7 +25,7 @@ from conftest import make_passage
 from killing import end_tree, free_ports
 from test_job import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 ROOT = Path(__file__).parent.parent
 PASSAGES = 8

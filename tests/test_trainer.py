@@ -289,6 +289,7 @@ def test_the_start_must_fit(tiny: BaseModel) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_the_small_real_model_equals_peft() -> None:
     base = load_base_model(ModelConfig(dtype="float32", device="cpu"))
     recipe = replace(RECIPES["small"], epochs=1)
