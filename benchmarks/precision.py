@@ -20,18 +20,19 @@ from measure import machine
 from torch import Tensor, nn
 from train import ATLAS, from_atlas
 
-from pipelines.demo import read_questions
+from pipelines.jobs.demo import read_demo_questions
 from prag_core.config import ModelConfig
-from prag_core.engine import Engine, Request
-from prag_core.examples import TrainingJob, training_examples
-from prag_core.layout import LoraLayout
-from prag_core.lora import Factors
-from prag_core.metrics import f1, paired_bootstrap
-from prag_core.models import BaseModel, load_base_model
-from prag_core.prepare import Preparation
+from prag_core.evaluation.metrics import f1, paired_bootstrap
+from prag_core.inference.engine import Engine
+from prag_core.inference.processor import RequestProcessor
+from prag_core.inference.request import Request
+from prag_core.llm.base_model import BaseModel, load_base_model
+from prag_core.llm.layout import LoraLayout
+from prag_core.llm.lora import Factors
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Hit, Mode, Passage
-from prag_core.trainer import Trainer
+from prag_core.training.examples import TrainingJob, training_examples
+from prag_core.training.trainer import Trainer
 
 RECIPE = RECIPES["closed_book"]
 MODES: tuple[Mode, ...] = ("prag", "combine")
@@ -129,10 +130,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     # 2. Answers.
     passages = {source: passage for passage, _ in corpus for source in passage.sources}
-    questions = read_questions(ATLAS / "questions.jsonl", passages)
+    questions = read_demo_questions(ATLAS / "questions.jsonl", passages)
     scores: dict[str, dict[str, list[float]]] = {}
     for name, adapters in (("fp32", factors), ("bf16", rounded)):
-        engine = Engine(fp32, RECIPE, Preparation(fp32, NoIndex()), Adapters(adapters))
+        engine = Engine(fp32, RECIPE, RequestProcessor(fp32, NoIndex()), Adapters(adapters))
         scores[name] = {}
         for mode in MODES:
             requests = [Request(q.question, mode, hits=(Hit(passages[q.passage], 1.0),)) for q in questions]

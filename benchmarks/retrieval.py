@@ -26,12 +26,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.session import ray_session
-from pipelines.profiles import profile_of
+from pipelines.settings import profile_of
 from prag_core.config import parse_config
 from prag_core.identity import passage_key
+from prag_core.inference.threads import SearchThread
 from prag_core.records import Hit, Passage
-from prag_core.retrieval import JVM_ENV, LuceneRetriever, build_index
-from prag_core.search_thread import SearchThread
+from prag_core.retrieval.jvm import JVM_ENV
+from prag_core.retrieval.lucene import LuceneRetriever, build_index
 
 TOP_K = 3
 USERS = 16

@@ -112,9 +112,9 @@ class Sleeper:
     def __init__(self, url: str) -> None:
         import torch
 
-        from prag_core.adapter_store import AdapterStore
-        from prag_core.layout import LoraLayout
-        from prag_core.store import Store
+        from prag_core.llm.layout import LoraLayout
+        from prag_core.store.adapters import AdapterStore
+        from prag_core.store.objects import Store
 
         torch.set_num_threads(1)
         shapes = ((576, 1536), (576, 1536), (1536, 576))  # the small model's
@@ -123,8 +123,8 @@ class Sleeper:
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
     def __call__(self, table: pa.Table, alive: Callable[[], None]) -> Iterator[pa.Table]:
-        from pipelines.outcomes import TASK, Outcome, outcome_table
-        from prag_core.trainer import TrainedAdapter
+        from pipelines.execution.outcomes import TASK, Outcome, outcome_table
+        from prag_core.llm.lora import TrainedAdapter
 
         keys, digests = table["key"].to_pylist(), table["augmentation"].to_pylist()
         time.sleep(WORK_S * len(keys))
@@ -144,12 +144,13 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
 
     from cluster.resources import PROFILES
     from cluster.session import ray_session
-    from pipelines.outcomes import outcome_blocks
-    from pipelines.patience import Desk, run_actors
-    from pipelines.tables import read_parts, survey, with_augmentations
+    from pipelines.execution.isolation import StageRun, run_actors
+    from pipelines.execution.outcomes import outcome_blocks
+    from pipelines.execution.survey import survey, with_augmentations
+    from pipelines.execution.tables import read_parts
     from prag_core.config import RunConfig
     from prag_core.records import Passage, schema
-    from prag_core.store import Store
+    from prag_core.store.objects import Store
 
     passages, actors = divmod(argument, 100)
     store = Store(str(folder / "store"))
@@ -162,7 +163,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
         surveyed = time.perf_counter()
         missing = with_augmentations(store, found, "to_train", corpus, recipe().augment.fingerprint, profile)
         batch = passages // (actors * TASKS_AN_ACTOR)
-        desk, limits = Desk(store, "run", "train", recipe().fingerprint), RunConfig()
+        desk, limits = StageRun(store, "run", "train", recipe().fingerprint), RunConfig()
         outcomes = run_actors(
             Sleeper, (store.url,), missing, batch, profile.train, desk, limits, silence_s=limits.passage_timeout_s
         )
@@ -196,10 +197,10 @@ def plan(rows: int, folder: Path) -> dict[str, Any]:
 
     from cluster.resources import PROFILES
     from cluster.session import ray_session
-    from pipelines import ingest
-    from pipelines.tables import survey
+    from pipelines.execution.survey import survey
+    from pipelines.stages import ingest
     from prag_core.config import CorpusConfig
-    from prag_core.store import Store
+    from prag_core.store.objects import Store
 
     write_corpus(folder / "corpus", rows)
     profile, store = PROFILES["laptop"].tuned(partitions=max(2, rows // 62_500)), Store(str(folder / "store"))
@@ -279,9 +280,9 @@ def scan(rows: int, folder: Path) -> dict[str, Any]:
 
 def index(rows: int, folder: Path) -> dict[str, Any]:
     from prag_core.config import IndexConfig
-    from prag_core.index_build import Making, make_index
-    from prag_core.retrieval import prepare_jvm
-    from prag_core.store import Store
+    from prag_core.retrieval.build import IndexBuild, make_index
+    from prag_core.retrieval.jvm import prepare_jvm
+    from prag_core.store.objects import Store
 
     prepare_jvm()
     store, seconds = Store(str(folder / "store")), {}
@@ -291,7 +292,7 @@ def index(rows: int, folder: Path) -> dict[str, Any]:
         begun = time.perf_counter()
         _, making = make_index(store, str(begin), "0" if begin else None, IndexConfig())
         seconds[f"changed_{share:.0%}" if begin else "anew"] = round(time.perf_counter() - begun, 1)
-        if begin and making != Making(added=begin, removed=begin):
+        if begin and making != IndexBuild(added=begin, removed=begin):
             raise RuntimeError(f"index {making}")
     return {**seconds, "peak_mb": peak_mb()}
 

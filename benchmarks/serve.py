@@ -34,26 +34,25 @@ import torch
 from measure import machine, peak_mb
 from peft import PeftModel
 
-from prag_core.adapter_io import export_peft
-from prag_core.adapter_store import AdapterStore
-from prag_core.cache import AdapterCache
-from prag_core.config import Config, parse_config
+from prag_core.config import Config, augment_recipe, parse_config, train_recipe
 from prag_core.errors import OverloadedError
 from prag_core.identity import passage_key
-from prag_core.index_store import archive_index
-from prag_core.layout import LoraLayout
-from prag_core.lora import Factors, find_targets
-from prag_core.models import BaseModel, load_base_model
-from prag_core.opened import open_snapshot
-from prag_core.prepare import Request
-from prag_core.recipe import Recipe, augment_recipe, train_recipe
+from prag_core.inference.adapter_cache import AdapterCache
+from prag_core.inference.loaded_snapshot import open_snapshot
+from prag_core.inference.request import Request
+from prag_core.inference.service import Service
+from prag_core.llm.base_model import BaseModel, load_base_model
+from prag_core.llm.layout import LoraLayout
+from prag_core.llm.lora import Factors, TrainedAdapter, find_targets
+from prag_core.llm.peft import export_peft
+from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Mode, Passage
-from prag_core.retrieval import build_index, index_id
-from prag_core.service import Service
-from prag_core.snapshot import current_id, load_snapshot, make_snapshot, publish
-from prag_core.store import open_store
+from prag_core.retrieval.archive import archive_index
+from prag_core.retrieval.lucene import build_index, index_id
+from prag_core.store.adapters import AdapterStore
+from prag_core.store.objects import open_store
+from prag_core.store.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.testing import write_tiny_model
-from prag_core.trainer import TrainedAdapter
 
 ROOT = Path(__file__).parent.parent
 K = 3

@@ -55,14 +55,15 @@ def main() -> None:
 
 
 def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from prag_core.adapter_io import export_peft, import_peft, pack_shard
-    from prag_core.adapter_store import AdapterStore
-    from prag_core.config import AugmentConfig, ModelConfig, TrainConfig
-    from prag_core.lora import find_targets
-    from prag_core.models import load_base_model
-    from prag_core.recipe import Recipe, augment_recipe, train_recipe
-    from prag_core.shards import check_shards, ledger_rows
-    from prag_core.store import Store
+    from prag_core.config import AugmentConfig, ModelConfig, TrainConfig, augment_recipe, train_recipe
+    from prag_core.llm.base_model import load_base_model
+    from prag_core.llm.lora import find_targets
+    from prag_core.llm.peft import export_peft, import_peft
+    from prag_core.maintenance.verify import check_shards, ledger_rows
+    from prag_core.recipe import Recipe
+    from prag_core.store.adapters import AdapterStore
+    from prag_core.store.objects import Store
+    from prag_core.store.shard_codec import pack_shard
 
     base = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
     train = train_recipe(TrainConfig())
@@ -142,7 +143,7 @@ def random_factors(layout: Any, seed: int) -> dict[str, Any]:
 
 
 def trained_adapter(key: str, factors: dict[str, Any]) -> Any:
-    from prag_core.trainer import TrainedAdapter
+    from prag_core.llm.lora import TrainedAdapter
 
     return TrainedAdapter(key, factors, 20, 3000, 3.0, 0.5, 1.0)
 
@@ -152,10 +153,9 @@ def int8_error(base: Any, layout: Any, count: int) -> float | None:
     import torch
     from train import from_atlas, jobs_of
 
-    from prag_core.adapter_io import pack_shard, unpack_adapter
-    from prag_core.config import TrainConfig
-    from prag_core.recipe import train_recipe
-    from prag_core.trainer import Trainer
+    from prag_core.config import TrainConfig, train_recipe
+    from prag_core.store.shard_codec import pack_shard, unpack_adapter
+    from prag_core.training.trainer import Trainer
 
     if not count:
         return None
@@ -175,7 +175,7 @@ def int8_error(base: Any, layout: Any, count: int) -> float | None:
 
 def fetch_ms(adapters: Any, keys: Sequence[str], fetches: int) -> list[float]:
     """Return the milliseconds of fetches of K random adapters at once, each verified."""
-    from prag_core.adapter_store import LedgerSource
+    from prag_core.store.adapters import LedgerSource
 
     source = LedgerSource(adapters, adapters.ledger_parts())
     dice = np.random.default_rng(0)
@@ -228,15 +228,15 @@ def in_process(arguments: argparse.Namespace, child: str, url: str) -> dict[str,
 
 
 def recipe_of_million() -> Any:
-    from prag_core.config import AugmentConfig, TrainConfig
-    from prag_core.recipe import Recipe, augment_recipe, train_recipe
+    from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
+    from prag_core.recipe import Recipe
 
     return Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
 
 
 def write_million(url: str, rows: int, missing: int) -> None:
     from prag_core.records import Augmentation, LedgerRow, Passage, schema
-    from prag_core.store import Store
+    from prag_core.store.objects import Store
 
     store, recipe = Store(url), recipe_of_million()
     adapters = f"adapters/{recipe.fingerprint}"
@@ -285,9 +285,9 @@ def write_million(url: str, rows: int, missing: int) -> None:
 
 
 def open_million(arguments: argparse.Namespace) -> dict[str, Any]:
-    from prag_core.adapter_store import AdapterStore, LedgerSource
-    from prag_core.layout import LoraLayout
-    from prag_core.store import Store
+    from prag_core.llm.layout import LoraLayout
+    from prag_core.store.adapters import AdapterStore, LedgerSource
+    from prag_core.store.objects import Store
 
     layout = LoraLayout(2, 16.0, (0,), ("up_proj",), ((8, 8),))
     adapters = AdapterStore(Store(arguments.store), recipe_of_million(), layout)
@@ -304,8 +304,9 @@ def open_million(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan_million(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.resources import PROFILES
     from cluster.session import ray_session
-    from pipelines.tables import read_parts, survey
-    from prag_core.store import Store
+    from pipelines.execution.survey import survey
+    from pipelines.execution.tables import read_parts
+    from prag_core.store.objects import Store
 
     profile, store = PROFILES["laptop"], Store(arguments.store)
     with ray_session(profile):

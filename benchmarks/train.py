@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacked_seconds
 
-from prag_core.augment_import import read_augmentations
+from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import CorpusConfig, ModelConfig
-from prag_core.corpus import Piece, merge_pieces, read_records
-from prag_core.examples import TrainingJob, training_examples
-from prag_core.models import BaseModel, load_base_model
+from prag_core.data.corpus import Piece, merge_pieces, read_records
+from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Passage, from_table
-from prag_core.store import Store
-from prag_core.trainer import make_stacks
+from prag_core.store.objects import Store
+from prag_core.training.examples import TrainingJob, training_examples
+from prag_core.training.trainer import make_stacks
 
 ATLAS = Path(__file__).parent.parent / "examples" / "atlas"
 RECIPE = RECIPES["paper"]

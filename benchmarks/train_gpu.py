@@ -15,10 +15,10 @@ import torch
 from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacked_seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prag_core.examples import TrainingExample, TrainingJob
-from prag_core.models import BaseModel
+from prag_core.llm.base_model import BaseModel
 from prag_core.recipe import RECIPES
-from prag_core.trainer import make_stacks
+from prag_core.training.examples import TrainingExample, TrainingJob
+from prag_core.training.trainer import make_stacks
 
 LLAMA_1B = {
     "hidden_size": 2048,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+
 # How long the job server may be away while a job is followed: a head that is restarted takes a minute.
 PATIENCE_S = 180.0
 _PAUSE_S = 1.0
@@ -25,7 +26,7 @@ class JobServerError(Exception):
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmittedJob:
     """A job on the cluster; `new` tells whether this call started it, or found it there."""
 
     id: str
@@ -33,7 +34,7 @@ class Submitted:
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobEnd:
     """How a job ended: Ray's word for it, its message, and the exit code of the job's own process."""
 
     status: str
@@ -63,7 +64,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 def submit(
     client: JobSubmissionClient, name: str, entrypoint: str, folder: Path, environment: Mapping[str, str]
-) -> Submitted:
+) -> SubmittedJob:
     """Start a job, unless one of this name is under way: then return that.
 
     The first job has the id `name`, and each that follows an ended one `name-2`, `name-3`, …: ids are never used
@@ -87,21 +88,21 @@ def submit(
                 attempts[int(found[1] or 1)] = job
         last = max(attempts, default=0)
         if last and not attempts[last].status.is_terminal():
-            return Submitted(str(attempts[last].submission_id), new=False)
+            return SubmittedJob(str(attempts[last].submission_id), new=False)
         id = name if last == 0 else f"{name}-{last + 1}"
         runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": dict(environment)}
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=id, runtime_env=runtime_env)
         except RuntimeError as error:
             if "already exists" in str(error):
-                return Submitted(id, new=False)
+                return SubmittedJob(id, new=False)
             raise
     except (ConnectionError, RuntimeError, OSError) as error:
         raise JobServerError(_first_line(error)) from None
-    return Submitted(id, new=True)
+    return SubmittedJob(id, new=True)
 
 
-def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -> Ended:
+def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -> JobEnd:
     """Write a job's output as it comes, from its beginning, until it ends; return how.
 
     A job may be silent for as long as the job server says that it runs, and a server that is away is waited for:
@@ -145,7 +146,7 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
                         write(rest)
                 failed = 0 if job.status.name == "SUCCEEDED" else 1
                 code = job.driver_exit_code if job.driver_exit_code is not None else failed
-                return Ended(job.status.name, str(job.message or ""), code if code > 0 else failed)
+                return JobEnd(job.status.name, str(job.message or ""), code if code > 0 else failed)
         time.sleep(_PAUSE_S)
 
 

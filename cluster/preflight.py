@@ -22,7 +22,7 @@ Outcome = Literal["ok", "failed", "warning", "skipped"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one check found. `where` is a node, or empty for the machine that asks; `remedy` says what to do."""
 
     check: str
@@ -42,7 +42,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Node:
+class NodeReport:
     """What one node says of itself. `cuda` is the CUDA that its torch was built for, empty for a CPU build."""
 
     name: str
@@ -50,7 +50,7 @@ class Node:
     gpus: tuple[Gpu, ...]
     cuda: str
     resources: Mapping[str, float]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[CheckResult, ...] = ()
     answer: Any = None
 
 
@@ -93,7 +93,9 @@ def torch_cuda() -> str:
     return torch.version.cuda or ""
 
 
-def look_at_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S) -> list[Node]:
+def look_at_nodes(
+    packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S
+) -> list[NodeReport]:
     """Return what each node of the connected cluster says of itself, with what `ask` returned there.
 
     `ask` is called in a process on the node that takes none of its CPUs. A node that does not answer in time, or on
@@ -120,25 +122,27 @@ def look_at_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: fl
             name = f"{name} ({node['NodeID'][:8]})"
         if reference not in done:
             ray.cancel(reference, force=True)
-            late = Finding("node", "failed", f"no answer in {timeout_s:.0f} s", "see its logs in the dashboard", name)
-            nodes.append(Node(name, {}, (), "", resources, (late,)))
+            late = CheckResult(
+                "node", "failed", f"no answer in {timeout_s:.0f} s", "see its logs in the dashboard", name
+            )
+            nodes.append(NodeReport(name, {}, (), "", resources, (late,)))
             continue
         try:
             found, cards, cuda, answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
-            broken = Finding("node", "failed", detail, "use the same image on every node", name)
-            nodes.append(Node(name, {}, (), "", resources, (broken,)))
+            broken = CheckResult("node", "failed", detail, "use the same image on every node", name)
+            nodes.append(NodeReport(name, {}, (), "", resources, (broken,)))
             continue
         except ray.exceptions.RayError as error:
-            lost = Finding("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
-            nodes.append(Node(name, {}, (), "", resources, (lost,)))
+            lost = CheckResult("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
+            nodes.append(NodeReport(name, {}, (), "", resources, (lost,)))
             continue
-        nodes.append(Node(name, found, cards, cuda, resources, answer=answer))
+        nodes.append(NodeReport(name, found, cards, cuda, resources, answer=answer))
     return nodes
 
 
-def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Finding]:
+def compare_versions(here: Mapping[str, str], nodes: Sequence[NodeReport]) -> list[CheckResult]:
     """Find the packages of which a node has another version than this machine."""
     findings = []
     for node in nodes:
@@ -149,10 +153,10 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> list[Fin
         ]
         if wrong:
             remedy = "use the same image, or environment, on every node and where the job starts"
-            findings.append(Finding("versions", "failed", "; ".join(wrong), remedy, node.name))
+            findings.append(CheckResult("versions", "failed", "; ".join(wrong), remedy, node.name))
     if not findings:
         said = ", ".join(f"{package} {version}" for package, version in here.items())
-        findings.append(Finding("versions", "ok", f"{said} on {len(nodes)} nodes"))
+        findings.append(CheckResult("versions", "ok", f"{said} on {len(nodes)} nodes"))
     return findings
 
 
@@ -164,13 +168,13 @@ def _release(version: str) -> str:
     return version.partition("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one release, built for two machines
 
 
-def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[Node]) -> Finding:
+def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[NodeReport]) -> CheckResult:
     """Find out whether any node that is up could hold what takes so many CPUs and GPUs."""
     fit = [n for n in nodes if n.resources.get("CPU", 0) >= cpus and n.resources.get("GPU", 0) >= gpus_each]
     need = f"{what} takes {cpus:g} CPUs and {gpus_each:g} GPUs"
     if fit:
-        return Finding("resources", "ok", f"{need}; {len(fit)} of {len(nodes)} nodes can hold one")
-    return Finding(
+        return CheckResult("resources", "ok", f"{need}; {len(fit)} of {len(nodes)} nodes can hold one")
+    return CheckResult(
         "resources",
         "warning",
         f"{need}; none of the {len(nodes)} nodes that are up can hold one",
@@ -178,26 +182,26 @@ def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[Node]) 
     )
 
 
-def check_gpu_memory(needed_bytes: int, of_it: str, remedy: str, nodes: Sequence[Node]) -> list[Finding]:
+def check_gpu_memory(needed_bytes: int, of_it: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
     """Find the nodes whose GPUs, as Ray counts them, are not there or have too little memory."""
     with_gpus = [node for node in nodes if node.resources.get("GPU", 0) and not node.findings]
     if not with_gpus:
-        return [Finding("GPU memory", "skipped", "no node with a GPU is up")]
+        return [CheckResult("GPU memory", "skipped", "no node with a GPU is up")]
     findings = []
     for node in with_gpus:
         if not node.gpus:
             detail = f"Ray counts {node.resources['GPU']:g} GPUs, the driver shows none"
             findings.append(
-                Finding("GPU memory", "failed", detail, "mend its driver, or set run.actor_gpus=0", node.name)
+                CheckResult("GPU memory", "failed", detail, "mend its driver, or set run.actor_gpus=0", node.name)
             )
         elif not node.cuda:
             findings.append(
-                Finding("GPU memory", "failed", "its torch has no CUDA", "use the image's CUDA target", node.name)
+                CheckResult("GPU memory", "failed", "its torch has no CUDA", "use the image's CUDA target", node.name)
             )
         elif (least := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
             detail = f"{least / 1e9:.1f} GB, of {needed_bytes / 1e9:.1f} GB needed at least: {of_it}"
-            findings.append(Finding("GPU memory", "failed", detail, remedy, node.name))
+            findings.append(CheckResult("GPU memory", "failed", detail, remedy, node.name))
     if not findings:
         detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({of_it}); there on {len(with_gpus)} nodes"
-        findings.append(Finding("GPU memory", "ok", detail))
+        findings.append(CheckResult("GPU memory", "ok", detail))
     return findings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,8 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
-from prag_core.recipe import RECIPES
-from prag_core.records import MAX_STRENGTH, MODES, Mode, Template, Weights
+from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
+from prag_core.records import MAX_STRENGTH, MODES, MergeRule, Mode, Template
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # For S3 a key alone is one too, and a secret may hold a slash; the bucket may be an access point's arn:….
@@ -149,7 +150,7 @@ class AnswerConfig(_Strict):
 
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
-    weights: Weights = "sum"
+    weights: MergeRule = "sum"
     combine_strength: float = Field(
         1.0,
         gt=0,
@@ -392,3 +393,22 @@ def _fields_at(location: Sequence[str]) -> list[str]:
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)
+
+
+def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> AugmentRecipe:
+    """Return the augment recipe that a configuration and an augmenting model make."""
+    return AugmentRecipe(
+        generator=generator_fingerprint,
+        strategy=config.strategy,
+        pairs=config.pairs,
+        rewrites=config.rewrites,
+        attempts=config.attempts,
+        seed=config.seed,
+        imported=config.import_file is not None,
+    )
+
+
+def train_recipe(config: TrainConfig) -> TrainRecipe:
+    """Return the named recipe with the configuration's overrides, but for `start`: only a reader knows its content."""
+    overrides = {k: v for k, v in config.model_dump(exclude={"recipe", "start"}).items() if v is not None}
+    return replace(RECIPES[config.recipe], **overrides)

@@ -6,15 +6,12 @@ size, device, number of actors, paths) never enter it. A rule whose outcome chan
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
 from prag_core.records import Template
-
-if TYPE_CHECKING:
-    from prag_core.config import AugmentConfig, TrainConfig
 
 RULE_VERSION = 1
 
@@ -44,7 +41,7 @@ class TrainRecipe:
     """What decides an adapter, once base model and augmentations are given.
 
     `examples` is the set of training examples a passage: `paper` or `closed_book`, see
-    `prag_core.examples.training_examples`. `template` is how questions are asked, in training and in answering:
+    `prag_core.training.examples.training_examples`. `template` is how questions are asked, in training and in answering:
     `direct` or `chain_of_thought`, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn
     token. `loss` is over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers`
     adapts only so many of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start`
@@ -118,22 +115,3 @@ class Recipe:
         train = {**document["train"], "targets": tuple(document["train"]["targets"])}
         parts = {"augment": AugmentRecipe(**document["augment"]), "train": TrainRecipe(**train)}
         return cls(**{**document, **parts})
-
-
-def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> AugmentRecipe:
-    """Return the augment recipe that a configuration and an augmenting model make."""
-    return AugmentRecipe(
-        generator=generator_fingerprint,
-        strategy=config.strategy,
-        pairs=config.pairs,
-        rewrites=config.rewrites,
-        attempts=config.attempts,
-        seed=config.seed,
-        imported=config.import_file is not None,
-    )
-
-
-def train_recipe(config: TrainConfig) -> TrainRecipe:
-    """Return the named recipe with the configuration's overrides, but for `start`: only a reader knows its content."""
-    overrides = {k: v for k, v in config.model_dump(exclude={"recipe", "start"}).items() if v is not None}
-    return replace(RECIPES[config.recipe], **overrides)

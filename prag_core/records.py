@@ -21,7 +21,7 @@ from prag_core.identity import fingerprint
 Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
-Weights = Literal["sum", "mean", "score"]
+MergeRule = Literal["sum", "mean", "score"]
 # The most that an adapter's weight may be multiplied by.
 MAX_STRENGTH = 4.0
 Template = Literal["direct", "chain_of_thought"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from prag_core.config import ModelConfig
 from prag_core.errors import GenerationError
-from prag_core.llm import Prompt
-from prag_core.models import BaseModel, load_base_model
+from prag_core.llm.base_model import BaseModel, load_base_model
+from prag_core.llm.generator import Prompt
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"

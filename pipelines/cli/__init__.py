@@ -1,0 +1,1 @@
+"""The command line `prag`: one file a group of commands."""

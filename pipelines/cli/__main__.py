@@ -1,0 +1,5 @@
+"""Run the command line: `python -m pipelines.cli`."""
+
+from pipelines.cli.app import main
+
+main()

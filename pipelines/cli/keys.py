@@ -1,0 +1,71 @@
+"""`prag keys`: the API keys of a server."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.cli.terminal import JsonOption, out, print_json
+
+app = typer.Typer(
+    help="API keys of a server: a file that holds their hashes (`serve.api_keys`). A running server follows it.",
+    no_args_is_help=True,
+)
+
+FileOption = Annotated[
+    Path, typer.Option("--file", "-f", help="The file of keys, as serve.api_keys names it.", envvar="PRAG_API_KEYS")
+]
+_DEFAULT = Path("keys.json")
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Who will use it.")],
+    file: FileOption = _DEFAULT,
+    access: Annotated[
+        list[str] | None, typer.Option(help="An access tag whose passages it sees. May be given again.")
+    ] = None,
+    rate: Annotated[int, typer.Option(min=0, help="Questions a minute; 0: as serve.rate_per_minute says.")] = 0,
+) -> None:
+    """Make a key and print it. It is not stored and cannot be shown again."""
+    from pipelines.serving.api_keys import KeyFile
+
+    sys.stdout.write(KeyFile(file).add(name, access or (), rate) + "\n")
+
+
+@app.command("list")
+def list_(
+    file: FileOption = _DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """List the keys of a file, without their secrets."""
+    from pipelines.serving.api_keys import KeyFile
+
+    keys = [{name: value for name, value in asdict(key).items() if name != "hash"} for key in KeyFile(file).read()]
+    if as_json:
+        print_json(keys)
+        return
+    table = Table(title=str(file))
+    for column in ("id", "name", "access", "a minute", "created", "revoked"):
+        table.add_column(column)
+    for key in keys:
+        access, rate = ", ".join(key["access"]), str(key["rate_per_minute"] or "")
+        table.add_row(key["id"], key["name"], access, rate, key["created"], key["revoked"])
+    out.print(table)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The key's name or id.")],
+    file: FileOption = _DEFAULT,
+) -> None:
+    """Make a key invalid, from a running server's next request on."""
+    from pipelines.serving.api_keys import KeyFile
+
+    key = KeyFile(file).revoke(name)
+    sys.stdout.write(f"revoked {key.name} ({key.id})\n")

@@ -1,0 +1,1 @@
+"""The evaluation on Ray, from questions to a report."""

@@ -1,0 +1,101 @@
+"""What an evaluation reads from a snapshot, each by one streaming pass: gold passages, keys, augmentations.
+
+Workers import this file to run its functions, so nothing here may import torch: it would cost each of them seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from pipelines.execution.lookup import batches, iter_records
+from pipelines.execution.tables import read_columns
+from prag_core.config import Config
+from prag_core.data.questions import Question
+from prag_core.llm.checkpoint import cache_dir
+from prag_core.records import Hit, to_table
+from prag_core.retrieval.archive import open_index
+from prag_core.retrieval.jvm import JVM_ENV
+from prag_core.store.objects import Store
+from prag_core.store.snapshot import Snapshot
+
+_QUESTIONS_A_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """The passages that a question retrieved, and how long the search took."""
+
+    position: int
+    hits: tuple[Hit, ...]
+    retrieve_ms: float
+
+
+def trained_keys(
+    store: Store, snapshot: Snapshot, asked: Iterable[str], size: int, partitions: int
+) -> tuple[frozenset[str], list[str]]:
+    """Return which of the keys have an adapter, and `size` random keys that have one.
+
+    Keys are hashes, so the smallest ones are a random sample of the corpus, and the same one however it is stored.
+    """
+    if not snapshot.ledger_parts:
+        return frozenset(), []
+    wanted, gone = sorted(set(asked)), set(snapshot.tombstones)
+    rows = read_columns(store, snapshot.ledger_parts, ["key"], partitions)
+    kept = rows.map_batches(_wanted_or_small, batch_format="pyarrow", fn_kwargs={"wanted": wanted, "size": size})
+    keys = sorted({key for batch in batches(kept) for key in batch["key"].to_pylist()} - gone)
+    return frozenset(wanted) & frozenset(keys), keys[:size]
+
+
+def retrieve(
+    config: Config, store: Store, snapshot: Snapshot, questions: Sequence[Question], depth: int, most: int
+) -> list[Retrieved]:
+    """Return what each question retrieves from the snapshot's index, in their order, by `most` actors at most.
+
+    Passages that a tombstone forbids are left out.
+    """
+    rows = [{"position": i, "question": question.question} for i, question in enumerate(questions)]
+    found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _QUESTIONS_A_BLOCK)).map_batches(
+        SearchIndex,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_args=(config, store, snapshot, depth),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+        num_cpus=1,
+        runtime_env={"env_vars": JVM_ENV},
+    )
+    return sorted(iter_records(Retrieved, found), key=lambda row: row.position)
+
+
+class SearchIndex:
+    """The actor that searches: the JVM lives in a process of its own."""
+
+    def __init__(self, config: Config, store: Store, snapshot: Snapshot, depth: int) -> None:
+        self._index = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
+        self._gone = frozenset(snapshot.tombstones)
+        self._depth = depth + len(self._gone)
+        self._index.search("warm up", 1)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Search a block of questions, one at a time."""
+        found = []
+        for row in table.to_pylist():
+            begun = time.perf_counter()
+            hits = self._index.search(row["question"], self._depth)
+            taken_ms = (time.perf_counter() - begun) * 1e3
+            found.append(
+                Retrieved(row["position"], tuple(h for h in hits if h.passage.key not in self._gone), taken_ms)
+            )
+        return to_table(Retrieved, found)
+
+
+def _wanted_or_small(table: pa.Table, wanted: list[str], size: int) -> pa.Table:
+    if not table.num_columns:
+        return pa.table({"key": pa.array([], pa.string())})
+    named = table.filter(pc.is_in(table["key"], value_set=pa.array(wanted, pa.string())))
+    return pa.concat_tables([named, table.sort_by("key").slice(0, size)])

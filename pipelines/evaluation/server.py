@@ -1,0 +1,174 @@
+"""The evaluation of a running server: the same questions and the same report, over its HTTP API.
+
+What a server cannot be told, which adapters to take, cannot be asked of it: there are no controls and no oracle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from pipelines.execution.progress import stage_progress
+from prag_core.data.gold import record_id
+from prag_core.data.questions import Question
+from prag_core.errors import ConfigError, GenerationError
+from prag_core.evaluation.plan import Column, EvaluationPlan, EvaluationReply, columns
+from prag_core.evaluation.summary import STEPS, Evaluation
+
+_BUSY = (429, 503)
+_TRIES = 6
+
+
+def evaluate_server(
+    url: str,
+    questions: Sequence[Question],
+    plan: EvaluationPlan,
+    console: Console,
+    *,
+    key: str = "",
+    max_tokens: int | None = None,
+    concurrency: int = 8,
+    timeout_s: float = 120.0,
+    transport: httpx.BaseTransport | None = None,
+) -> Evaluation:
+    """Ask a server every question in every mode, k, weights and strength of the plan.
+
+    A question's gold passages are known by the ids that the set gives. A server that is busy is asked again, some
+    times; what it refuses counts as a failed answer, with its words.
+
+    Args:
+        url: The server, such as `http://127.0.0.1:8000`.
+        questions: What to ask.
+        plan: How; without controls, with `bm25`.
+        console: Where progress is shown.
+        key: The server's API key, where it wants one.
+        max_tokens: The most tokens of an answer; the server's own setting when None.
+        concurrency: How many questions are under way at once.
+        timeout_s: How long an answer may take.
+        transport: Another way to the server than the network.
+
+    Raises:
+        ConfigError: when the plan has controls or an oracle.
+        GenerationError: when the server cannot be reached, refuses the key, or its snapshot changes meanwhile.
+    """
+    if plan.controls or plan.retrieval != "bm25":
+        raise ConfigError("a running server takes no controls and no oracle", "evaluate a snapshot for these")
+    wanted = columns(plan)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    todo = [(column, i) for column in wanted for i in range(len(questions))]
+    answers: dict[tuple[str, int], dict[str, Any]] = {}
+    with (
+        httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+        stage_progress(console, "ask", len(todo)) as advance,
+    ):
+
+        def ask(item: tuple[Column, int]) -> dict[str, Any]:
+            column, i = item
+            body: dict[str, Any] = {
+                "question": questions[i].question,
+                "mode": column.mode,
+                "top_k": column.top_k,
+                "weights": column.weights,
+                "strength": column.strength,
+            }
+            return _answer(client, body if max_tokens is None else {**body, "max_tokens": max_tokens})
+
+        for (column, i), answer in zip(todo, pool.map(ask, todo), strict=True):
+            answers[column.name, i] = answer
+            advance(len(answers), 0)
+    snapshots = sorted({answer["snapshot"] for answer in answers.values() if "snapshot" in answer})
+    if len(snapshots) != 1:
+        what = f"answered from the snapshots {', '.join(snapshots)}" if snapshots else "answered nothing"
+        raise GenerationError(f"{url} {what}", "evaluate again while one snapshot is in service")
+    found = [_retrieved([answers[c.name, i] for c in wanted], question) for i, question in enumerate(questions)]
+    return Evaluation(
+        origin={"server": url, "snapshot": {"id": snapshots[0]}},
+        plan=plan,
+        questions=tuple(questions),
+        left_out={},
+        columns=tuple(wanted),
+        gold=tuple(tuple(gold.id for gold in question.gold if gold.id) for question in questions),
+        retrieved=tuple(names for names, _ in found),
+        retrieve_ms=tuple(ms for _, ms in found),
+        asks={c.name: [[_name(c.name, i)] for i in range(len(questions))] for c in wanted},
+        replies={_name(*place): _reply(_name(*place), answer) for place, answer in answers.items()},
+    )
+
+
+def _answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the server's answer, or `{"error": …}` with its words when it refuses the question."""
+    for attempt in range(_TRIES):
+        try:
+            response = client.post("/v1/answer", json=body)
+        except httpx.HTTPError as error:
+            what = f"{client.base_url}: {type(error).__name__}: {error}"
+            raise GenerationError(what, "start the server, or mend --url") from None
+        if response.status_code in _BUSY and attempt + 1 < _TRIES:
+            time.sleep(min(30.0, _seconds(response.headers.get("Retry-After"), 2.0**attempt)))
+            continue
+        break
+    if response.status_code in (401, 403):
+        raise GenerationError(f"{client.base_url} refuses the key", "set PRAG_API_KEY to one that it takes")
+    if response.status_code == 404:
+        raise GenerationError(f"{client.base_url} has no /v1/answer", "mend --url: it ends before /v1")
+    if response.is_success:
+        answered: dict[str, Any] = response.json()
+        return answered
+    return {"error": f"{response.status_code}: {response.text[:300]}"}
+
+
+def _seconds(text: str | None, default: float) -> float:
+    try:
+        return float(text or default)
+    except ValueError:  # a date, which Retry-After may be as well
+        return default
+
+
+def _name(column: str, position: int) -> str:
+    return f"{column}-{position}"
+
+
+def _retrieved(answers: Iterable[dict[str, Any]], question: Question) -> tuple[tuple[str, ...], float]:
+    """Return the longest list that a question retrieved, gold passages by the set's ids, and how long it took."""
+    gold = {gold.id for gold in question.gold}
+    best: tuple[str, ...] = ()
+    took: list[float] = []
+    for answer in answers:
+        passages = answer.get("passages", [])
+        if passages:
+            took.append(answer["timings_ms"].get("retrieve", 0.0))
+        if len(passages) > len(best):
+            best = tuple(_known_as(passage, gold) for passage in passages)
+    return best, sum(took) / len(took) if took else 0.0
+
+
+def _known_as(passage: dict[str, Any], gold: set[str]) -> str:
+    names = {*passage["ids"], *map(record_id, passage["ids"])}
+    key: str = passage["key"]
+    return min(names & gold, default=key)
+
+
+def _reply(id: str, answer: dict[str, Any]) -> EvaluationReply:
+    if "error" in answer:
+        return EvaluationReply(id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, failed=answer["error"])
+    spent = {step: answer["timings_ms"].get(step, 0.0) for step in STEPS}
+    fallbacks = tuple(f"{p['key']}: fallback" for p in answer["passages"] if p["fallback"])
+    return EvaluationReply(
+        id=id,
+        text=answer["answer"],
+        reasoning="",
+        prompt_tokens=answer["tokens"]["prompt"],
+        new_tokens=answer["tokens"]["new"],
+        fetch_ms=spent["fetch"],
+        prompt_ms=spent["prompt"],
+        inject_ms=spent["inject"],
+        prefill_ms=spent["prefill"],
+        decode_ms=spent["decode"],
+        notes=fallbacks,
+    )

@@ -1,0 +1,56 @@
+"""What an evaluation keeps in the store: replies and task adapters."""
+
+from __future__ import annotations
+
+import safetensors.torch
+
+from prag_core.config import Config
+from prag_core.errors import AdapterError, StoreError
+from prag_core.evaluation.plan import EVALUATION_VERSION, EvaluationReply
+from prag_core.identity import fingerprint
+from prag_core.llm.layout import LoraLayout
+from prag_core.llm.lora import Factors, check_factors
+from prag_core.records import from_table
+from prag_core.store.objects import Store
+from prag_core.store.snapshot import Snapshot
+
+
+def evaluation_folder(config: Config, store: Store, snapshot: Snapshot) -> str:
+    """Return the folder of the answers that are comparable with each other, and describe it beside them."""
+    about = {
+        "version": EVALUATION_VERSION,
+        "base_model": snapshot.base_model,
+        "recipe": snapshot.recipe,
+        "ledger_parts": snapshot.ledger_parts,
+        "max_new_tokens": config.answer.max_new_tokens,
+    }
+    folder = f"evaluations/{fingerprint(about)}"
+    if not store.exists(f"{folder}/about.json"):
+        store.put_json(f"{folder}/about.json", about)
+    return folder
+
+
+def task_adapter_name(folder: str, name: str) -> str:
+    """Return the object that holds a task adapter."""
+    return f"{folder}/tasks/{name}.safetensors"
+
+
+def read_task_adapter(store: Store, folder: str, layout: LoraLayout, name: str) -> Factors:
+    """Return the factors of a stored task adapter.
+
+    Raises:
+        AdapterError: when it is missing, damaged, or of another shape.
+    """
+    try:
+        tensors = safetensors.torch.load(store.get(task_adapter_name(folder, name)))
+    except (StoreError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"task adapter {name}: {error}", "remove it and evaluate again") from None
+    factors = {key.removeprefix("task/"): tensor for key, tensor in tensors.items()}
+    check_factors(layout, factors, name)
+    return factors
+
+
+def stored_replies(store: Store, folder: str) -> dict[str, EvaluationReply]:
+    """Return all replies that an evaluation has stored, by the id of what was asked."""
+    parts = store.list(f"{folder}/replies", ".parquet")
+    return {reply.id: reply for reply in from_table(EvaluationReply, store.get_table(EvaluationReply, parts))}

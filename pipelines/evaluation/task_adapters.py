@@ -1,0 +1,115 @@
+"""Task adapters: controls of an evaluation that are trained on other passages than the question's."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import ray.data
+from rich.console import Console
+
+from cluster.resources import Profile
+from pipelines.evaluation.stored import evaluation_folder, task_adapter_name
+from pipelines.execution.lookup import find_augmentations, find_passages
+from pipelines.execution.outcomes import Outcome, outcome_table
+from pipelines.execution.progress import run_pool
+from prag_core.config import Config
+from prag_core.errors import AdapterError, StoreError
+from prag_core.evaluation.controls import task_job, task_sets
+from prag_core.evaluation.plan import EvaluationPlan, QuestionContext
+from prag_core.identity import fingerprint
+from prag_core.llm.base_model import load_base_model
+from prag_core.llm.threads import set_threads
+from prag_core.recipe import Recipe
+from prag_core.records import Augmentation, Passage
+from prag_core.store.adapters import get_start
+from prag_core.store.objects import Store
+from prag_core.store.shard_codec import pack_shard
+from prag_core.store.snapshot import Snapshot
+from prag_core.training.examples import training_examples
+from prag_core.training.trainer import Trainer
+
+
+def train_task_adapters(
+    config: Config,
+    store: Store,
+    snapshot: Snapshot,
+    recipe: Recipe,
+    plan: EvaluationPlan,
+    contexts: list[QuestionContext],
+    pool: list[str],
+    profile: Profile,
+    console: Console,
+) -> list[tuple[str, ...]]:
+    """Train the task adapters that are not there; return for each question the name of its own of each seed."""
+    # 1. Which passages, of each seed.
+    k = max(plan.top_k)
+    related = [
+        {hit.passage.key for hit in context.ranked[:k]} | {passage.key for passage in context.gold}
+        for context in contexts
+    ]
+    chosen = [task_sets(pool, related, plan.task_passages, seed) for seed in range(plan.seeds)]
+    used = {of[i] for of, numbers in chosen for i in numbers}
+    # 2. Their texts.
+    keys = {key for keys in used for key in keys}
+    passages = {p.key: p for p in find_passages(store, snapshot, keys, profile.partitions)}
+    augmentations = find_augmentations(store, recipe.augment.fingerprint, keys, profile.partitions)
+    lost = keys - (passages.keys() & augmentations.keys())
+    if lost:
+        raise StoreError(
+            f"store = {store.url!r}: {len(lost)} passages with an adapter lack their text or augmentation",
+            "run `prag run` again",
+        )
+    # 3. What is not there yet.
+    names = {of: fingerprint([plan.task_rounds, [[key, augmentations[key].digest] for key in of]]) for of in used}
+    folder = evaluation_folder(config, store, snapshot)
+    missing = [of for of in sorted(used) if not store.exists(task_adapter_name(folder, names[of]))]
+    if missing:
+        rows = [{"name": names[of], "keys": list(of)} for of in missing]
+        texts = {key: (passages[key], augmentations[key]) for of in missing for key in of}
+        arguments = (config, store, recipe, folder, texts, plan.task_rounds, profile)
+        made = ray.data.from_items(rows)
+        tally = run_pool(TrainTasks, arguments, made, len(rows), config.run.train_batch, "task", profile, console)
+        if tally.rejected:
+            raise AdapterError(f"task adapters: {dict(tally.rejected)}", "see what training says of these passages")
+    return [tuple(names[of[numbers[i]]] for of, numbers in chosen) for i in range(len(contexts))]
+
+
+class TrainTasks:
+    """The actor that trains task adapters, each on examples of several passages."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        recipe: Recipe,
+        folder: str,
+        texts: dict[str, tuple[Passage, Augmentation]],
+        rounds: int,
+        profile: Profile,
+    ) -> None:
+        set_threads(profile.model_actors.threads)
+        base = load_base_model(config.model, expected=recipe.base_model)
+        start = get_start(store, recipe.train.start) if recipe.train.start else None
+        self._trainer = Trainer(base, recipe.train, start)
+        self._tokenizer = base.tokenizer
+        self._recipe = recipe
+        self._store = store
+        self._folder = folder
+        self._texts = texts
+        self._rounds = rounds
+        self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Train some task adapters and store each; give back one outcome each."""
+        jobs = []
+        for row in table.to_pylist():
+            examples = [
+                training_examples(self._tokenizer, *self._texts[key], self._recipe.train) for key in row["keys"]
+            ]
+            jobs.append(task_job(row["name"], [of for of in examples if of], self._rounds))
+        outcomes = []
+        for trained in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
+            if trained.factors is not None:
+                shard, _ = pack_shard(self._trainer.layout, [("task", trained.factors)], "float32", {})
+                self._store.put(task_adapter_name(self._folder, trained.key), shard)
+            outcomes.append(Outcome(trained.key, rejected=trained.failure))
+        return outcome_table(outcomes)

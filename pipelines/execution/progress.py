@@ -1,0 +1,240 @@
+"""Progress of a run: bars or lines for whoever watches the terminal, `progress.json` for everybody else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import ray.data
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster.resources import Profile
+from pipelines.execution.metrics import PipelineMetrics
+from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_blocks
+from prag_core.errors import PragError, StoreError
+from prag_core.store.objects import Store
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_WRITES = 5.0
+
+Advance = Callable[[Sequence[Outcome], Tally], None]
+
+
+class RunProgress:
+    """Where a run stands, told to the console, to `runs/<run>/progress.json` and to Prometheus.
+
+    The document is written as each stage begins and ends, at most every five seconds between, and once more when
+    the run ends, well or not; a run that was killed says `running` for ever (see `pipelines.jobs.status`).
+    """
+
+    def __init__(self, store: Store, run: str, console: Console) -> None:
+        self.run = run
+        self.console = console
+        self._store = store
+        self._started = _now()
+        self._stages: list[StageReport] = []
+        self._current: dict[str, Any] | None = None
+        self._recoveries = 0
+        self._written = 0.0
+
+    @cached_property
+    def _metrics(self) -> PipelineMetrics:
+        return PipelineMetrics()  # not before Ray runs
+
+    @property
+    def stages(self) -> tuple[StageReport, ...]:
+        """The reports of the stages that are finished."""
+        return tuple(self._stages)
+
+    @contextmanager
+    def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Advance]:
+        """Yield a function to be called with each block of outcomes, and with the tally that has counted them."""
+        self._metrics.begin(stage, total)
+        self._describe(stage, total, tally)
+        self._write()
+        try:
+            with stage_progress(self.console, stage, total) as show:
+
+                def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
+                    self._metrics.count(stage, outcomes)
+                    self._describe(stage, total, tally)
+                    if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+                        self._write()
+                    show(tally.done, sum(tally.rejected.values()))
+
+                yield advance
+        finally:
+            self._metrics.end(stage)
+
+    def recovered(self, stage: str, cause: BaseException) -> None:
+        """Say that a stage goes on with what is still missing, after it lost a node or a process."""
+        self._recoveries += 1
+        self._metrics.recovered(stage)
+        what = str(cause).strip().splitlines()
+        self.console.print(f"{stage}: lost a part of the cluster ({type(cause).__name__}: {what[0] if what else ''})")
+        self.console.print(f"{stage}: goes on with what the store lacks")
+        self._write()
+
+    def finish(self, report: StageReport) -> StageReport:
+        """Take a stage's report, say so, and return it.
+
+        Raises:
+            PragError: when its counts do not add up.
+        """
+        if not report.balanced:
+            raise PragError(
+                f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
+            )
+        new = report.done - report.earlier
+        self.console.print(
+            f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "
+            f"{sum(report.rejected.values())} rejected; {new} new in {report.seconds:.1f} s"
+        )
+        self._stages.append(report)
+        self._current = None
+        self._write()
+        return report
+
+    @contextmanager
+    def until_the_end(self) -> Iterator[None]:
+        """Within this context the run is running; leaving it writes how it ended."""
+        self._write()
+        try:
+            yield
+        except BaseException as error:
+            self._write("failed", f"{type(error).__name__}: {error}")
+            raise
+        self._write("finished")
+
+    def _describe(self, stage: str, total: int, tally: Tally) -> None:
+        finished = tally.done + sum(tally.rejected.values())
+        rate = finished / tally.seconds if tally.seconds else 0.0
+        self._current = {
+            "stage": stage,
+            "total": total,
+            "done": tally.done,
+            "rejected": dict(tally.rejected),
+            "tokens": tally.tokens,
+            "seconds": round(tally.seconds, 1),
+            "passages_per_s": round(rate, 3),
+            "seconds_left": round((total - finished) / rate) if rate else None,
+        }
+
+    def _write(self, state: str = "running", error: str = "") -> None:
+        document = {
+            "run": self.run,
+            "state": state,
+            "started": self._started,
+            "updated": _now(),
+            "stages": [stage.to_json() for stage in self._stages],
+            "current": self._current,
+            "recoveries": self._recoveries,
+            "error": error,
+        }
+        self._written = time.monotonic()
+        try:
+            self._store.put_json(f"runs/{self.run}/progress.json", document)
+        except StoreError as problem:  # news of the work is not the work: that fails by itself if the store is gone
+            log.warning("progress is not written: %s", problem)
+
+
+@contextmanager
+def stage_progress(
+    console: Console, stage: str, total: int, unit: str = "passages"
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to be called with (done, rejected) so far of the `total` of a stage."""
+    if console.is_terminal:
+        with _bar(console, unit) as progress:
+            task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
+            begun = time.perf_counter()
+
+            def advance(done: int, rejected: int) -> None:
+                rate = (done + rejected) / max(time.perf_counter() - begun, 1e-9)
+                progress.update(task, completed=done + rejected, rate=rate, rejects=rejected)
+
+            yield advance
+        return
+    begun = last = time.perf_counter()
+    console.print(f"{stage}: {total} to do")
+
+    def report(done: int, rejected: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        finished = done + rejected
+        if finished < total and now - last < _SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        rate = finished / (now - begun)
+        left = f"{(total - finished) / rate:.0f} s left" if rate else "time left unknown"
+        console.print(f"{stage}: {finished}/{total}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
+
+    yield report
+
+
+def _bar(console: Console, unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
+        TextColumn("{task.fields[rejects]} rejected"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run_pool(
+    actor: type,
+    arguments: tuple[Any, ...],
+    rows: ray.data.Dataset,
+    total: int,
+    batch: int,
+    stage: str,
+    profile: Profile,
+    console: Console,
+) -> Tally:
+    """Have a pool of actors work on `rows`, a block of `batch` at a time, and show how it goes."""
+    outcomes = rows.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
+        actor,
+        batch_size=batch,
+        batch_format="pyarrow",
+        fn_constructor_args=arguments,
+        **profile.model_actors.pool(),
+    )
+    tally = Tally()
+    with stage_progress(console, stage, total, "rows") as advance:
+        for block in outcome_blocks(outcomes):
+            for outcome in block:
+                tally.add(outcome)
+            advance(tally.done, sum(tally.rejected.values()))
+    return tally
+
+
+def follow_outcomes(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress, budget: Budget) -> Tally:
+    """Run a stage's pipeline to its end, counting and telling its outcomes as they come.
+
+    Raises:
+        BudgetError: as soon as more is rejected than the run may, not when all is done.
+    """
+    tally = Tally()
+    with progress.stage(stage, total, tally) as advance:
+        for rows in outcome_blocks(outcomes):
+            for row in rows:
+                tally.add(row)
+            advance(rows, tally)
+            budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
+    return tally

@@ -1,0 +1,165 @@
+"""The demo: the main job on the example corpus, then its questions in every mode, and the control."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.jobs.run import run_job
+from prag_core.augmentation.formats import read_augmentations
+from prag_core.config import Config
+from prag_core.errors import InputError
+from prag_core.evaluation.metrics import f1, paired_bootstrap
+from prag_core.inference.engine import Engine, open_engine
+from prag_core.inference.request import Request
+from prag_core.records import MODES, Answer, Hit, Passage, from_table
+from prag_core.store.objects import Store, open_store
+from prag_core.store.snapshot import load_snapshot
+from prag_core.store.tables import corpus_parts
+
+# `wrong` is the control: the weights of another passage. What it gains is form, not knowledge.
+COLUMNS = ("closed", "wrong", "prag", "rag", "combine")
+
+
+@dataclass(frozen=True)
+class DemoQuestion:
+    """A question about one passage of the example corpus; `covered` says that an augmentation asks for its fact."""
+
+    question: str
+    answers: tuple[str, ...]
+    passage: str
+    covered: bool
+
+
+def run_demo(config: Config, console: Console) -> dict[str, Any]:
+    """Run the job, ask every question of the passages in it, print what came of it and return the counts.
+
+    Raises:
+        InputError: when `questions.jsonl` does not lie beside the corpus, or no question is about a passage in it.
+    """
+    report = run_job(config, Console(stderr=True))
+    begun = time.perf_counter()
+    store = open_store(config)
+    passages = _passages(store)
+    questions = read_demo_questions(Path(config.corpus.path).with_name("questions.jsonl"), passages)
+    engine = open_engine(store, config)
+    scores, answers = _ask_all(config, engine, questions, passages, console)
+    seconds = {stage.stage: round(stage.seconds, 1) for stage in report.stages}
+    seconds["ask"] = round(time.perf_counter() - begun, 1)
+    imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+    generated = {id for id, passage in passages.items() if imported is None or imported.find(passage) is None}
+    _print_tables(console, questions, scores, generated)
+    _print_examples(console, questions, answers, scores)
+    return {
+        "passages": report.stages[0].extra["passages"],
+        "rejected": sum(report.rejected.values()),
+        "adapters": report.adapters,
+        "questions": len(questions),
+        "f1": {column: round(_mean(scores[column]), 4) for column in COLUMNS},
+        "seconds": seconds,
+    }
+
+
+def read_demo_questions(path: Path, passages: dict[str, Passage]) -> list[DemoQuestion]:
+    """Return the questions of a file that are about one of `passages`, by source id."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", "the demo needs questions.jsonl beside the corpus") from None
+    rows = [json.loads(line) for line in lines if line]
+    questions = [
+        DemoQuestion(row["question"], tuple(row["answers"]), row["passage_id"], row["covered"])
+        for row in rows
+        if row["passage_id"] in passages
+    ]
+    if not questions:
+        raise InputError(f"{path}: no question about a passage of the corpus", "use the example corpus")
+    return questions
+
+
+def _passages(store: Store) -> dict[str, Passage]:
+    version = load_snapshot(store).corpus_version
+    parts = corpus_parts(store, version)
+    rows = from_table(Passage, store.get_table(Passage, parts))
+    return {source: passage for passage in rows for source in passage.sources}
+
+
+def _ask_all(
+    config: Config, engine: Engine, questions: Sequence[DemoQuestion], passages: dict[str, Passage], console: Console
+) -> tuple[dict[str, list[float]], dict[str, list[Answer]]]:
+    ids = sorted(passages)
+    answers: dict[str, list[Answer]] = {}
+    for column in COLUMNS:
+        console.print(f"asking {len(questions)} questions: {column}")
+        requests = []
+        for question in questions:
+            if column == "wrong":
+                other = passages[ids[(ids.index(question.passage) + 1) % len(ids)]]
+                requests.append(Request(question.question, "prag", hits=(Hit(other, 1.0),)))
+            else:
+                mode = next(mode for mode in MODES if mode == column)
+                how = (config.answer.top_k, config.answer.weights)
+                requests.append(Request(question.question, mode, *how))
+        answers[column] = engine.answer_batch(requests)
+    scores = {
+        column: [f1(a.text, q.answers) for a, q in zip(answers[column], questions, strict=True)] for column in COLUMNS
+    }
+    return scores, answers
+
+
+def _print_tables(
+    console: Console, questions: Sequence[DemoQuestion], scores: dict[str, list[float]], generated: set[str]
+) -> None:
+    groups = {
+        "all": [True] * len(questions),
+        "fact in a QA pair": [q.covered for q in questions],
+        "fact only in the text": [not q.covered for q in questions],
+        "augmented by the model itself": [q.passage in generated for q in questions],
+    }
+    table = Table(title="F1 (own answer against the accepted answers)")
+    for name in ("questions", "n", *COLUMNS):
+        table.add_column(name, justify="left" if name == "questions" else "right")
+    for name, chosen in groups.items():
+        picked = {c: [s for s, use in zip(scores[c], chosen, strict=True) if use] for c in COLUMNS}
+        if any(chosen):
+            table.add_row(name, str(sum(chosen)), *(f"{_mean(picked[c]):.3f}" for c in COLUMNS))
+    console.print(table)
+    table = Table(title="Differences, 95 % bootstrap interval by passage")
+    for name in ("difference", "F1", "interval"):
+        table.add_column(name)
+    by_passage = [question.passage for question in questions]
+    for left, right in (("prag", "closed"), ("prag", "wrong"), ("combine", "rag")):
+        mean, low, high = paired_bootstrap(scores[left], scores[right], by_passage)
+        table.add_row(f"{left} − {right}", f"{mean:+.3f}", f"{low:+.3f} … {high:+.3f}")
+    console.print(table)
+
+
+def _print_examples(
+    console: Console,
+    questions: Sequence[DemoQuestion],
+    answers: dict[str, list[Answer]],
+    scores: dict[str, list[float]],
+) -> None:
+    """Print three questions side by side: those, each of another passage, on which the weights helped most."""
+    gain = [after - before for after, before in zip(scores["prag"], scores["closed"], strict=True)]
+    shown: set[str] = set()
+    for i in sorted(range(len(questions)), key=lambda i: -gain[i]):
+        if len(shown) == 3 or questions[i].passage in shown:
+            continue
+        shown.add(questions[i].passage)
+        table = Table(title=questions[i].question, caption=f"accepted: {', '.join(questions[i].answers)}")
+        for column in COLUMNS:
+            table.add_column(column)
+        table.add_row(*(answers[column][i].text for column in COLUMNS))
+        console.print(table)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

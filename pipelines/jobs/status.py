@@ -1,0 +1,112 @@
+"""Where the runs of a store stand, from what they wrote there: for whoever was not there when they started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from prag_core.records import from_dict
+from prag_core.store.objects import Store
+from prag_core.store.runs import SKEW_S, LeaseRecord, read_lease
+from prag_core.store.snapshot import Snapshot, current_id, load_snapshot
+
+State = Literal["running", "finished", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as `runs/<run>/progress.json` tells it.
+
+    `state` is `stopped` when it neither ended nor holds the store's lease: it was killed, or its machine is gone.
+    `current` is the stage that it is at.
+    """
+
+    run: str
+    state: State
+    started: str = ""
+    updated: str = ""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    current: dict[str, Any] | None = None
+    recoveries: int = 0
+    error: str = ""
+
+    def line(self) -> str:
+        """Say it in one line."""
+        parts = [f"run {self.run}: {self.state}"]
+        parts += [f"{stage['stage']} {stage['done']}/{stage['taken']}" for stage in self.stages]
+        if self.current and self.state != "finished":
+            now = self.current
+            rejected = sum(now["rejected"].values())
+            left = "" if now["seconds_left"] is None else f", {now['seconds_left']} s left"
+            parts.append(
+                f"{now['stage']} {now['done']}/{now['total']} now, {rejected} rejected, "
+                f"{now['passages_per_s']:.2f} passages/s{left}"
+            )
+        if self.recoveries:
+            parts.append(f"{self.recoveries} losses survived")
+        if self.error:
+            parts.append(self.error.splitlines()[0])
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """The snapshot in service, and the runs, the newest last."""
+
+    store: str
+    snapshot: Snapshot | None
+    runs: tuple[RunStatus, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as plain values."""
+        runs = [{**asdict(run), "finished": run.state == "finished"} for run in self.runs]
+        return {"store": self.store, "snapshot": asdict(self.snapshot) if self.snapshot else None, "runs": runs}
+
+
+def read_status(store: Store, newest: int = 5) -> StoreStatus:
+    """Return the status of a store and of its newest runs.
+
+    Raises:
+        StoreError: when it cannot be read.
+    """
+    names = sorted({name.split("/")[1] for name in store.list("runs", "/config.yaml")})
+    lease = read_lease(store)
+    runs = tuple(read_run(store, name, lease) for name in names[-newest:])
+    return StoreStatus(store.url, load_snapshot(store) if current_id(store) else None, runs)
+
+
+def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
+    """Return where one run stands; `lease` is the store's, which tells whether the run lives.
+
+    Raises:
+        StoreError: when it cannot be read.
+    """
+    name = f"runs/{run}/progress.json"
+    document = store.get_json(name) if store.exists(name) else {"run": run, "state": "running"}
+    status = from_dict(RunStatus, document)
+    if status.state != "running" or _holds(lease, run):
+        return status
+    return from_dict(RunStatus, {**document, "state": "stopped"})
+
+
+def watch(store: Store, every_s: float) -> Iterator[RunStatus]:
+    """Yield where the newest run stands, whenever it changed, until it has ended; nothing when there is no run."""
+    last = None
+    while True:
+        runs = read_status(store, newest=1).runs
+        if not runs:
+            return
+        if runs[0] != last:
+            last = runs[0]
+            yield last
+        if last.state != "running":
+            return
+        time.sleep(every_s)
+
+
+def _holds(lease: LeaseRecord | None, run: str) -> bool:
+    if lease is None or lease.run != run or lease.released:
+        return False
+    return time.time() <= lease.expires + SKEW_S

@@ -1,0 +1,99 @@
+"""One passage's adapter: export to and import from a PEFT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.maintenance.operations import holder_name
+from prag_core.config import Config
+from prag_core.errors import InputError
+from prag_core.records import LedgerRow, to_table
+from prag_core.store.objects import Store, open_store
+from prag_core.store.runs import hold_lease
+from prag_core.store.snapshot import load_snapshot, publish, with_ledger
+from prag_core.store.tables import find_passages
+
+
+def one_key(store: Store, corpus_version: str, name: str) -> str:
+    """Return the key of the one passage that a name gives, by key or source id.
+
+    Raises:
+        InputError: when there is none, or a source's text became several passages.
+    """
+    passages = find_passages(store, corpus_version, [name])
+    if len(passages) > 1:
+        keys = ", ".join(passage.key for passage in passages[:5])
+        raise InputError(f"the id {name!r} has {len(passages)} passages", f"give a key: {keys}")
+    return passages[0].key if passages else name
+
+
+def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> str:
+    """Write a passage's adapter as a PEFT folder and return the passage's key.
+
+    Raises:
+        InputError: when there is no such passage, it was forgotten, or the folder holds something.
+        AdapterError: when the passage has no adapter, or it is damaged.
+    """
+    from prag_core.llm.checkpoint import PACKAGED, resolve_model
+    from prag_core.llm.peft import export_peft
+    from prag_core.store.adapters import find_row, open_adapters
+
+    store = open_store(config)
+    snapshot = load_snapshot(store, snapshot_id)
+    key = one_key(store, snapshot.corpus_version, name)
+    if key in load_snapshot(store).tombstones:
+        raise InputError(f"{name}: was forgotten", "see `prag forget --help`")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder", "name another with --to")
+    adapters, _ = open_adapters(store, snapshot.recipe)
+    factors = adapters.fetch(find_row(store, snapshot.ledger_parts, key))
+    model = config.model.name
+    if model in PACKAGED or Path(model).is_dir():
+        model = str(resolve_model(model).resolve())
+    export_peft(adapters.layout, factors, folder, model)
+    return key
+
+
+def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> tuple[str, str]:
+    """Make a PEFT folder the adapter of a passage, and return the passage's key and the snapshot that names it.
+
+    It takes the place of what was trained, until the passage's augmentation changes.
+
+    Raises:
+        InputError: when the corpus in service has no such passage, or no run has augmented it.
+        AdapterError: when the folder holds no adapter of the recipe's shape.
+        LeaseError: when a run works on the store.
+    """
+    from prag_core.llm.lora import TrainedAdapter
+    from prag_core.llm.peft import import_peft
+    from prag_core.store.adapters import AdapterStore, open_adapters
+
+    store = open_store(config)
+    with hold_lease(store, holder_name("import"), take_over=take_over):
+        snapshot = load_snapshot(store)
+        key = one_key(store, snapshot.corpus_version, name)
+        if key in snapshot.tombstones:
+            raise InputError(f"{name}: was forgotten", "see `prag forget --help`")
+        found, _ = open_adapters(store, snapshot.recipe)
+        adapters = AdapterStore(store, found.recipe, found.layout, config.storage.adapter_dtype)
+        trained = TrainedAdapter(key, import_peft(adapters.layout, folder), 0, 0, 0.0, 0.0, 0.0)
+        rows = adapters.commit([(trained, _augmentation(store, adapters.recipe.augment.fingerprint, key))])
+        part = store.put_table(f"{adapters.folder}/ledger", to_table(LedgerRow, rows))  # the same again: its name
+        had = any(key in store.get_columns(p, ["key"])["key"].to_pylist() for p in snapshot.ledger_parts)
+        new = with_ledger(snapshot, {*snapshot.ledger_parts, part}, snapshot.adapters + (not had))
+        publish(store, new, replaces=snapshot.id)
+    return key, new.id
+
+
+def _augmentation(store: Store, recipe: str, key: str) -> str:
+    """The digest of a passage's augmentation: of several, the smallest counts, as for a run."""
+    digests = []
+    for part in store.list(f"augmentations/{recipe}", ".parquet"):
+        table = store.get_columns(part, ["key", "digest"])
+        digests += [d for k, d in zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True) if k == key]
+    if not digests:
+        raise InputError(
+            f"passage {key} has no augmentation, so the next run would train it anew",
+            "run `prag run` with an augmentation for it first, then import",
+        )
+    return min(digests)

@@ -1,0 +1,251 @@
+"""What the HTTP API takes and gives, as its OpenAPI document describes it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from pipelines.serving.errors import ApiError, ErrorBody
+from prag_core.config import Config
+from prag_core.inference.request import Request
+from prag_core.prompts import Role
+from prag_core.records import MAX_STRENGTH, Answer, Finish, MergeRule, Mode, UsedPassage
+
+QUESTION = "Who built the Cazambra Lighthouse?"
+MAX_SEED = 2**63 - 1
+
+
+def _is_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair; no text holds one.
+        raise PydanticCustomError("not_text", "holds half a surrogate pair") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Temperature = Annotated[float, Field(ge=0, le=2, description="0 takes the likeliest token each time.")]
+TopP = Annotated[float, Field(gt=0, le=1, description="Draw among the likeliest tokens of this share.")]
+Seed = Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED, description="With the prompt it decides what is drawn.")]
+Stop = Annotated[Text, Field(min_length=1, max_length=100)]
+
+
+class Strict(BaseModel):
+    """A body in which nothing is guessed: no unknown field, no text where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class AnswerRequest(Strict):
+    """A question, and how it is to be answered; what is absent is as the server's `answer` section says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"question": QUESTION, "mode": "combine", "top_k": 3}, {"question": QUESTION}]}
+    )
+
+    question: Text = Field(min_length=1, description="At most `serve.max_question_chars` characters.")
+    mode: Mode | None = Field(
+        None,
+        description="`closed`: the bare model; `rag`: passages in the prompt; `prag`: in the weights; `combine`: both.",
+    )
+    top_k: int | None = Field(None, ge=1, description="Passages to use, at most `serve.max_top_k`.")
+    weights: MergeRule | None = Field(None, description="How the passages' adapters are added.")
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_STRENGTH,
+        description="What their weights are multiplied by: by default 1, in `combine` `answer.combine_strength`.",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer, at most `serve.max_tokens`.")
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed = 0
+    stop: list[Stop] = Field([], max_length=4, description="Texts that end the answer.")
+    min_score: float = Field(0.0, ge=0, description="Passages that score less are not used.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which the answer is of no use; at most `serve.deadline_s`. In a batch they count "
+        "from when the question's turn has come.",
+    )
+    stream: bool = Field(False, description="Send the text as server-sent events while it is made.")
+
+
+class PassageUse(BaseModel):
+    """A retrieved passage, and how it was used.
+
+    `fallback`: its adapter could not be had in time, so that it went into the prompt instead.
+    """
+
+    id: str = Field(description="The first of the ids under which the corpus has it.")
+    ids: list[str]
+    key: str = Field(description="Its content's hash.")
+    title: str
+    score: float = Field(description="BM25.")
+    used: list[Literal["weights", "prompt"]]
+    weight: float = Field(description="What its adapter was multiplied by; 0 when it was not used.")
+    fallback: bool
+
+
+class TokenCounts(BaseModel):
+    """Tokens of the prompt and of the answer."""
+
+    prompt: int
+    new: int
+
+
+class AnswerResponse(BaseModel):
+    """An answer with everything that led to it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "answer": "Ilvane Dost",
+                    "mode": "combine",
+                    "finish": "stop",
+                    "passages": [
+                        {
+                            "id": "p1",
+                            "ids": ["p1"],
+                            "key": "5ba1c3f0a2b84f6d",
+                            "title": "Cazambra Lighthouse",
+                            "score": 6.2,
+                            "used": ["weights", "prompt"],
+                            "weight": 1.0,
+                            "fallback": False,
+                        }
+                    ],
+                    "snapshot": "20261101T020000-9b1f4c2d",
+                    "timings_ms": {"retrieve": 2.0, "fetch": 4.1, "inject": 1.2, "prefill": 180.0, "decode": 310.0},
+                    "tokens": {"prompt": 171, "new": 6},
+                }
+            ]
+        }
+    )
+
+    answer: str
+    mode: Mode
+    finish: Finish
+    passages: list[PassageUse]
+    snapshot: str = Field(description="The snapshot that it was answered from.")
+    timings_ms: dict[str, float] = Field(description="Milliseconds by step.")
+    tokens: TokenCounts
+
+
+class BatchRequest(Strict):
+    """Many questions in one request; each counts for the key's rate."""
+
+    requests: list[AnswerRequest] = Field(min_length=1, description="At most `serve.max_batch`; none may stream.")
+
+
+class BatchItem(BaseModel):
+    """What became of one question of a batch: its answer, or its error."""
+
+    answer: AnswerResponse | None = None
+    error: ErrorBody | None = None
+
+
+class BatchResponse(BaseModel):
+    """What became of each question, in their order."""
+
+    answers: list[BatchItem]
+
+
+class Ready(BaseModel):
+    """The replica answers, and from which snapshot."""
+
+    snapshot: str
+
+
+class Health(BaseModel):
+    """The replica is alive."""
+
+    status: Literal["ok"] = "ok"
+
+
+def to_request(
+    body: AnswerRequest,
+    config: Config,
+    access: frozenset[str] | None,
+    history: tuple[tuple[Role, str], ...] = (),
+) -> Request:
+    """Return what the service takes, within the server's limits.
+
+    `access` are the caller's tags, `history` the turns before the question.
+
+    Raises:
+        ApiError: naming the field that is beyond a limit.
+    """
+    mode = body.mode or config.answer.mode
+    _limit("mode", mode in config.serve.modes, f"served here: {', '.join(config.serve.modes)}")
+    _limit("question", bool(body.question.strip()), "is blank")
+    # The defaults are within the limits; None stands for what the recipe's template wants.
+    top_k = body.top_k or config.answer.top_k
+    max_tokens = body.max_tokens or config.answer.max_new_tokens
+    check_length("question", body.question, config)
+    _limit("top_k", top_k <= config.serve.max_top_k, f"at most {config.serve.max_top_k}")
+    _limit("max_tokens", (max_tokens or 1) <= config.serve.max_tokens, f"at most {config.serve.max_tokens}")
+    return Request(
+        question=body.question,
+        mode=mode,
+        top_k=top_k,
+        weights=body.weights or config.answer.weights,
+        strength=body.strength,
+        max_new_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed,
+        stop=tuple(body.stop),
+        min_score=body.min_score,
+        history=history,
+        access=access,
+    )
+
+
+def check_length(param: str, text: str, config: Config) -> None:
+    """Check that a text is within `serve.max_question_chars`.
+
+    Raises:
+        ApiError: when it is longer.
+    """
+    most = config.serve.max_question_chars
+    _limit(param, len(text) <= most, f"at most {most} characters")
+
+
+def from_answer(answer: Answer) -> AnswerResponse:
+    """Return an answer as clients see it."""
+    return AnswerResponse(
+        answer=answer.text,
+        mode=answer.mode,
+        finish=answer.finish,
+        passages=[_passage(passage) for passage in answer.passages],
+        snapshot=answer.snapshot,
+        timings_ms={step: round(spent, 3) for step, spent in answer.milliseconds.items()},
+        tokens=TokenCounts(prompt=answer.prompt_tokens, new=answer.new_tokens),
+    )
+
+
+def _passage(passage: UsedPassage) -> PassageUse:
+    used: list[Literal["weights", "prompt"]] = ["weights"] if passage.in_weights else []
+    return PassageUse(
+        id=passage.sources[0] if passage.sources else passage.key,
+        ids=list(passage.sources),
+        key=passage.key,
+        title=passage.title,
+        score=passage.score,
+        used=[*used, "prompt"] if passage.in_prompt else used,
+        weight=passage.weight,
+        # Its note names objects of the store, which are for the log.
+        fallback=bool(passage.note),
+    )
+
+
+def _limit(param: str, holds: bool, says: str) -> None:
+    if not holds:
+        raise ApiError(
+            422, "limit_exceeded" if says.startswith("at most") else "invalid_request", f"{param}: {says}", param
+        )

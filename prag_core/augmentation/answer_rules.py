@@ -1,0 +1,196 @@
+"""Rules that find what a sentence can be asked: an answer in it, and the words that its question begins with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prag_core.augmentation.filter import contains_text
+
+_MONTH = (
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December"
+    r"|Jan\.|Feb\.|Aug\.|Sept\.|Oct\.|Nov\.|Dec\.)"
+)
+_DATE = rf"(?:\d{{1,2}}(?:st|nd|rd|th)? )?{_MONTH}(?: \d{{1,2}}(?:st|nd|rd|th)?)?(?:,? \d{{4}})?(?!\w)"
+_WHEN = re.compile(rf"{_DATE}|(?<![\w,.])\d{{4}}(?!\w)")
+_BRACKETS = re.compile(r"\(([^()]*)\)")
+_BORN = re.compile(rf"\b(?:born|b\.) (?:on |in )?({_DATE}|\d{{4}})")
+_FULL_DATE = re.compile(rf"(?<!\w){_DATE}")
+_YEAR = re.compile(r"(?<![\w,.–-])(1[0-9]\d\d|20\d\d)(?![\w,–-]|\.\d)")
+_NUMBER = (
+    r"(?:\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty"
+    r"|thirty|forty|fifty|sixty)(?: (?:hundred|thousand|million|billion))?"
+)
+_MONEY = re.compile(r"(?:US|A|C)?[$£€¥]\s?\d[\d,.]*\d?(?: (?:million|billion|thousand))?")
+_COUNT = re.compile(rf"(?<![\w$£€,.–/-])((?i:{_NUMBER})) ((?:[a-z]+(?:-[a-z]+)* )?)([a-z]+)(?!\w)")
+_POPULATION = re.compile(r"\bpopulation (?:of|was|is) (?:about |around )?(\d[\d,.]*\d)(?!\w)")
+_PERCENT = re.compile(r"(?<![\w,.])\d+(?:\.\d+)?\s?(?:%|percent|per cent)(?!\w)")
+_LENGTHS = r"(?:metres?|meters?|feet|foot|km|kilomet(?:re|er)s|miles?|m|cm|mm|inches|yards)"
+_DIMENSION = re.compile(rf"(?<![\w,.])({_NUMBER} {_LENGTHS}) (tall|high|long|wide|deep|thick)(?!\w)")
+_TIMES = frozenset({"years", "months", "days", "weeks", "hours", "minutes"})
+
+_CAPITAL = r"[^\W\d_a-zß-ÿ][\w'’.-]*\w"
+_INITIAL = r"[A-Z]\."
+_NAME = re.compile(
+    rf"(?<![\w'’]){_CAPITAL}(?: (?:(?:of the|of|de la|de|du|del|von|van|der) )?(?:{_CAPITAL}|{_INITIAL}))*"
+)
+_QUOTED = re.compile(r"[\"“]([^\"”“]{2,60})[\"”]")
+
+_NO_NAMES = re.compile(
+    rf"(?:The|An?|In|On|At|By|For|From|With|Since|After|Before|During|Under|Over|Its|It|He|She|They|His|Her|Their|We"
+    rf"|You|I|This|That|These|Those|There|Here|When|While|Where|Who|Which|What|As|And|But|Or|Although|Though|However"
+    rf"|If|Also|Some|Many|Most|Both|Each|All|Other|Another|To|Of|Not|No|So|Then|Until|Upon|According|Following"
+    rf"|Because|Despite|Today|Later|First|Last|Several|Only|Born|Now|One|Two|Three|Four|Five|Six|Seven|Eight|Nine|Ten"
+    rf"|Mr|Mrs|Ms|Dr|Sir|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|{_MONTH})\.?"
+)
+_TO_BE = re.compile(r"\b(?:was|were|is|are|been)\b")
+_PEOPLES = re.compile(r"\A\w*(?:ian|ean|can|ish|ese|ench|erman|utch|reek|wiss)s?\Z")
+# Nouns that stand in a name, as its last or first word, and say what it is the name of.
+_KINDS = re.compile(
+    r"\b(?:river|lake|island|bridge|mountain|hill|valley|university|college|school|academy|hospital|church|museum"
+    r"|cathedral|theatre|theater|station|airport|street|road|highway|county|province|district|city|town|village"
+    r"|kingdom|empire|republic|party|club|band|orchestra|team|league|cup|championship|war|battle|award|prize|festival"
+    r"|company|corporation|group|gulf|sea|ocean|bay|desert|forest|park|square|stadium|army|navy|newspaper|magazine)\b"
+)
+# Words before or after a name that say nothing about what it is.
+_NO_NOUN = re.compile(
+    r"(?:and|or|but|in|of|on|at|by|for|from|to|with|as|than|that|which|who|where|when|while|is|are|was|were|be|been|has"
+    r"|have|had|it|he|she|they|after|before|throughout|since|until|over|under|between|into|through|then|also|both|including|not"
+    r"|the|an?|his|her|its|their|like|near|via|during|against|about|\w+s|\w+ed|\w+ing|\w+ly)\Z"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCandidate:
+    """One thing to ask: the answer, and openings of its question. An opening with "?" is the whole question."""
+
+    answer: str
+    openings: tuple[str, ...]
+    sentence: str
+    sentence_number: int
+
+
+def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
+    """Return what a passage can be asked, the most promising first.
+
+    The best answer of each sentence comes before the second best of any, and an answer comes once.
+    """
+    by_sentence = [list(_asks_of(topic, sentence, n)) for n, sentence in enumerate(sentences)]
+    found: list[AnswerCandidate] = []
+    seen: set[str] = set()
+    for rank in range(max(map(len, by_sentence), default=0)):
+        for asks in by_sentence:
+            if rank < len(asks) and asks[rank].answer.casefold() not in seen:
+                seen.add(asks[rank].answer.casefold())
+                found.append(asks[rank])
+    return found
+
+
+def _asks_of(topic: str, sentence: str, number: int) -> Iterator[AnswerCandidate]:
+    """Yield the asks of one sentence by rank; an answer that overlaps a better one, or the topic, is left out."""
+    ranked = sorted(_matches(topic, sentence), key=lambda match: (match[0], match[1]))
+    taken: list[tuple[int, int]] = []
+    for _, start, end, openings in ranked:
+        answer = sentence[start:end].strip(" ,.")
+        overlaps = any(start < other_end and other_start < end for other_start, other_end in taken)
+        shared = any(contains_text(topic, word) for word in re.findall(r"[^\W\d]{4,}", answer))
+        if overlaps or not answer or shared or contains_text(topic, answer):
+            continue
+        taken.append((start, end))
+        yield AnswerCandidate(answer, openings, sentence, number)
+
+
+_Match = tuple[int, int, int, tuple[str, ...]]
+
+
+def _matches(topic: str, s: str) -> Iterator[_Match]:
+    """Yield (rank, start, end, openings) of everything in a sentence that could be an answer."""
+    # 1. Born and died: the whole question is known.
+    for brackets in _BRACKETS.finditer(s):
+        whens = [(brackets.start(1) + m.start(), brackets.start(1) + m.end()) for m in _WHEN.finditer(brackets[1])]
+        if whens and "born" in brackets[1]:
+            yield 0, *whens[0], (f"When was {topic} born?",)
+        elif len(whens) == 2 and re.fullmatch(r"\s*[–-]\s*(?:died )?", s[whens[0][1] : whens[1][0]]):
+            yield 0, *whens[0], (f"When was {topic} born?",)
+            yield 0, *whens[1], (f"When did {topic} die?",)
+    if (born := _BORN.search(s)) and len(s[: born.start()].split()) <= 6:
+        yield 0, *born.span(1), (f"When was {topic} born?",)
+    # 2. Dates and years: the verb before them tells "was" from "did".
+    for m in _FULL_DATE.finditer(s):
+        if re.search(r"\d", m[0]):
+            yield 1, *m.span(), _verb_first(s, m.start(), "When")
+    for m in _YEAR.finditer(s):
+        # "the 2010 census", "a 2009 film": no year in which something happened.
+        adjective = re.search(r"\b(?:the|an?|its|his|her|their) \Z", s[: m.start()])
+        yield 5 if adjective else 2, *m.span(), _verb_first(s, m.start(), "In what year")
+    # 3. Numbers: the noun that is counted goes into the question.
+    for m in _DIMENSION.finditer(s):
+        yield 1, *m.span(1), (f"How {m[2]} is",)
+    for m in _MONEY.finditer(s):
+        yield 1, *m.span(), ("How much",)
+    for m in _POPULATION.finditer(s):
+        yield 1, *m.span(1), (f"What is the population of {topic}?",)
+    for m in _PERCENT.finditer(s):
+        yield 2, *m.span(), ("What percentage of",)
+    for m in _COUNT.finditer(s):
+        # "212 steps lead": the first word may be the noun, and the second one no part of it.
+        first, second = m[2].strip(), m[3]
+        noun = first if first.endswith("s") or re.fullmatch(_LENGTHS, first) else f"{m[2]}{second}"
+        if noun in _TIMES:
+            yield 2, m.start(), m.start(2) + len(noun), (f"For how many {noun}", f"How many {noun}")
+        elif not _YEAR.fullmatch(m[1]) and noun.endswith(("s", "people", "men", "women", "children", "feet")):
+            yield 2, *m.span(1), (f"How many {noun}",)
+    # 4. Names.
+    for m in _QUOTED.finditer(s):
+        yield 3, *m.span(1), ("What is the name of the", "What is the title of the")
+    for m in _NAME.finditer(s):
+        yield from _name_match(s, m.start(), m[0])
+
+
+def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
+    """Yield the match of a name, its openings by the words around it."""
+    # 1. Words that only look like a name's first one leave; what then is no name is not asked about.
+    while name and _NO_NAMES.fullmatch(first := name.split(" ", 1)[0]):
+        name = name[len(first) + 1 :]
+        start += len(first) + 1
+    name = re.sub(r"['’]s?\Z", "", name)
+    words = name.split()
+    before, after = s[:start], s[start + len(name) :]
+    in_brackets = before.count("(") > before.count(")")
+    if not words or in_brackets or _PEOPLES.match(words[-1]) or re.fullmatch(r"(?:[A-Z]\.)+[A-Z]?", name):
+        return
+    if len(words) == 1 and (len(name) < 3 or not before.strip(' "“(')):
+        return
+    # 2. What it is the name of, by its own words or its neighbours.
+    end = start + len(name)
+    kind = _KINDS.search(words[-1].lower()) or _KINDS.search(words[0].lower())
+    noun_before = re.search(r"\b([a-z]{3,}) \Z", before)
+    noun_of = re.search(r"\b(?:the|an?) (?:\w+ )?([a-z]+) of (?:the )?\Z", before)
+    noun_after = re.match(r" ([a-z]{3,})", after) if before.endswith(("the ", "The ")) else None
+    person = len(words) in (2, 3)
+    if kind:
+        yield 3, start, end, (f"Which {kind[0]}",)
+    elif noun_before and not _NO_NOUN.match(noun_before[1]):
+        yield 2, start, end, (f"Which {noun_before[1]}",)
+    elif re.search(r"\bby \Z", before):
+        yield 2, start, end, ("Who",)
+    elif noun_of and not _NO_NOUN.match(noun_of[1]):
+        yield 3, start, end, (f"Which {noun_of[1]}",)
+    elif noun_after and not _NO_NOUN.match(noun_after[1]):
+        yield 3, start, end, (f"Which {noun_after[1]}",)
+    elif re.search(r"\b(?:named|called|as) \Z", before):
+        yield 3, start, end, ("What is the name of",)
+    elif re.search(r"\b(?:in|at|near|from|to) (?:the )?\Z", before):
+        yield 3, start, end, ("Where",)
+    elif re.search(r"[a-z], \Z", before):
+        yield 3, start, end, ("Who", "What is the name of") if person else ("What is the name of",)
+    else:
+        yield 4, start, end, ("Who",) if person else ("What is the name of",)
+
+
+def _verb_first(s: str, start: int, opening: str) -> tuple[str, ...]:
+    """Return the opening with "was" and with "did", first the one that the verb near the answer calls for."""
+    near = s[max(0, start - 80) : start] if start > 15 else s[start : start + 80]
+    words = (f"{opening} was", f"{opening} did")
+    return words if _TO_BE.search(near) else words[::-1]

@@ -1,0 +1,75 @@
+"""Passage → Augmentation or Reject: rewrites, and questions with their answers.
+
+Two strategies ask the questions. `paper` has an instruction-following model write them as JSON (Su et al. 2025,
+section 3.1); `small` leads a model of some hundred million parameters by the hand (`prag_core.augmentation.small`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prag_core.augmentation import small as augment_small
+from prag_core.augmentation.filter import Draft
+from prag_core.augmentation.paper import ask_for_pairs, ask_for_rewrites
+from prag_core.errors import PromptTooLongError
+from prag_core.llm.generator import Generator
+from prag_core.recipe import AugmentRecipe
+from prag_core.records import Augmentation, Passage, Reject
+
+
+def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRecipe) -> list[Augmentation | Reject]:
+    """Make the rewrites and question-answer pairs of some passages, all in the same batches.
+
+    Eight to sixteen passages a call keep a local model busy. The results are in the order of the passages. After
+    `recipe.attempts` an augmentation may have fewer rewrites or pairs than the recipe wants; one without a pair
+    is a reject (`no_usable_pair`, `too_long_for_model`, `generation_failed`).
+
+    Raises:
+        GenerationError: when the generator cannot be used, or failed for each of several passages.
+    """
+    started = time.monotonic()
+    drafts = [Draft(passage) for passage in passages]
+    ask = augment_small.ask if recipe.strategy == "small" else ask_for_pairs
+    for attempt in range(recipe.attempts):
+        drafts_open = [draft for draft in drafts if _is_open(draft, recipe)]
+        for draft in drafts_open:
+            draft.attempts += 1
+            draft.error = None
+        ask_for_rewrites(drafts_open, generator, recipe, attempt)
+        ask([draft for draft in drafts_open if len(draft.pairs) < recipe.pairs], generator, recipe, attempt)
+    seconds = (time.monotonic() - started) / max(1, len(drafts))
+    results = [_result(draft, seconds) for draft in drafts]
+    failed = [draft.error for draft in drafts if draft.error]
+    if len(failed) > 1 and all(isinstance(r, Reject) and r.reason == "generation_failed" for r in results):
+        # Several passages in a row are not to blame: a run must not reject a corpus while a server is down.
+        raise failed[0]
+    return results
+
+
+def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
+    short = len(draft.pairs) < recipe.pairs or len(draft.rewrites) < recipe.rewrites
+    return short and not isinstance(draft.error, PromptTooLongError)
+
+
+def _result(draft: Draft, seconds: float) -> Augmentation | Reject:
+    refused = tuple(f"{reason}={count}" for reason, count in sorted(draft.refused.items()))
+    passage = draft.passage
+    if draft.pairs and not isinstance(draft.error, PromptTooLongError):
+        return Augmentation(
+            key=passage.key,
+            rewrites=tuple(draft.rewrites),
+            pairs=tuple(draft.pairs),
+            origin="generated",
+            refused=refused,
+            attempts=draft.attempts,
+            seconds=seconds,
+        )
+    if isinstance(draft.error, PromptTooLongError):
+        reason, detail = "too_long_for_model", draft.error.message
+    elif draft.error:
+        reason, detail = "generation_failed", draft.error.message
+    else:
+        reason, detail = "no_usable_pair", f"refused: {', '.join(refused) or 'nothing was proposed'}"
+    source = passage.sources[0] if passage.sources else ""
+    return Reject("augment", reason, detail, source, passage.key, draft.attempts)

@@ -1,0 +1,109 @@
+"""A passage's augmentation in the making, and the filter that says what may enter it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prag_core.augmentation.prompts import INVENTED_NAMES
+from prag_core.errors import GenerationError
+from prag_core.identity import normalize
+from prag_core.prompts import passage_text
+from prag_core.records import Passage, QAPair
+
+_QUESTION_WORDS = 40
+_ANSWER_WORDS = 25
+_FULL_ANSWER_WORDS = 80
+# A rewrite that shares more of its three-word runs with the passage than this is a copy.
+_COPIED_SHARE = 0.9
+_SHORTEST_REWRITE_SHARE = 0.3
+# One that keeps less of the passage's long words than this is about something else, often about rewriting.
+_KEPT_SHARE = 0.2
+# One with a smaller share of different three-word runs goes in circles.
+_DISTINCT_SHARE = 0.7
+_LONG_WORD = re.compile(r"\w{5,}")
+
+
+def fold_text(text: str) -> str:
+    """Return `text` as the filter compares it: without case and with single spaces."""
+    return normalize(text).casefold()
+
+
+def contains_text(text: str, part: str) -> bool:
+    """Say whether `part` occurs in `text` as whole words, whatever the case and the spaces."""
+    part = fold_text(part)
+    if not part:
+        return False
+    before = r"(?<!\w)" if part[0].isalnum() else ""
+    after = r"(?!\w)" if part[-1].isalnum() else ""
+    return re.search(before + re.escape(part) + after, fold_text(text)) is not None
+
+
+def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str | None:
+    """Say why a pair is not taken, in one word of a fixed vocabulary; None when it is taken.
+
+    The words: `empty`, `no_question_mark`, `too_long`, `prompt_copy` (an invented name of the prompt's examples),
+    `answer_in_question`, `answer_not_in_passage`, `duplicate_question`, `duplicate_answer`. The strategies add
+    `bad_json` (`paper`) and `low_score` (`small`).
+    """
+    source = passage_text(passage)
+    question, answer = fold_text(pair.question), fold_text(pair.answer)
+    if not question.rstrip(" ?") or not answer or not pair.full_answer.strip():
+        return "empty"
+    if not question.endswith("?"):
+        return "no_question_mark"
+    words = (len(text.split()) for text in (question, answer, pair.full_answer))
+    limits = (_QUESTION_WORDS, _ANSWER_WORDS, _FULL_ANSWER_WORDS)
+    if any(count > limit for count, limit in zip(words, limits, strict=True)):
+        return "too_long"
+    copied = (name for name in INVENTED_NAMES if contains_text(f"{question} {answer}", name))
+    if any(not contains_text(source, name) for name in copied):
+        return "prompt_copy"
+    if contains_text(question, answer):
+        return "answer_in_question"
+    if not contains_text(source, answer):
+        return "answer_not_in_passage"
+    if any(fold_text(other.question) == question for other in accepted):
+        return "duplicate_question"
+    if any(fold_text(other.answer) == answer for other in accepted):
+        return "duplicate_answer"
+    return None
+
+
+def is_rewrite(text: str, passage: Passage) -> bool:
+    """Say whether `text` can stand as a rewrite: long enough, no copy, no running in circles, on the subject."""
+    words, original = fold_text(text).split(), fold_text(passage.text).split()
+    if not words or len(words) < _SHORTEST_REWRITE_SHARE * len(original):
+        return False
+    long_words = set(_LONG_WORD.findall(fold_text(passage.text)))
+    if len(long_words & set(_LONG_WORD.findall(fold_text(text)))) < _KEPT_SHARE * len(long_words):
+        return False
+    there, runs = set(_runs(original)), _runs(words)
+    if len(set(runs)) < _DISTINCT_SHARE * len(runs):
+        return False
+    return sum(run in there for run in runs) <= _COPIED_SHARE * len(runs)
+
+
+def _runs(words: list[str]) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
+
+
+@dataclass
+class Draft:
+    """What has been made of one passage so far. It lives within one call of `augment` and never leaves it."""
+
+    passage: Passage
+    rewrites: list[str] = field(default_factory=list)
+    pairs: list[QAPair] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    attempts: int = 0
+    error: GenerationError | None = None
+
+    def offer(self, pair: QAPair) -> None:
+        """Take the pair, or count why not."""
+        if reason := refusal(pair, self.passage, self.pairs):
+            self.refused[reason] += 1
+        else:
+            self.pairs.append(pair)

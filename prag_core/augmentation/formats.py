@@ -1,0 +1,213 @@
+"""Augmentations made elsewhere: our JSON Lines, or the JSON that the paper's authors publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prag_core.augmentation.paper import to_pair
+from prag_core.data.files import read_text
+from prag_core.errors import InputError
+from prag_core.identity import passage_key
+from prag_core.prompts import passage_text
+from prag_core.records import Augmentation, Passage, QAPair, Reject
+
+# The name of the augmenting model in the paper's form.
+_MODEL = "prag"
+
+
+@dataclass(frozen=True)
+class ImportedAugmentations:
+    """What an import file holds: augmentations by the name it gives their passages, and what could not be used.
+
+    A name is a passage's key, one of its source ids, or the key of its text alone.
+    """
+
+    by_name: Mapping[str, Augmentation]
+    rejects: tuple[Reject, ...]
+
+    def find(self, passage: Passage) -> Augmentation | None:
+        """Return the passage's augmentation, found by its key, its ids or its text; None when there is none."""
+        texts = (passage.text, passage_text(passage), f"{passage.title} {passage.text}")
+        names = [passage.key, *passage.sources, *(passage_key("", text) for text in texts)]
+        found = next((self.by_name[name] for name in names if name in self.by_name), None)
+        return replace(found, key=passage.key) if found else None
+
+
+class _BadRecordError(Exception):
+    """Why one record cannot be used; it never leaves this file."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+_Names = tuple[str, ...]
+
+
+def read_augmentations(path: str) -> ImportedAugmentations:
+    """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
+
+    Our form is JSON Lines, one passage a line: `id` or `key`, `rewrites` (a list of texts) and `qa` (a list of
+    `question`, `answer`, `full_answer`). A line with a `key` is for the passage of that very text, whatever its `id`.
+    The paper's is one JSON list of records, each with `augment`: a list of `passage`, `<model>_rewrite` and
+    `<model>_qa`. Of two records for one passage the first one counts; in our form the second is a reject, in the
+    paper's passages come again with each question.
+
+    Raises:
+        InputError: when the file as a whole cannot be read.
+    """
+    text = read_text(path, "set augment.import_file to a file of augmentations")
+    by_name: dict[str, Augmentation] = {}
+    rejects: list[Reject] = []
+    paper = text.lstrip().startswith("[")
+    for place, item in _paper_records(text, path) if paper else _lines(text):
+        try:
+            if isinstance(item, _BadRecordError):
+                raise item
+            names, augmentation = _from_paper(item) if paper else _from_line(item)
+            if not augmentation.pairs:
+                detail = f"refused: {', '.join(augmentation.refused) or 'it has no pairs'}"
+                raise _BadRecordError("no_usable_pair", detail)
+            if not paper and any(name in by_name for name in names):
+                raise _BadRecordError("duplicate_id", f"{names[0]!r} came before; the first one is kept")
+        except _BadRecordError as bad:
+            rejects.append(Reject("augment", bad.reason, bad.detail, f"{path}:{place}"))
+        else:
+            for name in names:
+                by_name.setdefault(name, augmentation)
+    return ImportedAugmentations(by_name, tuple(rejects))
+
+
+def paper_passages(path: str) -> list[str]:
+    """Return the texts of the passages in a file of the paper's form, each once, in the order of the file.
+
+    Raises:
+        InputError: when the file cannot be read, is of another form, or holds no passage.
+    """
+    text = read_text(path, "set augment.import_file to a file of augmentations")
+    if not text.lstrip().startswith("["):
+        raise InputError(f"{path}: is not in the paper's form", "only that form holds passages: a JSON list of records")
+    items = (item for _, item in _paper_records(text, path) if isinstance(item, dict))
+    passages = dict.fromkeys(item["passage"] for item in items if isinstance(item.get("passage"), str))
+    if not passages:
+        raise InputError(f"{path}: holds no passages", "its records must have 'augment', with 'passage' in each item")
+    return list(passages)
+
+
+def _lines(text: str) -> Iterator[tuple[int, Any]]:
+    # Not splitlines: JSON strings may hold its rarer line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, _BadRecordError("invalid_json", str(error))
+
+
+def _paper_records(text: str, path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        remedy = "mend the file, or write one object a line"
+        raise InputError(f"{path}: begins as a JSON list and is none: {error}", remedy) from None
+    for number, record in enumerate(records, start=1):
+        augment = record.get("augment") if isinstance(record, dict) else None
+        if not isinstance(augment, list):
+            yield f"record {number}", _BadRecordError("missing_field", "the record has no list 'augment'")
+            continue
+        for place, item in enumerate(augment, start=1):
+            yield f"record {number}, augment {place}", item
+
+
+def _from_line(item: Any) -> tuple[_Names, Augmentation]:
+    fields = _object(item)
+    names = [
+        str(fields[name])
+        for name in ("key", "id")
+        if isinstance(fields.get(name), str | int) and str(fields[name]).strip()
+    ]
+    if not names:
+        raise _BadRecordError("missing_field", "the line has neither 'id' nor 'key'")
+    rewrites = fields.get("rewrites") or []
+    if not isinstance(rewrites, list) or not all(isinstance(text, str) for text in rewrites):
+        raise _BadRecordError("wrong_type", "'rewrites' is not a list of texts")
+    # A key names a text. By its id as well, the line would be used for the text that the id has by now.
+    return (names[0],), _augmentation(rewrites, fields.get("qa"))
+
+
+def _from_paper(item: Any) -> tuple[_Names, Augmentation]:
+    fields = _object(item)
+    text = fields.get("passage")
+    if not isinstance(text, str) or not text.strip():
+        raise _BadRecordError("missing_field", "an augmented passage has no text 'passage'")
+    # Several models may have augmented it: the first one that made pairs counts.
+    models = [name.removesuffix("_qa") for name in fields if name.endswith("_qa") and fields[name]]
+    if not models:
+        raise _BadRecordError("missing_field", "an augmented passage has no '<model>_qa'")
+    rewrite = fields.get(f"{models[0]}_rewrite")
+    rewrites = [rewrite] if isinstance(rewrite, str) else []
+    return (passage_key("", text),), _augmentation(rewrites, fields[f"{models[0]}_qa"])
+
+
+def _object(item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise _BadRecordError("not_an_object", f"a JSON {type(item).__name__} stands where an object is expected")
+    return item
+
+
+def _augmentation(rewrites: list[str], qa: object) -> Augmentation:
+    """Return the record; only what is no pair is left out, for who made the file answers for its content."""
+    if not isinstance(qa, list):
+        raise _BadRecordError("wrong_type", "the pairs are not a list of objects")
+    pairs = [pair for item in qa if (pair := to_pair(item)) and _is_full(pair)]
+    refused = (f"bad_json={len(qa) - len(pairs)}",) if len(pairs) < len(qa) else ()
+    texts = tuple(text.strip() for text in rewrites if text.strip())
+    return Augmentation("", texts, tuple(pairs), "imported", refused, attempts=0)
+
+
+def _is_full(pair: QAPair) -> bool:
+    return all(text.strip() for text in (pair.question, pair.answer, pair.full_answer))
+
+
+def write_corpus(file: str, corpus: Path) -> int:
+    """Write the passages of a file in the paper's form as a corpus in JSON Lines; return how many there are."""
+    texts = paper_passages(file)
+    lines = [json.dumps({"id": f"paper-{i}", "title": "", "text": text}) for i, text in enumerate(texts)]
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+def write_augmentations(
+    passages: list[Passage], augmentations: Mapping[str, Augmentation], file: Path, form: str
+) -> None:
+    """Write the augmentations of these passages, by key, in the form `jsonl` or `paper`; see `export_from_store`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines((_to_paper if form == "paper" else _to_lines)(passages, augmentations))
+
+
+def _to_lines(passages: list[Passage], augmentations: Mapping[str, Augmentation]) -> Iterator[str]:
+    for passage in passages:
+        found = augmentations[passage.key]
+        pairs = [asdict(pair) for pair in found.pairs]
+        line = {"id": passage.sources[0], "key": passage.key, "rewrites": list(found.rewrites), "qa": pairs}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _to_paper(passages: list[Passage], augmentations: Mapping[str, Augmentation]) -> Iterator[str]:
+    for number, passage in enumerate(passages):
+        found = augmentations[passage.key]
+        text = passage_text(passage)
+        item: dict[str, Any] = {"pid": 0, "passage": text}
+        if found.rewrites:
+            item[f"{_MODEL}_rewrite"] = found.rewrites[0]
+        item[f"{_MODEL}_qa"] = [asdict(pair) for pair in found.pairs]
+        record = {"test_id": number, "passages": [text], "augment": [item]}
+        yield ("[\n" if number == 0 else ",\n") + json.dumps(record, ensure_ascii=False)
+    yield "\n]\n" if passages else "[]\n"

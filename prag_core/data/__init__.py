@@ -1,0 +1,1 @@
+"""What comes in: corpus files become passages, published question sets become questions."""

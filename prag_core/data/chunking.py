@@ -1,0 +1,53 @@
+"""Splitting a long text at sentence ends."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+# Chinese and Japanese write no spaces, so each of their characters counts as a word, with the punctuation that
+# follows it. Elsewhere a run of over 50 characters counts as several words, so that nothing escapes the limit.
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# A stop, perhaps quotes, and no small letter after the space. Possessive, and begun only where a run of stops
+# begins: linear in the text, also for a million dots.
+_SENTENCE_END = re.compile(r"""(?<![.!?…])[.!?…]++["'”’»)\]]*+(?=\s++[^a-z])|[。！？]++["'”’」』）)]*+""")
+_ABBREVIATION = re.compile(
+    r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Nos?|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Gov|Sen|Rep|Mt|Ft|vs|etc|Inc|Ltd|Co|Corp"
+    r"|Vol|Fig|pp|[^\W\d_a-z])\.$"
+)
+_WORD = re.compile(rf"[{_CJK}][、。，．！？…」』）]*|[^\s{_CJK}]{{1,50}}")
+
+
+def split_text(text: str, max_words: int) -> list[str]:
+    """Split a text at sentence ends into as few pieces as `max_words` allows, of about even size.
+
+    A sentence over the limit is split between words. Each Chinese or Japanese character counts as a word.
+    """
+    words = [match.start() for match in _WORD.finditer(text)]
+    if len(words) <= max_words:
+        return [text]
+    ends = (m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 9, m.end()))
+    sentences = sorted({0, len(words), *(bisect.bisect_left(words, end) for end in ends)})
+    # 1. Where it may be cut, as numbers of words: at each sentence, and evenly within one over the limit.
+    cuts = [0]
+    for end in sentences[1:]:
+        start, parts = cuts[-1], -(-(end - cuts[-1]) // max_words)
+        cuts += [start + (end - start) * part // parts for part in range(1, parts + 1)]
+    # 2. The lowest limit that needs no more pieces than the highest one makes the pieces even.
+    longest = max(end - start for start, end in pairwise(cuts))
+    fewest = len(_fill(cuts, max_words))
+    limits = range(longest, max_words + 1)
+    limit = limits[bisect.bisect_left(limits, True, key=lambda limit: len(_fill(cuts, limit)) <= fewest)]
+    bounds = [*(words[start] for start in _fill(cuts, limit)), len(text)]
+    return [text[start:end].strip() for start, end in pairwise(bounds)]
+
+
+def _fill(cuts: Sequence[int], limit: int) -> list[int]:
+    """Return the starts of the pieces when each takes in all that `limit` allows."""
+    starts = [0]
+    for start, end in pairwise(cuts):
+        if end - starts[-1] > limit:
+            starts.append(start)
+    return starts

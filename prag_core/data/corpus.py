@@ -1,0 +1,162 @@
+"""From corpus files to passages: find the files, read their records, split long texts, merge equal ones.
+
+Files are JSON Lines, TSV (as DPR's `psgs_w100.tsv`), Parquet or plain text, gzipped or not, at any fsspec URL.
+Nothing vanishes: every record comes out as one or more `Piece`s, or as exactly one `Reject`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import fsspec
+import pyarrow as pa
+
+from prag_core.config import CorpusConfig
+from prag_core.data.chunking import split_text
+from prag_core.data.files import detect_format, file_label
+from prag_core.data.readers import (
+    BAD_RECORD,
+    BadRecordError,
+    Reason,
+    quote_names,
+    read_jsonl,
+    read_parquet,
+    read_plain_text,
+    read_tsv,
+)
+from prag_core.errors import InputError
+from prag_core.identity import normalize, passage_key
+from prag_core.records import Passage, Reject
+
+# Control characters that are not white space: tokenizers, Lucene and C strings disagree about them.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One record of a corpus file, or one part of a record that was too long for one passage.
+
+    `key` names the content of the piece and `record_key` that of the whole record. `id` is the record's id, with
+    `#0`, `#1`, … behind it when the record was split. `file` is the path below the configured one; `line` is the
+    line where the record starts (the row in Parquet), from 1. `access` are the record's access tags.
+    """
+
+    key: str
+    title: str
+    text: str
+    id: str
+    record_id: str
+    record_key: str
+    file: str
+    line: int
+    access: tuple[str, ...] = ()
+
+
+def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
+    """Read one file, a record at a time: each gives its pieces in order, or one reject that says why not.
+
+    `config.limit` is for the caller, who knows all files.
+
+    Raises:
+        InputError: when the file as a whole cannot be read: missing, a broken archive, no column of texts.
+    """
+    read = {"jsonl": read_jsonl, "tsv": read_tsv, "parquet": read_parquet, "text": read_plain_text}
+    reader = read[detect_format(path, config)]
+    file = file_label(path, config)
+    try:
+        with fsspec.open(path, "rb", compression="infer") as stream:
+            for line, record in reader(stream, path, config):
+                try:
+                    if isinstance(record, BAD_RECORD):
+                        raise record
+                    pieces: list[Piece] | list[Reject] = _pieces(record, file, line, config)
+                except BadRecordError as bad:
+                    pieces = [_reject(bad.reason, bad.detail, file, line)]
+                except (UnicodeDecodeError, UnicodeEncodeError) as bad:
+                    pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file, line)]
+                yield from pieces
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        what = str(error) or type(error).__name__
+        raise InputError(f"{path}: cannot be read: {what}", "the file is missing or damaged: get it again") from error
+
+
+def resolve_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Reject]]:
+    """Settle what one record id stands for, given all pieces that came under it, in any order.
+
+    The record that is first by file and line decides. Records of the same content stay, to be merged with it;
+    records of another content are rejected.
+    """
+    ordered = sorted(pieces, key=lambda piece: (piece.file, piece.line, piece.id))
+    first = ordered[0]
+    kept = [piece for piece in ordered if piece.record_key == first.record_key]
+    refused = sorted({(piece.file, piece.line) for piece in ordered if piece.record_key != first.record_key})
+    detail = f"id {first.record_id!r} stands for another text at {first.file}:{first.line}, which is kept"
+    return kept, [_reject("duplicate_id", detail, file, line) for file, line in refused]
+
+
+def merge_pieces(pieces: Sequence[Piece]) -> Passage:
+    """Make one passage of all pieces of one key, in any order; its sources are all their ids.
+
+    Who may read one of them may read the passage: it is public when one of them is.
+    """
+    first = min(pieces, key=lambda piece: (piece.id, piece.file, piece.line))
+    public = any(not piece.access for piece in pieces)
+    tags = () if public else tuple(sorted({tag for piece in pieces for tag in piece.access}))
+    return Passage(first.key, first.title, first.text, tuple(sorted({piece.id for piece in pieces})), tags)
+
+
+def _pieces(record: Mapping[str, object], file: str, line: int, config: CorpusConfig) -> list[Piece]:
+    columns = config.columns
+    if columns.text not in record:
+        detail = f"no column {columns.text!r}; there are {quote_names(record)}; corpus.columns.text names it"
+        raise BadRecordError("missing_column", detail)
+    record_id = _string(record, columns.id, numbers=True).strip() or f"{file.removesuffix('.gz')}:{line}"
+    title = normalize(_string(record, columns.title, numbers=True))
+    text = _string(record, columns.text, numbers=False).strip()
+    if not text:
+        raise BadRecordError("empty_text", f"column {columns.text!r} holds no text")
+    access = _tags(record, columns.access)
+    texts = split_text(text, config.max_words)
+    record_key = passage_key(title, text)
+    if len(texts) == 1:
+        return [Piece(record_key, title, text, record_id, record_id, record_key, file, line, access)]
+    return [
+        Piece(passage_key(title, part), title, part, f"{record_id}#{n}", record_id, record_key, file, line, access)
+        for n, part in enumerate(texts)
+    ]
+
+
+def _string(record: Mapping[str, object], column: str, *, numbers: bool) -> str:
+    """Return a column's text without control characters; nothing there is the empty string."""
+    value = record.get(column)
+    if value is None:
+        return ""
+    if numbers and type(value) is int:
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a string")
+    value.encode()  # refuses a lone surrogate, which JSON can spell and nothing can store
+    return _CONTROL.sub("", value)
+
+
+def _tags(record: Mapping[str, object], column: str | None) -> tuple[str, ...]:
+    """Return a record's access tags. What cannot be read as tags is never taken for public."""
+    if column is None:
+        return ()
+    if column not in record:
+        raise BadRecordError("missing_column", f"no column {column!r}, which corpus.columns.access names")
+    value = record[column]
+    tags = [] if value in (None, "") else value.split(",") if isinstance(value, str) else value
+    if not isinstance(tags, list):
+        raise BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a list of tags")
+    cleaned = [_string({column: tag}, column, numbers=False).strip() for tag in tags]
+    if "" in cleaned:
+        raise BadRecordError("wrong_type", f"column {column!r} holds an empty tag")
+    return tuple(sorted(set(cleaned)))
+
+
+def _reject(reason: Reason, detail: str, file: str, line: int) -> Reject:
+    return Reject("corpus", reason, detail, f"{file}:{line}")

@@ -1,0 +1,206 @@
+"""Readers of corpus files, one a format: each record, or what is wrong with it."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
+from typing import IO, Literal, cast
+
+import pyarrow.parquet as pq
+
+from prag_core.config import CorpusConfig
+from prag_core.data.files import file_label
+from prag_core.errors import InputError
+
+Reason = Literal[
+    "invalid_utf8",
+    "invalid_json",
+    "invalid_tsv",
+    "not_an_object",
+    "missing_column",
+    "wrong_type",
+    "empty_text",
+    "too_long",
+    "duplicate_id",
+]
+_CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 256
+
+
+class BadRecordError(Exception):
+    """Why one record cannot be used; it never leaves this file."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# What a reader gives for each record: where it starts, and its columns or what is wrong with it.
+BAD_RECORD = (BadRecordError, UnicodeError)
+RawRecord = tuple[int, Mapping[str, object] | BadRecordError | UnicodeError]
+
+
+class _Lines:
+    """The lines of a stream, counted; all lines of a record together stay within `limit` bytes.
+
+    An iterator, not a generator: it goes on after an error, and so do `map` and `csv.reader` on top of it.
+    """
+
+    def __init__(self, stream: IO[bytes], limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._number = 0
+        self._record: list[bytes] = []
+        self._record_bytes = 0
+        self._given_back: deque[bytes] = deque()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        line = self._given_back.popleft() if self._given_back else self._stream.readline(self._limit + 2)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        self._record_bytes += len(line)
+        # A line over the limit is only counted, to its end.
+        while not line.endswith(b"\n") and (rest := self._stream.readline(_CHUNK_BYTES)):
+            self._record_bytes += len(rest)
+            line = rest
+        where = f"; it runs on to line {self._number}, is a quote never closed?" if self._record else ""
+        _check_size(self._record_bytes - len(line) + len(line.rstrip(b"\r\n")), self._limit, where)
+        if self._number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        self._record.append(line)
+        return line
+
+    def start_record(self) -> int:
+        """Return the number of the line that comes next, with which a record starts."""
+        self._record, self._record_bytes = [], 0
+        return self._number + 1
+
+    def keep_first_only(self) -> None:
+        """Take back all lines of this record but its first: they are to be read again."""
+        self._given_back.extendleft(reversed(self._record[1:]))
+        self._number -= len(self._record) - 1
+
+
+def read_jsonl(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    lines = _Lines(stream, config.max_record_bytes)
+    rows = map(_parse_json, lines)
+    while True:
+        number = lines.start_record()
+        try:
+            if (row := next(rows)) is not None:
+                yield number, row
+        except StopIteration:
+            return
+        except BAD_RECORD as bad:
+            yield number, bad
+
+
+def _parse_json(line: bytes) -> Mapping[str, object] | None:
+    """Return the object in a line; None for a blank one."""
+    text = line.decode().strip()
+    try:
+        value = json.loads(text) if text else None
+    except json.JSONDecodeError as error:
+        raise BadRecordError("invalid_json", f"{error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise BadRecordError("invalid_json", str(error)) from None
+    if text and not isinstance(value, dict):
+        detail = f"the line holds a JSON {type(value).__name__}; each line must hold one object"
+        raise BadRecordError("not_an_object", detail)
+    return cast("dict[str, object] | None", value)
+
+
+def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    # Python limits a cell to 131,072 characters, for the whole process; here `_Lines` holds the limit instead.
+    csv.field_size_limit(max(csv.field_size_limit(), config.max_record_bytes))
+    lines = _Lines(stream, config.max_record_bytes)
+    # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses: csv goes on with the next row.
+    texts = map(partial(str, encoding="utf-8", errors="surrogateescape"), lines)
+    rows = csv.reader(texts, delimiter="\t", strict=True)
+    try:
+        header = [name.strip() for name in next(rows, [])]
+    except (csv.Error, BadRecordError) as error:
+        raise InputError(
+            f"{path}: its first line is not a TSV header: {error}", "name the columns there, or set corpus.format"
+        ) from None
+    _require_text_column(header, path, config)
+    while True:
+        number = lines.start_record()
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except BadRecordError as bad:
+            yield number, bad
+        except csv.Error as error:
+            # Perhaps a stray quote took the next records in: only its own line is lost.
+            lines.keep_first_only()
+            detail = f"{error}; a field with a double quote must be quoted, its quotes doubled"
+            yield number, BadRecordError("invalid_tsv", detail)
+        else:
+            if len(row) == len(header):
+                yield number, dict(zip(header, row, strict=True))
+            elif "".join(row).strip() or len(row) > 1:  # a blank line is no record
+                detail = f"the row has {len(row)} fields, the header has {len(header)}"
+                yield number, BadRecordError("invalid_tsv", detail)
+
+
+def read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    table = pq.ParquetFile(stream)
+    there = table.schema_arrow.names
+    _require_text_column(there, path, config)
+    columns = config.columns
+    wanted = (columns.id, columns.title, columns.text, columns.access)
+    names = [name for name in wanted if name is not None and name in there]
+    number = 0
+    for batch in table.iter_batches(_PARQUET_ROWS, columns=names):
+        for row in range(batch.num_rows):
+            number += 1
+            try:
+                values = {name: batch.column(name)[row].as_py() for name in names}
+                size = sum(len(value.encode()) for value in values.values() if isinstance(value, str))
+                _check_size(size, config.max_record_bytes)
+                yield number, values
+            except BAD_RECORD as bad:
+                yield number, bad
+
+
+def read_plain_text(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    name = file_label(path, config).removesuffix(".gz")
+    data = stream.read(config.max_record_bytes + 1)
+    try:
+        rest = sum(len(chunk) for chunk in iter(lambda: stream.read(_CHUNK_BYTES), b""))
+        _check_size(len(data) + rest, config.max_record_bytes)
+        columns = config.columns
+        text = data.decode("utf-8-sig")
+        yield 1, {columns.id: name, columns.title: PurePosixPath(name).stem, columns.text: text}
+    except BAD_RECORD as bad:
+        yield 1, bad
+
+
+def _require_text_column(there: Sequence[str], path: str, config: CorpusConfig) -> None:
+    if config.columns.text not in there:
+        raise InputError(
+            f"{path}: has no column {config.columns.text!r}; it has {quote_names(there)}",
+            "set corpus.columns.text to the column that holds the texts",
+        )
+
+
+def _check_size(size: int, limit: int, where: str = "") -> None:
+    if size > limit:
+        raise BadRecordError("too_long", f"{size:,} bytes, over corpus.max_record_bytes = {limit:,}{where}")
+
+
+def quote_names(names: Mapping[str, object] | Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:50]) for name in list(names)[:20])
+    return f"{shown}, …" if len(names) > 20 else shown or "none"

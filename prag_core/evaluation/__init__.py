@@ -1,0 +1,1 @@
+"""Measuring answers: what is asked under which control, the metrics, and the summary of a report."""

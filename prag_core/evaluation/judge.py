@@ -1,0 +1,47 @@
+"""A language model as judge: whether an answer means what one of the accepted answers means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prag_core.errors import GenerationError
+from prag_core.llm.generator import Generator, Prompt
+
+# Raised whenever the words change.
+JUDGE_VERSION = 1
+
+_PROMPT = (
+    "Question: {question}\nAccepted answers: {answers}\nGiven answer: {given}\n\n"
+    "Does the given answer say the same as one of the accepted answers? Other words, a longer sentence or another "
+    "spelling do not matter; another person, place, number or date does. Reply with one word: yes or no."
+)
+
+
+def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[float]:
+    """Return 1.0 for each right answer and 0.0 for each wrong one, of (question, accepted answers, given answer).
+
+    An empty answer is wrong without asking.
+
+    Raises:
+        GenerationError: when the model fails, or its reply is neither yes nor no; the message says how often.
+    """
+    asked = [i for i, (_, _, given) in enumerate(rows) if given.strip()]
+    prompts = [
+        Prompt(_PROMPT.format(question=rows[i][0], answers="; ".join(rows[i][1]), given=rows[i][2])) for i in asked
+    ]
+    verdicts = [0.0] * len(rows)
+    unclear: list[str] = []
+    for i, reply in zip(asked, generator.generate(prompts, max_new_tokens=8), strict=True):
+        if isinstance(reply, GenerationError):
+            raise reply
+        word = reply.strip().lower().lstrip("*\"'").partition(" ")[0].rstrip(".,!*\"'")
+        if word not in ("yes", "no"):
+            unclear.append(reply)
+        verdicts[i] = float(word == "yes")
+    if unclear:
+        raise GenerationError(
+            f"the judge gave {len(unclear)} of {len(prompts)} replies that are neither yes nor no, such as "
+            f"{unclear[0]!r}",
+            "use a model that follows instructions",
+        )
+    return verdicts

@@ -1,0 +1,266 @@
+"""From stored answers to a report: scores with intervals, differences, types, costs, examples won and lost.
+
+The report is plain data and depends on the answers alone: made again from the same answers it is the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prag_core.data.questions import Question
+from prag_core.evaluation.metrics import (
+    contains_answer,
+    exact_match,
+    f1,
+    hotpot_f1,
+    paired_bootstrap,
+    paper_exact_match,
+    paper_f1,
+    recall_at_k,
+)
+from prag_core.evaluation.plan import Column, EvaluationPlan, EvaluationReply
+
+_Answers = Sequence[str]
+
+
+def _as_paper(metric: Callable[..., float], reply: EvaluationReply, answers: _Answers) -> float:
+    return metric(reply.reasoning or reply.text, answers, chain_of_thought=bool(reply.reasoning))
+
+
+METRICS: dict[str, Callable[[EvaluationReply, _Answers], float]] = {
+    "f1": lambda reply, answers: f1(reply.text, answers),
+    "em": lambda reply, answers: exact_match(reply.text, answers),
+    "contains": lambda reply, answers: contains_answer(reply.text, answers),
+    "hotpot_f1": lambda reply, answers: hotpot_f1(reply.text, answers),
+    "paper_f1": lambda reply, answers: _as_paper(paper_f1, reply, answers),
+    "paper_em": lambda reply, answers: _as_paper(paper_exact_match, reply, answers),
+}
+# The claims that an evaluation is there to test, as differences; only those whose columns were asked.
+DIFFERENCES = (
+    ("prag", "closed"),
+    ("prag", "wrong"),
+    ("prag", "random"),
+    ("prag", "task"),
+    ("combine", "rag"),
+    ("combine", "task_rag"),
+    ("combine", "reader_rag"),
+    ("combine", "da_rag"),
+    ("task_rag", "rag"),
+)
+_EXAMPLES = 5
+STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was asked and answered.
+
+    `origin` says who answered, as the report will: the snapshot and the recipe, or the server. Per question, in their
+    order: `gold` keys, `retrieved` keys (the best first), `retrieve_ms`; `asks` has for each
+    column's name the ids of each question's requests, one a seed, and `replies` the answers by id. `left_out` counts
+    the questions that were not asked, by reason. `verdicts` are a judge's, by the ids of question and answer.
+    """
+
+    origin: Mapping[str, Any]
+    plan: EvaluationPlan
+    questions: tuple[Question, ...]
+    left_out: Mapping[str, int]
+    columns: tuple[Column, ...]
+    gold: tuple[tuple[str, ...], ...]
+    retrieved: tuple[tuple[str, ...], ...]
+    retrieve_ms: tuple[float, ...]
+    asks: Mapping[str, Sequence[Sequence[str]]]
+    replies: Mapping[str, EvaluationReply]
+    verdicts: Mapping[tuple[str, str], float] | None = None
+
+    @property
+    def groups(self) -> list[str]:
+        """What the bootstrap draws for each question: its first gold passage, or else the question itself."""
+        return [gold[0] if gold else f"question {q.id}" for gold, q in zip(self.gold, self.questions, strict=True)]
+
+    def scores(self, column: str, metric: str) -> list[float]:
+        """Return each question's score in a column, the mean over its seeds."""
+        scored = []
+        for question, ids in zip(self.questions, self.asks[column], strict=True):
+            if metric == "judge":
+                values = [(self.verdicts or {})[question.id, id] for id in ids]
+            else:
+                values = [METRICS[metric](self.replies[id], question.answers) for id in ids]
+            scored.append(_mean(values))
+        return scored
+
+    @property
+    def with_adapters(self) -> list[int]:
+        """Which questions, by position, no mode answered without the adapter of one of its passages."""
+        own = [self.asks[c.name] for c in self.columns if not c.control and c.mode in ("prag", "combine")]
+        return [i for i in range(len(self.questions)) if not any(self.replies[id].notes for of in own for id in of[i])]
+
+
+def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Return the report of an evaluation as plain values, numbers rounded to four digits.
+
+    Args:
+        evaluation: What was asked and answered.
+        dataset: What the report says of the questions' origin.
+        command: The command that makes this report again.
+    """
+    names = [column.name for column in evaluation.columns]
+    metrics = [*METRICS, *(["judge"] if evaluation.verdicts is not None else [])]
+    scores = {name: {metric: evaluation.scores(name, metric) for metric in metrics} for name in names}
+    groups = evaluation.groups
+    report = {
+        "command": command,
+        "dataset": {**dataset, "asked": len(evaluation.questions), "left_out": dict(evaluation.left_out)},
+        **evaluation.origin,
+        "plan": asdict(evaluation.plan),
+        "columns": {
+            column.name: {
+                **asdict(column),
+                **_column(evaluation, column, scores[column.name], groups),
+            }
+            for column in evaluation.columns
+        },
+        "differences": _differences(scores, groups),
+        "with_adapters": _with_adapters(evaluation, scores, groups),
+        "types": _types(evaluation, scores),
+        "retrieval": _retrieval(evaluation),
+        "examples": [
+            _examples(evaluation, left, right, scores, groups)
+            for left, right in (("prag", "closed"), ("combine", "rag"))
+            if left in scores and right in scores
+        ],
+    }
+    rounded: dict[str, Any] = _rounded(report)
+    return rounded
+
+
+def summary_line(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a script wants of a report: n, F1 by column, and the differences with their intervals."""
+    chosen = {f"{d['left']}_{d['right']}": d for d in report["differences"] if d["metric"] == "f1"}
+    return {
+        "n": report["dataset"]["asked"],
+        "f1": {name: column["f1"] for name, column in report["columns"].items()},
+        "delta": {name: d["mean"] for name, d in chosen.items()},
+        "ci": {name: [d["low"], d["high"]] for name, d in chosen.items()},
+    }
+
+
+def _column(
+    evaluation: Evaluation, column: Column, scores: Mapping[str, list[float]], groups: Sequence[str]
+) -> dict[str, Any]:
+    replies = [evaluation.replies[id] for ids in evaluation.asks[column.name] for id in ids]
+    _, low, high = paired_bootstrap(scores["f1"], [0.0] * len(groups), groups)
+    searched = column.mode != "closed" and evaluation.plan.retrieval == "bm25"
+    per_step = {
+        "retrieve": list(evaluation.retrieve_ms) if searched else [0.0],
+        **{step: [getattr(reply, f"{step}_ms") for reply in replies] for step in STEPS[1:]},
+    }
+    milliseconds = {step: _mean(values) for step, values in per_step.items()}
+    return {
+        **{metric: _mean(values) for metric, values in scores.items()},
+        "f1_interval": [low, high],
+        "milliseconds": {**milliseconds, "total": sum(milliseconds.values())},
+        "prompt_tokens": _mean([reply.prompt_tokens for reply in replies]),
+        "new_tokens": _mean([reply.new_tokens for reply in replies]),
+        "without_adapter": sum(bool(reply.notes) for reply in replies),
+        "failed": sum(bool(reply.failed) for reply in replies),
+    }
+
+
+def _differences(scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for left, right in DIFFERENCES:
+        if left in scores and right in scores:
+            for metric in ("f1", "paper_f1"):
+                mean, low, high = paired_bootstrap(scores[left][metric], scores[right][metric], groups)
+                found.append({"left": left, "right": right, "metric": metric, "mean": mean, "low": low, "high": high})
+    return found
+
+
+def _with_adapters(
+    evaluation: Evaluation, scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]
+) -> dict[str, Any]:
+    """Return scores and differences of the questions whose passages all have an adapter.
+
+    A passage without one goes into the prompt, so the other questions say less of what adapters do.
+    """
+    chosen = evaluation.with_adapters
+    of = {name: {metric: [values[i] for i in chosen] for metric, values in by.items()} for name, by in scores.items()}
+    return {
+        "n": len(chosen),
+        "f1": {name: _mean(by["f1"]) for name, by in of.items()},
+        "differences": _differences(of, [groups[i] for i in chosen]) if chosen else [],
+    }
+
+
+def _types(evaluation: Evaluation, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    counts = Counter(question.type for question in evaluation.questions)
+    return {
+        kind or "(none)": {
+            "n": count,
+            "f1": {
+                name: _mean([s for s, q in zip(of["f1"], evaluation.questions, strict=True) if q.type == kind])
+                for name, of in scores.items()
+            },
+        }
+        for kind, count in sorted(counts.items())
+    }
+
+
+def _retrieval(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the mean share of gold passages among the first k, of the questions that have any."""
+    pairs = [(found, gold) for found, gold in zip(evaluation.retrieved, evaluation.gold, strict=True) if gold]
+    if not pairs:
+        return {"n": 0, "recall": {}, "any": {}}
+    ks = sorted({1, 3, 5, *evaluation.plan.top_k})
+    recalls = {k: [recall_at_k(found, gold, k) for found, gold in pairs] for k in ks}
+    return {
+        "n": len(pairs),
+        "recall": {str(k): _mean(values) for k, values in recalls.items()},
+        "any": {str(k): _mean([float(value > 0) for value in values]) for k, values in recalls.items()},
+    }
+
+
+def _examples(
+    evaluation: Evaluation,
+    left: str,
+    right: str,
+    scores: Mapping[str, Mapping[str, list[float]]],
+    groups: Sequence[str],
+) -> dict[str, Any]:
+    """Return the questions that `left` won and lost most clearly against `right`, each of another passage."""
+    gains = [a - b for a, b in zip(scores[left]["f1"], scores[right]["f1"], strict=True)]
+
+    def most(sign: int) -> list[dict[str, Any]]:
+        shown: list[dict[str, Any]] = []
+        seen = set()
+        for i in sorted(range(len(gains)), key=lambda i: (-sign * gains[i], i)):
+            if sign * gains[i] <= 0 or len(shown) == _EXAMPLES:
+                break
+            if groups[i] in seen:
+                continue
+            seen.add(groups[i])
+            question = evaluation.questions[i]
+            texts = {name: evaluation.replies[of[i][0]].text for name, of in evaluation.asks.items()}
+            shown.append({"question": question.question, "answers": list(question.answers), "texts": texts})
+        return shown
+
+    return {"left": left, "right": right, "won": most(1), "lost": most(-1)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Answering questions from a snapshot: for one caller (engine), or for many at once (service)."""

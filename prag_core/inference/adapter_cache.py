@@ -1,0 +1,222 @@
+"""Adapters near the model: in memory under a byte budget, behind it on the local disk, and then the store.
+
+An entry is named by recipe, passage and checksum: neither another recipe's adapter nor one that was trained anew
+can stand in for it. What a request uses is pinned; what many requests want at once is fetched once; what cannot be
+had is not asked for again at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cachetools import TTLCache
+
+from prag_core.errors import AdapterError
+from prag_core.inference.disk_cache import DiskCache
+from prag_core.inference.stats import CacheStats
+from prag_core.llm.lora import Factors
+from prag_core.store.adapters import LedgerSource
+from prag_core.store.ledger import Located
+
+log = logging.getLogger(__name__)
+
+# Failures that are remembered at once; beyond it the oldest are forgotten, and tried again.
+_MOST_FAILURES = 100_000
+
+Loaded = Factors | AdapterError
+
+
+class AdapterId(NamedTuple):
+    """What decides an adapter's bytes."""
+
+    recipe: str
+    key: str
+    checksum: str
+
+
+@dataclass(eq=False)
+class _Entry:
+    """An adapter in memory, or on its way there. `pins` counts the leases that hold it."""
+
+    future: Future[Loaded]
+    pins: int = 0
+    size_bytes: int = 0
+
+
+class AdapterLease:
+    """The adapters of one request: each comes as a future of its factors, or of the error that stands for it.
+
+    What has come is pinned until `release`; `factors` also gives up what has not come yet.
+    """
+
+    def __init__(
+        self, cache: AdapterCache, entries: Mapping[str, tuple[AdapterId, _Entry]], failed: Mapping[str, AdapterError]
+    ) -> None:
+        self._cache = cache
+        self._entries = dict(entries)
+        self._failed = failed
+
+    @property
+    def futures(self) -> list[Future[Loaded]]:
+        """The futures of what is in memory or on its way there."""
+        return [entry.future for _, entry in self._entries.values()]
+
+    def factors(self, waited_s: float) -> dict[str, Loaded]:
+        """Return what has come by now; the rest is an error that says how long it was waited for."""
+        found: dict[str, Loaded] = dict(self._failed)
+        for key, (_, entry) in self._entries.items():
+            if entry.future.done() and not entry.future.cancelled():
+                found[key] = entry.future.result()
+            else:
+                found[key] = AdapterError(f"adapter {key}: has not come within {waited_s:g} s")
+        late = [key for key, loaded in found.items() if isinstance(loaded, AdapterError) and key in self._entries]
+        self._cache._unpin([self._entries.pop(key) for key in late])
+        return found
+
+    def release(self) -> None:
+        """Let the adapters go. Doing it again changes nothing."""
+        entries, self._entries = self._entries, {}
+        self._cache._unpin(entries.values())
+
+
+class AdapterCache:
+    """The adapters that a replica has at hand; safe to use from many threads.
+
+    Args:
+        size_bytes: The budget of the memory. What requests use right now is kept beyond it.
+        disk: The tier behind the memory; None for none.
+        threads: How many adapters are fetched at once.
+        negative_ttl_s: How long an adapter that could not be had is not tried again.
+        clock: Gives seconds; for the expiry of failures.
+    """
+
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        disk: DiskCache | None = None,
+        threads: int = 16,
+        negative_ttl_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._budget = size_bytes
+        self._disk = disk
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[AdapterId, _Entry] = OrderedDict()
+        self._failed: TTLCache[AdapterId, AdapterError] = TTLCache(_MOST_FAILURES, negative_ttl_s, timer=clock)
+        self._size_bytes = 0
+        self._hits = self._disk_hits = self._misses = self._failures = self._evictions = 0
+
+    def lease(self, source: LedgerSource, keys: Iterable[str]) -> AdapterLease:
+        """Begin to load the adapters of `keys` where they are not at hand, and return at once."""
+        rows: list[Located] = []
+        failed: dict[str, AdapterError] = {}
+        for key in dict.fromkeys(keys):
+            try:
+                rows.append(source.row(key))
+            except AdapterError as unknown:
+                failed[key] = unknown
+        entries = {}
+        with self._lock:
+            for row in rows:
+                id = AdapterId(source.recipe, row.key, row.checksum)
+                if (known := self._failed.get(id)) is not None:
+                    failed[row.key] = known
+                else:
+                    entries[row.key] = id, self._pin(id, source, row)
+        return AdapterLease(self, entries, failed)
+
+    def stats(self) -> CacheStats:
+        """Return what was done so far, and what is held now."""
+        with self._lock:
+            return CacheStats(
+                hits=self._hits,
+                disk_hits=self._disk_hits,
+                misses=self._misses,
+                failures=self._failures,
+                evictions=self._evictions,
+                entries=sum(entry.size_bytes > 0 for entry in self._entries.values()),
+                size_bytes=self._size_bytes,
+                pinned_bytes=sum(entry.size_bytes for entry in self._entries.values() if entry.pins),
+                disk_bytes=self._disk.size_bytes if self._disk is not None else 0,
+            )
+
+    def close(self) -> None:
+        """Fetch nothing more; loads that have not begun are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pin(self, id: AdapterId, source: LedgerSource, row: Located) -> _Entry:
+        """Return the entry of an adapter and hold it; the lock is held."""
+        entry = self._entries.get(id)
+        if entry is None:
+            entry = self._entries[id] = _Entry(self._pool.submit(self._load, id, source, row))
+        else:
+            self._hits += 1
+            self._entries.move_to_end(id)
+        entry.pins += 1
+        return entry
+
+    def _unpin(self, entries: Iterable[tuple[AdapterId, _Entry]]) -> None:
+        with self._lock:
+            for id, entry in entries:
+                entry.pins -= 1
+                # Nobody waits for a load any more that has not begun: leave the threads to those who wait.
+                if not entry.pins and entry.future.cancel():
+                    del self._entries[id]
+            self._evict()
+
+    def _load(self, id: AdapterId, source: LedgerSource, row: Located) -> Loaded:
+        try:
+            factors, from_disk = self._read(id, source, row)
+        except Exception as error:  # whatever it is, it must neither fail a request nor stay as an entry
+            if not isinstance(error, AdapterError):
+                log.exception("adapter %s: loading failed", id.key)
+                error = AdapterError(f"adapter {id.key}: {type(error).__name__}: {error}")
+            with self._lock:
+                self._failures += 1
+                self._failed[id] = error
+                del self._entries[id]
+            return error
+        with self._lock:
+            self._disk_hits += from_disk
+            self._misses += not from_disk
+            entry = self._entries[id]
+            entry.size_bytes = sum(tensor.nbytes for tensor in factors.values())
+            self._size_bytes += entry.size_bytes
+            self._evict()
+        return factors
+
+    def _read(self, id: AdapterId, source: LedgerSource, row: Located) -> tuple[Factors, bool]:
+        """Return verified factors, and whether they came from the local disk."""
+        if self._disk is not None and (data := self._disk.get(id.recipe, id.checksum)) is not None:
+            try:
+                return source.unpack(row, data), True
+            except AdapterError:
+                log.warning("adapter %s: its copy on the local disk is damaged; fetching it again", id.key)
+                self._disk.remove(id.recipe, id.checksum)
+        data = source.read(row)
+        factors = source.unpack(row, data)
+        if self._disk is not None:
+            self._disk.put(id.recipe, id.checksum, data)
+        return factors, False
+
+    def _evict(self) -> None:
+        """Drop what was used longest ago, until the rest keeps to the budget; the lock is held."""
+        if self._size_bytes <= self._budget:
+            return
+        for id, entry in list(self._entries.items()):
+            if entry.pins or not entry.size_bytes:
+                continue
+            del self._entries[id]
+            self._size_bytes -= entry.size_bytes
+            self._evictions += 1
+            if self._size_bytes <= self._budget:
+                return

@@ -1,0 +1,235 @@
+"""LoRA factors outside the model: their shapes, their start, and their injection row by row.
+
+An adapter's factors are arguments of a forward pass, never state of the model. For row i of a batch and one
+adapted module, `y = W x + B_i (w_i ⊙ (A_i x))`: two batched products, in which `A_i` and `B_i` may hold one
+adapter (training) or several side by side (answering), since a sum of adapters is one adapter of the summed
+rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`, exactly (design, section 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prag_core.errors import AdapterError
+from prag_core.llm.layout import LoraLayout, find_layout, place_of
+from prag_core.recipe import TrainRecipe
+
+Factors = Mapping[str, Tensor]
+
+
+def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
+    """Find the modules of `model` that a recipe adapts, by (layer, target), and the layout of its adapters.
+
+    Raises:
+        ModelError: when the model does not fit; see `prag_core.llm.layout.find_layout`.
+    """
+    layout = find_layout(linear_shapes(model), recipe)
+    modules = {}
+    for name, module in model.named_modules():
+        place = place_of(name)
+        if isinstance(module, nn.Linear) and place and place[0] in layout.layers and place[1] in layout.targets:
+            modules[place] = module
+    return layout, modules
+
+
+def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """Return the (inputs, outputs) of each linear module of a model, by its name."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:
+    """Return the fp32 factors that every adapter of a recipe starts from: A Kaiming-uniform as in PEFT, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, shape in layout.tensor_shapes.items():
+        factors[name] = torch.zeros(shape)
+        if name.endswith(".A"):
+            bound = 1 / math.sqrt(shape[-1])  # kaiming_uniform_ with a = √5
+            factors[name].uniform_(-bound, bound, generator=generator)
+    return factors
+
+
+def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
+    """Check that an adapter has each tensor of the layout, in its shape, and finite.
+
+    Raises:
+        AdapterError: naming the adapter and the first tensor that does not fit.
+    """
+    expected = layout.tensor_shapes
+    if set(factors) != set(expected):
+        raise AdapterError(f"adapter {key}: has tensors {sorted(factors)}, the layout wants {sorted(expected)}")
+    for name, shape in expected.items():
+        if tuple(factors[name].shape) != shape:
+            raise AdapterError(
+                f"adapter {key}: {name} has shape {tuple(factors[name].shape)}, the layout wants {shape}"
+            )
+        # The extremes are not finite where any value is not; to find them is an order of magnitude faster than to look
+        # at each value in bf16, which took most of the time of fetching an adapter.
+        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
+            raise AdapterError(f"adapter {key}: {name} holds values that are not finite")
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapters of each row of one batch.
+
+    `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`, where q is the
+    summed rank of a row: with few tokens a row, adding q long rows is an order of magnitude faster than q short
+    products for each output. `weights` is `[R, q]` and carries both the weight of each adapter and the layout's scale.
+    """
+
+    factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterStack:
+    """The same for all layers at once, so that a row is laid and moved by few copies.
+
+    `factors` maps each target to A `[layers, R, q, inputs]` and the transpose of B `[layers, R, q, outputs]`.
+    """
+
+    layers: tuple[int, ...]
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    weights: Tensor
+
+    def rows(self, count: int | None = None) -> RowAdapters:
+        """Return the first `count` rows, or all, as views."""
+        views = {
+            (layer, target): (a[position, :count], b[position, :count])
+            for target, (a, b) in self.factors.items()
+            for position, layer in enumerate(self.layers)
+        }
+        return RowAdapters(views, self.weights[:count])
+
+
+def stack_adapters(
+    layout: LoraLayout,
+    rows: Sequence[Sequence[tuple[Factors, float]]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> AdapterStack | None:
+    """Lay the (adapter, weight) pairs of each row side by side; rows with fewer get zero slots.
+
+    Returns None when no row has an adapter: the bare model then runs as it is.
+    """
+    slots = max((len(row) for row in rows), default=0)
+    if slots == 0:
+        return None
+    weights = torch.zeros(len(rows), slots * layout.rank)
+    for i, row in enumerate(rows):
+        for j, (_, weight) in enumerate(row):
+            weights[i, j * layout.rank : (j + 1) * layout.rank] = weight * layout.scale
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for target in layout.targets:
+        count, rank, inputs = layout.tensor_shapes[f"{target}.A"]
+        outputs = layout.tensor_shapes[f"{target}.B"][1]
+        a = torch.empty(count, len(rows), slots, rank, inputs, dtype=dtype)
+        b = torch.empty(count, len(rows), slots, rank, outputs, dtype=dtype)
+        for i, row in enumerate(rows):
+            for j, (adapter, _) in enumerate(row):
+                a[:, i, j] = adapter[f"{target}.A"]
+                b[:, i, j] = adapter[f"{target}.B"].transpose(1, 2)
+            a[:, i, len(row) :] = 0
+            b[:, i, len(row) :] = 0
+        factors[target] = (a.flatten(2, 3).to(device), b.flatten(2, 3).to(device))
+    return AdapterStack(layout.layers, factors, weights.to(device=device, dtype=dtype))
+
+
+def stack_rows(
+    layout: LoraLayout,
+    rows: Sequence[Sequence[tuple[Factors, float]]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> RowAdapters | None:
+    """Return what `stack_adapters` lays as the adapters of one forward pass."""
+    stacked = stack_adapters(layout, rows, dtype=dtype, device=device)
+    return stacked.rows() if stacked is not None else None
+
+
+class Injector:
+    """Adds the active rows' adapters to the outputs of a model's adapted modules.
+
+    The hooks are set once and hold no adapter; which adapters are active is the business of `active`, for the
+    calling thread or task alone. Without it the model computes what it always did.
+    """
+
+    def __init__(self, model: Any, recipe: TrainRecipe) -> None:
+        self.layout, modules = find_targets(model, recipe)
+        self._active: contextvars.ContextVar[RowAdapters | None] = contextvars.ContextVar("active", default=None)
+        self._handles = [
+            module.register_forward_hook(self._hook(place), prepend=True) for place, module in modules.items()
+        ]
+
+    @property
+    def modules(self) -> int:
+        """The number of adapted modules."""
+        return len(self._handles)
+
+    @contextlib.contextmanager
+    def active(self, rows: RowAdapters | None) -> Iterator[None]:
+        """Within this context, forward passes of as many rows as `rows` has use their adapters."""
+        token = self._active.set(rows)
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+
+    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the `context_fn` pair of `torch.utils.checkpoint`: what is active now is so in the recomputation.
+
+        On CUDA the backward pass runs in a thread of autograd's own, which knows nothing of the caller's context.
+        """
+        return contextlib.nullcontext(), self.active(self._active.get())
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, place: tuple[int, str]) -> Any:
+        def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            rows = self._active.get()
+            if rows is None:
+                return None
+            a, b = rows.factors[place]
+            x = inputs[0]
+            middle = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
+            return torch.baddbmm(output, middle, b.to(x.dtype))
+
+        return add_low_rank
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter as training left it: fp32 factors on the CPU, and how it went.
+
+    `factors` is None when `failure` says why there are none: `loss_not_finite` (nothing of it reached its
+    neighbours) or `out_of_memory` (alone, it was too much for the device). `first_loss` and `last_loss` are means
+    over the first and the last epoch.
+    """
+
+    key: str
+    factors: dict[str, Tensor] | None
+    steps: int
+    tokens: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    failure: str = ""

@@ -1,0 +1,1 @@
+"""Keeping a store: listing, checking, repairing, compacting and erasing what it holds."""

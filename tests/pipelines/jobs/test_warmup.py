@@ -1,0 +1,190 @@
+"""The warm-up: what it trains on, that workers share one result, and that a recipe starts from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.settings import describe
+from prag_core.config import load_config
+from prag_core.data.questions import Gold, Question, read_questions
+from prag_core.errors import InputError
+from prag_core.evaluation.plan import EvaluationReply
+from prag_core.llm.base_model import BaseModel
+from prag_core.llm.lora import initial_factors
+from prag_core.recipe import RECIPES
+from prag_core.records import from_table
+from prag_core.store.adapters import get_start
+from prag_core.store.objects import Store
+from prag_core.testing import tiny_base_model
+from prag_core.training.examples import TrainingExample
+from prag_core.training.trainer import Trainer
+from prag_core.training.warmup import WarmupSettings, train_warmup, warmup_examples, with_texts, without_overlap
+from tests.helpers.passages import make_augmentation, make_passage
+from tests.helpers.published import publish_passages
+
+QUESTIONS = [Question(f"q{i}", f"Which number follows {i}?", (f"{i + 1}", "x")) for i in range(10)]
+SETTINGS = WarmupSettings(learning_rate=1e-2, epochs=3, batch=4)
+
+
+@pytest.fixture
+def trainer(tiny_session: BaseModel):
+    made = Trainer(tiny_session, replace(RECIPES["small"], last_layers=2))
+    yield made
+    made.close()
+
+
+def test_no_question_that_will_be_asked_is_trained_on() -> None:
+    gold = (Gold(id="p1"),)
+    questions = [*QUESTIONS[:3], Question("g", "Something else?", ("y",), gold=gold)]
+    later = [Question("e1", "which number FOLLOWS 1", ("2",)), Question("e2", "Another?", ("z",), gold=gold)]
+    left = without_overlap(questions, later, ["Which number follows the 2?"])
+    assert [question.id for question in left] == ["q0"]
+    with pytest.raises(InputError, match="none of the 1 questions"):
+        without_overlap(questions[1:2], later)
+
+
+def test_examples_are_asked_as_the_recipe_asks(trainer: Trainer) -> None:
+    tokenizer = trainer.base.tokenizer
+    texts = [tokenizer.decode(example.ids) for example in warmup_examples(trainer, QUESTIONS)]
+    assert len(texts) == 10
+    assert "Which number follows 3?" in texts[3]
+    assert texts[3].endswith("The answer is 4." + tokenizer.eos_token)
+
+
+def test_a_reader_is_asked_with_its_passages_and_learns_the_answer_alone(trainer: Trainer) -> None:
+    gold = (Gold(title="Numbers", text="After 3 comes 4."), Gold(id="p", title="More", text="After 4 comes 5."))
+    questions = with_texts([*QUESTIONS, replace(QUESTIONS[3], gold=gold), replace(QUESTIONS[4], gold=(Gold(id="p"),))])
+    assert [question.gold for question in questions] == [gold]
+    (example,) = warmup_examples(trainer, questions, reading=True)
+    tokenizer = trainer.base.tokenizer
+    prompt, answer = (tokenizer.decode(ids) for ids in _parted(example))
+    assert "Numbers\nAfter 3 comes 4." in prompt
+    assert "More\nAfter 4 comes 5." in prompt
+    assert answer == "The answer is 4." + tokenizer.eos_token
+    with pytest.raises(InputError, match="none of the 10 questions brings"):
+        with_texts(QUESTIONS)
+
+
+def _parted(example: TrainingExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return example.ids[: example.scored_from], example.ids[example.scored_from :]
+
+
+def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
+    examples = warmup_examples(trainer, QUESTIONS)
+    losses: list[float] = []
+    alone = train_warmup(trainer, examples, SETTINGS, on_step=lambda _, loss: losses.append(loss))
+    assert len(losses) == 9
+    assert losses[-1] < losses[0]
+    start = initial_factors(trainer.layout, SETTINGS.seed)
+    assert all(not torch.equal(alone[name], start[name]) for name in start)
+    # A worker sees its share of the batch alone; what the other one adds is scripted from its own run.
+    shares: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    one_step = replace(SETTINGS, epochs=1, batch=10)
+    for rank in (0, 1):
+        train_warmup(
+            trainer, examples, one_step, rank=rank, workers=2, add_up=lambda t, r=rank: shares[r].append(t.clone())
+        )
+    others = iter(shares[1])
+    both = train_warmup(trainer, examples, one_step, rank=0, workers=2, add_up=lambda t: t.add_(next(others)))
+    whole = train_warmup(trainer, examples, one_step)
+    for name, tensor in whole.items():
+        # AdamW's first step is the sign of the gradient: where that is zero up to rounding, either is right.
+        assert (torch.isclose(both[name], tensor, atol=1e-6)).float().mean() > 0.99
+
+
+@pytest.mark.slow
+def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(2)]
+    work = publish_passages(tmp_path, passages)
+    lines = [{"id": q.id, "question": q.question, "answers": list(q.answers)} for q in QUESTIONS]
+    known = make_augmentation(passages[0]).pairs[0].question
+    lines.append({"id": "known", "question": known, "answers": ["thing"]})
+    (tmp_path / "warm.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "later.jsonl").write_text(json.dumps(lines[0]))
+    command = ["warmup", "-c", "config.yaml", "--json", "--exclude", "later.jsonl", "--workers", "2", "--epochs", "3"]
+    made = json.loads(work.run(*command, "--learning-rate", "0.01", "--batch", "4", "--export", "peft", "warm.jsonl"))
+    # One will be asked, one is asked by an augmentation.
+    assert (made["questions"], made["left_out"]) == (9, 2)
+    assert made["last_loss"] < made["first_loss"]
+
+    # The same in this process, by one worker.
+    trainer = Trainer(tiny_base_model(tmp_path / "tiny"), RECIPES["small"])
+    questions = [q for q in read_questions(str(tmp_path / "warm.jsonl")) if q.id not in ("q0", "known")]
+    expected = train_warmup(trainer, warmup_examples(trainer, questions), SETTINGS)
+    got = get_start(Store(str(tmp_path / "store")), made["start"])
+    for name, tensor in expected.items():
+        assert torch.isclose(got[name], tensor, atol=2e-3).float().mean() > 0.98, name
+
+    # A recipe starts from it by its name, or from the folder that was written: the same recipe.
+    base = [f"model.name={tmp_path / 'tiny'}", f"store={tmp_path / 'store'}"]
+    recipes = [
+        describe(load_config(tmp_path / "config.yaml", [*base, *more]))[0]
+        for more in ([], [f"train.start={made['start']}"], [f"train.start={tmp_path / 'peft'}"])
+    ]
+    assert [recipe.train.start for recipe in recipes] == ["", made["start"], made["start"]]
+    assert recipes[0].fingerprint != recipes[1].fingerprint == recipes[2].fingerprint
+
+
+@pytest.mark.slow
+def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
+    passages = [make_passage(n) for n in range(2)]
+    work = publish_passages(tmp_path, passages)
+
+    def paragraph(title: str, context: str, numbers: range) -> dict:
+        asked = [
+            {"id": f"{title} {n}", "question": f"What follows {n}?", "answers": [{"text": str(n)}]} for n in numbers
+        ]
+        return {"title": title, "paragraphs": [{"context": context, "qas": asked}]}
+
+    known, other = passages[0], "Each number is followed by itself."
+    read = {"data": [paragraph(known.title, known.text, range(3)), paragraph("Numbers", other, range(3, 9))]}
+    (tmp_path / "squad.json").write_text(json.dumps(read))
+    # It will be asked about the first passage, which it names by its id.
+    later = {"question": "Will this be asked?", "answers": ["yes"], "gold_ids": [known.sources[0]]}
+    (tmp_path / "later.jsonl").write_text(json.dumps(later))
+    # Another set that will be asked, whose question has the same id: its number.
+    more = {"question": "And this?", "answers": ["yes"], "gold_ids": [passages[1].sources[0]]}
+    (tmp_path / "more.jsonl").write_text(json.dumps(more))
+    command = ["warmup", "-c", "config.yaml", "--json", "--reading"]
+    command += ["--exclude", "later.jsonl", "--exclude", "more.jsonl"]
+    made = json.loads(work.run(*command, "--limit", "5", "--epochs", "3", "--learning-rate", "0.01", "squad.json"))
+    assert (made["questions"], made["left_out"]) == (5, 4)
+    assert made["last_loss"] < made["first_loss"]
+    note = json.loads((tmp_path / "store" / "starts" / f"{made['start']}.json").read_text())
+    assert note["settings"]["reading"] is True
+
+    ask = ["ask", "-c", "config.yaml", "--json", "--compare", f"What is {known.title}?"]
+    without, with_reader = (
+        json.loads(work.run(*ask, *more)) for more in ([], ["--set", f"answer.reader={made['start']}"])
+    )
+    changed = [a["mode"] for a, b in zip(without, with_reader, strict=True) if a["text"] != b["text"]]
+    assert changed == ["combine"]
+
+    # An evaluation asks with it too, and once with it alone.
+    asked = {"question": ask[-1], "answers": ["thing 0"], "gold_ids": [known.sources[0]]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked))
+    command = ["evaluate", "-c", "config.yaml", "--dataset", "asked.jsonl", "--modes", "rag,combine"]
+    command += ["--controls", "random", "--seeds", "1", "--set", f"answer.reader={made['start']}"]
+    line = json.loads(work.run(*command).splitlines()[-1])
+    assert list(line["f1"]) == ["rag", "combine", "random", "reader_rag"]
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["plan"]["reader"] == f"{made['start']} x0.4"
+    store = Store(str(tmp_path / "store"))
+    texts = [
+        reply.text
+        for reply in from_table(
+            EvaluationReply, store.get_table(EvaluationReply, store.list("evaluations", ".parquet"))
+        )
+    ]
+    told = {answer["mode"]: answer["text"] for answer in with_reader}
+    assert len(texts) == 4
+    assert {told["rag"], told["combine"]} <= set(texts)
+
+    refused = work.run(*ask, "--set", "answer.reader=nobody", code=2)
+    assert "answer.reader = 'nobody'" in refused
+    assert "prag warmup --reading" in refused

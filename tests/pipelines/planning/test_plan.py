@@ -1,0 +1,37 @@
+"""A plan with a price: from a sample that is really trained, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.passages import make_passage
+from tests.helpers.workspace import Workspace
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"GPU": 1}))  # for scheduling; the tiny model needs none
+    work = Workspace(tmp_path, [make_passage(n, words=20 + 5 * (n % 7)) for n in range(40)])
+    settings = ["--set", "run.train_batch=2", "--set", "run.actor_gpus=0.5", "--set", "run.actors_max=4"]
+    measured = ["--measure", "10", "--price-gpu-hour", "2.5"]
+    plan = json.loads(work.run("plan", "-c", "config.yaml", "--json", *settings, *measured))
+    assert (plan["passages"], plan["to_augment"], plan["to_train"]) == (40, 40, 40)
+    found = re.fullmatch(r"measured now: 10 passages in (\d+) stacks", plan["basis"])
+    assert found
+    assert 2 <= int(found[1]) <= 10
+    assert (plan["puts"], plan["gets"]) == (2 * 20 + 10, 3 * 20 + 2 * 10)
+    # Half a GPU an actor, at two and a half dollars.
+    assert plan["gpu_hours"] == pytest.approx(plan["train_seconds"] * 0.5 / 3600)
+    assert plan["dollars"] == pytest.approx(2.5 * plan["gpu_hours"])
+    for name in ("tokens", "gpu_hours", "dollars"):
+        low, high = plan[f"{name}_interval"]
+        assert 0 <= low < plan[name] < high
+    assert sorted(plan["wall_seconds"], key=int) == ["1", "2", "4"]
+    assert plan["wall_seconds"]["1"] > plan["wall_seconds"]["4"] > plan["train_seconds"] / 4
+    store = tmp_path / "store"
+    assert not store.exists() or [path for path in store.rglob("*") if path.is_file()] == []

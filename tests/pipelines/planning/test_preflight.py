@@ -1,0 +1,216 @@
+"""Preflight names everything that is wrong at once, with what to do about each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cluster.preflight import (
+    CheckResult,
+    Gpu,
+    NodeReport,
+    check_gpu_memory,
+    check_room,
+    compare_versions,
+    gpus,
+    versions,
+)
+from pipelines.planning.checks import PreflightReport
+from pipelines.planning.preflight import PACKAGES, _gpu_memory, check_here
+from pipelines.settings import profile_of
+from prag_core.config import Config, dump_config, parse_config
+from prag_core.errors import PragError, PreflightError
+from prag_core.store.objects import Store
+from tests.helpers.passages import make_passage
+
+ROOT = Path(__file__).parents[3]
+GPU = Gpu("a card", 24_000_000_000, 23_000_000_000)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    passage = make_passage(1)
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1", "title": passage.title, "text": passage.text}))
+    return parse_config(
+        {
+            "store": str(tmp_path / "store"),
+            "corpus": {"path": str(tmp_path / "corpus.jsonl")},
+            "model": {"name": str(tiny_model_folder)},
+            "augment": {"generator": "none"},
+        }
+    )
+
+
+def changed(config: Config, **settings: object) -> Config:
+    document = config.model_dump(mode="json")
+    for dotted, value in settings.items():
+        *parents, last = dotted.split("__")
+        node = document
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return parse_config(document)
+
+
+def node(name: str = "n1", found: Mapping[str, str] | None = None, **of_it: object) -> NodeReport:
+    resources = {"CPU": 8.0, "GPU": 1.0}
+    return NodeReport(
+        name, **{"versions": found or {}, "gpus": (GPU,), "cuda": "13.0", "resources": resources, **of_it}
+    )
+
+
+def test_a_machine_that_has_everything(config: Config, tmp_path: Path) -> None:
+    found = check_here(config)
+    outcomes = {finding.check: finding.outcome for finding in found.findings}
+    assert outcomes == {
+        "corpus": "ok",
+        "model": "ok",
+        "store": "ok",
+        "Java": "ok",
+        "snapshot": "ok",
+        "nodes": "skipped",
+        "resources": "ok",
+    }
+    recipe, layout = found.described()
+    assert recipe.fingerprint
+    assert layout.layers == (0, 1, 2)
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []  # it leaves nothing behind
+
+
+def test_all_that_is_wrong_is_named_at_once(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wrong = changed(
+        config,
+        corpus__path=str(tmp_path / "none.jsonl"),
+        augment__import_file=str(tmp_path / "nobody.jsonl"),
+        model__name="./nowhere",
+        store=str(tmp_path / "file" / "store"),
+    )
+    with pytest.raises(PreflightError) as raised:
+        check_here(wrong).described()
+    message = str(raised.value)
+    assert message.startswith("4 things are wrong:")
+    for part in ("none.jsonl", "nobody.jsonl", "./nowhere", "file/store", "→"):
+        assert part in message
+
+
+def test_one_thing_that_is_wrong_is_raised_as_it_is(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(PragError, match=r"none\.jsonl") as raised:
+        check_here(changed(config, corpus__path=str(tmp_path / "none.jsonl"))).described()
+    assert raised.value.exit_code == 3
+
+
+def test_a_store_without_conditional_writes_is_refused(config: Config) -> None:
+    found = check_here(changed(config, store="memory://preflight/store"))
+    (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
+    assert failed.check == "store"
+    assert "no conditional write" in failed.detail
+
+
+@pytest.mark.slow
+def test_the_conditional_writes_of_a_real_s3_server_are_tried(config: Config, s3_server) -> None:
+    url = f"s3://{s3_server.bucket}/preflight"
+    found = check_here(changed(config, store=url))
+    assert [f.outcome for f in found.findings if f.check == "store"] == ["ok"]
+    assert Store(url).list("", "") == []
+    missing = check_here(changed(config, store="s3://no-such-bucket/x"))
+    assert [f.outcome for f in missing.findings if f.check == "store"] == ["failed"]
+
+
+def test_versions_must_agree() -> None:
+    here = versions(PACKAGES)
+    assert here["python"].startswith("3.11")
+    assert here["torch"] == "2.13.0" or here["torch"].startswith("2.13.0+")
+    other = {**here, "torch": "2.13.0+cu130", "ray": "2.59.0", "peft": "missing"}
+    findings = compare_versions(here, [node("a", here), node("b", other)])
+    assert [(f.outcome, f.where) for f in findings] == [("failed", "b")]
+    assert "ray 2.59.0, here 2.60.0" in findings[0].detail
+    assert "peft missing" in findings[0].detail
+    assert "torch" not in findings[0].detail  # one release, built for another machine
+    assert [f.outcome for f in compare_versions(here, [node("a", here)])] == ["ok"]
+
+
+def test_gpus_that_are_not_there_or_too_small_are_found() -> None:
+    def outcomes(*nodes: NodeReport, needed: int = 20_000_000_000) -> list[str]:
+        return [f"{f.outcome} {f.detail}" for f in check_gpu_memory(needed, "weights", "less", nodes)]
+
+    assert outcomes(node())[0].startswith("ok")
+    assert outcomes(node(), needed=30_000_000_000)[0].startswith("failed 24.0 GB, of 30.0 GB needed")
+    assert "the driver shows none" in outcomes(node(gpus=()))[0]
+    assert "no CUDA" in outcomes(node(cuda=""))[0]
+    assert outcomes(node(resources={"CPU": 4.0}))[0].startswith("skipped")
+
+
+def test_a_budget_that_cannot_fit_says_which_would(config: Config) -> None:
+    on_gpus = changed(config, run__profile="gpu", run__tokens_per_step=10_000_000)
+    recipe, layout = check_here(config).described()
+    assert recipe
+    # Three layers, and of each the outputs of gate, up and down: 48 + 48 + 32 numbers of two bytes a token.
+    (finding,) = _gpu_memory(on_gpus, profile_of(on_gpus), layout, [node(gpus=(Gpu("small", 2_000_000_000, 0),))])
+    assert finding.outcome == "failed"
+    assert "10,000,000 tokens 7.7 GB" in finding.detail
+    fitting = int(finding.remedy.partition("run.tokens_per_step=")[2])
+    fits = changed(on_gpus, run__tokens_per_step=fitting)
+    (finding,) = _gpu_memory(fits, profile_of(fits), layout, [node(gpus=(Gpu("small", 2_000_000_000, 0),))])
+    assert finding.outcome == "ok"
+
+
+def test_an_actor_that_fits_no_node_is_warned_of() -> None:
+    assert check_room(8, 1, "an actor", [node()]).outcome == "ok"
+    assert check_room(9, 1, "an actor", [node()]).outcome == "warning"
+    assert check_room(1, 2, "an actor", [node()]).outcome == "warning"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 64 GPUs; of this machine torch can use "),
+        ({"run__actor_cpus": 3}, "takes 3 CPUs; of this machine the profile laptop has 2"),
+    ],
+)
+def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, settings: dict, said: str) -> None:
+    found = check_here(changed(config, **settings))
+    (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
+    assert failed.check == "resources"
+    assert said in failed.detail
+
+
+def test_a_machine_that_is_asked_for_no_gpu_loads_no_torch(config: Config, tmp_path: Path) -> None:
+    assert check_here(config).errors == []  # what is known of the model is in the cache from here on
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    code = (
+        "import sys; from pathlib import Path; from pipelines.planning.preflight import check_here\n"
+        "from prag_core.config import load_config\n"
+        "found = check_here(load_config(Path('config.yaml')))\n"
+        "print(found.errors, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout == "[] []\n"
+
+
+def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus() == ()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 81008'\n")
+    program.chmod(0o755)
+    assert gpus() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 1024**2, 81008 * 1024**2),)
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() == ()
+
+
+def test_a_finding_of_a_node_becomes_an_error_that_names_it() -> None:
+    found = PreflightReport()
+    found.note([CheckResult("store", "failed", "another one", "mount it", "10.0.0.3")])
+    with pytest.raises(PragError, match=r"store on 10\.0\.0\.3: another one"):
+        found.described()

@@ -1,0 +1,113 @@
+"""What a training task commits: full shards, or what there is in time; and nothing twice when it is tried again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.resources import PROFILES
+from pipelines.settings import describe
+from pipelines.stages.train import TrainAdapters, adapters_a_shard, passages_a_task
+from prag_core.config import Config, parse_config
+from prag_core.errors import LeaseError
+from prag_core.records import LedgerRow, from_table
+from prag_core.store.adapters import AdapterStore
+from prag_core.store.objects import Store
+from prag_core.store.runs import hold_lease
+from tests.helpers.passages import make_passage
+from tests.helpers.training import training_batch
+
+PROFILE = PROFILES["laptop"]
+ADAPTER_BYTES = 2880  # of the tiny model, in bf16
+
+
+def settings(folder: Path, model: Path, **run: object) -> Config:
+    return parse_config(
+        {
+            "store": str(folder / "store"),
+            "storage": {"shard_mb": 5.5 * ADAPTER_BYTES / 1e6},
+            "corpus": {"path": "none"},
+            "model": {"name": str(model), "dtype": "float32"},
+            "augment": {"generator": "none"},
+            "train": {"epochs": 1},
+            "run": run,
+        }
+    )
+
+
+def batch_of(count: int) -> pa.Table:
+    return training_batch([make_passage(n) for n in range(count)])
+
+
+def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:
+    store = Store(config.store)
+    actor = TrainAdapters(config, store, describe(config)[0], "run", PROFILE)
+    outcomes = pa.concat_tables(actor(table, lambda: None)).to_pylist()
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
+    return store, rows, outcomes
+
+
+def test_shards_are_filled_to_their_target(tmp_path: Path, tiny_model_folder: Path) -> None:
+    store, rows, outcomes = train(settings(tmp_path, tiny_model_folder), batch_of(12))
+    assert len({row.key for row in rows}) == len(rows) == len(outcomes) == 12
+    shards = [row.shard for row in rows]
+    assert sorted(shards.count(shard) for shard in set(shards)) == [2, 5, 5]
+    assert {row.length for row in rows} == {ADAPTER_BYTES}
+    assert sorted(store.list("adapters", ".safetensors")) == sorted(set(shards))
+
+
+def test_what_is_due_is_committed_before_the_shard_is_full(tmp_path: Path, tiny_model_folder: Path) -> None:
+    _, rows, _ = train(settings(tmp_path, tiny_model_folder, commit_every_s=0), batch_of(3))
+    assert len({row.shard for row in rows}) == 3
+
+
+def test_a_batch_tried_again_trains_what_was_not_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config, table = settings(tmp_path, tiny_model_folder), batch_of(12)
+    store, rows, outcomes = train(config, table)
+    # As if the process had died after its first commit.
+    first, *later = sorted(
+        store.list("adapters", ".parquet"), key=lambda name: store.get_table(LedgerRow, [name])["created"][0].as_py()
+    )
+    kept = from_table(LedgerRow, store.get_table(LedgerRow, [first]))
+    for part in later:
+        store.remove(part)
+    _, again, outcomes_again = train(config, table)
+    assert len({row.key for row in again}) == len(again) == 12
+    assert [row for row in again if row in kept] == kept
+    assert len([row for row in again if row in rows]) == len(kept)
+    assert sorted(o["key"] for o in outcomes_again) == sorted(o["key"] for o in outcomes)
+    # Once all is committed, nothing is trained at all.
+    assert train(config, table)[1] == again
+    assert train(config, table.slice(3, 4))[1] == again
+    # Another batch of the same passages is another task.
+    assert len(train(config, batch_of(11))[1]) == 23
+
+
+def test_each_step_is_a_sign_of_life(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder)
+    recipe, _ = describe(config)
+    steps: list[None] = []
+    actor = TrainAdapters(config, Store(config.store), recipe, "run", PROFILE)
+    # Nothing is done before the last step is.
+    assert sum(done.num_rows for done in actor(batch_of(1), lambda: steps.append(None))) == 1
+    assert len(steps) == 5  # the paper's examples of a passage, once
+
+
+def test_who_lost_the_lease_commits_nothing(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder)
+    with hold_lease(Store(config.store), "another"), pytest.raises(LeaseError, match="taken over by run another"):
+        train(config, batch_of(2))
+    assert Store(config.store).list("adapters", "") == []
+
+
+def test_a_task_is_a_shard_unless_the_corpus_is_small(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder, train_batch=2)
+    layout = describe(config)[1]
+    assert adapters_a_shard(config, layout) == 5
+    # Eight tasks for the one actor, never smaller than asked for, never larger than a shard.
+    assert [passages_a_task(total, config, PROFILE, layout) for total in (1, 16, 24, 25, 1000)] == [2, 2, 3, 4, 5]
+    huge = config.model_copy(update={"storage": config.storage.model_copy(update={"shard_mb": 1e-3})})
+    assert passages_a_task(1000, huge, PROFILE, layout) == 1
+    assert AdapterStore(Store(config.store), describe(config)[0], layout).ledger_parts() == []

@@ -1,0 +1,49 @@
+"""A profile, and what a configuration puts in place of its numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.resources import PROFILES
+from pipelines.settings import profile_of
+from prag_core.config import parse_config
+from prag_core.errors import ConfigError
+
+
+def profile(**run: object):
+    return profile_of(parse_config({"store": "s", "corpus": {"path": "c"}, "run": run}))
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_a_profile_by_its_name(name: str) -> None:
+    assert profile(profile=name) == PROFILES[name]
+
+
+def test_single_numbers_are_replaced() -> None:
+    made = profile(profile="cluster", actors_min=2, actors_max=6, actor_gpus=0, actor_cpus=2, partitions=8)
+    for pool in (made.augment, made.train):
+        assert (pool.least, pool.most, pool.cpus, pool.gpus, pool.threads) == (2, 6, 2, 0, 2)
+    assert (made.partitions, made.index_cpus) == (8, 2)
+    assert made.tokens_per_step == PROFILES["cluster"].tokens_per_step
+    assert profile(tokens_per_step=128).tokens_per_step == 128
+
+
+def test_a_pool_grows_from_least_to_most() -> None:
+    pool = profile(profile="gpu", actors_min=3).train.pool()
+    assert (pool["compute"].min_size, pool["compute"].max_size) == (3, 8)
+    assert (pool["num_cpus"], pool["num_gpus"]) == (2, 1)
+    assert "num_gpus" not in profile(profile="gpu", actor_gpus=0).train.pool()
+
+
+def test_the_most_bounds_the_least() -> None:
+    assert profile(profile="cluster", actors_min=5, actors_max=2).train.least == 2
+
+
+def test_a_laptop_computes_with_all_its_cores() -> None:
+    assert profile(actor_cpus=1).train.threads is None
+
+
+@pytest.mark.parametrize("wrong", [{"profile": "lap"}, {"actors_max": 0}, {"actor_cpus": 0}, {"partitions": 0}])
+def test_nonsense_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        profile(**wrong)

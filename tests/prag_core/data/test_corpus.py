@@ -1,0 +1,566 @@
+import csv
+import gzip
+import itertools
+import json
+import random
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any, get_args
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prag_core.config import CorpusConfig
+from prag_core.data.chunking import split_text
+from prag_core.data.corpus import Piece, merge_pieces, read_records, resolve_ids
+from prag_core.data.files import detect_format, list_files
+from prag_core.data.readers import Reason
+from prag_core.errors import InputError
+from prag_core.identity import passage_key
+from prag_core.records import Passage, Reject, from_table, to_table
+
+ROWS = [
+    {"id": "a", "title": "Otters", "text": "Otters hold hands.\nThey sleep afloat."},
+    {"id": "b", "title": 'The "Sea" Otter', "text": 'It is called "the old man of the sea".\tIt uses tools.'},
+    {"id": "c", "title": "カワウソ", "text": "カワウソは川に住む。魚を食べる。"},
+]
+
+
+def config_of(path: Path | str, **settings: Any) -> CorpusConfig:
+    return CorpusConfig(path=str(path), **settings)
+
+
+def read(path: Path | str, **settings: Any) -> tuple[list[Piece], list[Reject]]:
+    config = config_of(path, **settings)
+    out = [item for file in list_files(config) for item in read_records(file, config)]
+    return [p for p in out if isinstance(p, Piece)], [r for r in out if isinstance(r, Reject)]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS, columns: tuple[str, ...] = ("id", "text", "title")) -> Path:
+    opener = gzip.open if path.suffix == ".gz" else open
+    if ".parquet" in path.name:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif ".tsv" in path.name:
+        with opener(path, "wt", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([row[c] for c in columns] for row in rows)
+    else:
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def jsonl(path: Path, *lines: bytes | str) -> Path:
+    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
+    return path
+
+
+def only_reject(path: Path, **settings: Any) -> Reject:
+    """Return the one reject of a file whose other two records are good."""
+    pieces, rejects = read(path, **settings)
+    assert len(pieces) == 2
+    assert len(rejects) == 1
+    assert rejects[0].stage == "corpus"
+    assert rejects[0].reason in get_args(Reason)
+    return rejects[0]
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("x.jsonl", (1, 2, 3)),
+        ("x.ndjson.gz", (1, 2, 3)),
+        ("x.JSON", (1, 2, 3)),
+        ("x.tsv", (2, 4, 5)),  # after the header; the first text holds a newline
+        ("x.tsv.gz", (2, 4, 5)),
+        ("x.parquet", (1, 2, 3)),
+    ],
+)
+def test_each_format_gives_the_same_pieces(tmp_path, name, lines):
+    pieces, rejects = read(write(tmp_path / name))
+    assert rejects == []
+    assert [(p.id, p.title, p.text) for p in pieces] == [(r["id"], r["title"], r["text"]) for r in ROWS]
+    assert [(p.file, p.line) for p in pieces] == [(name, line) for line in lines]
+    assert all(p.key == p.record_key == passage_key(p.title, p.text) and p.id == p.record_id for p in pieces)
+
+
+@pytest.mark.parametrize("name", ["Notes on otters.txt", "Notes on otters.md", "Notes on otters.txt.gz"])
+def test_a_text_file_is_one_record(tmp_path, name):
+    data = b"\xef\xbb\xbf" + "Otters – and others.\r\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (piece,), rejects = read(tmp_path / name)
+    assert (piece.id, piece.title, piece.text) == (
+        name.removesuffix(".gz"),
+        "Notes on otters",
+        "Otters – and others.",
+    )
+    assert (piece.file, piece.line, rejects) == (name, 1, [])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.tsv", "x.parquet"])
+def test_columns_are_mapped(tmp_path, name):
+    rows = [{"docid": r["id"], "head": r["title"], "body": r["text"], "url": "-"} for r in ROWS]
+    path = write(tmp_path / name, rows, ("url", "body", "head", "docid"))
+    pieces, rejects = read(path, columns={"id": "docid", "title": "head", "text": "body"})
+    assert [(p.id, p.title, p.text) for p in pieces] == [(r["id"], r["title"], r["text"]) for r in ROWS]
+    assert rejects == []
+
+
+def test_the_configured_format_beats_the_name(tmp_path):
+    path = jsonl(tmp_path / "corpus.txt", json.dumps(ROWS[0]))
+    assert [p.id for p in read(path, format="jsonl")[0]] == ["a"]
+    assert detect_format("s3://bucket/x.TSV.gz", config_of(path)) == "tsv"
+
+
+def test_dpr_tsv_with_windows_line_ends_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "psgs_w100.tsv"
+    path.write_bytes(b'\xef\xbb\xbfid\ttext\ttitle\r\n1\t"Aaron ( or ; ""Ahar"") is"\tAaron\r\n\r\n2\tText\tT\r\n')
+    pieces, rejects = read(path)
+    assert [(p.id, p.text, p.line) for p in pieces] == [("1", 'Aaron ( or ; "Ahar") is', 2), ("2", "Text", 4)]
+    assert rejects == []
+
+
+def test_ids_and_titles_may_be_numbers_or_absent(tmp_path):
+    path = jsonl(
+        tmp_path / "x.jsonl.d.jsonl",
+        '{"id": 7, "title": 1984, "text": "A"}',
+        "",
+        '{"text": "B"}',
+        '{"id": null, "title": null, "text": "C"}',
+        '{"id": " ", "text": "D"}',
+    )
+    pieces, rejects = read(path)
+    assert [(p.id, p.title, p.line) for p in pieces] == [
+        ("7", "1984", 1),
+        ("x.jsonl.d.jsonl:3", "", 3),
+        ("x.jsonl.d.jsonl:4", "", 4),
+        ("x.jsonl.d.jsonl:5", "", 5),
+    ]
+    assert rejects == []
+
+
+def test_control_characters_are_removed(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", json.dumps({"id": "a\0", "title": "T\x1b\n U", "text": "A\0B\x07\tC\x85D\x9f"}))
+    (piece,), _ = read(path)
+    assert (piece.id, piece.title, piece.text) == ("a", "T U", "AB\tC\x85D")
+
+
+# Finding files
+
+
+def test_a_folder_is_read_in_order_without_hidden_and_unknown_files(tmp_path):
+    for name in (
+        "b.txt",
+        "a.md",
+        "sub/a.md",
+        ".hidden.txt",
+        "_SUCCESS",
+        "_tmp/x.txt",
+        "readme.pdf",
+        "sub/.git/x.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("" if name == "_SUCCESS" else f"text of {name}")
+    files = list_files(config_of(tmp_path))
+    assert files == [str(tmp_path / name) for name in ("a.md", "b.txt", "sub/a.md")]
+    pieces, _ = read(tmp_path)
+    assert [p.id for p in pieces] == ["a.md", "b.txt", "sub/a.md"]  # below the folder, so both a.md stay apart
+
+
+def test_a_glob(tmp_path):
+    for name in ("part-2.jsonl", "part-1.jsonl", "other.jsonl", ".part-3.jsonl"):
+        write(tmp_path / name)
+    assert list_files(config_of(tmp_path / "*part-*")) == [str(tmp_path / f"part-{n}.jsonl") for n in (1, 2)]
+    assert {p.file for p in read(tmp_path / "**/part-?.jsonl")[0]} == {"part-1.jsonl", "part-2.jsonl"}
+
+
+def test_ids_made_of_file_names_do_not_change_when_the_corpus_moves(tmp_path):
+    ids = []
+    for folder in ("here", "there/deep"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        jsonl(tmp_path / folder / "sub" / "x.jsonl", '{"text": "A"}')
+        ids += [read(tmp_path / folder)[0][0].id, read(tmp_path / folder / "*" / "x.jsonl")[0][0].id]
+    assert ids == ["sub/x.jsonl:1"] * 4
+
+
+def test_any_fsspec_url():
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/corpus-test/x.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode()))
+    fs.pipe("/corpus-test/y.txt", b"hello")
+    try:
+        assert [p.id for p in read("memory://corpus-test")[0]] == ["a", "y.txt"]
+        assert [p.id for p in read("memory://corpus-test/*.gz")[0]] == ["a"]
+        assert list_files(config_of("memory://corpus-test/y.txt")) == ["memory:///corpus-test/y.txt"]
+    finally:
+        fs.rm("/corpus-test", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("no-*.jsonl", "no such file"),
+        ("empty-folder", "no such file or folder, or nothing in it"),
+        ("unknown-folder", "no file of a known format"),
+        ("unknown-folder/x.pdf", "no known ending"),
+        ("empty.jsonl", "is empty"),
+        ("nosuch://x", "cannot be listed"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_an_input_error(tmp_path, path, message):
+    (tmp_path / "empty-folder").mkdir()
+    (tmp_path / "unknown-folder").mkdir()
+    (tmp_path / "unknown-folder" / "x.pdf").write_text("x")
+    (tmp_path / "empty.jsonl").touch()
+    path = path if "://" in path else str(tmp_path / path)
+    with pytest.raises(InputError, match=message) as caught:
+        list_files(config_of(path))
+    assert path in caught.value.message
+    assert caught.value.remedy
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not gzip"])
+def test_a_corrupt_gzip_names_the_file(tmp_path, damage):
+    path = tmp_path / "x.jsonl.gz"
+    data = bytearray(gzip.compress(json.dumps({"text": random.Random(0).randbytes(9_000).hex()}).encode()))
+    if damage == "truncated":
+        data = data[:-2_000]
+    elif damage == "flipped":
+        data[5_000:5_100] = b"\xff" * 100
+    else:
+        data = bytearray(b'{"text": "plain"}\n')
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.jsonl\.gz: cannot be read: .+"):
+        read(path)
+
+
+@pytest.mark.parametrize("damage", ["not Parquet", "truncated", "flipped"])
+def test_a_broken_parquet_names_the_file(tmp_path, damage):
+    path = write(tmp_path / "x.parquet")
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[4:60] = b"\xff" * 56
+    path.write_bytes(
+        b"plainly not Parquet" if damage == "not Parquet" else data[:-30] if damage == "truncated" else data
+    )
+    with pytest.raises(InputError, match=r"x\.parquet: cannot be read: .+"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.parquet"])
+def test_a_file_without_the_text_column_fails_at_once(tmp_path, name):
+    path = write(tmp_path / name)
+    with pytest.raises(InputError, match=r"has no column 'body'; it has 'id', .*'text'") as caught:
+        read(path, columns={"text": "body"})
+    assert str(path) in caught.value.message
+    assert "corpus.columns.text" in caught.value.remedy
+
+
+def test_a_missing_file_fails_when_it_is_read(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.jsonl"):
+        list(read_records(str(tmp_path / "gone.jsonl"), config_of(tmp_path)))
+
+
+# Records that cannot be used
+
+GOOD = ('{"id": "g1", "text": "good"}', '{"id": "g2", "text": "good too"}')
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        (b'{"text": "caf\xe9"}', "invalid_utf8", "position 13"),
+        (b'{"text": "\\ud83d alone"}', "invalid_utf8", "surrogates"),
+        (b'{"text": "cut', "invalid_json", "column 10"),
+        (b"[" * 200_000, "invalid_json", "recursion"),
+        (b'{"id": ' + b"9" * 5_000 + b', "text": "x"}', "invalid_json", "digits"),
+        (b'["text"]', "not_an_object", "list"),
+        (b"null", "not_an_object", "NoneType"),
+        (b'{"id": "x", "body": "b"}', "missing_column", "'text'; there are 'id', 'body'; corpus.columns.text"),
+        (b"{}", "missing_column", "none"),
+        (b'{"text": " \\n\\u0000"}', "empty_text", "'text'"),
+        (b'{"text": null}', "empty_text", "'text'"),
+        (b'{"text": 5}', "wrong_type", "'text' holds a int"),
+        (b'{"text": "x", "id": ["x"]}', "wrong_type", "'id' holds a list"),
+        (b'{"text": "x", "title": true}', "wrong_type", "'title' holds a bool"),
+        (b'{"text": "' + b"x" * 2_000_000 + b'"}', "too_long", "2,000,012 bytes, over corpus.max_record_bytes"),
+    ],
+)
+def test_a_bad_line_is_rejected_and_the_others_are_read(tmp_path, line, reason, detail):
+    reject = only_reject(jsonl(tmp_path / "x.jsonl", GOOD[0], "", line, GOOD[1]))
+    assert (reject.reason, reject.source) == (reason, "x.jsonl:3")
+    assert detail in reject.detail
+    assert len(reject.detail) < 300
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "line"),
+    [
+        (b"x\tcaf\xe9\tt", "invalid_utf8", 3),
+        (b"x\t \tt", "empty_text", 3),
+        (b"x\ttext", "invalid_tsv", 3),
+        (b"x\ttext\tt\tmore", "invalid_tsv", 3),
+        (b'x\t"Heroes" is a song\tt', "invalid_tsv", 3),
+        (b'x\t"never closed\tt', "invalid_tsv", 3),
+        (b"x\t" + b"w " * 30_000 + b"\tt", "too_long", 3),
+        (b'x\t"' + b"w\n" * 30_000 + b'"\tt', "too_long", 3),
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b'"after" it\tr\n'], ids=["", "another"])
+def test_a_bad_row_is_rejected_and_the_others_are_read(tmp_path, row, reason, line, end):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"id\ttext\ttitle\n1\tgood\tt\n" + row + b"\n2\tgood too\tt\n" + end)
+    pieces, rejects = read(path, max_record_bytes=50_000)
+    if b"w\n" in row:  # where the limit falls, reading goes on: the rest of the record is rejected by line
+        assert {r.reason for r in rejects[1:]} <= {"invalid_tsv"}
+        assert "is a quote never closed?" in rejects[0].detail
+    else:
+        assert len(rejects) == 1 + bool(end)
+    assert (rejects[0].reason, rejects[0].source) == (reason, f"x.tsv:{line}")
+    assert [p.id for p in pieces] == ["1", "2"]
+
+
+def test_a_bad_parquet_row_is_rejected_and_the_others_are_read(tmp_path):
+    bad_bytes = pa.array([b"good", b"\xff", None, b"x" * 3_000, b"good too"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad_bytes, "id": [1, 2, 3, 4, 5]}), tmp_path / "x.parquet")
+    pieces, rejects = read(tmp_path / "x.parquet", max_record_bytes=2_000)
+    assert [(p.id, p.text) for p in pieces] == [("1", "good"), ("5", "good too")]
+    assert [(r.reason, r.source) for r in rejects] == [
+        ("invalid_utf8", "x.parquet:2"),
+        ("empty_text", "x.parquet:3"),
+        ("too_long", "x.parquet:4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"\xff\xfe", "invalid_utf8"), (b" \n", "empty_text"), (b"x" * 9_000, "too_long")]
+)
+def test_a_bad_text_file_is_rejected_and_the_others_are_read(tmp_path, data, reason):
+    for name, content in (("a.txt", b"good"), ("b.txt", data), ("c.txt", b"good too")):
+        (tmp_path / name).write_bytes(content)
+    reject = only_reject(tmp_path, max_record_bytes=1_000)
+    assert (reject.reason, reject.source) == (reason, "b.txt:1")
+
+
+def test_in_is_out_plus_rejected(tmp_path):
+    makers = [
+        lambda n: json.dumps({"id": n, "text": f"text {n}"}),
+        lambda n: json.dumps({"id": n, "text": f"Sentence {n} goes on. " * 200}),
+        lambda n: "{broken",
+        lambda n: json.dumps({"id": n}),
+        lambda n: json.dumps({"id": n, "text": "x" * 60_000}),
+    ]
+    choice = random.Random(0)
+    lines = [choice.choice(makers)(n) for n in range(500)]
+    pieces, rejects = read(jsonl(tmp_path / "x.jsonl", *lines), max_record_bytes=50_000)
+    places = [f"{p.file}:{p.line}" for p in pieces] + [r.source for r in rejects]
+    assert sorted(set(places)) == sorted(f"x.jsonl:{n}" for n in range(1, 501))
+    assert len({p.line for p in pieces}) + len(rejects) == 500
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.tsv.gz", "x.parquet"])
+def test_a_passage_of_2_mb_is_split_when_it_is_allowed(tmp_path, name):
+    text = "The otter swims on its back, and it sleeps there too. " * 37_000
+    path = write(tmp_path / name, [{"id": "long", "title": "T", "text": text}])
+    pieces, rejects = read(path, max_record_bytes=3_000_000)
+    assert rejects == []
+    assert " ".join(p.text for p in pieces).split() == text.split()
+    assert [p.id for p in pieces] == [f"long#{n}" for n in range(len(pieces))]
+    assert {(p.record_id, p.record_key) for p in pieces} == {("long", passage_key("T", text))}
+    assert all(p.key == passage_key(p.title, p.text) for p in pieces)
+
+
+def test_a_huge_line_is_never_held_in_memory(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with path.open("wb") as file:
+        file.writelines(itertools.repeat(b"x" * 1_000_000, 60))
+        file.write(b'\n{"text": "good"}')
+    tracemalloc.start()
+    pieces, rejects = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [r.reason for r in rejects] == ["too_long"]
+    assert [p.line for p in pieces] == [2]
+    assert peak < 10_000_000
+
+
+def test_reading_is_lazy(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", *GOOD)
+    with path.open("ab") as file:
+        file.writelines(json.dumps({"text": f"text {n}"}).encode() + b"\n" for n in range(200_000))
+    start = time.perf_counter()
+    assert [p.id for p in itertools.islice(read_records(str(path), config_of(path)), 2)] == ["g1", "g2"]
+    assert time.perf_counter() - start < 0.2
+
+
+# Splitting
+
+SENTENCES = st.lists(
+    st.lists(st.text("abcXYZ,é", min_size=1, max_size=8), min_size=1, max_size=70).map(" ".join), max_size=30
+)
+STOPS = st.sampled_from([". ", "! ", '?" ', "… ", ".\n\n", " ", ".) "])
+
+
+@given(SENTENCES, STOPS, st.integers(20, 100))
+def test_splitting_keeps_all_words_in_order_and_within_the_limit(sentences, stop, max_words):
+    text = stop.join(sentences)
+    pieces = split_text(text, max_words)
+    assert " ".join(pieces).split() == text.split()
+    assert all(len(piece.split()) <= max_words for piece in pieces)
+    assert text.strip() == "" or all(piece.strip() for piece in pieces)
+    assert len(text.split()) > max_words or pieces == [text]
+
+
+@given(st.text("あ漢字、。「」ア a.", max_size=500), st.integers(20, 60))
+def test_splitting_any_script_loses_no_character(text, max_words):
+    pieces = split_text(text, max_words)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert text.strip() == "" or all(pieces)
+
+
+def test_pieces_end_with_sentences_and_are_even():
+    text = " ".join(f"Sentence number {n} has exactly seven words." for n in range(31))  # 217 words
+    pieces = split_text(text, 200)
+    assert [len(p.split()) for p in pieces] == [112, 105]
+    assert all(p.endswith("words.") for p in pieces)
+
+
+def test_a_sentence_over_the_limit_is_split_between_words():
+    pieces = split_text("Short one. " + "Word " * 50 + "end. Short two.", 20)
+    assert all(len(p.split()) <= 20 for p in pieces)
+    assert [len(p.split()) for p in pieces] == [19, 17, 19]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a b c d e f g h Mr. Smith met J. R. R. Tolkien in St. Ives. Then he left at No. 5.", "Ives."),
+        ('A b c d e f g h i "Who?" he asked, and she said: "Nobody!" Then all was still.', '"Nobody!"'),
+        ("a b c d e f g h i j k of version 3.11 and example.org of 1.5 kg. Then x y z?", "kg."),
+    ],
+)
+def test_where_sentences_end(text, first):
+    assert split_text(text, len(text.split()) - 1)[0].endswith(first)
+
+
+def test_japanese_without_spaces_is_split_at_its_full_stops():
+    text = "吾輩は「猫」である。名前はまだ無い。" * 300
+    pieces = split_text(text, 200)
+    assert "".join(pieces) == text
+    assert len(pieces) > 10
+    assert all(piece.endswith("。") and len(piece) <= 300 for piece in pieces)
+    assert max(map(len, pieces)) - min(map(len, pieces)) < 100
+
+
+@pytest.mark.parametrize("text", [". " * 300_000, "." * 900_000, "x" * 900_000, '."' * 450_000, "。" * 300_000])
+def test_splitting_takes_linear_time(text):
+    start = time.perf_counter()
+    pieces = split_text(text, 200)
+    assert time.perf_counter() - start < 10
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+# Ids and duplicates
+
+
+def piece(id: str, text: str, file: str = "x.jsonl", line: int = 1) -> Piece:
+    key = passage_key("", text)
+    return Piece(key, "", text, id, id, key, file, line)
+
+
+SAME_ID = [
+    piece("a", "first text", "x.jsonl", 9),
+    piece("a", "first  text", "x.jsonl", 10),  # the same content, spaced otherwise
+    piece("a", "first text", "y.jsonl", 1),
+    piece("a", "other text", "x.jsonl", 11),
+    piece("a", "other text", "x.jsonl", 100),
+    piece("a", "third text", "z.jsonl", 1),
+]
+
+
+@given(st.permutations(SAME_ID))
+def test_the_first_record_of_an_id_decides_whatever_the_order(pieces):
+    kept, rejects = resolve_ids(pieces)
+    assert kept == SAME_ID[:3]
+    assert [r.source for r in rejects] == ["x.jsonl:11", "x.jsonl:100", "z.jsonl:1"]
+    assert {r.reason for r in rejects} == {"duplicate_id"}
+    assert all("'a'" in r.detail and "x.jsonl:9" in r.detail for r in rejects)
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_split_record_is_kept_or_rejected_as_a_whole(chance):
+    whole = [Piece(f"k{n}", "", f"t{n}", f"a#{n}", "a", "record 1", "x.jsonl", 1) for n in range(12)]
+    other = [Piece(f"l{n}", "", f"u{n}", f"a#{n}", "a", "record 2", "x.jsonl", 2) for n in range(3)]
+    pieces = whole + other
+    chance.shuffle(pieces)
+    kept, rejects = resolve_ids(pieces)
+    assert set(kept) == set(whole)
+    assert [r.source for r in rejects] == ["x.jsonl:2"]
+
+
+SAME_KEY = [
+    piece("b", "One  text.", "x.jsonl", 1),
+    piece("a", "One text.", "y.jsonl", 2),
+    piece("a", "One\ntext.", "y.jsonl", 10),
+    piece("c", "One text. ", "a.jsonl", 1),
+]
+
+
+@given(st.permutations(SAME_KEY))
+def test_equal_pieces_become_one_passage_whatever_the_order(pieces):
+    assert merge_pieces(pieces) == Passage(passage_key("", "One text."), "", "One text.", ("a", "b", "c"))
+
+
+def test_pieces_and_rejects_travel_as_arrow(tmp_path):
+    pieces, rejects = read(jsonl(tmp_path / "x.jsonl", *GOOD, "broken"))
+    assert from_table(Piece, to_table(Piece, pieces)) == pieces
+    assert from_table(Reject, to_table(Reject, rejects)) == rejects
+
+
+TAGGED = [
+    ("hr", ("hr",)),
+    ("hr, board", ("board", "hr")),
+    (["b", "a", "b"], ("a", "b")),
+    ([], ()),
+    (None, ()),
+]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_access_tags_are_read_and_go_with_each_piece(tmp_path, name):
+    tags = [row for row in TAGGED if name != "c.parquet" or not isinstance(row[0], str)]
+    rows = [{"id": str(n), "text": f"{n} is one. " * 30, "acl": given} for n, (given, _) in enumerate(tags)]
+    pieces, rejects = read(write(tmp_path / name, rows), columns={"access": "acl"}, max_words=40)
+    assert not rejects
+    assert len(pieces) > len(rows)
+    assert all(piece.access == tags[int(piece.record_id)][1] for piece in pieces)
+    assert all(piece.access == () for piece in read(tmp_path / name)[0])
+
+
+@pytest.mark.parametrize("given", [5, {"hr": 1}, [""], ["hr", " "], ["hr", 3], ["\x01"], "hr,,", " "])
+def test_tags_that_cannot_be_read_never_make_a_passage_public(tmp_path, given):
+    path = write(tmp_path / "c.jsonl", [{"text": "Secret.", "acl": given}, {"text": "No column."}])
+    pieces, rejects = read(path, columns={"access": "acl"})
+    assert not pieces
+    assert [reject.reason for reject in rejects] == ["wrong_type", "missing_column"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "merged"),
+    [([("hr",), ("hr",)], ("hr",)), ([("hr",), ("board", "it")], ("board", "hr", "it")), ([("hr",), ()], ())],
+)
+def test_who_may_read_one_duplicate_may_read_the_passage(tags, merged):
+    pieces = [Piece("k", "T", "Text.", str(n), str(n), "k", "f", n, access) for n, access in enumerate(tags)]
+    assert merge_pieces(pieces).access == merge_pieces(pieces[::-1]).access == merged

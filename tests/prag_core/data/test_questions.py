@@ -1,0 +1,226 @@
+"""The published forms of question sets, in tiny invented files; malformed ones name the record and the field."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prag_core.data.gold import GoldIndex, match_gold
+from prag_core.data.questions import Gold, Question, read_questions
+from prag_core.errors import InputError
+from prag_core.identity import passage_key
+from prag_core.records import Passage
+from tests.helpers.passages import make_passage
+
+HOTPOT = {
+    "_id": "h1",
+    "answer": "Vend",
+    "question": "In which land lies the hill that Mira Oss climbed?",
+    "type": "bridge",
+    "level": "hard",
+    "supporting_facts": [["Mira Oss", 0], ["Quorl", 1], ["Mira Oss", 1]],
+    "context": [
+        ["Quorl", ["Quorl is a hill.", " It lies in Vend."]],
+        ["Other", ["Something else."]],
+        ["Mira Oss", ["Mira Oss climbed Quorl.", " She was twelve."]],
+    ],
+}
+TWO_WIKI = {
+    **HOTPOT,
+    "_id": "w1",
+    "type": "bridge_comparison",
+    "evidences": [["Quorl", "country", "Vend"]],
+    "answer_id": "Q1",
+}
+SQUAD_QA = {
+    "id": "s1",
+    "question": "What is Quorl?",
+    "answers": [{"text": "a hill", "answer_start": 9}, {"text": "hill", "answer_start": 11}],
+}
+SQUAD = {
+    "version": "1.1",
+    "data": [{"title": "Quorl_(hill)", "paragraphs": [{"context": "Quorl is a hill.", "qas": [SQUAD_QA]}]}],
+}
+POPQA = (
+    "id\tsubj\tprop\tobj\to_aliases\ts_wiki_title\tquestion\tpossible_answers\n"
+    '7\tMira Oss\toccupation\tclimber\t"[""alpinist""]"\tMira Oss\tWhat is Mira Oss\'s occupation?\t'
+    '"[""climber"", ""alpinist""]"\n'
+)
+CWQ = {
+    "ID": "c1",
+    "question": "Who climbed the hill of Vend?",
+    "compositionality_type": "composition",
+    "answers": [{"answer": "Mira Oss", "aliases": ["M. Oss"], "answer_id": "m.0"}],
+}
+CWQ_FLAT = {"test_id": 0, "question": "Who climbed the hill of Vend?", "answer": ["Mira Oss", "M. Oss"]}
+LINE = {"id": "q1", "question": "What is Quorl?", "answers": ["a hill"], "passage_id": "p1", "covered": True}
+
+
+def write(folder: Path, name: str, content: Any) -> str:
+    path = folder / name
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return str(path)
+
+
+def test_hotpotqa(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path, "hotpot.json.gz", [HOTPOT]))
+    assert (question.id, question.answers, question.type) == ("h1", ("Vend",), "bridge")
+    assert [(g.title, " ".join(g.text.split())) for g in question.gold] == [
+        ("Mira Oss", "Mira Oss climbed Quorl. She was twelve."),
+        ("Quorl", "Quorl is a hill. It lies in Vend."),
+    ]
+
+
+def test_hotpotqa_fullwiki_whose_contexts_were_retrieved(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path, "fullwiki.json", [{**HOTPOT, "context": HOTPOT["context"][:2]}]))
+    assert [(g.title, bool(g.text)) for g in question.gold] == [("Mira Oss", False), ("Quorl", True)]
+    # What its title alone names is found by its title.
+    whole = passage("Mira Oss", "Mira Oss climbed Quorl.", "w1")
+    assert GoldIndex([question]).is_gold(whole)
+    assert match_gold([question], [whole]) == {"h1": (whole,)}
+
+
+def test_two_wiki_with_its_aliases(tmp_path: Path) -> None:
+    kinds = ("compositional", "comparison", "bridge_comparison", "inference")
+    path = write(tmp_path, "dev.json", [{**TWO_WIKI, "_id": kind, "type": kind} for kind in kinds])
+    assert {q.answers for q in read_questions(path)} == {("Vend",)}
+    lines = [{"Q_id": "Q1", "aliases": ["Vendland", "Vend"]}, {"Q_id": "Q2", "aliases": []}]
+    write(tmp_path, "id_aliases.json", "\n".join(map(json.dumps, lines)) + "\n")
+    questions = read_questions(path)
+    assert {q.answers for q in questions} == {("Vend", "Vendland")}
+    assert tuple(q.type for q in questions) == kinds
+
+
+def test_squad(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path, "train.json", SQUAD))
+    assert question == Question(
+        "s1", "What is Quorl?", ("a hill", "hill"), "extractive", (Gold(title="Quorl (hill)", text="Quorl is a hill."),)
+    )
+    impossible = {**SQUAD_QA, "id": "s2", "answers": [], "is_impossible": True}
+    paragraph = {"context": "Quorl is a hill.", "qas": [SQUAD_QA, impossible]}
+    two = {"data": [{"title": "Q", "paragraphs": [paragraph]}]}
+    assert [q.id for q in read_questions(write(tmp_path, "two.json", json.dumps(two, indent=1)))] == ["s1"]
+
+
+def test_popqa(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path, "popQA.tsv.gz", POPQA))
+    assert question == Question(
+        "7", "What is Mira Oss's occupation?", ("climber", "alpinist"), "occupation", (Gold(title="Mira Oss"),)
+    )
+
+
+@pytest.mark.parametrize("record", [CWQ, CWQ_FLAT])
+def test_complex_web_questions(tmp_path: Path, record: dict) -> None:
+    (question,) = read_questions(write(tmp_path, "cwq.json", [record]))
+    assert (question.answers, question.gold) == (("Mira Oss", "M. Oss"), ())
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    other = {"question": "Why?", "answer": "because", "type": "why", "gold_ids": ["a", "b"], "split": "test"}
+    first, second = read_questions(write(tmp_path, "q.jsonl", f"{json.dumps(LINE)}\n\n{json.dumps(other)}\n"))
+    assert first == Question("q1", "What is Quorl?", ("a hill",), "fact in a QA pair", (Gold(id="p1"),))
+    assert second == Question("3", "Why?", ("because",), "why", (Gold(id="a"), Gold(id="b")), "test")
+    (alone,) = read_questions(write(tmp_path, "one.jsonl", json.dumps(LINE)))
+    assert alone == first
+
+
+def broken(record: dict, **changes: Any) -> dict:
+    return {name: value for name, value in {**record, **changes}.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "field"),
+    [
+        ("q.jsonl", json.dumps(LINE) + "\nnot json", "line 2", "not JSON"),
+        ("q.jsonl", json.dumps(LINE) + "\n[1]", "line 2", "a JSON list"),
+        ("q.jsonl", json.dumps(broken(LINE, question=...)), "line 1", "'question': is missing"),
+        ("q.jsonl", json.dumps(broken(LINE, answers=[" "])), "line 1", "'answers': has no text"),
+        ("q.jsonl", json.dumps(broken(LINE, answers=[3])), "line 1", "'answers': is no text"),
+        ("q.jsonl", json.dumps(broken(LINE, covered=1)), "line 1", "'covered': is a int"),
+        ("h.json", [HOTPOT, broken(HOTPOT, _id=...)], "record 1", "'_id': is missing"),
+        ("h.json", [HOTPOT, 3], "record 1", "a JSON int"),
+        ("h.json", [broken(HOTPOT, context=[["Quorl"]])], "record 0", "'context': is not a list of"),
+        ("h.json", [broken(HOTPOT, supporting_facts=[[0]])], "record 0", "'supporting_facts': is not a list of"),
+        ("h.json", [broken(HOTPOT, supporting_facts=..., answer=...)], "record 0", "'answer': is missing"),
+        ("w.json", [broken(TWO_WIKI, supporting_facts=[["Nobody", 0]])], "record 0", "'supporting_facts': names"),
+        ("w.json", [broken(TWO_WIKI, answer="")], "record 0", "'answer': is empty"),
+        ("s.json", broken(SQUAD, data=[{}]), "data[0]", "'paragraphs': is missing"),
+        (
+            "s.json",
+            {"data": [{"paragraphs": [{"context": "x", "qas": [broken(SQUAD_QA, answers=[{}])]}]}]},
+            "data[0].paragraphs[0].qas[0]",
+            "'text': is missing",
+        ),
+        ("p.tsv", POPQA.replace('"[""climber""', '"oh'), "line 2", "'possible_answers': is not a JSON list"),
+        ("p.tsv", POPQA + "8\tonly two\n", "line 3", "is missing"),
+        ("c.json", [broken(CWQ, answers=[{"aliases": []}])], "record 0", "'answer': is missing"),
+        ("c.json", [broken(CWQ_FLAT, test_id=None)], "record 0", "'test_id': is a NoneType"),
+    ],
+)
+def test_malformed_files_name_the_record_and_the_field(
+    tmp_path: Path, name: str, content: Any, where: str, field: str
+) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(InputError) as caught:
+        read_questions(path)
+    for part in (path, where, field):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("no.json", None, "no such file"),
+        ("e.jsonl", "", "holds no questions"),
+        ("e.json", "[]", "of no form"),
+        ("x.json", "[1, 2", "not JSON"),
+        ("x.json", {"a": 1}, "field 'question'"),
+        ("x.json.gz", None, "no such file"),
+        ("q.jsonl", json.dumps(LINE) + "\n" + json.dumps(LINE), "'q1' comes twice"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: Any, words: str) -> None:
+    path = str(tmp_path / name) if content is None else write(tmp_path, name, content)
+    with pytest.raises(InputError, match=words):
+        read_questions(path)
+
+
+def test_a_form_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'xml' is no form"):
+        read_questions(write(tmp_path, "q.jsonl", json.dumps(LINE)), "xml")
+
+
+def passage(title: str, text: str, *sources: str) -> Passage:
+    return Passage(passage_key(title, text), title, text, sources)
+
+
+def test_gold_passages_by_id_text_and_title(tmp_path: Path) -> None:
+    (hop,) = read_questions(write(tmp_path, "hotpot.json", [HOTPOT]))
+    whole = passage("Mira Oss", "Mira Oss climbed Quorl.  She was twelve.", "w1")
+    piece = passage("Quorl", "It lies in Vend.", "w2#1")
+    other = passage("Quorl", "Another text under that title.", "w3")
+    elsewhere = passage("Else", "Quorl is a hill.", "w4")
+    questions = [
+        hop,
+        Question("by id", "?", ("x",), gold=(Gold(id="w2"), Gold(id="w4"))),
+        Question("by title", "?", ("x",), gold=(Gold(title="else"),)),
+        Question("none", "?", ("x",)),
+        Question("unknown", "?", ("x",), gold=(Gold(id="w9"),)),
+    ]
+    index = GoldIndex(questions)
+    corpus = [other, elsewhere, piece, whole, make_passage(1)]
+    chosen = [p for p in corpus if index.is_gold(p)]
+    assert set(chosen) == {whole, piece, elsewhere}
+    found = match_gold(questions, chosen)
+    assert found == {
+        "h1": (whole, piece),
+        "by id": (piece, elsewhere),
+        "by title": (elsewhere,),
+        "none": (),
+        "unknown": (),
+    }

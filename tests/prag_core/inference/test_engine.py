@@ -1,0 +1,175 @@
+"""The engine: each answer as if it were alone, and a broken adapter never fails a request."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from prag_core.errors import AdapterError
+from prag_core.inference.engine import Engine
+from prag_core.inference.processor import RequestProcessor, hit_weights
+from prag_core.inference.request import Request
+from prag_core.llm.base_model import BaseModel
+from prag_core.llm.chat import answer_prefix_ids, question_ids
+from prag_core.llm.lora import find_targets
+from prag_core.prompts import final_answer
+from prag_core.recipe import RECIPES
+from prag_core.records import MODES, Hit
+from tests.helpers.adapters import random_adapter
+from tests.helpers.passages import make_passage
+
+RECIPE = RECIPES["small"]
+PASSAGES = [make_passage(n, words=4) for n in range(6)]
+
+
+class KnownHits:
+    """A retriever that answers each question with the same passages."""
+
+    def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+        return [Hit(passage, 3.0 - i) for i, passage in enumerate(PASSAGES[:top_k])]
+
+
+class Adapters:
+    def __init__(self, base: BaseModel) -> None:
+        self.layout, _ = find_targets(base.model, RECIPE)
+        self.broken: set[str] = set()
+
+    def get(self, key: str):
+        if key in self.broken:
+            raise AdapterError(f"adapter {key}: cut short")
+        return random_adapter(self.layout, [p.key for p in PASSAGES].index(key))
+
+
+@pytest.fixture
+def engine(tiny_session: BaseModel):
+    made = Engine(
+        tiny_session, RECIPE, RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6), Adapters(tiny_session)
+    )
+    yield made
+    made.close()
+
+
+def test_a_mixed_batch_answers_as_each_alone(engine: Engine) -> None:
+    rng = random.Random(0)
+    requests = [
+        Request(
+            f"What is {'x' * rng.randint(1, 30)}",
+            rng.choice(MODES),
+            rng.randint(1, 4),
+            rng.choice(["sum", "mean", "score"]),
+        )
+        for _ in range(20)
+    ]
+    together = engine.answer_batch(requests)
+    for request, answer in zip(requests, together, strict=True):
+        alone = engine.answer(request)
+        assert (alone.text, alone.passages, alone.prompt_tokens) == (answer.text, answer.passages, answer.prompt_tokens)
+        assert answer.question == request.question
+
+
+def test_the_modes_put_passages_where_they_say(engine: Engine) -> None:
+    answers = {mode: engine.answer(Request("Who?", mode, 2)) for mode in MODES}
+    places = {mode: {(p.in_weights, p.in_prompt) for p in answer.passages} for mode, answer in answers.items()}
+    assert places == {"closed": set(), "rag": {(False, True)}, "prag": {(True, False)}, "combine": {(True, True)}}
+    assert answers["closed"].prompt_tokens == answers["prag"].prompt_tokens < answers["rag"].prompt_tokens
+    assert len({answer.text for answer in answers.values()}) == 4
+    assert set(answers["prag"].milliseconds) == {"retrieve", "fetch", "prompt", "wait", "inject", "prefill", "decode"}
+
+
+def test_a_broken_adapter_puts_its_passage_into_the_prompt(tiny_session: BaseModel) -> None:
+    adapters = Adapters(tiny_session)
+    adapters.broken = {PASSAGES[1].key}
+    engine = Engine(tiny_session, RECIPE, RequestProcessor(tiny_session, KnownHits(), max_new_tokens=4), adapters)
+    answer = engine.answer(Request("Who?", "prag", 2))
+    engine.close()
+    assert [(p.in_weights, p.in_prompt) for p in answer.passages] == [(True, False), (False, True)]
+    assert "cut short" in answer.passages[1].note
+    tokenizer = tiny_session.tokenizer
+    with_text = len(question_ids(tokenizer, "Who?", [PASSAGES[1].text]))
+    assert answer.prompt_tokens > with_text
+
+
+def test_weights() -> None:
+    hits = [Hit(PASSAGES[0], 3.0), Hit(PASSAGES[1], 1.0)]
+    assert hit_weights(hits, "sum") == [1.0, 1.0]
+    assert hit_weights(hits, "mean") == [0.5, 0.5]
+    assert hit_weights(hits, "score") == [0.75, 0.25]
+    assert hit_weights([Hit(PASSAGES[0], 0.0)], "score") == [1.0]
+    assert hit_weights([], "mean") == []
+
+
+def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
+    class Halved(Adapters):
+        def get(self, key: str):
+            return {name: f / 2 if name.endswith(".B") else f for name, f in super().get(key).items()}
+
+    def answers(adapters: Adapters, strength: float, *requests: Request):
+        preparation = RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=strength)
+        engine = Engine(tiny_session, RECIPE, preparation, adapters)
+        found = engine.answer_batch(requests)
+        engine.close()
+        return found
+
+    combine, prag = Request("Who?", "combine", 2), Request("Who?", "prag", 2)
+    whole = answers(Adapters(tiny_session), 1.0, combine, prag)
+    half = answers(Adapters(tiny_session), 0.5, combine, prag, replace(combine, strength=1.0))
+    halved = answers(Halved(tiny_session), 1.0, combine)
+    # It is of combine alone, what a request says counts first, and it is the same as a weaker adapter.
+    assert half[0].text == halved[0].text != whole[0].text
+    assert [p.weight for p in half[0].passages] == [0.5, 0.5]
+    assert half[1].text == whole[1].text
+    assert half[2].text == whole[0].text
+    with pytest.raises(ValueError, match="strength"):
+        replace(combine, strength=0.0)
+
+
+def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseModel) -> None:
+    source = Adapters(tiny_session)
+    reader = source.get(PASSAGES[4].key)
+    plain, reading = (
+        RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, reader=given) for given in (None, (reader, 0.5))
+    )
+    requests = [Request("Who?", mode, 2) for mode in MODES]
+    texts = []
+    for preparation in (plain, reading):
+        engine = Engine(tiny_session, RECIPE, preparation, source)
+        texts.append([answer.text for answer in engine.answer_batch(requests)])
+        engine.close()
+    assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["combine"]
+
+    # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
+    combine, hits = requests[-1], KnownHits().search("Who?", 2)
+    prepared = reading.build(combine, hits, {hit.passage.key: source.get(hit.passage.key) for hit in hits}, {})
+    assert [weight for _, weight in prepared.decode.adapters] == [1.0, 1.0, 0.5]
+    assert prepared.decode.adapters[-1][0] is reader
+    assert [passage.weight for passage in prepared.passages] == [1.0, 1.0]
+    assert reading.without_adapters(prepared).decode.adapters == ()
+    assert reading.build(combine, [], {}, {}).decode.adapters == ()
+
+
+def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
+    class Nothing:
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            return []
+
+    engine = Engine(
+        tiny_session, RECIPE, RequestProcessor(tiny_session, Nothing(), max_new_tokens=6), Adapters(tiny_session)
+    )
+    texts = {engine.answer(Request("Who?", mode)).text for mode in MODES}
+    engine.close()
+    assert len(texts) == 1
+
+
+def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None:
+    recipe = replace(RECIPE, template="chain_of_thought")
+    preparation = RequestProcessor(tiny_session, KnownHits(), template=recipe.template, max_new_tokens=4)
+    engine = Engine(tiny_session, recipe, preparation, Adapters(tiny_session))
+    answer = engine.answer(Request("Who?", "combine", 2))
+    engine.close()
+    tokenizer, template = tiny_session.tokenizer, recipe.template
+    prompt = question_ids(tokenizer, "Who?", [p.text for p in PASSAGES[:2]], template=template)
+    assert answer.prompt_tokens == len(prompt) + len(answer_prefix_ids(tokenizer, template))
+    assert answer.reasoning
+    assert answer.text == final_answer(answer.reasoning, template)

@@ -1,0 +1,146 @@
+"""Injection row by row: the sum of adapters, and nothing of a neighbour's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prag_core.errors import AdapterError, ModelError
+from prag_core.llm.base_model import BaseModel
+from prag_core.llm.layout import LoraLayout
+from prag_core.llm.lora import Injector, check_factors, find_targets, initial_factors, stack_rows
+from prag_core.recipe import RECIPES
+from prag_core.testing import FAMILIES, tiny_base_model
+from tests.helpers.adapters import random_adapter
+
+RECIPE = RECIPES["small"]
+
+
+def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Tensor) -> torch.Tensor:
+    """The oracle: Σ w·scale·B·A added to the weights themselves, and taken off again."""
+    _, modules = find_targets(base.model, RECIPE)
+    before = {place: module.weight.clone() for place, module in modules.items()}
+    with torch.no_grad():
+        for (layer, target), module in modules.items():
+            for adapter, weight in row:
+                b, a = adapter[f"{target}.B"][layer], adapter[f"{target}.A"][layer]
+                module.weight += (weight * layout.scale * b @ a).to(module.weight.dtype)
+        logits = base.model(input_ids=ids).logits
+        for place, module in modules.items():
+            module.weight.copy_(before[place])
+    return logits
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, 0.5, 0.25])), max_size=3), min_size=1, max_size=4
+    )
+)
+def test_each_row_of_a_mixed_batch_has_its_own_sum(tiny_session: BaseModel, plan: list) -> None:
+    check_mixed_batch(tiny_session, plan)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_takes_its_rows_adapters(tmp_path: Path, family: str) -> None:
+    check_mixed_batch(tiny_base_model(tmp_path, family=family), [[(1, 1.0), (2, 0.5)], [], [(3, 1.0)]])
+
+
+def check_mixed_batch(base: BaseModel, plan: list) -> None:
+    injector = Injector(base.model, RECIPE)
+    try:
+        layout = injector.layout
+        rows = [[(random_adapter(layout, seed), weight) for seed, weight in row] for row in plan]
+        ids = torch.arange(3, 3 + 7 * len(rows)).remainder(250).reshape(len(rows), 7)
+        with torch.no_grad(), injector.active(stack_rows(layout, rows, dtype=torch.float32)):
+            mixed = base.model(input_ids=ids).logits
+        for i, row in enumerate(rows):
+            assert torch.allclose(mixed[i], with_dense_sum(base, layout, row, ids[i : i + 1])[0], atol=1e-4)
+    finally:
+        injector.close()
+
+
+def test_outside_the_context_the_model_is_bare(tiny: BaseModel) -> None:
+    ids = torch.arange(3, 13)[None]
+    bare = tiny.model(input_ids=ids).logits
+    injector = Injector(tiny.model, RECIPE)
+    rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]], dtype=torch.float32)
+    with injector.active(rows):
+        changed = tiny.model(input_ids=ids).logits
+    assert not torch.allclose(bare, changed)
+    assert torch.equal(tiny.model(input_ids=ids).logits, bare)
+    injector.close()
+    assert torch.equal(tiny.model(input_ids=ids).logits, bare)
+
+
+def test_modules_are_counted(tiny: BaseModel) -> None:
+    injector = Injector(tiny.model, RECIPE)
+    assert injector.modules == 3 * 3
+    assert injector.layout.parameters == 3 * 2 * (3 * 32 + 3 * 48)
+    injector.close()
+
+
+def test_a_missing_target_names_what_there_is(tiny: BaseModel) -> None:
+    with pytest.raises(ModelError, match=r"no linear module gate_up_proj.*gate_proj.*up_proj"):
+        find_targets(tiny.model, replace(RECIPE, targets=("gate_up_proj", "down_proj")))
+
+
+def test_every_adapter_starts_alike_and_as_nothing(tiny: BaseModel) -> None:
+    layout, _ = find_targets(tiny.model, RECIPE)
+    one, same, other = initial_factors(layout, 0), initial_factors(layout, 0), initial_factors(layout, 1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["up_proj.A"], other["up_proj.A"])
+    assert all(bool((one[name] == 0).all()) == name.endswith(".B") for name in one)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.pop("up_proj.A"), "has tensors"),
+        (lambda f: f.update({"up_proj.A": f["up_proj.A"][:-1]}), "has shape"),
+        (lambda f: f["up_proj.B"].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tiny: BaseModel, damage, message: str) -> None:
+    layout, _ = find_targets(tiny.model, RECIPE)
+    factors = initial_factors(layout, 0)
+    damage(factors)
+    with pytest.raises(AdapterError, match=f"adapter k: .*{message}"):
+        check_factors(layout, factors, "k")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(tiny_session: BaseModel, value: float, dtype: torch.dtype) -> None:
+    layout, _ = find_targets(tiny_session.model, RECIPE)
+    for name in layout.tensor_shapes:
+        factors = {other: tensor.to(dtype) for other, tensor in random_adapter(layout, 1).items()}
+        check_factors(layout, factors, "k")
+        factors[name].view(-1)[-1] = value
+        with pytest.raises(AdapterError, match=f"{name} holds values that are not finite"):
+            check_factors(layout, factors, "k")
+
+
+def test_a_layer_computed_again_elsewhere_has_the_same_adapters(tiny_session: BaseModel) -> None:
+    injector = Injector(tiny_session.model, RECIPE)
+    ids = torch.tensor([[5, 6, 7]])
+    rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]], dtype=torch.float32)
+    with injector.active(rows):
+        expected = tiny_session.model(input_ids=ids).logits
+        _, again = injector.recompute_contexts()
+    bare = tiny_session.model(input_ids=ids).logits
+    with ThreadPoolExecutor(1) as other:  # autograd computes again in a thread of its own
+
+        def recompute() -> torch.Tensor:
+            with again:
+                return tiny_session.model(input_ids=ids).logits
+
+        assert torch.equal(other.submit(recompute).result(), expected)
+    injector.close()
+    assert not torch.allclose(bare, expected)

@@ -1,0 +1,59 @@
+"""Products of few rows: the same numbers either way round, for every shape that a model gives."""
+
+import pytest
+import torch
+from torch import nn
+
+from prag_core.llm.base_model import BaseModel
+from prag_core.llm.skinny_linear import FEW_ROWS, FewRowsLinear, use_few_rows
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (1, 5), (4, 16), (2, 33), (64,), (65,), (2, 3, 4)])
+def test_products_are_those_of_a_plain_linear_module(shape: tuple[int, ...]) -> None:
+    plain = nn.Linear(24, 40, bias=False)
+    turned = nn.Linear(24, 40, bias=False)
+    turned.load_state_dict(plain.state_dict())
+    use_few_rows(turned)
+    x = torch.randn(*shape, 24)
+    assert type(turned) is FewRowsLinear
+    torch.testing.assert_close(turned(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_at_all_give_none() -> None:
+    module = nn.Linear(4, 6, bias=False)
+    use_few_rows(module)
+    assert module(torch.zeros(0, 4)).shape == (0, 6)
+
+
+def test_gradients_are_those_of_a_plain_linear_module() -> None:
+    plain = nn.Linear(8, 12, bias=False)
+    turned = nn.Linear(8, 12, bias=False)
+    turned.load_state_dict(plain.state_dict())
+    use_few_rows(turned)
+    x, y = (torch.ones(3, 8, requires_grad=True) for _ in range(2))
+    plain(x).square().sum().backward()
+    turned(y).square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad)
+    torch.testing.assert_close(turned.weight.grad, plain.weight.grad)
+
+
+def test_modules_with_a_bias_in_another_type_or_of_another_kind_stay() -> None:
+    class Special(nn.Linear):
+        """A module that somebody's model brings along."""
+
+    modules = nn.ModuleList(
+        [nn.Linear(2, 3), nn.Linear(2, 3, bias=False).double(), Special(2, 3, bias=False), nn.Embedding(2, 3)]
+    )
+    before = [type(module) for module in modules]
+    use_few_rows(modules)
+    assert [type(module) for module in modules] == before
+
+
+def test_a_loaded_model_has_them_and_decodes_one_row_as_many(tiny_session: BaseModel) -> None:
+    kinds = {type(module) for module in tiny_session.model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {FewRowsLinear}
+    ids = torch.arange(5, 5 + max(FEW_ROWS))
+    with torch.inference_mode():
+        alone = torch.cat([tiny_session.model(input_ids=row[None, None]).logits[0] for row in ids])
+        together = tiny_session.model(input_ids=ids[:, None]).logits[:, 0]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)

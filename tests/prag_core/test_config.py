@@ -1,0 +1,150 @@
+"""One strict configuration: what is wrong in it is said with its path and the nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prag_core.config import augment_recipe, dump_config, load_config, train_recipe
+from prag_core.errors import ConfigError
+from prag_core.identity import fingerprint
+from prag_core.recipe import RECIPES, AugmentRecipe, Recipe
+
+MINIMAL = "store: s\ncorpus: {path: c.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_defaults_and_overrides(write) -> None:
+    config = load_config(write(MINIMAL), ["train.epochs=7", "answer.mode=prag", "model.name=./m"])
+    assert (config.train.epochs, config.answer.mode, config.model.name) == (7, "prag", "./m")
+    assert load_config(write(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (MINIMAL, ["train.epoch=4"], r"unknown key train\.epoch\n.*did you mean train\.epochs\?"),
+        (MINIMAL + "trian: {}\n", [], r"unknown key trian\n.*did you mean train\?"),
+        (MINIMAL, ["augment.endpoint.modle=x"], r"unknown key augment\.endpoint\.modle\n.*augment\.endpoint\.model\?"),
+        (MINIMAL, ["train.epochs=0"], r"train\.epochs = 0"),
+        (MINIMAL, ["answer.mode=fast"], r"answer\.mode = 'fast'"),
+        ("corpus: {path: x}\n", [], r"store is required"),
+        ("store: [\n", [], r"not valid YAML"),
+        ("just text\n", [], r"holds no settings"),
+        (MINIMAL, ["nonsense"], r"not KEY=VALUE"),
+        (MINIMAL, ["store.x=1"], r"'store' holds no settings"),
+        (MINIMAL, ["storage.adapter_dtype=int4"], r"storage\.adapter_dtype = 'int4'"),
+        (MINIMAL, ["storage.endpoint=x"], r"unknown key storage\.endpoint\n.*storage\.endpoint_url\?"),
+        (MINIMAL, ["storage.secret_key=x"], r"unknown key storage\.secret_key"),
+    ],
+)
+def test_what_is_wrong_is_named(write, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(text), overrides)
+
+
+@pytest.mark.parametrize("key", ["store", "storage.endpoint_url", "corpus.path"])
+@pytest.mark.parametrize(
+    "url", ["s3://AKEY:hush@bucket/x", "s3://AKEY@bucket", "s3://AKEY:hu/sh@bucket", "http://AKEY:hush@host:1/x"]
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(write, key: str, url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} holds credentials\n.*AWS_\* environment") as caught:
+        load_config(write(MINIMAL), [f"{key}={url}"])
+    assert not [part for part in ("hush", "hu/sh", "AKEY") if part in str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a@b", "s3://arn:aws:s3:eu:1:accesspoint/x", "http://host:8333/a@b", "abfs://box@account/x"]
+)
+def test_a_url_without_credentials_is_none_of_those(write, url: str) -> None:
+    assert load_config(write(MINIMAL), [f"store={url}"]).store == url
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_example_is_valid() -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "demo.yaml")
+    assert train_recipe(config.train).name in RECIPES
+
+
+def recipe_of(config) -> Recipe:
+    return Recipe("base", augment_recipe(config.augment, "generator"), train_recipe(config.train))
+
+
+def test_machine_facts_never_enter_a_fingerprint(write) -> None:
+    plain = load_config(write(MINIMAL))
+    moved = load_config(
+        write(MINIMAL),
+        [
+            "run.train_batch=2",
+            "run.tokens_per_step=512",
+            "run.profile=gpu",
+            "model.device=cpu",
+            "model.dtype=float32",
+            "store=elsewhere",
+            "augment.endpoint.url=http://x/v1",
+            "run.augment_batch=3",
+            "answer.top_k=1",
+            "storage.adapter_dtype=int8",
+        ],
+    )
+    assert recipe_of(plain).fingerprint == recipe_of(moved).fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs=9",
+        "train.rank=4",
+        "train.seed=1",
+        "augment.pairs=2",
+        "augment.strategy=paper",
+        "train.recipe=paper",
+        "train.without=qa",
+        "augment.import_file=a.jsonl",
+    ],
+)
+def test_whatever_decides_an_adapter_does(write, override: str) -> None:
+    before, after = (recipe_of(load_config(write(MINIMAL), overrides)) for overrides in ([], [override]))
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_recipe_comes_back_from_its_document(write) -> None:
+    recipe = recipe_of(load_config(write(MINIMAL)))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert isinstance(recipe.augment, AugmentRecipe)
+
+
+def test_an_unknown_recipe_lists_the_known(write) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.recipe = 'smal'.*\n.*did you mean small\?.*closed_book, paper, small"
+    ):
+        load_config(write(MINIMAL), ["train.recipe=smal"])
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    paper = RECIPES["paper"]
+    assert (paper.rank, paper.alpha, paper.scale, paper.learning_rate, paper.epochs) == (2, 32, 16, 3e-4, 1)
+    assert not paper.eos
+
+
+def test_an_option_that_came_later_leaves_older_names_as_they_were(write) -> None:
+    recipe = recipe_of(load_config(write(MINIMAL)))
+    older = recipe.to_json()
+    for name in ("template", "without"):
+        del older["train"][name]
+    assert Recipe.from_json(older) == recipe
+    assert recipe.fingerprint == fingerprint(older)
