@@ -53,11 +53,12 @@ BOTH_WAYS = """
 import json, sys
 from cluster.resources import PROFILES
 from cluster.session import ray_session
-from pipelines.tables import read_parts, survey, with_augmentations, with_passages
-from prag_core.config import AugmentConfig, TrainConfig
-from prag_core.recipe import Recipe, augment_recipe, train_recipe
+from pipelines.execution.survey import survey, with_augmentations, with_passages
+from pipelines.execution.tables import read_parts
+from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
+from prag_core.recipe import Recipe
 from prag_core.records import Passage, schema
-from prag_core.store import Store
+from prag_core.store.objects import Store
 
 store = Store(sys.argv[1])
 recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))

@@ -435,7 +435,7 @@ def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
             return {name: torch.full(shape, 1e30) for name, shape in layout.tensor_shapes.items()}
         return marker(base, layout, letter)
 
-    monkeypatch.setattr("serving.marker_adapter", huge)
+    monkeypatch.setattr("tests.helpers.serving.marker_adapter", huge)
     world = World(tiny_session, tmp_path)
     world.publish(count=4)
     requests = [Request(named(numbers), "prag", 2) for numbers in ([1], [0, 2], [3])]

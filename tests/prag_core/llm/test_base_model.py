@@ -33,7 +33,7 @@ def test_facts_are_those_of_the_loaded_model(folder: Path, tiny_session: BaseMod
 
 def test_facts_known_before_need_no_model_library(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from prag_core.llm.base_model import model_facts\n"
+        "import sys; from pathlib import Path; from prag_core.llm.model_facts import model_facts\n"
         f"loaded = {{'torch', 'transformers'}}; print(model_facts(Path({str(folder)!r})).fingerprint, end=' ')\n"
         "print(*sorted(loaded & set(sys.modules)))"
     )

@@ -211,7 +211,7 @@ def test_a_part_is_read_without_a_dataset(tmp_path: Path) -> None:
     part = store.put_table("t", pa.table({"key": ["a"], "text": ["b"]}))
     code = f"""
 import sys
-from prag_core.store import Store
+from prag_core.store.objects import Store
 store = Store({store.url!r})
 assert store.get_part({part!r}).num_rows == store.get_columns({part!r}, ["key"]).num_rows == 1
 print("pyarrow.dataset" in sys.modules)
