@@ -35,7 +35,6 @@ from prag_core.records import Answer, Hit
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import current_id, load_snapshot
 
-
 log = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 30.0

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # A temperature below it is 0: dividing by it would leave the range of a float.
 _COLDEST = 1e-5
 # What stands for the token of a row whose logits are not finite.
