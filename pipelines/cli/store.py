@@ -96,7 +96,7 @@ def repair(
 
     settings = load_config(config, set_ or [])
     with result_only():
-        mended = operate.mend(settings, progress_to, full=not fast, run=run, take_over=take_over)
+        mended = operate.repair_store(settings, progress_to, full=not fast, run=run, take_over=take_over)
     if as_json:
         print_json(mended.to_json())
         return
@@ -158,7 +158,9 @@ def gc(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--grace") from None
     with result_only():
-        done = operate.clean(settings, progress_to, keep=keep, grace_s=grace_s, dry_run=dry_run, take_over=take_over)
+        done = operate.collect_garbage(
+            settings, progress_to, keep=keep, grace_s=grace_s, dry_run=dry_run, take_over=take_over
+        )
     if as_json:
         print_json(done.to_json())
         return
@@ -215,9 +217,9 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a passage's adapter as a PEFT folder, which `PeftModel.from_pretrained` loads."""
-    from pipelines.maintenance import operations as operate
+    from pipelines.maintenance import adapters
 
-    key = operate.export(load_config(config, set_ or []), passage, to, snapshot)
+    key = adapters.export(load_config(config, set_ or []), passage, to, snapshot)
     if as_json:
         print_json({"key": key, "folder": str(to)})
     else:
@@ -238,11 +240,11 @@ def import_(
 
     It must fit the recipe in service (rank, alpha, modules), and stays until the passage's augmentation changes.
     """
-    from pipelines.maintenance import operations as operate
+    from pipelines.maintenance import adapters
 
     if (key is None) == (id is None):
         raise typer.BadParameter("name the passage by --key or by --id", param_hint="prag import")
-    found, snapshot = operate.import_adapter(load_config(config, set_ or []), key or id or "", folder, take_over)
+    found, snapshot = adapters.import_adapter(load_config(config, set_ or []), key or id or "", folder, take_over)
     if as_json:
         print_json({"key": found, "snapshot": snapshot})
     else:
@@ -259,7 +261,7 @@ def du(
     from pipelines.maintenance import operations as operate
 
     settings = load_config(config, set_ or [])
-    used = operate.measure(_open(settings), settings.storage.keep_snapshots)
+    used = operate.measure_usage(_open(settings), settings.storage.keep_snapshots)
     if as_json:
         print_json(used.to_json())
         return
