@@ -3,7 +3,7 @@
 An adapter's factors are arguments of a forward pass, never state of the model. For row i of a batch and one
 adapted module, `y = W x + B_i (w_i ⊙ (A_i x))`: two batched products, in which `A_i` and `B_i` may hold one
 adapter (training) or several side by side (answering), since a sum of adapters is one adapter of the summed
-rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`, exactly (design, section 6).
+rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`, exactly (docs/architecture.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Bytes below (fsspec), records above. Objects appear whole or not at all, their names are derived from their
 content, and what makes an artefact exist is one small write that comes last: a ledger part for adapters, a
 manifest for a corpus version. So a retried task, a late actor or two runs at once can waste work but never
-corrupt anything (design, sections 3 and 7).
+corrupt anything (docs/store.md).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A stack of D passages keeps its parameters side by side, `[D, r, inputs]` a module. Each step takes one example
 of each passage, padded to one length, through the frozen model; the loss is the sum of each passage's mean, so
 each passage's gradient is its own, and an elementwise AdamW over the stack is D independent optimizers
-(design, section 5). A passage's factors are taken out at its own last step; what the optimizer does to its
-slot later is nobody's. How it works in one page: `docs/trainer.md`.
+(docs/trainer.md). A passage's factors are taken out at its own last step; what the optimizer does to its
+slot later is nobody's.
 """
 
 from __future__ import annotations
