@@ -27,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.session import ray_session
 from pipelines.settings import profile_of
-from prag_core.config import parse_config
+from prag_core.config_file import parse_config
 from prag_core.identity import passage_key
 from prag_core.inference.threads import SearchThread
 from prag_core.records import Hit, Passage

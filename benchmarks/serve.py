@@ -34,7 +34,8 @@ import torch
 from measure import machine, peak_mb
 from peft import PeftModel
 
-from prag_core.config import Config, augment_recipe, parse_config, train_recipe
+from prag_core.config import Config, augment_recipe, train_recipe
+from prag_core.config_file import parse_config
 from prag_core.errors import OverloadedError
 from prag_core.identity import passage_key
 from prag_core.inference.adapter_cache import AdapterCache

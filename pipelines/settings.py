@@ -20,13 +20,13 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
 
     Raises:
         ModelError: when the model is missing or does not fit.
-        AdapterError: when `train.start` is no adapter of the recipe's shape.
+        AdapterError: when `train.initial_adapter` is no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
     facts = model_facts(folder)
     layout = find_layout(facts.linear, train)
-    if start := config.train.start:
+    if start := config.train.initial_adapter:
         train = replace(train, start=start if is_checksum(start) else _fingerprint_of(layout, Path(start)))
     augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint))
     return Recipe(facts.fingerprint, augmenting, train), layout

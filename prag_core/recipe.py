@@ -1,7 +1,7 @@
-"""Recipes: everything that decides what an augmentation or an adapter is, by name and in full.
+"""Recipes: all settings that decide what an augmentation or an adapter is.
 
-A recipe's fingerprint is in the path of what it made, and the recipe itself lies beside it. Machine facts (batch
-size, device, number of actors, paths) never enter it. A rule whose outcome changes raises `RULE_VERSION`.
+The store keeps what a recipe made under the recipe's fingerprint, with the whole recipe beside it. Machine facts (batch
+size, device, number of actors, paths) never enter a recipe. Raise `RULE_VERSION` when code changes a recipe's result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RULE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class AugmentRecipe:
-    """What decides an augmentation. `generator` names the augmenting model by its weights' fingerprint."""
+    """The settings that decide an augmentation. `generator` is the fingerprint of the augmenting model's weights."""
 
     generator: str
     strategy: str
@@ -32,22 +32,37 @@ class AugmentRecipe:
 
     @property
     def fingerprint(self) -> str:
-        """Return the name of this recipe: the hash of its canonical JSON."""
+        """Return the hash of this recipe's canonical JSON, which names it in the store."""
         return fingerprint(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
 class TrainRecipe:
-    """What decides an adapter, once base model and augmentations are given.
+    """The settings that decide an adapter, given a base model and augmentations.
 
-    `examples` is the set of training examples a passage: `paper` or `closed_book`, see
-    `prag_core.training.examples.training_examples`. `template` is how questions are asked, in training and in answering:
-    `direct` or `chain_of_thought`, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn
-    token. `loss` is over `all` tokens of an example, as in the paper, or over its `answer` alone. `last_layers`
-    adapts only so many of the topmost layers (None: all): smaller adapters, and no backward pass below them. `start`
-    is the fingerprint of the factors that each adapter starts from, such as a warm-up's; empty for those of `seed`.
-    `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
+    Args:
+        name: The recipe that the others override.
+        rank: LoRA's rank r.
+        alpha: LoRA's alpha; B·A is scaled by alpha / rank.
+        targets: The linear modules of each layer that get factors.
+        learning_rate: AdamW's learning rate.
+        weight_decay: AdamW's weight decay.
+        epochs: How often each example is trained.
+        examples: How a passage becomes training examples: `paper` or `closed_book`, see
+            `prag_core.training.examples.training_examples`.
+        template: How questions are asked, in training and in answering, see `prag_core.prompts`.
+        eos: Whether each target ends with the model's end-of-turn token.
+        loss: `all` tokens of an example count, as in the paper, or those of its `answer` alone.
+        last_layers: How many layers to adapt, counted from the output; None for all. With fewer layers adapters are
+            smaller, and no backward pass goes below them.
+        max_tokens: Longer examples are truncated.
+        seed: Decides the initial factors, where `start` does not.
+        start: The fingerprint of the factors that all adapters start from, such as a warm-up's; empty for random ones.
+        without: The paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
     """
+
+    # Field names are part of the fingerprint and of the stored JSON. So `start` and `without` keep theirs, although the
+    # configuration calls them `initial_adapter` and `ablation`.
 
     name: str
     rank: int = 2
@@ -68,21 +83,21 @@ class TrainRecipe:
 
     @property
     def scale(self) -> float:
-        """The factor of B·A in the weights: alpha / rank."""
+        """The factor of B·A: alpha / rank."""
         return self.alpha / self.rank
 
 
 RECIPES: dict[str, TrainRecipe] = {
     # Su et al., SIGIR 2025, section 4.1 and the authors' published settings.
     "paper": TrainRecipe(name="paper"),
-    # For models of some hundred million parameters, on which the paper's one gentle pass leaves no trace.
+    # For models of some hundred million parameters, which hardly learn anything from the paper's settings.
     "small": TrainRecipe(name="small", learning_rate=1e-3, epochs=4, eos=True),
-    # More on fewer tokens: most questions are trained as they will be asked, without the passage, in bigger steps.
+    # Fewer tokens and larger steps: most questions are trained as they will be asked, without the passage.
     "closed_book": TrainRecipe(name="closed_book", learning_rate=2e-3, epochs=2, eos=True, examples="closed_book"),
 }
 
-# Fields that came after the first adapters were made: at their defaults they are no part of a recipe's name, or each
-# of those adapters would have to be made again.
+# Fields that were added after adapters had been stored. At their defaults they are left out of the fingerprint, so that
+# older adapters keep theirs.
 _ADDED: dict[str, Any] = {"template": "direct", "without": ""}
 
 
@@ -98,7 +113,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Return the name of this recipe: the hash of its canonical JSON."""
+        """Return the hash of this recipe's canonical JSON, which names it in the store."""
         content = self.to_json()
         for name, default in _ADDED.items():
             if content["train"][name] == default:
@@ -106,12 +121,12 @@ class Recipe:
         return fingerprint(content)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe in full, as the store keeps it beside what it made."""
+        """Return the whole recipe as the store keeps it."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Recipe:
-        """Return the recipe that `to_json` gave."""
+        """Return the recipe of a document that `to_json` made."""
         train = {**document["train"], "targets": tuple(document["train"]["targets"])}
         parts = {"augment": AugmentRecipe(**document["augment"]), "train": TrainRecipe(**train)}
         return cls(**{**document, **parts})

@@ -33,7 +33,8 @@ from pipelines.cli.terminal import (
     result_only,
     settings_of,
 )
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.errors import ClusterError, PragError
 from prag_core.records import MODES, Answer, MergeRule, Mode, Reject
 

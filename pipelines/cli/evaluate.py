@@ -21,7 +21,7 @@ from pipelines.cli.terminal import (
     progress_to,
     result_only,
 )
-from prag_core.config import load_config
+from prag_core.config_file import load_config
 from prag_core.errors import ConfigError
 from prag_core.records import MAX_STRENGTH, MODES, MergeRule
 
@@ -149,7 +149,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train an adapter on questions that overlap with nothing, and store it by its fingerprint.
 
-        Use it with `--set train.start=NAME`: every passage's adapter then starts from it. With --reading the
+        Use it with `--set train.initial_adapter=NAME`: every passage's adapter then starts from it. With --reading the
         questions are asked with their passages, which the set has to bring (SQuAD, HotpotQA, 2WikiMultihopQA): use
         that one with `--set answer.reader=NAME`, and it is added to the adapters in the mode `combine`.
         """
@@ -174,9 +174,10 @@ def register(app: typer.Typer) -> None:
         if as_json:
             print_json(asdict(made))
             return
+        key = "answer.reader" if reading else "train.initial_adapter"
         out.print(
             f"{made.questions} questions ({made.left_out} left out); loss {made.first_loss:.3f} → "
-            f"{made.last_loss:.3f}\nuse it with: --set {'answer.reader' if reading else 'train.start'}={made.start}"
+            f"{made.last_loss:.3f}\nuse it with: --set {key}={made.start}"
         )
 
     @app.command("import-augmentations")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, SetOption, out, result_only
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, SetOption, out, print_json, print_rows
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.errors import InputError
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from pipelines.cli.terminal import (
     progress_to,
     result_only,
 )
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.errors import StoreError
 
 if TYPE_CHECKING:

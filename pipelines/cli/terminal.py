@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="The YAML configuration.", envvar="PRAG_CONFIG", show_default=True)
@@ -37,7 +38,7 @@ def settings_of(config: Path, overrides: list[str] | None, profile: str | None =
     """Return the configuration of a command's options.
 
     Raises:
-        ConfigError: see `prag_core.config.load_config`.
+        ConfigError: see `prag_core.config_file.load_config`.
     """
     return load_config(config, [*(overrides or []), *([f"run.profile={profile}"] if profile else [])])
 

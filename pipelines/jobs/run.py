@@ -24,7 +24,8 @@ from pipelines.planning.preflight import check_here, check_nodes, preflight
 from pipelines.settings import profile_of
 from pipelines.stages import augment, index, ingest
 from pipelines.stages import train as parameterize
-from prag_core.config import Config, dump_config
+from prag_core.config import Config
+from prag_core.config_file import dump_config
 from prag_core.identity import is_checksum
 from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe
@@ -133,8 +134,8 @@ def _run(
     run, profile = lease.record.run, profile_of(config)
     store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, recipe, layout).describe()
-    if config.train.start:
-        _keep_start(config.train.start, store, layout)
+    if config.train.initial_adapter:
+        _keep_start(config.train.initial_adapter, store, layout)
     console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
     progress = RunProgress(store, run, console)
     with progress.until_the_end(), ray_session(profile):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cluster import jobs
 from cluster.jobs import JobServerError
-from prag_core.config import Config, dump_config
+from prag_core.config import Config
+from prag_core.config_file import dump_config
 from prag_core.errors import ClusterError, ConfigError
 from prag_core.identity import fingerprint, is_checksum
 
@@ -81,12 +82,12 @@ def submit(
 
 
 def _refuse_relative(config: Config) -> None:
-    start = config.train.start
+    start = config.train.initial_adapter
     named = {
         "store": config.store,
         "corpus.path": config.corpus.path,
         "augment.import_file": config.augment.import_file,
-        "train.start": None if start and is_checksum(start) else start,
+        "train.initial_adapter": None if start and is_checksum(start) else start,
     }
     relative = [key for key, path in named.items() if path and "://" not in path and not Path(path).is_absolute()]
     if config.model.name.startswith(".") or (

@@ -66,16 +66,17 @@ def run_warmup(
 ) -> Warmup:
     """Train an adapter of the configured recipe's shape, store it, and return its name.
 
-    The name is for `train.start`, or, when it was trained with `settings.reading`, for `answer.reader`. Questions that
-    share words or a gold passage with `others`, or words with a question of the store's augmentations, are left out;
-    of the rest `limit` are drawn, the same each time. `export` names a folder for the same adapter in PEFT's form.
+    The name is for `train.initial_adapter`, or, when it was trained with `settings.reading`, for `answer.reader`.
+    Questions that share words or a gold passage with `others`, or words with a question of the store's augmentations,
+    are left out; of the rest `limit` are drawn, the same each time. `export` names a folder for the same adapter in
+    PEFT's form.
 
     Raises:
         InputError: when no question is left, or none brings the passages that `settings.reading` wants.
-        ConfigError: when the configuration names a `train.start` already.
+        ConfigError: when the configuration names a `train.initial_adapter` already.
     """
-    if config.train.start:
-        raise ConfigError("train.start is set, and a warm-up makes one", "leave it out")
+    if config.train.initial_adapter:
+        raise ConfigError("train.initial_adapter is set, and a warm-up makes one", "leave it out")
     store = open_store(config)
     store.check_writable()
     recipe, layout = describe(config)

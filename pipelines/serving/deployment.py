@@ -21,7 +21,8 @@ from pipelines.serving.follower import Follower
 from pipelines.serving.metrics import Metrics, merged
 from pipelines.serving.middleware import RateLimiter, open_keys
 from pipelines.settings import profile_of
-from prag_core.config import Config, check_defaults, load_config, parse_config
+from prag_core.config import Config, check_defaults
+from prag_core.config_file import load_config, parse_config
 from prag_core.inference.service import Service, open_service
 from prag_core.llm.threads import set_threads
 from prag_core.retrieval.jvm import JVM_ENV

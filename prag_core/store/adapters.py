@@ -168,9 +168,11 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     except UnreachableError:
         raise
     except (StoreError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.start again") from None
+        raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.initial_adapter again") from None
     if start_fingerprint(tensors) != name:
-        raise AdapterError(f"start {name}: was altered in the store", "run `prag run` with its train.start again")
+        raise AdapterError(
+            f"start {name}: was altered in the store", "run `prag run` with its train.initial_adapter again"
+        )
     return tensors
 
 

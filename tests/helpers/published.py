@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from pipelines.settings import describe
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.identity import fingerprint
 from prag_core.llm.lora import TrainedAdapter
 from prag_core.records import Passage, passage_table

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.resources import PROFILES
 from pipelines.settings import profile_of
-from prag_core.config import parse_config
+from prag_core.config_file import parse_config
 from prag_core.errors import ConfigError
 
 

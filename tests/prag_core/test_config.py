@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prag_core.config import augment_recipe, dump_config, load_config, train_recipe
+from prag_core.config import augment_recipe, train_recipe
+from prag_core.config_file import dump_config, load_config
 from prag_core.errors import ConfigError
 from prag_core.identity import fingerprint
 from prag_core.recipe import RECIPES, AugmentRecipe, Recipe
@@ -46,6 +47,8 @@ def test_defaults_and_overrides(write) -> None:
         (MINIMAL, ["storage.adapter_dtype=int4"], r"storage\.adapter_dtype = 'int4'"),
         (MINIMAL, ["storage.endpoint=x"], r"unknown key storage\.endpoint\n.*storage\.endpoint_url\?"),
         (MINIMAL, ["storage.secret_key=x"], r"unknown key storage\.secret_key"),
+        (MINIMAL, ["train.start=x"], r"unknown key train\.start\n.*called train\.initial_adapter now"),
+        (MINIMAL, ["train.without=qa"], r"unknown key train\.without\n.*called train\.ablation now"),
     ],
 )
 def test_what_is_wrong_is_named(write, text: str, overrides: list[str], message: str) -> None:
@@ -113,13 +116,19 @@ def test_machine_facts_never_enter_a_fingerprint(write) -> None:
         "augment.pairs=2",
         "augment.strategy=paper",
         "train.recipe=paper",
-        "train.without=qa",
+        "train.ablation=qa",
         "augment.import_file=a.jsonl",
     ],
 )
 def test_whatever_decides_an_adapter_does(write, override: str) -> None:
     before, after = (recipe_of(load_config(write(MINIMAL), overrides)) for overrides in ([], [override]))
     assert before.fingerprint != after.fingerprint
+
+
+def test_the_recipe_records_the_ablation_but_not_the_path_of_the_initial_adapter(write) -> None:
+    config = load_config(write(MINIMAL), ["train.ablation=qa", "train.initial_adapter=./peft"])
+    recipe = train_recipe(config.train)
+    assert (recipe.without, recipe.start) == ("qa", "")
 
 
 def test_a_recipe_comes_back_from_its_document(write) -> None:

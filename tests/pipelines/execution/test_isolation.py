@@ -21,7 +21,8 @@ from pipelines.execution.isolation import IsolatedWorker, StageRun
 from pipelines.execution.outcomes import Outcome, outcome_table
 from pipelines.settings import describe, profile_of
 from pipelines.stages.train import TrainAdapters
-from prag_core.config import RunConfig, load_config
+from prag_core.config import RunConfig
+from prag_core.config_file import load_config
 from prag_core.errors import PragError, StoreError
 from prag_core.identity import passage_key
 from prag_core.records import Passage, Reject, from_table, to_table

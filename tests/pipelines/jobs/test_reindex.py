@@ -13,7 +13,7 @@ from rich.console import Console
 from pipelines.jobs.canary import Canary, read_canaries
 from pipelines.jobs.corpus_diff import CorpusDiff, _count_keys, _count_sources, _differing, _facts, _with_source
 from pipelines.jobs.reindex import reindex
-from prag_core.config import load_config, parse_config
+from prag_core.config_file import load_config, parse_config
 from prag_core.errors import ConfigError, InputError, LeaseError
 from prag_core.identity import passage_key
 from prag_core.inference.request import Request

@@ -101,7 +101,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
     layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
     export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", "tiny")
-    recipe = ["--set", "train.epochs=12", "--set", "train.last_layers=2", "--set", "train.start=warm"]
+    recipe = ["--set", "train.epochs=12", "--set", "train.last_layers=2", "--set", "train.initial_adapter=warm"]
     process = work.start("run", "-c", "config.yaml", *recipe)
     ledger = tmp_path / "store" / "adapters"
     deadline = time.monotonic() + 240

@@ -230,6 +230,6 @@ def test_what_the_cluster_cannot_see_is_refused_here(work: Workspace) -> None:
     message = work.run("submit", "-c", "config.yaml", "--set", "store=store", "run", code=2)
     assert "store: relative to this folder" in message
     # A start's name is no path: what is wrong with this command is its address alone.
-    start = ["--set", f"train.start={'ab' * 16}"]
+    start = ["--set", f"train.initial_adapter={'ab' * 16}"]
     message = work.run("submit", "-c", "config.yaml", *start, "--address", "http://127.0.0.1:9", "run", code=12)
     assert "no job server answers at http://127.0.0.1:9" in message

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.settings import describe
-from prag_core.config import load_config
+from prag_core.config_file import load_config
 from prag_core.data.questions import Gold, Question, read_questions
 from prag_core.errors import InputError
 from prag_core.evaluation.plan import EvaluationReply
@@ -124,7 +124,7 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     base = [f"model.name={tmp_path / 'tiny'}", f"store={tmp_path / 'store'}"]
     recipes = [
         describe(load_config(tmp_path / "config.yaml", [*base, *more]))[0]
-        for more in ([], [f"train.start={made['start']}"], [f"train.start={tmp_path / 'peft'}"])
+        for more in ([], [f"train.initial_adapter={made['start']}"], [f"train.initial_adapter={tmp_path / 'peft'}"])
     ]
     assert [recipe.train.start for recipe in recipes] == ["", made["start"], made["start"]]
     assert recipes[0].fingerprint != recipes[1].fingerprint == recipes[2].fingerprint

@@ -24,7 +24,8 @@ from cluster.preflight import (
 from pipelines.planning.checks import PreflightReport
 from pipelines.planning.preflight import PACKAGES, _gpu_memory, check_here
 from pipelines.settings import profile_of
-from prag_core.config import Config, dump_config, parse_config
+from prag_core.config import Config
+from prag_core.config_file import dump_config, parse_config
 from prag_core.errors import PragError, PreflightError
 from prag_core.store.objects import Store
 from tests.helpers.passages import make_passage
@@ -187,7 +188,7 @@ def test_a_machine_that_is_asked_for_no_gpu_loads_no_torch(config: Config, tmp_p
     (tmp_path / "config.yaml").write_text(dump_config(config))
     code = (
         "import sys; from pathlib import Path; from pipelines.planning.preflight import check_here\n"
-        "from prag_core.config import load_config\n"
+        "from prag_core.config_file import load_config\n"
         "found = check_here(load_config(Path('config.yaml')))\n"
         "print(found.errors, sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -17,7 +17,8 @@ from pipelines.serving.app import make_app
 from pipelines.serving.dispatcher import Dispatcher
 from pipelines.serving.metrics import Metrics, merged
 from pipelines.serving.middleware import RateLimiter
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.inference.engine import open_engine
 from prag_core.inference.request import Request
 from prag_core.inference.service import Service, open_service

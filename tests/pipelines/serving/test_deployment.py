@@ -29,7 +29,8 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from pipelines.serving.deployment import build
 from pipelines.serving.local import http_options
-from prag_core.config import Config, load_config
+from prag_core.config import Config
+from prag_core.config_file import load_config
 from prag_core.errors import AdapterError, ConfigError
 from prag_core.inference.engine import AdapterSource, Engine, open_engine
 from prag_core.inference.loaded_snapshot import LoadedSnapshot, open_snapshot

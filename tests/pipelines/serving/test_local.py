@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.serving.deployment import application
 from pipelines.serving.local import http_options, serve_here
-from prag_core.config import Config, check_defaults, parse_config
+from prag_core.config import Config, check_defaults
+from prag_core.config_file import parse_config
 from prag_core.errors import ConfigError
 
 

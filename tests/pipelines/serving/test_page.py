@@ -14,7 +14,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from pipelines.serving.api_keys import KeyFile
-from prag_core.config import load_config
+from prag_core.config_file import load_config
 from prag_core.identity import passage_key
 from prag_core.records import MODES, Passage
 from tests.helpers.browser import Browser, open_browser

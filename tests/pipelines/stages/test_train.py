@@ -10,7 +10,8 @@ import pytest
 from cluster.resources import PROFILES
 from pipelines.settings import describe
 from pipelines.stages.train import TrainAdapters, adapters_a_shard, passages_a_task
-from prag_core.config import Config, parse_config
+from prag_core.config import Config
+from prag_core.config_file import parse_config
 from prag_core.errors import LeaseError
 from prag_core.records import LedgerRow, from_table
 from prag_core.store.adapters import AdapterStore

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prag_core.config import parse_config
+from prag_core.config_file import parse_config
 from prag_core.errors import (
     DeadlineError,
     EngineStuckError,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from prag_core.config import parse_config
+from prag_core.config_file import parse_config
 from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.lora import find_targets
