@@ -1,4 +1,4 @@
-"""What is known of a base model without loading its weights: fingerprint, linear modules, number of weights."""
+"""Facts about a base model that need no loaded weights: its fingerprint, linear modules and number of weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,23 +17,24 @@ from typing import Any
 from prag_core.errors import ModelError
 from prag_core.identity import FINGERPRINT_BYTES, canonical_json, checksum, fingerprint
 from prag_core.llm.checkpoint import cache_dir, load_tokenizer
+from prag_core.llm.safetensors_header import SafetensorsHeader, read_header
 
 log = logging.getLogger(__name__)
 
-
-# The files beside the weights that say what model and what vocabulary it is.
-_TEXTS = {".json", ".model", ".txt", ".jinja"}
+# The suffixes of the files that describe the model and its vocabulary.
+_DESCRIPTIONS = {".json", ".model", ".txt", ".jinja"}
+_BLOCK_BYTES = 1 << 24
 
 
 def parameter_count(folder: Path) -> int:
     """Return the number of weights in a model folder's safetensors files."""
-    entries = (entry for path in folder.glob("*.safetensors") for _, entry, _ in _safetensors_entries(path))
-    return sum(math.prod(entry["shape"]) for entry in entries)
+    headers = (_header(path) for path in folder.glob("*.safetensors"))
+    return sum(math.prod(tensor.shape) for header in headers for tensor in header.tensors.values())
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a base model without its weights in memory: its fingerprint, and its linear modules.
+    """A base model's fingerprint and its linear modules.
 
     `linear` maps the name of each linear module to its (inputs, outputs).
     """
@@ -42,37 +44,38 @@ class ModelFacts:
 
 
 def model_facts(folder: Path) -> ModelFacts:
-    """Return the facts of a model folder. They are kept in the cache folder under a hash of all that they follow from.
+    """Return the facts of a model folder, from the cache folder if they are there.
 
-    So the driver of a run, which leaves the model to its workers, need not import torch and transformers for seconds.
+    The cache key is a hash of the folder's files. With a cached result, the driver of a run, which leaves the model to
+    its workers, need not spend seconds on importing torch and transformers.
 
     Raises:
-        ModelError: when the folder holds no safetensors weights, or its tokenizer has no chat template.
+        ModelError: when the folder holds no readable safetensors weights, or its tokenizer has no chat template.
     """
     weights = _weights_digest(folder)
-    texts = sorted(path for path in folder.iterdir() if path.suffix in _TEXTS and path.is_file())
-    read = [[path.name, checksum(path.read_bytes())] for path in texts]
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
+    descriptions = [[path.name, checksum(path.read_bytes())] for path in paths]
     # Another version of transformers may read the same files in another way.
-    name = fingerprint([weights, read, importlib.metadata.version("transformers")])
+    name = fingerprint([weights, descriptions, importlib.metadata.version("transformers")])
     cached = cache_dir() / "facts" / f"{name}.json"
     try:
         known = json.loads(cached.read_text(encoding="utf-8"))
         return ModelFacts(known["fingerprint"], {name: (i, o) for name, (i, o) in known["linear"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # not there yet, or not as it was written: it is made anew
-    facts = _learn_facts(folder, weights)
+        pass  # missing or damaged: written again below
+    facts = _compute_facts(folder, weights)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # The rename makes it appear whole, whoever else writes it meanwhile.
+        # The rename makes the file appear whole, even if several processes write it.
         scratch = cached.with_suffix(f".{uuid.uuid4().hex}")
         scratch.write_text(canonical_json(facts), encoding="utf-8")
         scratch.replace(cached)
     except OSError as error:
-        log.warning("%s cannot be written, so the next command looks at the model again: %s", cached, error)
+        log.warning("%s cannot be written, so the next command reads the model again: %s", cached, error)
     return facts
 
 
-def _learn_facts(folder: Path, weights: str) -> ModelFacts:
+def _compute_facts(folder: Path, weights: str) -> ModelFacts:
     from prag_core.llm.lora import linear_shapes
 
     tokenizer = load_tokenizer(folder)
@@ -82,30 +85,30 @@ def _learn_facts(folder: Path, weights: str) -> ModelFacts:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Return the fingerprint of a model folder: of each tensor's name, type, shape and bytes, and the vocabulary.
+    """Return a hash of the name, dtype, shape and bytes of each tensor in a model folder, and of the vocabulary.
 
-    The order and the packing of the weight files do not matter; the type in which the model is loaded neither.
+    It does not depend on how the tensors are spread over files, nor on the dtype in which the model is loaded.
 
     Raises:
-        ModelError: when the folder holds no safetensors weights, or its tokenizer has no chat template.
+        ModelError: when the folder holds no readable safetensors weights, or its tokenizer has no chat template.
     """
     return model_facts(folder).fingerprint
 
 
 def _weights_digest(folder: Path) -> str:
+    """Return a hash of all tensors of a folder, in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: holds no *.safetensors", "save the model with safe serialization")
-    tensors = sorted((name, entry, path, start) for path in files for name, entry, start in _safetensors_entries(path))
+    tensors = sorted((name, path, tensor) for path in files for name, tensor in _header(path).tensors.items())
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for name, entry, path, start in tensors:
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        begin, end = entry["data_offsets"]
+    for name, path, tensor in tensors:
+        digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
         with path.open("rb") as stream:
-            stream.seek(start + begin)
-            remaining = end - begin
+            stream.seek(tensor.begin)
+            remaining = tensor.end - tensor.begin
             while remaining:
-                block = stream.read(min(remaining, 1 << 24))
+                block = stream.read(min(remaining, _BLOCK_BYTES))
                 if not block:
                     raise ModelError(f"{path}: ends before tensor {name}", "the file is truncated; get it again")
                 digest.update(block)
@@ -113,18 +116,19 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _header(path: Path) -> SafetensorsHeader:
+    with path.open("rb") as stream:
+        try:
+            return read_header(lambda begin, end: os.pread(stream.fileno(), end - begin, begin))
+        except ValueError as error:
+            raise ModelError(f"{path}: {error}", "the file is damaged; get it again") from None
+
+
 def model_skeleton(folder: Path) -> Any:
-    """Return the model of a folder without its weights: enough to see its modules and their shapes."""
+    """Return the model of a folder without its weights: its modules and their shapes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-
-
-def _safetensors_entries(path: Path) -> list[tuple[str, dict[str, Any], int]]:
-    with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    return [(name, entry, 8 + size) for name, entry in header.items() if name != "__metadata__"]

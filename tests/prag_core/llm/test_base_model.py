@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prag_core.errors import ModelError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import find_layout
 from prag_core.llm.lora import find_targets
@@ -76,3 +77,17 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     facts = model_facts(folder)
     monkeypatch.setenv("PRAG_CACHE", str(tmp_path / "file"))
     assert model_facts(folder) == facts
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a":{}}'])
+def test_damaged_weights_are_an_error_with_a_remedy(folder: Path, data: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="no safetensors header.*\n.*get it again"):
+        model_facts(folder)
+
+
+def test_truncated_weights_are_an_error_with_a_remedy(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(ModelError, match="ends before tensor"):
+        model_facts(folder)

@@ -1,0 +1,55 @@
+"""The header of a safetensors file: which tensors it holds, and where their bytes lie.
+
+The safetensors library gives tensors, but neither their byte ranges nor their raw bytes one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# The library refuses longer headers too.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file; its bytes are those from position `begin` up to `end` of the file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+class SafetensorsHeader(NamedTuple):
+    """The tensors of a file by name, its metadata, and the position at which the tensors begin."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    size_bytes: int
+
+
+def read_header(read: Callable[[int, int], bytes]) -> SafetensorsHeader:
+    """Return the header of a safetensors file: eight bytes of length, and a JSON object of that length.
+
+    Args:
+        read: Returns the file's bytes from one position up to another.
+
+    Raises:
+        ValueError: when this is no such header.
+    """
+    length = int.from_bytes(read(0, 8), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"no safetensors header: it would have {length} bytes")
+    size_bytes = 8 + length
+    try:
+        entries: dict[str, Any] = json.loads(read(8, size_bytes))
+        metadata = entries.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(entry["dtype"], entry["shape"], size_bytes + begin, size_bytes + end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no safetensors header: {error}") from None
+    return SafetensorsHeader(tensors, metadata, size_bytes)
