@@ -88,7 +88,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
 
     # 3. Storing and fetching, from a folder and from a real S3 server on this machine.
     sys.path.append(str(ROOT))
-    from tests.s3 import S3Server
+    from tests.helpers.s3 import S3Server
 
     with S3Server(folder / "s3", "prag-bench", secrets.token_hex(16)) as server:
         os.environ.update(server.environment)

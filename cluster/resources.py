@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +94,10 @@ class Profile:
             least = min(pool.least if actors_min is None else actors_min, most)
             cpus = pool.cpus if actor_cpus is None else actor_cpus
             gpus = pool.gpus if actor_gpus is None else actor_gpus
-            # An actor computes with the cores that it takes, where the profile counts them at all.
-            threads = pool.threads if actor_cpus is None or pool.threads is None else max(1, int(actor_cpus))
+            # An actor computes on the cores that it takes, where the profile counts them at all.
+            threads = pool.threads if actor_cpus is None else max(1, int(actor_cpus))
+            if pool.threads is None:
+                threads = None if most == 1 else share_of_cores(most)
             return Actors(cpus, gpus, least, most, threads)
 
         return replace(
@@ -106,6 +109,12 @@ class Profile:
             rows_per_task=self.rows_per_task if partitions is None else 0,
             tokens_per_step=self.tokens_per_step if tokens_per_step is None else tokens_per_step,
         )
+
+
+def share_of_cores(processes: int) -> int:
+    """Return on how many cores of this machine each of some processes computes, so that none waits for another's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def _same(actors: Actors) -> dict[str, Actors]:

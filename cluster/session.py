@@ -14,9 +14,6 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Threads that wait for each other by spinning lose whole time slices to any neighbour on the same cores: two
-    # training processes on two cores were eight times as slow as one, and with this twice.
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 

@@ -43,7 +43,7 @@ from prag_core.inference.loaded_snapshot import open_reader
 from prag_core.inference.processor import RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, MergeRule, Passage, from_table, to_table
 from prag_core.store.adapters import LedgerSource, open_adapters
@@ -211,7 +211,7 @@ class AnswerEvaluation:
     """The actor that answers: holds the engine, and stores what it answered before it reports it."""
 
     def __init__(self, config: Config, store: Store, snapshot: Snapshot, folder: str, profile: Profile) -> None:
-        set_threads(profile.model_actors.threads)
+        compute_here(profile.model_actors.threads)
         base = load_base_model(config.model)
         check_base_model(snapshot, store, config.model.name, base.fingerprint)
         adapters, train = open_adapters(store, snapshot.recipe)

@@ -17,7 +17,7 @@ from prag_core.evaluation.controls import task_job, task_sets
 from prag_core.evaluation.plan import EvaluationPlan, QuestionContext
 from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage
 from prag_core.store.adapters import get_start
@@ -86,7 +86,7 @@ class TrainTasks:
         rounds: int,
         profile: Profile,
     ) -> None:
-        set_threads(profile.model_actors.threads)
+        compute_here(profile.model_actors.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
         self._trainer = Trainer(base, recipe.train, start)

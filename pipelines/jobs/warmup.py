@@ -23,7 +23,7 @@ from prag_core.evaluation.plan import draw
 from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.peft import export_peft
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 from prag_core.store.adapters import get_start, put_start
 from prag_core.store.objects import Store, open_store
@@ -172,7 +172,7 @@ def _train(loop: dict[str, Any]) -> _Trained | None:
     import torch.distributed
 
     recipe: TrainRecipe = loop["recipe"]
-    set_threads(loop["threads"])
+    compute_here(loop["threads"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     base = load_base_model(loop["config"].model, expected=loop["base_model"])

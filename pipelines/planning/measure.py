@@ -19,7 +19,7 @@ from prag_core.augmentation.augment import augment
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage, QAPair, from_dict
 from prag_core.store.objects import Store
@@ -63,7 +63,7 @@ def _measure(config: Config, recipe: Recipe, profile: Profile, passages: list[Pa
     from prag_core.training.trainer import Trainer, make_stacks
 
     begun = time.perf_counter()
-    set_threads(profile.train.threads)
+    compute_here(profile.train.threads)
     base = load_base_model(config.model, expected=recipe.base_model)
     # From the recipe's own start: another one trains as fast.
     trainer = Trainer(base, replace(recipe.train, start=""), checkpoint=config.run.checkpoint_activations)

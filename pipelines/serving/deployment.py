@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from cluster.resources import share_of_cores
 from pipelines.serving.app import make_app
 from pipelines.serving.dispatcher import Dispatcher, longest_s
 from pipelines.serving.follower import Follower
@@ -24,7 +25,7 @@ from pipelines.settings import profile_of
 from prag_core.config import Config, check_defaults
 from prag_core.config_file import load_config, parse_config
 from prag_core.inference.service import Service, open_service
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_elsewhere
 from prag_core.retrieval.jvm import JVM_ENV
 from prag_core.store.objects import open_store
 
@@ -99,7 +100,8 @@ def application(config: Config) -> Application:
     else:
         options["num_replicas"] = limits.min_replicas
     deployment = serve.deployment(serve.ingress()(AnswerQuestions), name=DEPLOYMENT).options(**options)
-    return deployment.bind(config.model_dump(mode="json"), actors.threads)
+    cores = share_of_cores(limits.max_replicas) if actors.threads is None else actors.threads
+    return deployment.bind(config.model_dump(mode="json"), cores)
 
 
 class AnswerQuestions:
@@ -107,14 +109,14 @@ class AnswerQuestions:
 
     Args:
         settings: The configuration, as plain values.
-        threads: The threads of its arithmetic; None leaves them as they are.
+        cores: The cores that its decoding thread computes on; None stands for all of the machine.
     """
 
-    async def __init__(self, settings: dict[str, Any], threads: int | None) -> None:
-        set_threads(threads)
+    async def __init__(self, settings: dict[str, Any], cores: int | None) -> None:
+        compute_elsewhere()
         self._config = parse_config(settings)
         self._keys = open_keys(self._config.serve, self._config.serve.host)
-        self._service: Service = await asyncio.to_thread(open_service, self._config, open_store(self._config))
+        self._service: Service = await asyncio.to_thread(open_service, self._config, open_store(self._config), cores)
         self._metrics = Metrics(self._service.stats)
         self._limiter = RateLimiter()
         context = serve.get_replica_context()

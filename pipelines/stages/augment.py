@@ -23,7 +23,7 @@ from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
 from prag_core.store.objects import Store
@@ -81,7 +81,7 @@ class AugmentPassages:
             detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
         if self._generator is None:  # a corpus whose augmentations are all imported needs no model
-            set_threads(self._threads)
+            compute_here(self._threads)
             self._generator = make_generator(self._config)
         return augment(passages, self._generator, self._recipe)
 

@@ -20,7 +20,7 @@ from pipelines.execution.survey import Survey, with_augmentations
 from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.layout import LoraLayout, adapter_size_bytes
-from prag_core.llm.threads import set_threads
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject, from_table, schema
 from prag_core.store.adapters import AdapterStore, get_start
@@ -51,7 +51,7 @@ class TrainAdapters:
         # Here, since the driver imports this module too, and torch would cost it seconds.
         from prag_core.training.trainer import Trainer
 
-        set_threads(profile.train.threads)
+        compute_here(profile.train.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
         self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)

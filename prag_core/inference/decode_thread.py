@@ -14,6 +14,7 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.decoder import Decoded, Decoder, DecodeRequest
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Injector
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,18 @@ class DecodeThread:
         slots: The most requests of a layout that decode together.
         prefill_chunk: The most prompt tokens that a step reads before the running requests go on.
         max_tokens: The most tokens that the slots hold together; a request beyond it runs alone.
+        cores: The cores that it computes on; None stands for all that the process may use.
     """
 
-    def __init__(self, base: BaseModel, *, slots: int, prefill_chunk: int, max_tokens: int | None) -> None:
+    def __init__(
+        self, base: BaseModel, *, slots: int, prefill_chunk: int, max_tokens: int | None, cores: int | None = None
+    ) -> None:
         self._base = base
         self._slots = slots
         self._prefill_chunk = prefill_chunk
         self._max_tokens = max_tokens
+        self._cores = cores
+        self._claimed = threading.Event()
         self._wake = threading.Condition()
         self._inbox: deque[Ticket] = deque()
         self._dropped: deque[Ticket] = deque()
@@ -77,6 +83,7 @@ class DecodeThread:
         self.waiting = 0
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
+        self._claimed.wait()  # a thread that starts meanwhile would compute on as many cores
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request; a failure of any kind comes to its `on_end`."""
@@ -135,6 +142,8 @@ class DecodeThread:
         return bool(self._inbox) or any(lane.tickets for lane in self._lanes.values())
 
     def _run(self) -> None:
+        compute_here(self._cores)
+        self._claimed.set()
         try:
             while self._receive():
                 for lane in list(self._lanes.values()):

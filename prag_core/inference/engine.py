@@ -21,6 +21,7 @@ from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.decoder import Decoded, Decoder
 from prag_core.llm.lora import Factors, Injector
+from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Answer
 from prag_core.store.objects import Store
@@ -138,12 +139,14 @@ class Engine:
 def open_engine(store: Store, config: Config, snapshot_id: str | None = None) -> Engine:
     """Open an engine on a snapshot of a store, by default the one in service.
 
-    The index is unpacked into the local cache on first use; adapters are fetched when a question needs them.
+    The index is unpacked into the local cache on first use; adapters are fetched when a question needs them. The
+    calling thread is the one to compute, on all cores.
 
     Raises:
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
+    compute_here()
     base = load_base_model(config.model)
     opened = open_snapshot(base, config, store, load_snapshot(store, snapshot_id))
     return Engine(base, opened.recipe, opened.preparation, opened.source, batch_size=config.answer.batch_size)

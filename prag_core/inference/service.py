@@ -31,6 +31,7 @@ from prag_core.inference.threads import SearchThread, thread_safe_put, wait_unti
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.checkpoint import cache_dir
 from prag_core.llm.decoder import Decoded
+from prag_core.llm.threads import compute_elsewhere
 from prag_core.records import Answer, Hit
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import current_id, load_snapshot
@@ -62,6 +63,7 @@ class Service:
         current: Gives the id of the snapshot in service.
         cache: The adapters at hand.
         config: How the replica runs.
+        cores: The cores that the decoding thread computes on; None stands for all that the process may use.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Service:
         current: Callable[[], str | None],
         cache: AdapterCache,
         config: ServeConfig,
+        cores: int | None = None,
     ) -> None:
         self._opener = opener
         self._current = current
@@ -89,7 +92,11 @@ class Service:
         self._searching = SearchThread()
         self._refresh_pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
         self._decoding = DecodeThread(
-            base, slots=config.slots, prefill_chunk=config.prefill_chunk, max_tokens=config.batch_tokens
+            base,
+            slots=config.slots,
+            prefill_chunk=config.prefill_chunk,
+            max_tokens=config.batch_tokens,
+            cores=cores,
         )
 
     @property
@@ -368,16 +375,18 @@ def _close(opened: LoadedSnapshot) -> None:
         log.exception("snapshot %s: cannot be closed", opened.id)
 
 
-def open_service(config: Config, store: Store) -> Service:
+def open_service(config: Config, store: Store, cores: int | None = None) -> Service:
     """Open the snapshot in service of a store, and start the threads that answer from it.
 
-    Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`).
+    Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`). The decoding thread computes on `cores`
+    cores (None: all); the calling thread, and all that start later, on one each.
 
     Raises:
         ConfigError: when what a question gets by default is beyond the server's limits.
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
+    compute_elsewhere()
     check_defaults(config)
     settings = config.serve
     base = load_base_model(config.model)
@@ -395,4 +404,4 @@ def open_service(config: Config, store: Store) -> Service:
             raise
         return opened
 
-    return Service(base, opener, lambda: current_id(store), cache, settings)
+    return Service(base, opener, lambda: current_id(store), cache, settings, cores)

@@ -1,12 +1,46 @@
-"""How many threads torch computes with in this process."""
+"""Which thread of a process computes, and on how many cores.
+
+torch computes with OpenMP (libgomp). Each thread that calls torch gets a team of OpenMP threads of its own. While all
+teams of a process together have no more threads than there are cores, a team's threads spin between two products, and
+a product starts at once. With one thread more they sleep, and each product waits some 100 µs for them to wake; a
+decoding step has about 200 products. So one thread of a process computes with all of its cores, and every other
+thread with one. Processes that share a machine's cores get a part of the cores each.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 
 
-def set_threads(threads: int | None) -> None:
-    """Let torch use so many threads in this actor; None means all cores (Ray gives each actor one by default)."""
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compute_here(cores: int | None = None) -> None:
+    """Let the calling thread compute on `cores` cores (None: all), and each thread that starts later on one.
+
+    Call it before the thread's first product, and in one thread of a process: two teams slow each other down.
+    """
     import torch
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    cores = available_cores() if cores is None else cores
+    torch.set_num_threads(cores)
+    # A thread takes the process's number at its first use of torch, which for this thread is here, and keeps it.
+    torch.get_num_threads()
+    if cores > 1:
+        # Setting it has set the process's number too, which later threads take. Another thread takes that back.
+        other = threading.Thread(target=torch.set_num_threads, args=(1,), name="one-core")
+        other.start()
+        other.join()
+
+
+def compute_elsewhere() -> None:
+    """Let the calling thread, and each thread that starts later, compute on one core.
+
+    A process calls it first of all, when a thread that it starts later is the one to compute (`compute_here`).
+    """
+    import torch
+
+    torch.set_num_threads(1)

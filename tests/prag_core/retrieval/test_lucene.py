@@ -98,7 +98,7 @@ def test_a_process_is_quiet_keeps_its_keys_and_its_signals(index: Path, tmp_path
     code = f"""
 import os, signal, time
 from pathlib import Path
-from prag_core.retrieval import LuceneRetriever, prepare_jvm
+from prag_core.retrieval.lucene import LuceneRetriever, prepare_jvm
 assert prepare_jvm() == prepare_jvm() == Path(os.environ["JAVA_HOME"])
 found = LuceneRetriever(Path({str(index)!r}), 0.9, 0.4).search("glacier", 1)
 assert found[0].passage.title == "Lake Sulva"
