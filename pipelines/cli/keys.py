@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from pipelines.cli.terminal import JsonOption, out, print_json
+from pipelines.cli.terminal import JsonOption, print_json, print_raw, print_table
 
 app = typer.Typer(
     help="API keys of a server: a file that holds their hashes (`serve.api_keys`). A running server follows it.",
@@ -18,31 +16,28 @@ app = typer.Typer(
 )
 
 FileOption = Annotated[
-    Path, typer.Option("--file", "-f", help="The file of keys, as serve.api_keys names it.", envvar="PRAG_API_KEYS")
+    Path, typer.Option("--file", "-f", help="The key file, as serve.api_keys names it.", envvar="PRAG_API_KEYS")
 ]
 _DEFAULT = Path("keys.json")
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Who will use it.")],
+    name: Annotated[str, typer.Argument(help="The name of the person or program that will use the key.")],
     file: FileOption = _DEFAULT,
     access: Annotated[
-        list[str] | None, typer.Option(help="An access tag whose passages it sees. May be given again.")
+        list[str] | None, typer.Option(help="An access tag whose passages the key may see. May be given again.")
     ] = None,
     rate: Annotated[int, typer.Option(min=0, help="Questions a minute; 0: as serve.rate_per_minute says.")] = 0,
 ) -> None:
-    """Make a key and print it. It is not stored and cannot be shown again."""
+    """Make a key and print it. The key is not stored and cannot be shown again."""
     from pipelines.serving.api_keys import KeyFile
 
-    sys.stdout.write(KeyFile(file).add(name, access or (), rate) + "\n")
+    print_raw(KeyFile(file).add(name, access or (), rate) + "\n")
 
 
 @app.command("list")
-def list_(
-    file: FileOption = _DEFAULT,
-    as_json: JsonOption = False,
-) -> None:
+def list_(file: FileOption = _DEFAULT, as_json: JsonOption = False) -> None:
     """List the keys of a file, without their secrets."""
     from pipelines.serving.api_keys import KeyFile
 
@@ -50,13 +45,11 @@ def list_(
     if as_json:
         print_json(keys)
         return
-    table = Table(title=str(file))
-    for column in ("id", "name", "access", "a minute", "created", "revoked"):
-        table.add_column(column)
+    rows = []
     for key in keys:
         access, rate = ", ".join(key["access"]), str(key["rate_per_minute"] or "")
-        table.add_row(key["id"], key["name"], access, rate, key["created"], key["revoked"])
-    out.print(table)
+        rows.append((key["id"], key["name"], access, rate, key["created"], key["revoked"]))
+    print_table(str(file), rows, ("id", "name", "access", "a minute", "created", "revoked"))
 
 
 @app.command()
@@ -64,8 +57,8 @@ def revoke(
     name: Annotated[str, typer.Argument(help="The key's name or id.")],
     file: FileOption = _DEFAULT,
 ) -> None:
-    """Make a key invalid, from a running server's next request on."""
+    """Make a key invalid; a running server refuses it from the next request on."""
     from pipelines.serving.api_keys import KeyFile
 
     key = KeyFile(file).revoke(name)
-    sys.stdout.write(f"revoked {key.name} ({key.id})\n")
+    print_raw(f"revoked {key.name} ({key.id})\n")

@@ -1,9 +1,9 @@
-"""The command of every night: `prag reindex`."""
+"""`prag reindex`: the nightly job."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,72 +13,68 @@ from pipelines.cli.terminal import (
     JsonOption,
     ProfileOption,
     SetOption,
+    TakeOverOption,
+    WaitOption,
     print_json,
-    print_rows,
+    print_table,
     progress_to,
     result_only,
     settings_of,
 )
 
+if TYPE_CHECKING:
+    from pipelines.jobs.reindex import ReindexReport
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(reindex)
+app = typer.Typer()
 
 
+@app.command()
 def reindex(
     corpus: Annotated[
-        str | None, typer.Option("--corpus", help="The new corpus; by default the configuration's corpus.path.")
+        str | None, typer.Option("--corpus", help="The new corpus; default: the configuration's corpus.path.")
     ] = None,
     canary: Annotated[
-        Path | None, typer.Option("--canary", help="JSON Lines of `question` and `answers`, asked before publishing.")
+        Path | None,
+        typer.Option("--canary", help="JSON Lines of `question` and `answers`, asked before the publication."),
     ] = None,
     canary_min: Annotated[
         float | None,
-        typer.Option(
-            "--canary-min", min=0, max=1, help="Publish from this mean F1 on; default: what is in service reaches."
-        ),
+        typer.Option("--canary-min", min=0, max=1, help="The lowest mean F1; default: that of the one in service."),
     ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,
     profile: ProfileOption = None,
-    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for another run's lease.")] = 0.0,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
-    ] = False,
+    wait_s: WaitOption = 0.0,
+    take_over: TakeOverOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring the store to a new state of the corpus: do what is new, check, ask the canary, publish once.
+    """Bring the store to a new state of the corpus: do what is new, check it, ask the canary, publish once.
 
-    Passages that did not change keep their adapters, whatever their order or ids. What was removed is found no more
-    from the publication on. When nothing changed, nothing is published. A candidate that answers the canary worse
-    than what is in service, or than --canary-min, is stored and not published (exit code 16).
+    Unchanged passages keep their adapters, whatever their order or ids. Removed passages are no longer found once the
+    new snapshot is published. If nothing changed, nothing is published. If the new snapshot answers the canary worse
+    than the one in service, or below --canary-min, it is stored but not published (exit code 16).
     """
-    overrides = [*(set_ or []), *([f"corpus.path={corpus}"] if corpus else [])]
-    settings = settings_of(config, overrides, profile)
+    settings = settings_of(config, set_, {"corpus.path": corpus, "run.profile": profile})
 
-    from pipelines.jobs.reindex import reindex as run  # seconds of imports
+    from pipelines.jobs.reindex import reindex as run  # takes seconds: a wrong setting is reported before
 
     with result_only():
-        report = run(
-            settings,
-            progress_to,
-            canary=canary,
-            canary_min=canary_min,
-            take_over=take_over,
-            wait_s=wait_s,
-        )
+        report = run(settings, progress_to, canary=canary, canary_min=canary_min, take_over=take_over, wait_s=wait_s)
     if as_json:
         print_json(report.to_json())
-        return
+    else:
+        _show_report(report)
+
+
+def _show_report(report: ReindexReport) -> None:
     difference, least = report.difference, f"{report.canary_min or 0.0:.3f}"
     rows = [
-        ("passages", f"{difference.passages_new} new, {difference.passages_gone} gone"),
-        ("kept passages", f"{difference.passages_kept}, {difference.moved} ids of them new"),
+        ("passages", f"{difference.passages_new} new, {difference.passages_gone} removed"),
+        ("kept passages", f"{difference.passages_kept}, with {difference.moved} new ids"),
         ("ids", f"{difference.added} added, {difference.changed} changed, {difference.removed} removed"),
         ("made", f"{report.augmented} augmentations, {report.trained} adapters"),
         ("rejected", ", ".join(f"{reason} {n}" for reason, n in sorted(report.rejected.items())) or "none"),
-        ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}, {least} asked for"),
+        ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}, at least {least} wanted"),
         ("in service", report.snapshot if report.published else f"{report.snapshot}, as before: nothing changed"),
     ]
-    print_rows(f"Reindex {report.run}", rows)
+    print_table(f"Reindex {report.run}", rows)

@@ -1,4 +1,4 @@
-"""The command that answers over HTTP: `prag serve`."""
+"""`prag serve`: answers over HTTP."""
 
 from __future__ import annotations
 
@@ -7,37 +7,33 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, SetOption, out, result_only
+from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, SetOption, out, result_only, settings_of
 from prag_core.config import Config
-from prag_core.config_file import load_config
+
+app = typer.Typer()
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(serve)
-
-
+@app.command()
 def serve(
     config: ConfigOption = DEFAULT_CONFIG,
-    host: Annotated[str | None, typer.Option(help="Where to listen; default: serve.host.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="On which port; default: serve.port.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on; default: serve.host.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port; default: serve.port.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Answer questions over HTTP until interrupted: the same answers as `prag ask`, for many users at once.
 
-    What is under way when it ends is still answered. An address that other machines reach needs `serve.api_keys`; see
-    `prag keys`.
+    When it is interrupted, requests under way are still answered. An address that other machines reach needs
+    `serve.api_keys`; see `prag keys`.
     """
-    overrides = list(set_ or [])
-    overrides += [f"serve.{name}={value}" for name, value in (("host", host), ("port", port)) if value]
-    settings = load_config(config, overrides)
+    settings = settings_of(config, set_, {"serve.host": host, "serve.port": port})
 
-    from pipelines.serving.local import serve_here  # seconds of imports
+    from pipelines.serving.local import serve_here  # takes seconds: a wrong setting is reported before
+
+    def show_welcome(url: str) -> None:
+        out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
 
     with result_only():
-        serve_here(
-            settings, lambda url: out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
-        )
+        serve_here(settings, show_welcome)
 
 
 def _welcome(config: Config, url: str) -> str:

@@ -1,4 +1,4 @@
-"""`prag snapshots`: which there are, which serves, and which are kept."""
+"""`prag snapshots`: list the snapshots, put one into service, keep one."""
 
 from __future__ import annotations
 
@@ -7,112 +7,121 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, SetOption, out, print_json, print_rows
-from prag_core.config import Config
-from prag_core.config_file import load_config
+from pipelines.cli.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    out,
+    print_json,
+    print_table,
+    settings_of,
+    store_of,
+)
 from prag_core.errors import InputError
 
 if TYPE_CHECKING:
     from prag_core.store.objects import Store
 
+app = typer.Typer(no_args_is_help=True, help="List, show, roll back to, pin and unpin snapshots.")
 
-snapshots_app = typer.Typer(no_args_is_help=True, help="List, show, roll back to, pin and unpin snapshots.")
-
-Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The id of a snapshot, or its beginning.")]
+SnapshotArgument = Annotated[
+    str, typer.Argument(metavar="SNAPSHOT", help="The id of a snapshot, or the beginning of it.")
+]
 
 _SHOWN = 50
 
 
-@snapshots_app.command(name="list")
+@app.command("list")
 def list_(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """List the snapshots, the oldest first: which serves, which are pinned, which `prag gc` keeps."""
+    """List the snapshots, the oldest first: which one serves, which are pinned, which `prag gc` keeps."""
     from prag_core.store.snapshot import current_id, kept_snapshots, list_snapshots, pinned
 
-    settings = load_config(config, set_ or [])
-    store = _open(settings)
+    store = store_of(config, set_)
     serving, pins = current_id(store), pinned(store)
-    kept = kept_snapshots(store, settings.storage.keep_snapshots)
+    kept = kept_snapshots(store, settings_of(config, set_).storage.keep_snapshots)
     found = list_snapshots(store)
     if as_json:
         marks = [{"serving": s.id == serving, "pinned": s.id in pins, "kept": s.id in kept} for s in found]
         print_json([{**asdict(s), **mark} for s, mark in zip(found, marks, strict=True)])
         return
-    table = Table(title=f"{len(found)} snapshots")
-    for name in ("id", "passages", "adapters", "forgotten", "recipe", ""):
-        table.add_column(name, justify="right" if name in ("passages", "adapters", "forgotten") else "left")
+    rows = []
     for s in found:
         marked = {"in service": s.id == serving, "pinned": s.id in pins, "old": s.id not in kept}
-        notes = ", ".join(word for word, holds in marked.items() if holds)
-        table.add_row(s.id, f"{s.passages:,}", f"{s.adapters:,}", f"{len(s.tombstones):,}", s.recipe, notes)
-    out.print(table)
+        notes = ", ".join(note for note, holds in marked.items() if holds)
+        rows.append((s.id, f"{s.passages:,}", f"{s.adapters:,}", f"{len(s.tombstones):,}", s.recipe, notes))
+    numbers = ("passages", "adapters", "forgotten")
+    print_table(f"{len(found)} snapshots", rows, ("id", *numbers, "recipe", ""), right=numbers)
 
 
-@snapshots_app.command()
+@app.command()
 def show(
     snapshot: Annotated[
-        str | None, typer.Argument(help="Its id, or the beginning; default: the one in service.")
+        str | None, typer.Argument(help="The id, or the beginning of it; default: the snapshot in service.")
     ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show all that a snapshot names."""
+    """Show everything that a snapshot names."""
     from prag_core.store.snapshot import load_snapshot
 
-    store = _open(load_config(config, set_ or []))
+    store = store_of(config, set_)
     found = load_snapshot(store, _whole_id(store, snapshot) if snapshot else None)
     if as_json:
         print_json(asdict(found))
         return
     fields = asdict(found).items()
-    words = [(name, "\n".join(_cut(value)) if isinstance(value, tuple) else str(value)) for name, value in fields]
-    print_rows(f"Snapshot {found.id}", words)
+    rows = [(name, "\n".join(_cut(value)) if isinstance(value, tuple) else str(value)) for name, value in fields]
+    print_table(f"Snapshot {found.id}", rows)
 
 
-@snapshots_app.command()
+@app.command()
 def rollback(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
+    snapshot: SnapshotArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Put another snapshot, older or newer, into service. What was forgotten stays forgotten."""
-    from prag_core.store import snapshot as snapshots
+    """Put another snapshot, older or newer, into service. Forgotten passages stay forgotten."""
+    from prag_core.store.snapshot import rollback
 
-    store = _open(load_config(config, set_ or []))
-    serving = snapshots.rollback(store, _whole_id(store, snapshot)).id
-    _say(as_json, {"serving": serving}, f"snapshot {serving} is in service")
+    store = store_of(config, set_)
+    serving = rollback(store, _whole_id(store, snapshot)).id
+    _show(as_json, {"serving": serving}, f"snapshot {serving} is in service")
 
 
-@snapshots_app.command()
+@app.command()
 def pin(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
+    snapshot: SnapshotArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Keep a snapshot, and all that it names, whatever its age."""
-    from prag_core.store import snapshot as snapshots
+    """Keep a snapshot and everything it names, whatever its age."""
+    from prag_core.store.snapshot import pin, pinned
 
-    store = _open(load_config(config, set_ or []))
+    store = store_of(config, set_)
     id = _whole_id(store, snapshot)
-    snapshots.pin(store, id)
-    _say(as_json, {"pinned": list(snapshots.pinned(store))}, f"snapshot {id} is pinned")
+    pin(store, id)
+    _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is pinned")
 
 
-@snapshots_app.command()
+@app.command()
 def unpin(
-    snapshot: Snapshot, config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False
+    snapshot: SnapshotArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Let a snapshot go with its age again."""
-    from prag_core.store import snapshot as snapshots
+    """Let `prag gc` remove a snapshot once it is old."""
+    from prag_core.store.snapshot import pinned, unpin
 
-    store = _open(load_config(config, set_ or []))
+    store = store_of(config, set_)
     id = _whole_id(store, snapshot)
-    snapshots.unpin(store, id)
-    _say(as_json, {"pinned": list(snapshots.pinned(store))}, f"snapshot {id} is pinned no more")
-
-
-def _open(settings: Config) -> Store:
-    from prag_core.store.objects import open_store
-
-    return open_store(settings)
+    unpin(store, id)
+    _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is no longer pinned")
 
 
 def _whole_id(store: Store, beginning: str) -> str:
@@ -125,11 +134,11 @@ def _whole_id(store: Store, beginning: str) -> str:
     raise InputError(f"store = {store.url!r} has no snapshot {beginning!r}", "see `prag snapshots list`")
 
 
-def _say(as_json: bool, document: dict[str, Any], words: str) -> None:
+def _show(as_json: bool, document: dict[str, Any], text: str) -> None:
     if as_json:
         print_json(document)
     else:
-        out.print(words, highlight=False)
+        out.print(text, highlight=False)
 
 
 def _cut(names: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from prag_core.maintenance.erasure import erase_rows, snapshots_to_keep
 from prag_core.maintenance.garbage import Garbage, collect, find_garbage, needed_corpora
 from prag_core.maintenance.inventory import StoreUsage, list_objects, usage
 from prag_core.maintenance.repair import Repaired, forget_rejects, repair
+from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
 from prag_core.store.runs import RunLease, hold_lease
 from prag_core.store.snapshot import (
@@ -162,6 +163,18 @@ def forget(store: Store, names: Sequence[str], *, undo: bool) -> ForgetReport:
     new = without_tombstones(snapshot, keys) if undo else with_tombstones(snapshot, keys)
     publish(store, new, replaces=snapshot.id)
     return ForgetReport(keys, tuple(passages), current_id(store) or "")
+
+
+def list_rejects(store: Store, stage: str | None) -> list[Reject]:
+    """Return the rejects of all runs, each once, by stage, reason and source; with `stage`, only those of one stage.
+
+    Raises:
+        StoreError: when they cannot be read.
+    """
+    parts = store.list(f"rejects/{stage}" if stage else "rejects", ".parquet")
+    rows = from_table(Reject, store.get_table(Reject, parts))
+    found = {(row.stage, row.reason, row.source, row.key, row.recipe): row for row in rows}
+    return sorted(found.values(), key=lambda row: (row.stage, row.reason, row.source))
 
 
 def retry(config: Config, *, stage: str | None, reason: str | None, take_over: bool) -> int:

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from pipelines.cli import terminal
-from pipelines.cli.app import _show_answers, main
+from pipelines.cli.app import main
+from pipelines.cli.ask import _show_answers
 from prag_core.records import Answer, UsedPassage
 
 ROOT = Path(__file__).parents[3]

@@ -177,11 +177,11 @@ def test_what_was_mended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     verified = VerifyReport(True, 20, 1000, 1.0, (finding,))
     stages = [{"stage": "corpus", "done": 7, "earlier": 0}, {"stage": "train", "done": 6, "earlier": 5}]
     repaired = Repaired(("k",), ("part",), ("a", "b"), {}, "old")
-    cli_store._show_mended(RepairReport(verified, repaired, {"snapshot": "new", "stages": stages}))
-    cli_store._show_mended(RepairReport(verified, repaired, None))
-    cli_store._show_mended(RepairReport(replace(verified, findings=()), None, None))
+    cli_store._show_repair(RepairReport(verified, repaired, {"snapshot": "new", "stages": stages}))
+    cli_store._show_repair(RepairReport(verified, repaired, None))
+    cli_store._show_repair(RepairReport(replace(verified, findings=()), None, None))
     shown = terminal.out.file.getvalue()
-    for words in ("checksum", "train 1 ", "new", "not yet: run `prag run`", "nothing to mend"):
+    for words in ("checksum", "train 1 ", "new", "not yet: run `prag run`", "nothing to repair"):
         assert words in shown, shown
 
 
@@ -195,8 +195,8 @@ def test_a_dry_run_removes_nothing(folder: Path) -> None:
     code, printed = call("gc", "--dry-run", "--grace", "0s", "--json")
     assert (code, [item["name"] for item in json.loads(printed)["objects"]]) == (0, [orphan]), printed
     assert store.exists(orphan)
-    assert "2.0 KB" in call("gc", "--dry-run", "--grace", "0s")[1]
-    assert "0 B" in call("gc", "--dry-run")[1]  # it may be a writer's unfinished work
+    assert "2.0 kB" in call("gc", "--dry-run", "--grace", "0s")[1]
+    assert "0 bytes" in call("gc", "--dry-run")[1]  # it may be a writer's unfinished work
     assert "removed" in call("gc", "--grace", "0s")[1]
     assert not store.exists(orphan)
     assert len(rows_of(folder)) == 6
@@ -280,5 +280,5 @@ def test_what_changes_the_store_waits_for_its_lease(folder: Path) -> None:
             assert (code, "a-run" in printed) == (LeaseError.exit_code, True), command
         assert call("du")[0] == 0
     assert call("gc", "--set", "storage.keep_snapshots=0")[0] == ConfigError.exit_code
-    with pytest.raises(typer.BadParameter, match="is no age"):
+    with pytest.raises(typer.BadParameter, match="is not an age"):
         call("gc", "--grace", "soon")

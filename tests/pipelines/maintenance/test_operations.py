@@ -681,5 +681,5 @@ def test_a_seal_shows_any_change() -> None:
 def test_ages() -> None:
     assert [parse_age(text) for text in ("30s", "90m", "24h", "1.5d")] == [30, 5400, 86_400, 129_600]
     for text in ("", "24", "h", "1w", "-3h"):
-        with pytest.raises(ValueError, match="is no age"):
+        with pytest.raises(ValueError, match="is not an age"):
             parse_age(text)

@@ -1,0 +1,90 @@
+"""`prag run`, the main job, and `prag demo`, which runs it on the example corpus and asks its questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.filesize import decimal
+
+from pipelines.cli.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    ProfileOption,
+    SetOption,
+    TakeOverOption,
+    WaitOption,
+    out,
+    print_json,
+    print_table,
+    progress_to,
+    result_only,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from pipelines.jobs.run import RunReport
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    take_over: TakeOverOption = False,
+    wait_s: WaitOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the main job: corpus → augment → train → store → index → publish.
+
+    Run it again after any failure: it does only what is missing, and keeps what a killed run had stored.
+    """
+    settings = settings_of(config, set_, {"run.profile": profile})
+
+    from pipelines.jobs.run import run_job  # takes seconds: a wrong setting is reported before
+
+    with result_only():
+        report = run_job(settings, progress_to, take_over=take_over, wait_s=wait_s)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show_report(report)
+
+
+@app.command()
+def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
+    """Run the main job on the example corpus, ask its questions in every mode, and print tables.
+
+    The last line is one JSON object with the counts, F1 by mode and seconds by stage.
+    """
+    settings = settings_of(config, set_)
+
+    from pipelines.jobs.demo import run_demo  # takes seconds
+
+    with result_only():
+        result = run_demo(settings, out)
+    print_json(result)
+
+
+def _show_report(report: RunReport) -> None:
+    columns = ("stage", "in", "done", "earlier", "rejected", "seconds", "passages/s", "bytes")
+    rows = [
+        (
+            stage.stage,
+            str(stage.taken),
+            str(stage.done),
+            str(stage.earlier),
+            str(sum(stage.rejected.values())),
+            f"{stage.seconds:.1f}",
+            f"{stage.per_second:.2f}",
+            decimal(stage.bytes) if stage.bytes else "",
+        )
+        for stage in report.stages
+    ]
+    print_table(f"Run {report.run}", rows, columns, right=columns[1:])
+    for reason, count in report.rejected.items():
+        out.print(f"rejected: {reason} {count}; `prag rejects` lists them")
+    out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
