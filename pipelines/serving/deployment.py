@@ -50,11 +50,13 @@ class ServeArguments(BaseModel):
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Return the application for a Serve config file (`import_path: pipelines.serving.deployment:build`); see `ServeArguments`.
+    """Return the application for a Serve config file, whose `import_path` names this function.
+
+    `args` are those of `ServeArguments`.
 
     Raises:
         ConfigError: when the configuration is wrong; see `application`.
-        ValidationError: when `args` are others.
+        ValidationError: when `args` are not those of `ServeArguments`.
     """
     arguments = ServeArguments.model_validate(args)
     return application(load_config(arguments.config, arguments.set))
