@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.session import ray_session
 from pipelines.settings import profile_of
+from prag_core.config import IndexConfig
 from prag_core.config_file import parse_config
 from prag_core.identity import passage_key
 from prag_core.inference.threads import SearchThread
@@ -46,7 +47,7 @@ class Searches:
     """Answers with the hits of a search, in its own process."""
 
     def __init__(self, index: str) -> None:
-        self._retriever = LuceneRetriever(Path(index), 0.9, 0.4)
+        self._retriever = LuceneRetriever(Path(index), IndexConfig())
         self._thread = SearchThread()
 
     async def ask(self, question: str) -> list[Hit]:
@@ -94,7 +95,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="prag-retrieval-") as scratch, ray_session(profile):
         index = str(Path(scratch, "lucene"))
-        build_index(made_up(arguments.passages), Path(index))
+        build_index(made_up(arguments.passages), Path(index), IndexConfig())
         draw = random.Random(1)
         words = [passage.text.split() for passage in made_up(min(arguments.passages, arguments.questions))]
         questions = [" ".join(draw.sample(draw.choice(words), QUESTION_WORDS)) for _ in range(arguments.questions)]

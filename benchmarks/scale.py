@@ -290,10 +290,10 @@ def index(rows: int, folder: Path) -> dict[str, Any]:
         begin = round(share * rows)
         store_made_up(store, str(begin), begin, rows)
         begun = time.perf_counter()
-        _, making = make_index(store, str(begin), "0" if begin else None, IndexConfig())
+        _, build = make_index(store, str(begin), "0" if begin else None, IndexConfig())
         seconds[f"changed_{share:.0%}" if begin else "anew"] = round(time.perf_counter() - begun, 1)
-        if begin and making != IndexBuild(added=begin, removed=begin):
-            raise RuntimeError(f"index {making}")
+        if begin and build != IndexBuild(added=begin, removed=begin):
+            raise RuntimeError(f"index {build}")
     return {**seconds, "peak_mb": peak_mb()}
 
 

@@ -50,7 +50,7 @@ from prag_core.llm.threads import compute_elsewhere, compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Mode, Passage
 from prag_core.retrieval.archive import archive_index
-from prag_core.retrieval.lucene import build_index, index_id
+from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import open_store
 from prag_core.store.snapshot import current_id, load_snapshot, make_snapshot, publish
@@ -141,14 +141,13 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
             samples += [factors] * (len(samples) < K)
             chosen.append((TrainedAdapter(passage.key, factors, 1, 1, 1.0, 1.0, 1.0), "random"))
         adapters.commit(chosen)
-    id = index_id("bench", config.index)
-    build_index(passages, folder / "lucene")
-    archive_index(folder / "lucene", store, id, "bench", count)
+    build_index(passages, folder / "lucene", config.index)
+    index = archive_index(folder / "lucene", store, "bench", count, config.index)
     publish(
         store,
         make_snapshot(
             corpus_version="bench",
-            index=id,
+            index=index.id,
             recipe=recipe.fingerprint,
             base_model=base.fingerprint,
             ledger_parts=tuple(adapters.ledger_parts()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -106,18 +107,23 @@ class AugmentConfig(_Strict):
     seed: int = 0
 
 
-def _known_recipe(name: str) -> str:
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise PydanticCustomError("recipe", f"no such recipe\n  → {hint}recipes: {', '.join(sorted(RECIPES))}")
-    return name
+def _one_of(what: str, known: Collection[str]) -> AfterValidator:
+    """Return the check that a setting is one of the `known` names; `what` is the kind of thing they name."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise PydanticCustomError("unknown_name", f"no such {what}\n  → {hint}{what}s: {', '.join(sorted(known))}")
+        return name
+
+    return AfterValidator(check)
 
 
 class TrainConfig(_Strict):
     """The recipe that trains the adapters; each other field overrides one setting of it."""
 
-    recipe: Annotated[str, AfterValidator(_known_recipe)] = "small"
+    recipe: Annotated[str, _one_of("recipe", RECIPES)] = "small"
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
     targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
@@ -142,11 +148,26 @@ class TrainConfig(_Strict):
     seed: int | None = None
 
 
-class IndexConfig(_Strict):
-    """BM25 over the stored corpus."""
+# The kinds of index, each with the module that provides it: see `prag_core.retrieval.kinds.IndexKind`.
+INDEX_KINDS = {"lucene": "prag_core.retrieval.lucene"}
+# The languages of Pyserini 1.6.0, by their ISO 639-1 codes. In ha, so, sw and yo it only splits words at white space.
+LANGUAGES = (
+    *("ar", "bn", "da", "de", "en", "es", "fa", "fi", "fr", "ha", "hi", "hu", "id", "it", "ja", "ko", "nl", "no"),
+    *("pl", "pt", "ru", "so", "sv", "sw", "te", "th", "tr", "uk", "yo", "zh"),
+)
 
-    k1: float = Field(0.9, ge=0)
-    b: float = Field(0.4, ge=0, le=1)
+
+class IndexConfig(_Strict):
+    """How the stored corpus is indexed and searched."""
+
+    kind: Annotated[str, _one_of("index kind", INDEX_KINDS)] = Field(
+        "lucene", description="What indexes and searches: 'lucene' is BM25."
+    )
+    language: Annotated[str, _one_of("language", LANGUAGES)] = Field(
+        "en", description="The language of the corpus; it decides how texts and questions are split into terms."
+    )
+    k1: float = Field(0.9, ge=0, description="BM25: how much further occurrences of a term count.")
+    b: float = Field(0.4, ge=0, le=1, description="BM25: how much a long passage counts less; 0 is not at all.")
 
 
 class AnswerConfig(_Strict):

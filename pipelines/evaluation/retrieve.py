@@ -20,7 +20,7 @@ from prag_core.data.questions import Question
 from prag_core.llm.checkpoint import cache_dir
 from prag_core.records import Hit, to_table
 from prag_core.retrieval.archive import open_index
-from prag_core.retrieval.jvm import JVM_ENV
+from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import Snapshot
 
@@ -67,7 +67,7 @@ def retrieve(
         fn_constructor_args=(config, store, snapshot, depth),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
         num_cpus=1,
-        runtime_env={"env_vars": JVM_ENV},
+        runtime_env={"env_vars": index_kind(config.index).PROCESS_ENV},
     )
     return sorted(iter_records(Retrieved, found), key=lambda row: row.position)
 

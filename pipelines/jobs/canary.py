@@ -12,7 +12,7 @@ import ray
 from cluster.resources import Actors
 from prag_core.config import Config
 from prag_core.errors import InputError
-from prag_core.retrieval.jvm import JVM_ENV
+from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import Store
 
 
@@ -63,9 +63,8 @@ def ask_canaries(
     They are asked in a process of its own, since a JVM must not live in the driver, with the resources of a stage
     that holds a model.
     """
-    ask = ray.remote(_ask).options(
-        num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=1, runtime_env={"env_vars": JVM_ENV}
-    )
+    environment = {"env_vars": index_kind(config.index).PROCESS_ENV}
+    ask = ray.remote(_ask).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=1, runtime_env=environment)
     return list(ray.get(ask.remote(config, store, list(snapshots), list(canaries))))
 
 

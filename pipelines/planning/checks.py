@@ -15,7 +15,7 @@ from prag_core.config import Config
 from prag_core.data.files import list_files
 from prag_core.errors import InputError, PragError, PreflightError, StoreError
 from prag_core.llm.checkpoint import find_model
-from prag_core.retrieval.jvm import find_jdk
+from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import open_store
 
 if TYPE_CHECKING:
@@ -109,5 +109,6 @@ def ask_node(config: Config, probe: str) -> list[CheckResult]:
         found.check("store", store)
     found.check("inputs", inputs)
     found.check("model", lambda: (find_model(config.model.name), None))
-    found.check("Java", lambda: (str(find_jdk()), None))
+    kind = index_kind(config.index)
+    found.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
     return [replace(finding, detail=finding.detail.split(" (")[0]) for finding in found.findings]

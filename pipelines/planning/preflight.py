@@ -35,7 +35,7 @@ from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.model_facts import parameter_count
 from prag_core.recipe import Recipe
-from prag_core.retrieval.jvm import find_jdk
+from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import Store, open_store
 from prag_core.store.snapshot import check_base_model, current_id, load_snapshot
 
@@ -58,7 +58,8 @@ def check_here(config: Config) -> PreflightReport:
         found.check("augmentations", lambda: (_import_file(config), None))
     described = found.check("model", lambda: _describe(config))
     store = found.check("store", lambda: _store(config))
-    found.check("Java", lambda: (str(find_jdk()), None))
+    kind = index_kind(config.index)
+    found.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
     if described is not None:
         found.recipe, found.layout = described
         if store is not None:

@@ -26,7 +26,7 @@ from prag_core.config import Config, check_defaults
 from prag_core.config_file import load_config, parse_config
 from prag_core.inference.service import Service, open_service
 from prag_core.llm.threads import compute_elsewhere
-from prag_core.retrieval.jvm import JVM_ENV
+from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import open_store
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def application(config: Config) -> Application:
         "ray_actor_options": {
             "num_cpus": actors.cpus,
             "num_gpus": actors.gpus,
-            "runtime_env": {"env_vars": JVM_ENV},
+            "runtime_env": {"env_vars": index_kind(config.index).PROCESS_ENV},
         },
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,

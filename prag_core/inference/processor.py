@@ -18,7 +18,7 @@ from prag_core.llm.decoder import Decoded, DecodeRequest
 from prag_core.llm.lora import Factors
 from prag_core.prompts import final_answer, passage_text
 from prag_core.records import Answer, Hit, MergeRule, Passage, Template, UsedPassage
-from prag_core.retrieval.lucene import Retriever
+from prag_core.retrieval.kinds import Retriever
 
 # Among so many of the best passages those that the asker may see are sought.
 _DEEPEST = 1024

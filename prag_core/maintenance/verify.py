@@ -147,7 +147,7 @@ def _check_manifest(store: Store, name: str) -> list[Finding]:
 
 def _check_index(store: Store, name: str, full: bool) -> list[Finding]:
     stored = from_dict(StoredIndex, _intact(store, name))
-    archive = f"{posixpath.dirname(name)}/lucene.tar.zst"
+    archive = f"{posixpath.dirname(name)}/{stored.archive_name}"
     size = store.size(archive)
     if size is None:
         return [Finding(archive, "missing", f"{name} names it")]

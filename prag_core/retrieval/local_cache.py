@@ -1,4 +1,4 @@
-"""Unpacked indexes on this machine: which are in use, by whatever process, and which nobody needs any more."""
+"""Unpacked indexes on this machine: marks those in use, and removes old ones that no process uses."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from prag_core.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-# So many of the newest stay besides those in use: the one in service, and those of a rollback.
+# How many of the newest are kept besides those in use: the one in service, and those that a rollback would need.
 KEPT = 3
 
 
 def hold(folder: Path) -> int:
-    """Mark a folder as in use until the descriptor that is returned is closed, or this process ends.
+    """Mark a folder as in use until the returned file descriptor is closed or this process ends.
 
     Raises:
         OSError: when the folder cannot be opened.
     """
     held = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks, where nothing is removed either
+    with suppress(OSError):  # a file system without locks; nothing is removed there
         fcntl.flock(held, fcntl.LOCK_SH)
     return held
 
 
 @contextmanager
-def reaching(what: str) -> Iterator[None]:
-    """Turn a failure of the system at a folder of this machine into a `StoreError`."""
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the code inside into a `StoreError` that names `path`."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"{what}: {error}", "check the rights and the room there, then run the same command again"
+            f"{path}: {error}", "check the permissions and the free space there, then run the same command again"
         ) from error
 
 
-def tidy(cache_dir: Path) -> None:
-    """Remove the folders that were opened longest ago, but for the newest and those in use. No failure is an error."""
+def remove_old(cache_dir: Path) -> None:
+    """Remove all folders but the `KEPT` opened last and those in use; a failure is logged, not raised."""
     try:
         folders = [folder for folder in cache_dir.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
         for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)[KEPT:]:
@@ -55,12 +55,12 @@ def tidy(cache_dir: Path) -> None:
 
 
 def lock_of(folder: Path) -> Path:
-    """Return the lock file that whoever makes or removes a folder holds."""
+    """Return the lock file that a process holds while it makes or removes a folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def partial_of(folder: Path) -> Path:
-    """Return where a folder is made, and to where it is moved before it is removed: what lies there is nobody's."""
+    """Return the scratch folder in which a folder is made, and to which it is moved before it is removed."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -68,9 +68,9 @@ def _remove_unless_held(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # At once and whole: whoever opens it from now on finds none, and fetches it again.
+        # A rename removes it at once and whole: the next process to open it fetches it again.
         folder.rename(partial_of(folder))
-    except OSError:  # somebody holds it, or the file system cannot say
+    except OSError:  # in use, or the file system has no locks
         return
     finally:
         os.close(descriptor)

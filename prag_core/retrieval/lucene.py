@@ -1,90 +1,102 @@
-"""Lucene index and search (Pyserini's Anserini).
+"""The index kind `lucene`: BM25 by Lucene, through the Anserini classes that Pyserini packages.
 
-The only file that knows the Java machine. It talks to the Java classes that Pyserini carries and not to
-`pyserini.search`, whose import loads every dense encoder it knows (half a gigabyte, and an OpenAI client that
-wants a key) for a BM25 search that needs none.
+It calls the Java classes directly. Importing `pyserini.search` would load every dense encoder that Pyserini knows
+(half a gigabyte) and an OpenAI client that requires a key, and BM25 needs neither.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError
-from prag_core.identity import fingerprint
 from prag_core.records import Hit, Passage
-from prag_core.retrieval import local_cache as index_folders
-from prag_core.retrieval.jvm import java_classes, prepare_jvm
+from prag_core.retrieval.jvm import JVM_ENV, MIN_JAVA, find_jdk, java_classes, prepare_jvm
+from prag_core.retrieval.local_cache import explain_os_errors, hold
 
-# Raise it when the analyzer, the stored fields or Lucene's major version change: all indexes are then built anew.
+# Raise it when an analyzer, the stored fields or Lucene's major version change.
 INDEX_RULE = 2
+SEARCH_SETTINGS = frozenset({"k1", "b"})
+PROCESS_ENV = JVM_ENV
+REQUIREMENT = "Java"
 INDEXING_BUFFER_MB = 256.0
-# No text has more terms than characters, so this also bounds the clauses of a query.
+# A text has at most as many distinct terms as characters, so this also bounds the clauses of a query.
 MAX_QUESTION_CHARS = 10_000
+# Languages for which Anserini has no analyzer: their texts are split at white space.
+_SPLIT_AT_SPACES = ("ha", "so", "sw", "yo")
 
 
-class Retriever(Protocol):
-    """Finds the passages that bear on a question."""
-
-    def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
-        """Return at most `top_k` hits that score `min_score` or more, best first; ties in the order of keys."""
-        ...
+def find_requirement() -> str:
+    """Return the folder of the JDK on which Lucene will run; see `find_jdk`."""
+    return str(find_jdk())
 
 
-# ---- build and search
+def writer_version() -> str:
+    """Return the version of the installed Pyserini."""
+    return importlib.metadata.version("pyserini")
 
 
-def index_id(corpus_version: str, config: IndexConfig) -> str:
-    """Name an index by its content: the corpus and every setting that decides what is written.
-
-    `k1` and `b` act when searching, so another choice of them uses the same index.
-    """
-    settings = config.model_dump(exclude={"k1", "b"})
-    return fingerprint({"rule": INDEX_RULE, "corpus": corpus_version, "settings": settings})
+# ---- build
 
 
-def build_index(passages: Iterable[Passage], directory: Path) -> int:
+def build_index(passages: Iterable[Passage], directory: Path, config: IndexConfig) -> int:
     """Write a Lucene index of `passages` into `directory` and return how many it holds.
 
-    Streams: one passage in memory, one thread, one segment in the order given. Keys must be unique. Nothing is
-    visible before the last passage is written; then the new index replaces one that was there.
+    Streams: holds one passage in memory, and writes one segment in the order given. Keys must be unique. Nothing is
+    visible before the last passage is written; then the new index replaces an earlier one.
 
     Raises:
         RetrievalError: no Java, a folder or disk that cannot be written, or a passage without any text.
     """
-    return _write(directory, "CREATE", (), passages)
+    return _write(directory, "CREATE", (), passages, config)
 
 
-def update_index(directory: Path, gone: Iterable[str], passages: Iterable[Passage]) -> int:
-    """Take passages out of the index in `directory` by key, then put others in; return how many it holds.
+def update_index(directory: Path, gone: Iterable[str], passages: Iterable[Passage], config: IndexConfig) -> int:
+    """Remove passages from the index in `directory` by their keys, then add others; return how many it holds.
 
-    It is then as one that was built anew: one segment, the same scores, and not a byte of what was taken out; a key
-    that it has not is none of them. A passage that changed is taken out and put in. Room for twice the index is
-    needed, and nothing is visible before the end.
+    The result equals a full build: one segment, the same scores, and no byte of what was removed. Unknown keys are
+    ignored. To change a passage, remove and add it. The disk must have room for a second copy of the index; nothing
+    is visible before the end.
 
     Raises:
         RetrievalError: see `build_index`; or there is no index.
     """
-    return _write(directory, "APPEND", gone, passages)
+    return _write(directory, "APPEND", gone, passages, config)
 
 
-def _write(directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage]) -> int:
+def _write(directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage], config: IndexConfig) -> int:
     prepare_jvm()
-    with java_classes(f"{directory}: the index cannot be written", "check the space and the rights there") as java:
-        return _write_in(java, directory, mode, gone, passages)
+    what = f"{directory}: the index cannot be written"
+    with java_classes(what, "check the free space and the permissions there") as java:
+        return _write_in(java, directory, mode, gone, passages, config)
 
 
-def _write_in(java: Any, directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage]) -> int:
+def _analyzer(java: Any, language: str) -> Any:
+    if language == "en":
+        return java("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
+    if language in _SPLIT_AT_SPACES:
+        return java("org.apache.lucene.analysis.core.WhitespaceAnalyzer")()
+    if language == "th" and not java("org.apache.lucene.analysis.th.ThaiTokenizer").DBBI_AVAILABLE:
+        raise RetrievalError(
+            "index.language = 'th': this Java cannot split Thai into words, for it lacks the module jdk.localedata",
+            f"set JAVA_HOME to a full JDK, {MIN_JAVA} or newer",
+        )
+    return java("io.anserini.analysis.AnalyzerMap").getLanguageSpecificAnalyzer(language)
+
+
+def _write_in(
+    java: Any, directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage], config: IndexConfig
+) -> int:
     keep_raw = java("io.anserini.index.IndexCollection$Args")()
     keep_raw.storeRaw = True
     generator = java("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
     document = java("io.anserini.collection.JsonCollection$Document")
-    analyzer = java("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
-    settings = java("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+    settings = java("org.apache.lucene.index.IndexWriterConfig")(_analyzer(java, config.language))
     settings.setRAMBufferSizeMB(INDEXING_BUFFER_MB)
     settings.setOpenMode(getattr(java("org.apache.lucene.index.IndexWriterConfig$OpenMode"), mode))
     path = java("java.nio.file.Paths").get(str(directory))
@@ -94,10 +106,10 @@ def _write_in(java: Any, directory: Path, mode: str, gone: Iterable[str], passag
     term, nothing = java("org.apache.lucene.index.Term"), java("java.util.ArrayList")()
     try:
         for key in gone:
-            # By no documents: of the two kinds of `deleteDocuments` jnius takes the wrong one.
+            # Replace by no documents: of the two overloads of `deleteDocuments`, jnius takes the wrong one.
             writer.updateDocuments(term("id", key), nothing)
         for passage in passages:
-            # Lucene gives this JSON back with a hit, so that no second look-up is needed.
+            # Lucene returns this JSON with a hit, so a search needs no second look-up.
             fields = {
                 "id": passage.key,
                 "title": passage.title,
@@ -106,44 +118,48 @@ def _write_in(java: Any, directory: Path, mode: str, gone: Iterable[str], passag
                 "access": passage.access,
             }
             writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
-        writer.forceMerge(1)  # also where there is one segment, if anything in it was deleted
+        writer.forceMerge(1)  # rewrites a single segment, too, if documents in it were deleted
         writer.commit()
-        return int(writer.getDocStats().maxDoc)  # what is deleted and still there would count
+        return int(writer.getDocStats().maxDoc)  # includes deleted documents, if any were left
     finally:
-        writer.rollback()  # closes; after a commit there is nothing left to roll back
+        writer.rollback()  # closes the writer; after a commit nothing is left to roll back
+
+
+# ---- search
 
 
 class LuceneRetriever:
-    """Searches an index folder with BM25; several threads may share it, and search one at a time.
+    """Searches an index folder with BM25. Several threads may share it; they search one at a time.
 
-    While it is open, no process takes its folder for one that nobody needs.
+    While it is open, no process removes its folder from the local cache.
 
     Raises:
         RetrievalError: no Java, no folder, or no complete Lucene index in it.
     """
 
-    def __init__(self, directory: Path, k1: float, b: float) -> None:
+    def __init__(self, directory: Path, config: IndexConfig) -> None:
         self._directory = directory
-        self._remedy = f"remove {directory} and run the same command again: it is fetched or built anew"
+        self._remedy = f"remove {directory} and run the same command again: it fetches or rebuilds the index"
         if not directory.is_dir():
             raise RetrievalError(f"{directory}: no such index folder", "run `prag run` to build the index")
         prepare_jvm()
-        with index_folders.reaching(f"{directory}"):
-            self._held: int | None = index_folders.hold(directory)
+        with explain_os_errors(directory):
+            self._held: int | None = hold(directory)
         try:
             with java_classes(f"{directory}: not a complete Lucene index", self._remedy) as java:
                 java("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUESTION_CHARS)
                 self._searcher = java("io.anserini.search.SimpleSearcher")(str(directory))
-                self._searcher.set_bm25(k1, b)
+                self._searcher.set_analyzer(_analyzer(java, config.language))
+                self._searcher.set_bm25(config.k1, config.b)
         except BaseException:
             os.close(self._held)
             raise
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
-        """Return at most `top_k` hits, best first; any text is a question, and one without a known word has none.
+        """Return at most `top_k` hits, best first. A question without a known word has no hits.
 
-        Scores are Anserini's: rounded to four places, equal ones told apart by 1e-6 in the order of keys. Only the
-        first 10,000 characters count.
+        Scores are Anserini's: rounded to four places; equal ones are separated by 1e-6, in the order of keys. Only
+        the first 10,000 characters of the question count.
 
         Raises:
             RetrievalError: the index cannot be read, or `close` was called.
@@ -152,12 +168,8 @@ class LuceneRetriever:
             hits = self._hits(question, top_k)
         return [hit for hit in hits if hit.score >= min_score]
 
-    def batch_search(self, questions: Sequence[str], top_k: int, min_score: float = 0.0) -> list[list[Hit]]:
-        """Return what `search` returns for each question, in their order."""
-        return [self.search(question, top_k, min_score) for question in questions]
-
     def close(self) -> None:
-        """Let go of the index's files; searching afterwards is an error, closing again changes nothing.
+        """Release the index's files. A later search is an error; closing again has no effect.
 
         Raises:
             RetrievalError: when Lucene cannot close it.
@@ -169,11 +181,14 @@ class LuceneRetriever:
                 self._searcher.close()
 
     def _hits(self, question: str, top_k: int) -> list[Hit]:
-        # Half a surrogate pair is legal in a Python string and nowhere else.
+        # A Python string may hold half a surrogate pair; Java and UTF-8 may not.
         text = question[:MAX_QUESTION_CHARS].encode("utf-8", "replace").decode()
         return [
             Hit(_passage(found.lucene_document.get("raw")), found.score) for found in self._searcher.search(text, top_k)
         ]
+
+
+open_retriever = LuceneRetriever
 
 
 def _passage(raw: str) -> Passage:
@@ -184,5 +199,5 @@ def _passage(raw: str) -> Passage:
         title=title,
         text=fields["contents"][len(title) + 1 :],
         sources=tuple(fields["sources"]),
-        access=tuple(fields.get("access", ())),  # an index of the first rule knows no tags
+        access=tuple(fields.get("access", ())),  # indexes of rule 1 have no tags
     )

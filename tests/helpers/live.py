@@ -24,7 +24,8 @@ from prag_core.identity import fingerprint
 from prag_core.llm.lora import TrainedAdapter
 from prag_core.records import LedgerRow, Passage
 from prag_core.retrieval.archive import archive_index, find_index
-from prag_core.retrieval.lucene import build_index, index_id
+from prag_core.retrieval.kinds import index_id
+from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import open_store
 from prag_core.store.snapshot import Snapshot, make_snapshot, publish
@@ -64,8 +65,8 @@ def publish_adapters(config: Config, passages: Sequence[Passage], seed: int) -> 
     id = index_id(version, config.index)
     if find_index(store, id) is None:
         with tempfile.TemporaryDirectory() as scratch:
-            count = build_index(passages, Path(scratch, "lucene"))
-            archive_index(Path(scratch, "lucene"), store, id, version, count)
+            count = build_index(passages, Path(scratch, "lucene"), config.index)
+            archive_index(Path(scratch, "lucene"), store, version, count, config.index)
     snapshot = make_snapshot(
         corpus_version=version,
         index=id,

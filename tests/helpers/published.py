@@ -12,7 +12,7 @@ from prag_core.identity import fingerprint
 from prag_core.llm.lora import TrainedAdapter
 from prag_core.records import Passage, passage_table
 from prag_core.retrieval.archive import archive_index
-from prag_core.retrieval.lucene import build_index, index_id
+from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import Store, open_store
 from prag_core.store.snapshot import make_snapshot, publish
@@ -59,8 +59,6 @@ def publish_passages(folder: Path, passages: list[Passage]) -> Workspace:
 
 
 def _index(config: Config, store: Store, corpus: str, passages: list[Passage]) -> str:
-    id = index_id(corpus, config.index)
     with tempfile.TemporaryDirectory() as scratch:
-        documents = build_index(passages, Path(scratch) / "lucene")
-        archive_index(Path(scratch) / "lucene", store, id, corpus, documents)
-    return id
+        documents = build_index(passages, Path(scratch) / "lucene", config.index)
+        return archive_index(Path(scratch) / "lucene", store, corpus, documents, config.index).id

@@ -23,7 +23,7 @@ from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import TrainedAdapter, find_targets
 from prag_core.recipe import RECIPES, Recipe, TrainRecipe
 from prag_core.records import Hit, Passage
-from prag_core.retrieval.lucene import Retriever
+from prag_core.retrieval.kinds import Retriever
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish

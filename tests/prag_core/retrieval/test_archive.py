@@ -1,4 +1,4 @@
-"""The way of an index through the store."""
+"""An index in the store: packed, committed, fetched and opened."""
 
 import io
 import json
@@ -13,19 +13,21 @@ import pytest
 from prag_core.config import IndexConfig
 from prag_core.errors import RetrievalError, StoreError
 from prag_core.identity import checksum
-from prag_core.retrieval import archive as index_store
+from prag_core.retrieval import archive
 from prag_core.retrieval.archive import archive_index, fetch_index, find_index, open_index
+from prag_core.retrieval.kinds import index_id
 from prag_core.retrieval.lucene import LuceneRetriever, build_index
 from prag_core.store.objects import Store
 from tests.helpers.passages import PASSAGES
 
-ID = "0123456789abcdef"
+CONFIG = IndexConfig()
+ID = index_id("v1", CONFIG)
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lucene") / "index"
-    build_index(PASSAGES, directory)
+    build_index(PASSAGES, directory, CONFIG)
     return directory
 
 
@@ -42,15 +44,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_index_searches_alike_after_its_travel(store, index: Path, tmp_path: Path) -> None:
-    archive_index(index, store, ID, "v1", len(PASSAGES))
-    opened = open_index(store, ID, tmp_path / "cache", IndexConfig())
-    assert opened.search("orven bridge", 5) == LuceneRetriever(index, 0.9, 0.4).search("orven bridge", 5)
+    archive_index(index, store, "v1", len(PASSAGES), CONFIG)
+    opened = open_index(store, ID, tmp_path / "cache", CONFIG)
+    assert opened.search("orven bridge", 5) == LuceneRetriever(index, CONFIG).search("orven bridge", 5)
 
 
 def test_round_trip_and_record(store, folder: Path, tmp_path: Path) -> None:
     fs, root = store.fs, store.root
     assert find_index(store, ID) is None
-    stored = archive_index(folder, store, ID, "v1", 10)
+    stored = archive_index(folder, store, "v1", 10, CONFIG)
     data = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
     assert (stored.documents, stored.corpus_version, stored.pyserini) == (10, "v1", "1.6.0")
     assert (stored.size_bytes, stored.checksum) == (len(data), checksum(data))
@@ -70,79 +72,76 @@ def test_the_record_is_written_last(store, folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(fs, "pipe_file", refuse)
     with pytest.raises(StoreError, match="No space left"):
-        archive_index(folder, store, ID, "v1", 10)
+        archive_index(folder, store, "v1", 10, CONFIG)
     assert fs.exists(f"{root}/indexes/{ID}/lucene.tar.zst")
     assert find_index(store, ID) is None
 
 
 def test_a_committed_index_is_never_written_again(store, folder: Path) -> None:
     fs, root = store.fs, store.root
-    first = archive_index(folder, store, ID, "v1", 10)
+    first = archive_index(folder, store, "v1", 10, CONFIG)
     before = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
     (folder / "_0.cfs").write_bytes(b"built by a zombie")
-    assert archive_index(folder, store, ID, "v1", 11) == first
+    assert archive_index(folder, store, "v1", 11, CONFIG) == first
     assert fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst") == before
 
 
 def test_a_complete_cache_is_used_without_the_store(store, folder: Path, tmp_path: Path) -> None:
     fs, root = store.fs, store.root
-    archive_index(folder, store, ID, "v1", 10)
+    archive_index(folder, store, "v1", 10, CONFIG)
     first = fetch_index(store, ID, tmp_path / "cache")
     fs.rm(f"{root}/indexes/{ID}", recursive=True)
     assert fetch_index(store, ID, tmp_path / "cache") == first
 
 
-def test_what_a_killed_process_left_is_cleared(store, folder: Path, tmp_path: Path) -> None:
-    archive_index(folder, store, ID, "v1", 10)
+def test_leftovers_of_a_killed_process_are_removed(store, folder: Path, tmp_path: Path) -> None:
+    archive_index(folder, store, "v1", 10, CONFIG)
     (tmp_path / "cache" / f".{ID}.partial" / "index").mkdir(parents=True)
     (tmp_path / "cache" / f".{ID}.partial" / "index" / "stale").touch()
     fetched = fetch_index(store, ID, tmp_path / "cache")
     assert not (fetched / "stale").exists()
 
 
-def test_of_many_only_one_copies(store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive_index(folder, store, ID, "v1", 10)
-    copies, fetch = [], index_store._fetch
+def test_of_many_threads_one_copies(store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive_index(folder, store, "v1", 10, CONFIG)
+    copies, fetch = [], archive._fetch
 
     def counted(*arguments):
         copies.append(arguments)
         fetch(*arguments)
 
-    monkeypatch.setattr(index_store, "_fetch", counted)
+    monkeypatch.setattr(archive, "_fetch", counted)
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: fetch_index(store, ID, tmp_path / "cache"), range(16)))
     assert len(folders) == len(copies) == 1
 
 
-def test_of_the_unpacked_indexes_the_newest_stay(store, folder: Path, tmp_path: Path) -> None:
+def test_the_newest_unpacked_indexes_are_kept(store, folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    for number in range(5):
-        archive_index(folder, store, f"index{number}", "v1", 10)
-    for number in range(5):
-        opened = fetch_index(store, f"index{number}", cache)
-        fetch_index(store, "index0", cache)  # opened again and again
+    ids = [archive_index(folder, store, f"v{number}", 10, CONFIG).id for number in range(5)]
+    for id in ids:
+        opened = fetch_index(store, id, cache)
+        fetch_index(store, ids[0], cache)  # opened again and again
         for kept in cache.iterdir():
             os.utime(kept, (0, kept.stat().st_mtime - 10))  # so much later is the next one
         assert opened.is_dir()
-    assert {found.name for found in cache.iterdir() if found.is_dir()} == {"index0", "index3", "index4"}
+    assert {found.name for found in cache.iterdir() if found.is_dir()} == {ids[0], *ids[3:]}
 
 
 @pytest.mark.slow
 def test_an_index_in_use_is_never_removed(index: Path, tmp_path: Path) -> None:
     store, cache = Store(str(tmp_path / "store")), tmp_path / "cache"
-    ids = [f"index{number}" for number in range(6)]
-    for id in ids:
-        archive_index(index, store, id, "v1", len(PASSAGES))
-    opened = [open_index(store, id, cache, IndexConfig()) for id in ids[:5]]
+    ids = [archive_index(index, store, f"v{number}", len(PASSAGES), CONFIG).id for number in range(6)]
+    opened = [open_index(store, id, cache, CONFIG) for id in ids[:5]]
     assert [len(one.search("quennel", 1)) for one in opened] == [1] * 5
     for one in opened:
         one.close()
         one.close()
     with pytest.raises(RetrievalError, match="search failed"):
         opened[0].search("quennel", 1)
-    open_index(store, ids[5], cache, IndexConfig())
+    open_index(store, ids[5], cache, CONFIG)
     assert {found.name for found in cache.iterdir() if found.is_dir()} == set(ids[3:])
-    assert open_index(store, ids[0], cache, IndexConfig()).search("quennel", 1)[0].passage == PASSAGES[5]
+    assert open_index(store, ids[0], cache, CONFIG).search("quennel", 1)[0].passage == PASSAGES[5]
 
 
 def damage(fs, path: str, how: str) -> None:
@@ -165,26 +164,26 @@ def damage(fs, path: str, how: str) -> None:
 def test_a_damaged_archive_is_named_and_leaves_no_cache(how: str, store, folder: Path, tmp_path: Path) -> None:
     fs, root = store.fs, store.root
     archive = f"{root}/indexes/{ID}/lucene.tar.zst"
-    archive_index(folder, store, ID, "v1", 10)
+    archive_index(folder, store, "v1", 10, CONFIG)
     damage(fs, archive, how)
     with pytest.raises(RetrievalError) as caught:
         fetch_index(store, ID, tmp_path / "cache")
     assert archive in caught.value.message
     assert "prag run" in caught.value.remedy
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
-    # What its size betrays is built anew by itself; for the rest the remedy names what to remove.
+    # A wrong size alone leads to a rebuild; otherwise the remedy names the record to remove.
     if how == "altered":
         assert f"{root}/indexes/{ID}/index.json" in caught.value.remedy
         fs.rm(f"{root}/indexes/{ID}/index.json")
     assert find_index(store, ID) is None
-    archive_index(folder, store, ID, "v1", 10)
+    archive_index(folder, store, "v1", 10, CONFIG)
     assert fetch_index(store, ID, tmp_path / "cache").is_dir()
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"id": "x"}', b"\xff"])
 def test_a_garbled_record_is_no_commit(text: bytes, store, folder: Path, tmp_path: Path) -> None:
     fs, root = store.fs, store.root
-    archive_index(folder, store, ID, "v1", 10)
+    archive_index(folder, store, "v1", 10, CONFIG)
     fs.pipe_file(f"{root}/indexes/{ID}/index.json", text)
     assert find_index(store, ID) is None
     with pytest.raises(RetrievalError, match="no such index") as caught:
@@ -194,7 +193,7 @@ def test_a_garbled_record_is_no_commit(text: bytes, store, folder: Path, tmp_pat
 
 def test_an_archive_cannot_write_outside_its_folder(store, folder: Path, tmp_path: Path) -> None:
     fs, root = store.fs, store.root
-    archive_index(folder, store, ID, "v1", 10)
+    archive_index(folder, store, "v1", 10, CONFIG)
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("../../evil"), io.BytesIO())

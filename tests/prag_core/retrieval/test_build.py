@@ -1,4 +1,4 @@
-"""A former index brought up to date finds what one built anew finds, holds nothing more, and is never relied on."""
+"""An updated index finds what a full build finds, holds nothing more, and is never relied on."""
 
 import json
 import random
@@ -13,7 +13,8 @@ from prag_core.identity import passage_key
 from prag_core.records import Passage, passage_table, to_table
 from prag_core.retrieval.archive import archive_index, fetch_index
 from prag_core.retrieval.build import MOST_CHANGED, IndexBuild, find_changes, make_index
-from prag_core.retrieval.lucene import LuceneRetriever, build_index, index_id
+from prag_core.retrieval.kinds import index_id
+from prag_core.retrieval.lucene import LuceneRetriever, build_index
 from prag_core.store.objects import Store
 from tests.helpers.passages import make_passage
 
@@ -56,13 +57,14 @@ def a_night_later(random: random.Random, corpus: list[Passage], number: int) -> 
 
 def searched(folder: Path, corpus: list[Passage]) -> list:
     questions = [*WORDS, " ".join(WORDS[::3]), " ".join(WORDS), *map(own_word, corpus), "none", ""]
-    opened = LuceneRetriever(folder, CONFIG.k1, CONFIG.b)
-    found = [opened.batch_search(questions, 3), opened.batch_search(questions[:32], 1000)]
+    opened = LuceneRetriever(folder, CONFIG)
+    found = [[opened.search(question, 3) for question in questions]]
+    found.append([opened.search(question, 1000) for question in questions[:32]])
     opened.close()
     return found
 
 
-def test_what_changed_is_told_without_texts(tmp_path: Path) -> None:
+def test_changes_are_found_without_reading_texts(tmp_path: Path) -> None:
     store, chance = Store(str(tmp_path)), random.Random(1)
     old = [invented(chance, n) for n in range(80)]
     new = a_night_later(chance, old, 100)
@@ -75,31 +77,31 @@ def test_what_changed_is_told_without_texts(tmp_path: Path) -> None:
         assert {*keys.to_pylist()} == {p.key for p in {*new} - {*old}} & there
     assert sum(len(keys) for keys in changes.written.values()) == len({*new} - {*old})
     was, now = {p.key for p in old}, {p.key for p in new}
-    assert changes.making == IndexBuild(len(now - was), len({p.key for p in {*old} - {*new}} & now), len(was - now))
+    assert changes.build == IndexBuild(len(now - was), len({p.key for p in {*old} - {*new}} & now), len(was - now))
     assert (changes.passages, changes.share) == (82, len({*new} - {*old}) / 82)
-    assert find_changes(store, "old", "none").making == IndexBuild(removed=80)
+    assert find_changes(store, "old", "none").build == IndexBuild(removed=80)
     assert find_changes(store, "none", "old").share == 1
     assert find_changes(store, "old", "old").share == 0
 
 
 @pytest.mark.slow
-def test_nights_on_end_are_as_an_index_built_anew(tmp_path: Path) -> None:
+def test_updates_night_after_night_equal_a_full_build(tmp_path: Path) -> None:
     store, chance = Store(str(tmp_path / "store")), random.Random(7)
     corpus = [invented(chance, n) for n in range(80)]
     put_corpus(store, "night0", corpus)
     assert make_index(store, "night0", None, CONFIG)[1].anew
-    from jnius import autoclass  # not before its JVM runs
+    from jnius import autoclass  # importing it starts the JVM, so only after ours
 
-    for night in (1, 2):  # the second from an index that was brought up to date itself
+    for night in (1, 2):  # the second updates an index that is an update itself
         before, corpus = corpus, a_night_later(chance, corpus, 70 + 10 * night)
         put_corpus(store, f"night{night}", corpus)
-        stored, making = make_index(store, f"night{night}", f"night{night - 1}", CONFIG)
-        assert (making.added, making.removed, making.anew) == (7, 5, "")
-        assert making.changed >= 4  # a passage may have had no tags before
+        stored, build = make_index(store, f"night{night}", f"night{night - 1}", CONFIG)
+        assert (build.added, build.removed, build.anew) == (7, 5, "")
+        assert build.changed >= 4  # a passage may have had no tags before
         folder = fetch_index(store, stored.id, tmp_path / "cache")
-        build_index(sorted(corpus, key=lambda p: p.key), tmp_path / "anew")
+        build_index(sorted(corpus, key=lambda p: p.key), tmp_path / "anew", CONFIG)
         assert searched(folder, corpus) == searched(tmp_path / "anew", corpus)
-        # Nothing that is gone is left: neither a deleted document nor the files of one.
+        # Nothing removed is left: neither a deleted document nor its files.
         path = autoclass("java.nio.file.Paths").get(str(folder))
         reader = autoclass("org.apache.lucene.index.DirectoryReader").open(
             autoclass("org.apache.lucene.store.FSDirectory").open(path)
@@ -116,7 +118,7 @@ def test_nights_on_end_are_as_an_index_built_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_up_to_a_quarter_is_changed_and_more_is_built_anew(tmp_path: Path) -> None:
+def test_up_to_a_quarter_is_updated_and_more_is_a_full_build(tmp_path: Path) -> None:
     store, passages = Store(str(tmp_path)), [make_passage(n) for n in range(60)]
     put_corpus(store, "old", passages[:40])
     make_index(store, "old", None, CONFIG)
@@ -124,10 +126,10 @@ def test_up_to_a_quarter_is_changed_and_more_is_built_anew(tmp_path: Path) -> No
     put_corpus(store, "quarter", passages[most : 40 + most])
     assert make_index(store, "quarter", "old", CONFIG)[1] == IndexBuild(added=most, removed=most)
     put_corpus(store, "more", passages[most + 1 : 41 + most])
-    stored, making = make_index(store, "more", "old", CONFIG)
-    assert (making.anew, making.failed) == ("28% of the passages differ from the corpus old", False)
+    stored, build = make_index(store, "more", "old", CONFIG)
+    assert (build.anew, build.failed) == ("28% of the passages differ from the corpus old", False)
     assert stored.documents == 40
-    put_corpus(store, "less", passages[:30])  # of thirty, a third is too much to take out
+    put_corpus(store, "less", passages[:30])  # of thirty, a third is too much to remove
     assert make_index(store, "less", "old", CONFIG)[1].anew
     put_corpus(store, "other", passages[:39])
     assert "with these settings" in make_index(store, "other", "more-or-less", CONFIG)[1].anew
@@ -139,18 +141,18 @@ def test_up_to_a_quarter_is_changed_and_more_is_built_anew(tmp_path: Path) -> No
     [
         ("altered", "lucene.tar.zst: altered"),
         ("cut short", "lucene.tar.zst: has "),
-        ("another Pyserini", "is of Pyserini 1.0.0, and this is "),
+        ("another Pyserini", "version 1.0.0 wrote the index "),
         ("no digests", "corpus/old/part-"),
         ("another corpus", "holds 39 passages, not 40"),
     ],
 )
-def test_a_former_index_that_cannot_be_used_is_named_and_replaced(harm: str, said: str, tmp_path: Path) -> None:
+def test_an_unusable_former_index_is_named_and_replaced(harm: str, said: str, tmp_path: Path) -> None:
     store, passages = Store(str(tmp_path / "store")), [make_passage(n) for n in range(41)]
     put_corpus(store, "old", passages[:40])
     id = index_id("old", CONFIG)
     if harm == "another corpus":
-        build_index(passages[:39], tmp_path / "wrong" / "index")
-        archive_index(tmp_path / "wrong" / "index", store, id, "old", 40)
+        build_index(passages[:39], tmp_path / "wrong" / "index", CONFIG)
+        archive_index(tmp_path / "wrong" / "index", store, "old", 40, CONFIG)
     else:
         make_index(store, "old", None, CONFIG)
     archive, record = (tmp_path / "store" / "indexes" / id / name for name in ("lucene.tar.zst", "index.json"))
@@ -166,9 +168,9 @@ def test_a_former_index_that_cannot_be_used_is_named_and_replaced(harm: str, sai
         part = store.put_table("corpus/old", to_table(Passage, passages[:40]))
         store.put_json("corpus/old/manifest.json", {"parts": [part]})
     put_corpus(store, "new", passages[1:])
-    stored, making = make_index(store, "new", "old", CONFIG)
-    assert making.failed
-    assert said in making.anew
+    stored, build = make_index(store, "new", "old", CONFIG)
+    assert build.failed
+    assert said in build.anew
     folder = fetch_index(store, stored.id, tmp_path / "cache")
-    hits = LuceneRetriever(folder, CONFIG.k1, CONFIG.b).search("hill", 100)
+    hits = LuceneRetriever(folder, CONFIG).search("hill", 100)
     assert {hit.passage for hit in hits} == {*passages[1:]}

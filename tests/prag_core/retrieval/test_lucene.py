@@ -1,4 +1,4 @@
-"""Lucene on a handful of invented passages."""
+"""The index kind `lucene` on a handful of invented passages."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from prag_core.config import IndexConfig
+from prag_core.config import LANGUAGES, IndexConfig
 from prag_core.errors import RetrievalError
-from prag_core.retrieval.jvm import find_jdk
-from prag_core.retrieval.lucene import LuceneRetriever, build_index, index_id
+from prag_core.identity import passage_key
+from prag_core.records import Passage
+from prag_core.retrieval.jvm import find_jdk, prepare_jvm
+from prag_core.retrieval.lucene import LuceneRetriever, build_index, update_index
 from tests.helpers.passages import PASSAGES
+
+CONFIG = IndexConfig()
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lucene") / "index"
-    assert build_index(iter(PASSAGES), directory) == len(PASSAGES)
+    assert build_index(iter(PASSAGES), directory, CONFIG) == len(PASSAGES)
     return directory
 
 
 @pytest.fixture(scope="module")
 def retriever(index: Path) -> LuceneRetriever:
-    return LuceneRetriever(index, 0.9, 0.4)
+    return LuceneRetriever(index, CONFIG)
 
 
 def fake_jdk(home: Path, version: str) -> Path:
@@ -98,9 +102,11 @@ def test_a_process_is_quiet_keeps_its_keys_and_its_signals(index: Path, tmp_path
     code = f"""
 import os, signal, time
 from pathlib import Path
-from prag_core.retrieval.lucene import LuceneRetriever, prepare_jvm
+from prag_core.config import IndexConfig
+from prag_core.retrieval.jvm import prepare_jvm
+from prag_core.retrieval.lucene import LuceneRetriever
 assert prepare_jvm() == prepare_jvm() == Path(os.environ["JAVA_HOME"])
-found = LuceneRetriever(Path({str(index)!r}), 0.9, 0.4).search("glacier", 1)
+found = LuceneRetriever(Path({str(index)!r}), IndexConfig()).search("glacier", 1)
 assert found[0].passage.title == "Lake Sulva"
 assert os.environ.get("OPENAI_API_KEY") == os.environ.get("EXPECTED")
 try:
@@ -118,16 +124,11 @@ except KeyboardInterrupt:
 # ---- build and search
 
 
-def test_index_id_is_the_content_not_the_search() -> None:
-    assert index_id("v1", IndexConfig()) == index_id("v1", IndexConfig(k1=1.2, b=0.75))
-    assert index_id("v1", IndexConfig()) != index_id("v2", IndexConfig())
-
-
 @pytest.mark.slow
 def test_a_hit_is_the_whole_passage(retriever: LuceneRetriever) -> None:
     questions = ["who designed the orven bridge", "", "quennel", "café 東京 😀", "zanthor"]
     wanted = [PASSAGES[0], None, PASSAGES[5], PASSAGES[6], PASSAGES[9]]
-    hits = retriever.batch_search(questions, 1)
+    hits = [retriever.search(question, 1) for question in questions]
     assert [found[0].passage if found else None for found in hits] == wanted
     assert all(found[0].score > 0 for found in hits if found)
 
@@ -150,8 +151,8 @@ def test_order_is_by_score_then_key(retriever: LuceneRetriever) -> None:
 
 @pytest.mark.slow
 def test_the_same_passages_in_another_order_give_the_same_hits(retriever: LuceneRetriever, tmp_path: Path) -> None:
-    build_index(reversed(PASSAGES), tmp_path / "index")
-    other = LuceneRetriever(tmp_path / "index", 0.9, 0.4)
+    build_index(reversed(PASSAGES), tmp_path / "index", CONFIG)
+    other = LuceneRetriever(tmp_path / "index", CONFIG)
     for question in ("orven bridge flood", "gorvath instrument", "metres"):
         assert other.search(question, 10) == retriever.search(question, 10)
 
@@ -167,7 +168,7 @@ def test_top_k_and_min_score_cut(retriever: LuceneRetriever) -> None:
 
 @pytest.mark.slow
 def test_k1_and_b_act_when_searching(index: Path, retriever: LuceneRetriever) -> None:
-    other = LuceneRetriever(index, 2.0, 1.0)
+    other = LuceneRetriever(index, IndexConfig(k1=2.0, b=1.0))
     assert other.search("bridge", 1)[0].score != retriever.search("bridge", 1)[0].score
 
 
@@ -199,7 +200,7 @@ def test_any_text_is_a_question(question: str, retriever: LuceneRetriever) -> No
 def test_threads_share_a_retriever_and_leave_nothing_in_java(retriever: LuceneRetriever, index: Path) -> None:
     """Without the lock this crashes the process: jnius keeps the object of a call in a shared method."""
     wanted = retriever.search("orven bridge", 5)
-    second = LuceneRetriever(index, 0.9, 0.4)
+    second = LuceneRetriever(index, CONFIG)
     wrong: list[object] = []
 
     def search() -> None:
@@ -225,8 +226,8 @@ def test_threads_share_a_retriever_and_leave_nothing_in_java(retriever: LuceneRe
 @pytest.mark.slow
 def test_a_thread_may_build_and_close(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(build_index, PASSAGES, tmp_path / "index").result() == len(PASSAGES)
-        searcher = pool.submit(LuceneRetriever, tmp_path / "index", 0.9, 0.4).result()
+        assert pool.submit(build_index, PASSAGES, tmp_path / "index", CONFIG).result() == len(PASSAGES)
+        searcher = pool.submit(LuceneRetriever, tmp_path / "index", CONFIG).result()
         assert len(pool.submit(searcher.search, "glacier", 3).result()) == 1
         pool.submit(searcher.close).result()
     with pytest.raises(RetrievalError, match="search failed"):
@@ -235,8 +236,8 @@ def test_a_thread_may_build_and_close(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_empty_corpus_finds_nothing(tmp_path: Path) -> None:
-    assert build_index([], tmp_path / "index") == 0
-    assert LuceneRetriever(tmp_path / "index", 0.9, 0.4).search("bridge", 3) == []
+    assert build_index([], tmp_path / "index", CONFIG) == 0
+    assert LuceneRetriever(tmp_path / "index", CONFIG).search("bridge", 3) == []
 
 
 @pytest.mark.slow
@@ -246,14 +247,87 @@ def test_an_index_whose_building_failed_is_refused(tmp_path: Path) -> None:
         raise OSError("the corpus is gone")
 
     with pytest.raises(OSError, match="the corpus is gone"):
-        build_index(broken(), tmp_path / "index")
+        build_index(broken(), tmp_path / "index", CONFIG)
     with pytest.raises(RetrievalError, match="not a complete Lucene index"):
-        LuceneRetriever(tmp_path / "index", 0.9, 0.4)
-    assert build_index(PASSAGES, tmp_path / "index") == len(PASSAGES)
-    assert build_index(PASSAGES[:3], tmp_path / "index") == 3  # replaces, does not append
-    assert LuceneRetriever(tmp_path / "index", 0.9, 0.4).search("quennel", 3) == []
+        LuceneRetriever(tmp_path / "index", CONFIG)
+    assert build_index(PASSAGES, tmp_path / "index", CONFIG) == len(PASSAGES)
+    assert build_index(PASSAGES[:3], tmp_path / "index", CONFIG) == 3  # replaces, does not append
+    assert LuceneRetriever(tmp_path / "index", CONFIG).search("quennel", 3) == []
 
 
 def test_a_missing_index_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="nowhere: no such index folder"):
-        LuceneRetriever(tmp_path / "nowhere", 0.9, 0.4)
+        LuceneRetriever(tmp_path / "nowhere", CONFIG)
+
+
+# ---- languages
+
+
+def untitled(*texts: str) -> list[Passage]:
+    return [Passage(passage_key("", text), "", text, (f"doc{n}",)) for n, text in enumerate(texts)]
+
+
+# Each question uses another form of a word than its passage; in Korean, a part of an unspaced word.
+LANGUAGE_CASES = [
+    ("de", "Die Häuser am Fluss wurden 1931 erbaut.", "Der Berg ist hoch.", "Haus"),
+    ("ar", "الكتاب على الطاولة", "القمر فوق البحر", "كتاب"),
+    ("ko", "오르벤대교는 1931년에 완공되었다.", "호수는 깊다.", "대교"),
+    ("ru", "Мосты были построены в 1931 году.", "Озеро глубокое.", "мостами"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "text", "other", "question"), LANGUAGE_CASES, ids=[c[0] for c in LANGUAGE_CASES])
+def test_a_language_finds_what_english_does_not(
+    language: str, text: str, other: str, question: str, tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("en", language):
+        config = IndexConfig(language=name)
+        build_index(untitled(text, other), tmp_path / name, config)
+        found[name] = [hit.passage.text for hit in LuceneRetriever(tmp_path / name, config).search(question, 2)]
+    assert found == {"en": [], language: [text]}
+
+
+@pytest.mark.slow
+def test_each_known_language_indexes_and_searches(tmp_path: Path) -> None:
+    passages = untitled("orven 1931", "sulva 1954")
+    for language in sorted({*LANGUAGES} - {"th"}):
+        config = IndexConfig(language=language)
+        build_index(passages, tmp_path / language, config)
+        hits = LuceneRetriever(tmp_path / language, config).search("1954", 2)
+        assert [hit.passage for hit in hits] == [passages[1]], language
+
+
+@pytest.mark.slow
+def test_thai_needs_a_full_jdk(tmp_path: Path) -> None:
+    prepare_jvm()
+    from jnius import autoclass
+
+    config, texts = IndexConfig(language="th"), untitled("สะพานนี้สร้างในปี 1931", "ทะเลสาบลึก")
+    if autoclass("org.apache.lucene.analysis.th.ThaiTokenizer").DBBI_AVAILABLE:
+        build_index(texts, tmp_path / "index", config)
+        hits = LuceneRetriever(tmp_path / "index", config).search("สะพาน", 2)
+        assert [hit.passage for hit in hits] == texts[:1]
+    else:
+        with pytest.raises(RetrievalError, match="cannot split Thai") as caught:
+            build_index(texts, tmp_path / "index", config)
+        assert "full JDK" in caught.value.remedy
+
+
+@pytest.mark.slow
+def test_the_known_languages_are_those_of_the_installed_anserini() -> None:
+    prepare_jvm()
+    from jnius import autoclass
+
+    known = set(autoclass("io.anserini.analysis.AnalyzerMap").analyzerMap.keySet().toArray())
+    assert known | {"en", "ha", "so", "sw", "yo"} == {*LANGUAGES}
+
+
+@pytest.mark.slow
+def test_an_update_uses_the_language(tmp_path: Path) -> None:
+    config = IndexConfig(language="de")
+    old, new = untitled("Der Berg ist hoch.", "Die Häuser am Fluss.")
+    build_index([old], tmp_path / "index", config)
+    assert update_index(tmp_path / "index", [old.key], [new], config) == 1
+    assert [hit.passage for hit in LuceneRetriever(tmp_path / "index", config).search("Haus", 2)] == [new]
