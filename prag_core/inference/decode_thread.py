@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from prag_core.errors import EngineStuckError, GenerationError, PragError
 from prag_core.llm.base_model import BaseModel
-from prag_core.llm.decoder import Decoded, Decoder, DecodeRequest
+from prag_core.llm.decode_request import Decoded, DecodeRequest
+from prag_core.llm.decoder import Decoder
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Injector
 from prag_core.llm.threads import compute_here

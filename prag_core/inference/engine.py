@@ -19,7 +19,8 @@ from prag_core.inference.loaded_snapshot import open_snapshot
 from prag_core.inference.processor import PreparedRequest, RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
-from prag_core.llm.decoder import Decoded, Decoder
+from prag_core.llm.decode_request import Decoded
+from prag_core.llm.decoder import Decoder
 from prag_core.llm.lora import Factors, Injector
 from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe

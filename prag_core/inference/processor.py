@@ -14,7 +14,7 @@ from prag_core.errors import AdapterError, GenerationError, NotFiniteError
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
-from prag_core.llm.decoder import Decoded, DecodeRequest
+from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.lora import Factors
 from prag_core.prompts import final_answer, passage_text
 from prag_core.records import Answer, Hit, MergeRule, Passage, Template, UsedPassage

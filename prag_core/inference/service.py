@@ -30,7 +30,7 @@ from prag_core.inference.stats import ServiceStats
 from prag_core.inference.threads import SearchThread, thread_safe_put, wait_until
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.checkpoint import cache_dir
-from prag_core.llm.decoder import Decoded
+from prag_core.llm.decode_request import Decoded
 from prag_core.llm.threads import compute_elsewhere
 from prag_core.records import Answer, Hit
 from prag_core.store.objects import Store

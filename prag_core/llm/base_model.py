@@ -1,13 +1,7 @@
-"""Finding, naming and loading the frozen base model.
-
-A base model is a folder or a hub name as transformers takes them, or the name of a model that a Python package
-carries (`PACKAGED`), which is converted once into the cache folder. Its fingerprint is over weights and
-vocabulary, so that a store made for one model is never used with another.
-"""
+"""Loading the frozen base model, and checking by its fingerprint that it is the expected one."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +10,10 @@ from prag_core.errors import ModelError
 from prag_core.llm.checkpoint import load_tokenizer, resolve_model, silence_progress
 from prag_core.llm.model_facts import model_fingerprint
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded, frozen causal language model with its tokenizer and the fingerprint of both."""
+    """A loaded, frozen causal language model with its tokenizer and their common fingerprint."""
 
     name: str
     fingerprint: str
@@ -35,14 +27,14 @@ class BaseModel:
 
 
 def load_base_model(config: ModelConfig, *, expected: str | None = None) -> BaseModel:
-    """Load the base model frozen, in `config.dtype`, on `config.device`.
+    """Load a base model onto a device, with frozen weights.
 
     Args:
-        config: Which model, in which type, where.
-        expected: The fingerprint that it must have, when the caller knows it (a worker is told by the driver).
+        config: The model's name, dtype and device.
+        expected: The fingerprint that the model must have; a worker gets it from the driver.
 
     Raises:
-        ModelError: when it cannot be found or loaded, or is another model than expected.
+        ModelError: when the model cannot be found or loaded, or has another fingerprint than expected.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,7 +46,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
     found = model_fingerprint(folder)
     if expected is not None and found != expected:
         raise ModelError(
-            f"model.name = {config.name!r} has the fingerprint {found} here, and {expected} where the run started",
+            f"model.name = {config.name!r} has the fingerprint {found} here, but {expected} where the run started",
             "put the same model files on each node",
         )
     device = config.device

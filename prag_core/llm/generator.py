@@ -1,7 +1,7 @@
-"""Asking a language model: the Generator and Scorer protocols, and the local model that is both.
+"""Generators continue prompts, scorers rate texts: the two protocols, and the local model that implements both.
 
-A generator takes prompts and gives one result a prompt, in order. What is wrong with one prompt comes back as an
-error in its place; what is wrong with the generator is raised.
+A generator returns one result for each prompt, in order. If one prompt fails, its result is an error; if the generator
+itself fails, it raises.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from prag_core.llm.base_model import BaseModel
 if TYPE_CHECKING:
     from prag_core.llm.prefix_cache import Prefix
 
-
-# Nobody waits for the next token of a text that is generated whole: prompts are read in large pieces.
+# Larger than in serving: here no user waits for the next token while a prompt is read.
 _PREFILL_CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One text to continue (`chat=False`), or one user turn to answer through the model's chat template.
+    """One user turn to answer through the model's chat template, or with `chat=False` one text to continue.
 
-    Generation ends before the first `stop`, where there is one; `max_new_tokens` lowers the limit of the call.
+    Generation ends before the first `stop`, if it is not empty. `max_new_tokens` can only lower the limit of the call.
     """
 
     text: str
@@ -39,7 +38,7 @@ class Prompt:
 
 
 class Generator(Protocol):
-    """A language model that continues prompts. `fingerprint` names the model wherever it runs."""
+    """A language model that continues prompts. `fingerprint` identifies the model on all machines."""
 
     fingerprint: str
 
@@ -52,10 +51,10 @@ class Generator(Protocol):
         top_k: int = 0,
         seed: int = 0,
     ) -> list[str | GenerationError]:
-        """Return one text a prompt, in order, or in its place the error of the prompt that failed.
+        """Return one result for each prompt, in order: its text, or the error because of which it failed.
 
-        Temperature 0 takes the likeliest token each time, `top_k` 0 considers all tokens. Equal prompts in one
-        call get equal texts; another `seed` gives another text.
+        Temperature 0 takes the most likely token each time; `top_k` 0 considers all tokens. Equal prompts in one call
+        get equal texts; another `seed` gives another text.
 
         Raises:
             GenerationError: when the generator itself cannot be used.
@@ -65,12 +64,12 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """A language model that says how likely a text is after another one."""
+    """A language model that rates how likely one text is after another."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the mean log-probability of the tokens of each second text after its first text.
+        """Return for each (first, second) pair the mean log-probability of the second text's tokens after the first.
 
-        A pair that does not fit into the model's context, or whose texts hold no token, scores minus infinity.
+        A pair that exceeds the model's context, or of which a text has no token, scores minus infinity.
         """
         ...
 
@@ -78,15 +77,14 @@ class Scorer(Protocol):
 class TransformersGenerator:
     """The base model as a Generator and Scorer, on one device.
 
-    Prompts are continued in `max_batch` slots, which hold `tokens_per_batch` tokens; a text that ends makes room for
-    the next. The tokens that all prompts of a call begin with (a few-shot text, an instruction) are computed once,
-    and not again while later calls begin alike. Greedy results do not depend on which prompts share a batch, but
-    for the rounding of the dtype; sampled ones neither, since each prompt has its own random numbers, drawn from
-    `seed` and its tokens.
+    Prompts are continued in `max_batch` slots, which hold up to `tokens_per_batch` tokens; a text that ends frees its
+    slot for the next. A prefix that all prompts of a call share (a few-shot text, an instruction) is computed once, and
+    is kept for later calls with the same prefix. Results do not depend on which prompts share a batch, except for
+    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens.
     """
 
     def __init__(self, base: BaseModel, *, tokens_per_batch: int = 8192, max_batch: int = 16) -> None:
-        # Imported here: who only talks to an endpoint needs no torch.
+        # Imported here, because callers that only use an endpoint need no torch.
         from prag_core.llm.decoder import Decoder
 
         self.fingerprint = base.fingerprint
@@ -107,8 +105,8 @@ class TransformersGenerator:
         top_k: int = 0,
         seed: int = 0,
     ) -> list[str | GenerationError]:
-        """Return one text a prompt; a prompt that is too long for the model's context is an error in its place."""
-        from prag_core.llm.decoder import DecodeRequest
+        """Return one result for each prompt; a prompt that exceeds the model's context gets an error."""
+        from prag_core.llm.decode_request import DecodeRequest
 
         results: list[str | GenerationError] = [""] * len(prompts)
         requests: dict[int, DecodeRequest] = {}
@@ -138,14 +136,14 @@ class TransformersGenerator:
         return results
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the mean log-probability of each second text after its first; see `Scorer`."""
+        """Return the mean log-probability of each second text after its first text; see `Scorer`."""
         results = [float("-inf")] * len(pairs)
-        rows: list[_Row] = []
+        rows: list[_ScoredPair] = []
         for index, (before, text) in enumerate(pairs):
             ids, target = self._text_ids(before), self._encode(text)
             if ids and target and len(ids) + len(target) <= self._decoder.context:
-                rows.append(_Row(index, ids + target, len(target)))
-        prefix, shared = self._decoder.prefixes.share([row.ids[: -row.limit - 1] for row in rows])
+                rows.append(_ScoredPair(index, ids + target, len(target)))
+        prefix, shared = self._decoder.prefixes.share([row.ids[: -row.target_length - 1] for row in rows])
         for batch in self._batches(rows):
             for row, mean in zip(batch, self._mean_log_probabilities(batch, prefix, shared), strict=True):
                 results[row.index] = mean
@@ -156,7 +154,7 @@ class TransformersGenerator:
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
-        """Return the ids of plain text as the model expects a text to begin (some models want a BOS there)."""
+        """Return the ids of a plain text, with the BOS token in front that some models expect."""
         ids: list[int] = self._base.tokenizer.encode(text)
         eos = self._base.tokenizer.eos_token_id
         return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
@@ -169,11 +167,11 @@ class TransformersGenerator:
             self._base.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         )
 
-    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Yield the rows, longest first, in batches whose padded tokens keep to the budget."""
-        batch: list[_Row] = []
+    def _batches(self, rows: list[_ScoredPair]) -> Iterator[list[_ScoredPair]]:
+        """Yield the rows, longest first, in batches whose tokens, padding included, are within the budget."""
+        batch: list[_ScoredPair] = []
         width = 0
-        for row in sorted(rows, key=lambda row: (-len(row.ids), -row.limit, row.index)):
+        for row in sorted(rows, key=lambda row: (-len(row.ids), -row.target_length, row.index)):
             width = max(width, len(row.ids))
             full = len(batch) == self._max_batch or width * (len(batch) + 1) > self._tokens_per_batch
             if batch and full:
@@ -183,17 +181,17 @@ class TransformersGenerator:
         if batch:
             yield batch
 
-    def _mean_log_probabilities(self, batch: list[_Row], prefix: Prefix | None, shared: int) -> list[float]:
+    def _mean_log_probabilities(self, batch: list[_ScoredPair], prefix: Prefix | None, shared: int) -> list[float]:
         """Score rows whose first `shared` tokens are those of `prefix`, in one forward pass."""
         import torch
 
-        from prag_core.llm.decoder import padded
+        from prag_core.llm.prefill import pad_right
 
         device = self._base.device
-        ids = padded([row.ids[shared:] for row in batch]).to(device)
+        ids = pad_right([row.ids[shared:] for row in batch]).to(device)
         width = ids.shape[1]
-        # The logits at a position are about the token after it; those before the first that counts are not computed.
-        first = min(len(row.ids) - row.limit - 1 - shared for row in batch)
+        # Position t predicts token t + 1. No logits are computed before the first position that counts.
+        first = min(len(row.ids) - row.target_length - 1 - shared for row in batch)
         with torch.inference_mode():
             logits = self._base.model(
                 input_ids=ids,
@@ -204,17 +202,17 @@ class TransformersGenerator:
             ).logits
             means = []
             for i, row in enumerate(batch):
-                begin = len(row.ids) - row.limit - 1 - shared - first
-                table = logits[i, begin : begin + row.limit].float().log_softmax(-1)
-                target = torch.tensor(row.ids[-row.limit :], device=device)
-                means.append(float(table.gather(1, target[:, None]).mean()))
+                begin = len(row.ids) - row.target_length - 1 - shared - first
+                log_probabilities = logits[i, begin : begin + row.target_length].float().log_softmax(-1)
+                target = torch.tensor(row.ids[-row.target_length :], device=device)
+                means.append(float(log_probabilities.gather(1, target[:, None]).mean()))
         return means
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """A text to score: its place in the call, its token ids, and how many of the last ones count."""
+class _ScoredPair:
+    """A pair to score: its index in the call, its token ids, and how many of the last ones are the second text."""
 
     index: int
     ids: list[int]
-    limit: int
+    target_length: int

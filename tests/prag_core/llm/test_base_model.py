@@ -82,7 +82,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 @pytest.mark.parametrize("data", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a":{}}'])
 def test_damaged_weights_are_an_error_with_a_remedy(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(ModelError, match="no safetensors header.*\n.*get it again"):
+    with pytest.raises(ModelError, match=r"no safetensors header.*\n.*get it again"):
         model_facts(folder)
 
 

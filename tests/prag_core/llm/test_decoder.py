@@ -17,7 +17,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from prag_core.errors import ModelError, PromptTooLongError
 from prag_core.llm import slots
 from prag_core.llm.base_model import BaseModel
-from prag_core.llm.decoder import Decoded, Decoder, DecodeRequest, context_length
+from prag_core.llm.decode_request import Decoded, DecodeRequest
+from prag_core.llm.decoder import Decoder, context_length
 from prag_core.llm.generator import Prompt, TransformersGenerator
 from prag_core.llm.lora import AdapterStack, Factors, Injector, find_targets, stack_adapters, stack_rows
 from prag_core.llm.prefix_cache import PrefixCache

@@ -1,0 +1,81 @@
+"""The decoder's input and output: a prompt with its settings and adapters, and the text that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prag_core.llm.lora import Factors
+
+DecodeFinish = Literal["stop", "length", "not_finite"]
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """A prompt to continue, and how.
+
+    Args:
+        prompt: Its token ids; at least one.
+        max_new_tokens: The most tokens to generate; at least one.
+        stop_ids: Tokens that end the continuation and are not part of it.
+        stop_strings: Texts that end the continuation; it ends before the first of them.
+        temperature: 0 takes the most likely token each time.
+        top_k: Sample from this many of the most likely tokens; 0 for all.
+        top_p: Sample from the most likely tokens that together have this probability.
+        seed: Sampling depends on the seed and the prompt only.
+        adapters: (factors, weight) pairs; their weighted sum is added to the model.
+
+    Raises:
+        ValueError: when the prompt is empty or a number is out of range.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    adapters: Sequence[tuple[Factors, float]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt or self.max_new_tokens < 1:
+            raise ValueError(f"{len(self.prompt)} tokens to continue by {self.max_new_tokens}: both must be positive")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: out of range")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The result of a request.
+
+    The four times include work for other rows in the same steps.
+
+    Args:
+        tokens: All generated tokens.
+        text: The tokens' text without special tokens, up to the first stop string.
+        finish: `stop` (a stop token or stop string), `length`, or `not_finite`: the logits were not finite.
+        wait_ms: Milliseconds until a slot was free.
+        inject_ms: Milliseconds for stacking the adapters and copying them into the slot.
+        prefill_ms: Further milliseconds until the first token.
+        decode_ms: Milliseconds from the first token to the last.
+    """
+
+    tokens: list[int]
+    text: str
+    finish: DecodeFinish
+    wait_ms: float
+    inject_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class DecodeEvent:
+    """What one step did for one request: its new token, if any, and its result when the request has ended."""
+
+    id: int
+    token: int | None
+    result: Decoded | None = None
