@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from prag_core.records import from_dict
-from prag_core.store.objects import Store, remove
+from prag_core.store.objects import Store
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AttemptLog:
     def done(self, keys: Iterable[str]) -> None:
         """Forget the attempts at passages that are done."""
         for key in keys:
-            remove(self._store, self._name(key))
+            self._store.remove(self._name(key))
 
     def _name(self, key: str) -> str:
         return f"{self._folder}/{key}.json"

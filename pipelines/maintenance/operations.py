@@ -18,7 +18,7 @@ from prag_core.config import Config
 from prag_core.errors import InputError
 from prag_core.maintenance.erasure import erase_rows, snapshots_to_keep
 from prag_core.maintenance.garbage import Garbage, collect, find_garbage, needed_corpora
-from prag_core.maintenance.inventory import StoreUsage, list_objects, usage
+from prag_core.maintenance.inventory import StoreUsage, usage
 from prag_core.maintenance.repair import Repaired, forget_rejects, repair
 from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
@@ -126,14 +126,14 @@ def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: Run
     compacted, erased, dry_run = None, [], lease is None
     if current_id(store):
         snapshot = load_snapshot(store)
-        corpora = needed_corpora(store, list_objects(store), kept_snapshots(store, newest), grace_s=grace_s)
+        corpora = needed_corpora(store, store.objects(), kept_snapshots(store, newest), grace_s=grace_s)
         since = time.time() - grace_s
         compacted = compact(store, snapshot, profile_of(config), corpora, since=since, dry_run=dry_run)
         if snapshot.tombstones and lease is not None:
             erased = erase_rows(store, snapshot.tombstones, lease.check)
     # 2. What is left over.
     kept, held = snapshots_to_keep(store, newest)
-    garbage = find_garbage(store, list_objects(store), kept, grace_s=grace_s)
+    garbage = find_garbage(store, store.objects(), kept, grace_s=grace_s)
     return GarbageReport(dry_run, compacted, tuple(erased), garbage, held, current_id(store))
 
 
@@ -194,7 +194,7 @@ def measure_usage(store: Store, keep: int) -> StoreUsage:
     Raises:
         StoreError: when the store is damaged.
     """
-    objects = list_objects(store)
+    objects = store.objects()
     garbage = find_garbage(store, objects, snapshots_to_keep(store, keep)[0], grace_s=0.0)
     return usage(store, objects, garbage.size_bytes)
 

@@ -15,7 +15,7 @@ from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.execution.progress import stage_progress
 from pipelines.execution.tables import group_by_columns, partitions_for, spread_names, whole_blocks
-from prag_core.maintenance.inventory import Finding, kind_of, list_objects, list_snapshots, serving_id
+from prag_core.maintenance.inventory import Finding, kind_of, list_snapshots, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
     check_object,
@@ -63,7 +63,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
     # What names something is looked at before it: a run at work stores that first.
     serving = serving_id(store)
     snapshots, findings = list_snapshots(store)
-    objects = list_objects(store)
+    objects = store.objects()
     names = [item.name for item in objects]
     findings += check_references(names, snapshots, serving) + check_singles(store, snapshots)
     checkable = [name for name in names if is_checkable(name)]

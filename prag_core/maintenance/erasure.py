@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prag_core.store.objects import Store, remove
+from prag_core.store.objects import Store
 from prag_core.store.snapshot import Snapshot, current_id, kept_snapshots, load_snapshot, pinned
 from prag_core.store.tables import corpus_parts
 
@@ -76,7 +76,7 @@ def erase_rows(store: Store, keys: Collection[str], check: Callable[[], None] = 
         if rest.num_rows:
             store.put_table(posixpath.dirname(part), rest)
         check()
-        remove(store, part)
+        store.remove(part)
         removed.append(part)
     return removed
 

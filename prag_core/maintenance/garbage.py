@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import is_intact
-from prag_core.maintenance.inventory import Finding, Kind, StoredObject, kind_of, list_snapshots, names_of, serving_id
+from prag_core.maintenance.inventory import Finding, Kind, kind_of, list_snapshots, names_of, serving_id
 from prag_core.records import from_dict
+from prag_core.store.backend import StoredObject
 from prag_core.store.ledger import compactions, replaced_parts
-from prag_core.store.objects import Store, remove
+from prag_core.store.objects import Store
 from prag_core.store.runs import RunInputs
 from prag_core.store.snapshot import Snapshot, current_id, load_snapshot, pinned
 
@@ -115,7 +116,7 @@ def find_garbage(
 
     Args:
         store: The store.
-        objects: All its objects (`list_objects`).
+        objects: All its objects (`Store.objects`).
         kept: The ids of the snapshots to keep; the one in service is always kept.
         grace_s: The least age by time of modification, so that a run's unfinished work is left alone.
         now: The time, in seconds since the epoch.
@@ -189,7 +190,7 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     check()
     try:
         for name in documents:
-            remove(store, name)
+            store.remove(name)
         _check_unused(store, names)
     except StoreError:
         for name, data in documents.items():
@@ -199,7 +200,7 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     for name in names:
         if name not in documents:
             check()
-            remove(store, name)
+            store.remove(name)
 
 
 def _check_unused(store: Store, names: Collection[str]) -> None:

@@ -11,7 +11,6 @@ import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from prag_core.errors import PragError, StoreError, UnreachableError
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject
+from prag_core.store.backend import StoredObject
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import CURRENT, PINS, Snapshot, load_snapshot
 
@@ -56,15 +56,6 @@ class Finding:
         return self.kind not in ("orphan", "unreferenced")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """One object of the store; `modified` is in seconds since the epoch."""
-
-    name: str
-    size_bytes: int
-    modified: float
-
-
 def kind_of(name: str) -> str:
     """Return what an object is, by its name.
 
@@ -79,21 +70,6 @@ def kind_of(name: str) -> str:
     if name in (CURRENT, PINS):
         return "snapshots"
     return top if top in (*RECORDS, "starts", "indexes", "snapshots", "runs") else "other"
-
-
-def list_objects(store: Store) -> list[StoredObject]:
-    """Return every object of the store, with sizes and times, by listing alone; locks are none.
-
-    Raises:
-        StoreError: when the store cannot be listed.
-    """
-    found = []
-    for name, info in store.infos().items():
-        if not name.endswith(".lock"):
-            modified = info.get("LastModified", info.get("mtime", info.get("created", 0.0)))
-            seconds = modified.timestamp() if isinstance(modified, datetime) else float(modified)
-            found.append(StoredObject(name, int(info["size"]), seconds))
-    return sorted(found, key=lambda item: item.name)
 
 
 # ---- snapshots

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from prag_core.maintenance.inventory import Finding, kind_of, list_snapshots, names_of, serving_id
 from prag_core.records import LedgerRow, Reject, from_table
-from prag_core.store.objects import Store, remove
+from prag_core.store.objects import Store
 from prag_core.store.runs import LEASE
 from prag_core.store.shards import replace_rows
 from prag_core.store.snapshot import (
@@ -110,7 +110,7 @@ def repair(store: Store, findings: Sequence[Finding], check: Callable[[], None] 
     doomed = [name for name in dict.fromkeys(doomed) if name not in missing and store.exists(name)]
     for name in doomed:
         check()
-        remove(store, name)
+        store.remove(name)
     return Repaired(
         dropped=tuple(sorted(dropped)),
         moved=tuple(sorted(part for part, new in replaced.items() if new)),
@@ -170,7 +170,7 @@ def _serve(store: Store, before: bytes | None, snapshot: Snapshot | None, forgot
     """Put a snapshot with these tombstones into service, unless another one came into it since `before` was read."""
     if snapshot is None:
         if before is not None:  # no snapshot is left: the next run publishes as if it were the first
-            remove(store, CURRENT)
+            store.remove(CURRENT)
         return None
     if not forgotten <= {*snapshot.tombstones}:
         snapshot = with_tombstones(snapshot, forgotten)
@@ -201,5 +201,5 @@ def forget_rejects(store: Store, stage: str | None, reason: str | None) -> int:
         rest = table.filter(pc.invert(matches))
         if rest.num_rows:
             store.put_table(posixpath.dirname(part), rest)
-        remove(store, part)
+        store.remove(part)
     return len(forgotten)

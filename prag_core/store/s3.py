@@ -1,8 +1,8 @@
-"""Objects on S3: what s3fs leaves open.
+"""Objects on S3, through s3fs, with two gaps closed.
 
 botocore repeats a request that met a 5xx, a throttle, a reset or a timeout, with exponential backoff and full
-jitter: `client_options` sets that up. Two things are beyond it: a body that breaks off after the answer has begun,
-and a conditional write whose answer is lost, so that its repetition fails by its own success.
+jitter. It does not repeat a request whose body breaks off after the answer has begun. And if the answer to a
+conditional write is lost, botocore repeats the write, which then fails because the first one succeeded.
 """
 
 from __future__ import annotations
@@ -10,22 +10,28 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import fsspec
 from botocore import exceptions as boto
 from fsspec.asyn import sync
 
+from prag_core.store.backend import StoredObject, TooShortError
+from prag_core.store.filesystem import find_files
+
 FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
 
-# One PUT appears whole or not at all. The parts of a multipart upload that was killed stay, unseen and paid for.
+# Up to this size an object is written by one PUT. If a multipart upload is killed, its parts stay: nobody sees them,
+# but they are paid for.
 ONE_PUT_BYTES = 2**30
 MAX_PAUSE_S = 20.0
 
 _REFUSED_CONDITION = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey"}
 _TIMEOUTS = (boto.ReadTimeoutError, boto.ConnectTimeoutError, TimeoutError)
 _CONNECTION = (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, ConnectionError)
-# What a body can meet after its answer has begun; botocore does not repeat these.
+# Failures of a body after its answer has begun; botocore does not repeat these.
 _BROKEN_BODY = (
     aiohttp.ClientError,
     boto.HTTPClientError,
@@ -37,131 +43,99 @@ _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.C
 
 
 class CutShortError(OSError):
-    """A body that is not as long as what was asked for, again and again."""
+    """The body of an answer was shorter than the range that was asked for, at every try."""
 
 
-class TooShortError(OSError):
-    """An object that ends before the range that was asked for."""
-
-
-def client_options(options: Mapping[str, Any], retries: int, timeout_s: float) -> dict[str, Any]:
-    """Return the arguments of an `s3fs.S3FileSystem` that repeats requests within bounds and caches no listing."""
+def open_s3(url: str, options: Mapping[str, Any], retries: int, timeout_s: float) -> S3Backend:
+    """Return the backend for an S3 URL; see `prag_core.store.backends.open_backend` for the arguments."""
     config = {
         "connect_timeout": timeout_s,
         "read_timeout": timeout_s,
         "retries": {"mode": "standard", "total_max_attempts": retries + 1},
         **options.get("config_kwargs", {}),
     }
-    return {"use_listings_cache": False, **options, "config_kwargs": config}
+    fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **options, "config_kwargs": config})
+    fs.retries = 1  # s3fs would repeat, without jitter, what botocore has already repeated
+    return S3Backend(fs, root, retries, timeout_s)
 
 
-class S3Objects:
-    """Reads, writes and conditional writes through one `s3fs.S3FileSystem` made with `client_options`.
+class S3Backend:
+    """Objects below one prefix of an S3 bucket.
+
+    Promises:
+        Atomic put: an object of up to 1 GiB is one PUT, a larger one a multipart upload; both appear whole.
+        Durability: the server's.
+        Conditional write: `swap` sends If-Match or If-None-Match, so it holds between all clients. Not every server
+            obeys these headers; `honours_conditions` finds out.
+        Failures: each request is repeated `retries` times at most, with pauses of up to 20 seconds.
 
     Args:
-        fs: The file system.
-        retries: How often a failed body or a disputed conditional write is tried again.
-        timeout_s: The time the client waits for an answer; error messages name it.
+        fs: An `s3fs.S3FileSystem` that keeps no listings.
+        root: Bucket and prefix.
+        retries: How often a broken body or a disputed conditional write is tried again.
+        timeout_s: How long the client waits for an answer; error messages name it.
     """
 
-    def __init__(self, fs: Any, retries: int, timeout_s: float) -> None:
+    failures = FAILURES
+
+    def __init__(self, fs: Any, root: str, retries: int, timeout_s: float) -> None:
         self._fs = fs
+        self._root = root.rstrip("/")
         self._retries = retries
         self._timeout_s = timeout_s
-        fs.retries = 1  # s3fs would repeat, without jitter, what botocore has already repeated
 
-    def get(self, path: str, start: int | None, end: int | None) -> bytes:
-        """Return an object's bytes, or a range of them, never fewer than were asked for.
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, or replace it."""
+        self._fs.pipe_file(f"{self._root}/{name}", data, chunksize=ONE_PUT_BYTES)
 
-        Raises:
-            FileNotFoundError: when there is no such object or bucket.
-            TooShortError: when the object ends before the range does.
-            OSError: or another of `FAILURES`, when the retries are spent.
-        """
-        return self._read(path, start, end)[0]
+    def put_file(self, name: str, source: Path) -> None:
+        """Write an object from a local file; a large one is never in memory as a whole."""
+        self._fs.put_file(str(source), f"{self._root}/{name}")
 
-    def get_if_exists(self, path: str) -> bytes | None:
-        """Return an object's bytes, or None when there is no such object.
+    def get(self, name: str, start: int | None = None, end: int | None = None) -> bytes | None:
+        """Return the bytes `start` to `end` of an object, or None if there is no such object.
 
         Raises:
-            OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
+            TooShortError: if the object has fewer than `end` bytes.
+            FileNotFoundError: if there is no such bucket.
         """
-        return self._read_if_there(path)[0]
+        return self._read(name, start, end)[0]
 
-    def put(self, path: str, data: bytes) -> None:
-        """Write an object by one request.
-
-        Raises:
-            OSError: or another of `FAILURES`, when the retries are spent.
-        """
-        self._fs.pipe_file(path, data, chunksize=ONE_PUT_BYTES)
-
-    def exists(self, path: str) -> bool:
-        """Whether there is an object or a folder of that name.
-
-        Raises:
-            OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
-        """
-        return self._info(path) is not None
-
-    def size(self, path: str) -> int | None:
-        """Return an object's bytes in number, or None when there is no such object.
-
-        Raises:
-            OSError: or another of `FAILURES`, when that cannot be known; also when the bucket is missing.
-        """
-        info = self._info(path)
+    def size(self, name: str) -> int | None:
+        """Return the size of an object in bytes, or None if there is no such object."""
+        info = self._info(name)
         return int(info["size"]) if info is not None and info["type"] == "file" else None
 
-    def _info(self, path: str) -> Mapping[str, Any] | None:
-        try:
-            info: Mapping[str, Any] = self._fs.info(path)
-        except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
-                raise
-            return None
-        return info
+    def exists(self, name: str) -> bool:
+        """Return whether there is an object of this name, or one in a folder of this name."""
+        return self._info(name) is not None
 
-    def honours_conditions(self, path: str) -> bool:
-        """Whether writing `path`, which exists, is refused on the condition that it does not, or is another.
+    def find(self, folder: str) -> list[StoredObject]:
+        """Return all objects at any depth below a folder."""
+        return find_files(self._fs, self._root, folder)
 
-        Raises:
-            OSError: or another of `FAILURES`, when that cannot be known.
+    def remove(self, name: str) -> None:
+        """Remove an object, if it exists."""
+        self._fs.rm_file(f"{self._root}/{name}")
+
+    def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
+        """Replace an object if its bytes are `expected` (None: if it does not exist); return whether it was replaced.
+
+        If the answer to the write is lost, and the object holds `new` afterwards, it counts as replaced.
         """
-        bucket, key, _ = self._fs.split_path(path)
-        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}):
-            try:
-                self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"", **condition)
-            except FAILURES as error:
-                if not _is_refused(error):
-                    raise
-            else:
-                return False
-        return True
-
-    def swap(self, path: str, expected: bytes | None, new: bytes) -> bool:
-        """Replace an object if its bytes are `expected` (None: if there is none); whether that was done.
-
-        A write whose answer was lost counts as done when the object then holds `new`.
-
-        Raises:
-            OSError: or another of `FAILURES`, when the retries are spent.
-        """
-        current, tag = self._read_if_there(path)
+        current, tag = self._read(name)
         if current != expected:
             return False
-        bucket, key, _ = self._fs.split_path(path)
         for attempt in range(self._retries + 1):
-            condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": tag}
             try:
-                self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=new, **condition)
+                self._write_if(name, {"IfNoneMatch": "*"} if expected is None else {"IfMatch": tag}, new)
                 return True
             except FAILURES as error:
                 refused = _is_refused(error)
                 if not refused and not _is_transient(error):
                     raise
-                # What the object holds now tells a lost answer from a lost race.
-                current, tag = self._read_if_there(path)
+                # A lost answer and a lost race look the same. The bytes of the object tell them apart.
+                current, tag = self._read(name)
                 if current == new:
                     return True
                 if current != expected:
@@ -171,13 +145,20 @@ class S3Objects:
             _pause(attempt)
         raise OSError("its condition was refused again and again, and yet nobody changed it")
 
-    def is_answer(self, error: BaseException) -> bool:
-        """Whether a failure says how an object is, and not that the server could not be asked."""
-        missing = isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket"
-        return missing or isinstance(error, TooShortError)
+    def honours_conditions(self, name: str) -> bool:
+        """Return whether the server refuses to create an object that exists, and to replace one that has changed."""
+        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}):
+            try:
+                self._write_if(name, condition, b"")
+            except FAILURES as error:
+                if not _is_refused(error):
+                    raise
+            else:
+                return False
+        return True
 
-    def explain(self, error: BaseException) -> tuple[str, str]:
-        """Say in a few words what failed, and what to do; nothing of the request is repeated, so no secret either."""
+    def explain(self, error: Exception) -> tuple[str, str]:
+        """Return what a failure means, and what to do about it. The request is not repeated, so no secret shows."""
         code = _code(error)
         tries = f"after up to {self._retries + 1} tries"  # fewer when many requests at once have failed
         if isinstance(error, _NO_CREDENTIALS):
@@ -186,11 +167,7 @@ class S3Objects:
         if isinstance(error, PermissionError):
             return f"access denied ({code or 'no code'})", "check the credentials in the environment, and their rights"
         if code == "NoSuchBucket":
-            return "there is no such bucket", "create it, or mend `store` in the configuration"
-        if isinstance(error, FileNotFoundError):
-            return "no such object", ""
-        if isinstance(error, TooShortError):
-            return str(error), "it was cut short; run `prag run` again, and restore the object if that does not make it"
+            return "there is no such bucket", "create it, or correct `store` in the configuration"
         if isinstance(error, CutShortError):
             return f"{error}, {tries}", "check the network and whatever stands between here and the store"
         if isinstance(error, _TIMEOUTS):
@@ -198,32 +175,38 @@ class S3Objects:
         if isinstance(error, _CONNECTION):
             return f"the connection failed, {tries}", "check that the store is up, and storage.endpoint_url"
         if _status(error) >= 500:
-            return (
-                f"the server answered {_status(error)} ({code}), {tries}",
-                "wait until the store is well, and run again",
-            )
+            cause = f"the server answered {_status(error)} ({code}), {tries}"
+            return cause, "wait until the store is well, and run again"
         return " ".join(str(error).split())[:200], "check the store and its settings under `storage`"
 
-    def _read_if_there(self, path: str) -> tuple[bytes | None, str]:
+    def _write_if(self, name: str, condition: Mapping[str, str], data: bytes) -> None:
+        bucket, key, _ = self._fs.split_path(f"{self._root}/{name}")
+        self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+    def _info(self, name: str) -> Mapping[str, Any] | None:
         try:
-            return self._read(path, None, None)
+            info: Mapping[str, Any] = self._fs.info(f"{self._root}/{name}")
         except FileNotFoundError as error:
             if _code(error) == "NoSuchBucket":
                 raise
-            return None, ""
+            return None
+        return info
 
-    def _read(self, path: str, start: int | None, end: int | None) -> tuple[bytes, str]:
-        bucket, key, _ = self._fs.split_path(path)
-        wanted: dict[str, str] = {}
+    def _read(self, name: str, start: int | None = None, end: int | None = None) -> tuple[bytes | None, str]:
+        """Return the bytes of an object and its ETag; None and "" if there is no such object."""
+        bucket, key, _ = self._fs.split_path(f"{self._root}/{name}")
+        byte_range: dict[str, str] = {}
         if start is not None or end is not None:
-            wanted["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
+            byte_range["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
         failure: BaseException | None = None
         for attempt in range(self._retries + 1):
             if attempt:
                 _pause(attempt - 1)
             try:
-                answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, **wanted)
+                answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket":
+                    return None, ""
                 if _code(error) == "InvalidRange":
                     raise TooShortError(f"it ends before byte {start}") from error
                 raise
@@ -234,7 +217,8 @@ class S3Objects:
                 continue
             finally:
                 answer["Body"].close()
-            size = str(answer.get("ContentRange", "")).rpartition("/")[2]  # of the object; only a range's answer has it
+            # The size of the whole object, which only the answer to a range has.
+            size = str(answer.get("ContentRange", "")).rpartition("/")[2]
             total = int(size) if size.isdigit() else None
             if total is not None and end is not None and total < end:
                 raise TooShortError(f"it has {total} bytes, {end} were expected")
@@ -248,7 +232,7 @@ class S3Objects:
 
 
 def _pause(attempt: int) -> None:
-    # Full jitter: a thousand workers that failed together do not come back together.
+    # Full jitter: a thousand workers that failed at the same time do not all come back at the same time.
     time.sleep(random.uniform(0, min(MAX_PAUSE_S, 2.0**attempt)))
 
 

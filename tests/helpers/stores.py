@@ -13,7 +13,7 @@ from prag_core.errors import AdapterError
 from prag_core.identity import checksum, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import TrainedAdapter
-from prag_core.maintenance.inventory import Finding, kind_of, list_objects, list_snapshots, serving_id
+from prag_core.maintenance.inventory import Finding, kind_of, list_snapshots, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
     check_object,
@@ -46,7 +46,7 @@ VERSION, INDEX = "c0ffee", "1d"
 
 def verify(store: Store, full: bool = True) -> list[Finding]:
     """All checks in one process, in the order in which the pipeline does them on Ray."""
-    objects = [item.name for item in list_objects(store)]
+    objects = [item.name for item in store.objects()]
     snapshots, findings = list_snapshots(store)
     findings += check_references(objects, snapshots, serving_id(store)) + check_singles(store, snapshots)
     for name in filter(is_checkable, objects):

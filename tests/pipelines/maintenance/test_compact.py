@@ -20,7 +20,7 @@ from prag_core.llm.lora import find_targets
 from prag_core.maintenance.compaction import corpus_keys, mark_live, put_rows, record_compaction, settle
 from prag_core.maintenance.erasure import erase_rows, holding, snapshots_to_keep
 from prag_core.maintenance.garbage import collect, find_garbage, needed_corpora
-from prag_core.maintenance.inventory import kind_of, list_objects
+from prag_core.maintenance.inventory import kind_of
 from prag_core.maintenance.repair import repair
 from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.store.adapters import AdapterStore, LedgerSource, find_row, open_adapters
@@ -106,9 +106,9 @@ def compact(store: Store, corpora: Sequence[str] = (), since: float = math.inf) 
 
 
 def clean(store: Store, keep: int = 1) -> set[str]:
-    before = {item.name for item in list_objects(store)}
-    collect(store, find_garbage(store, list_objects(store), snapshots_to_keep(store, keep)[0], grace_s=0))
-    return before - {item.name for item in list_objects(store)}
+    before = {item.name for item in store.objects()}
+    collect(store, find_garbage(store, store.objects(), snapshots_to_keep(store, keep)[0], grace_s=0))
+    return before - {item.name for item in store.objects()}
 
 
 def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, layout: LoraLayout) -> None:
@@ -134,11 +134,11 @@ def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, l
     assert set(found) == set(KEYS)
     assert all(is_trained(layout, key, factors, seed_of(key)) for key, factors in found.items())
     # There is nothing left to compact or to collect, and the next run finds everything done.
-    before = {item.name for item in list_objects(store)}
+    before = {item.name for item in store.objects()}
     marked = mark(store, [part], {VERSION})
     assert put_rows(store, RECIPE.fingerprint, settle(store, marked, ())) == part
     assert clean(store) == set()
-    assert {item.name for item in list_objects(store)} == before
+    assert {item.name for item in store.objects()} == before
 
 
 def test_readers_see_each_adapter_once_at_every_moment(
@@ -213,7 +213,7 @@ def test_a_lost_part_of_a_compaction_brings_the_old_ones_back(store: Store) -> N
     compact(store)
     (part,) = load_snapshot(store).ledger_parts
     assert replaced_parts(store, RECIPE.fingerprint, [*old, part]) == old
-    Path(store.path(part)).unlink()
+    store.remove(part)
     assert set(visible_parts(store, RECIPE.fingerprint)) == old
 
 
@@ -227,7 +227,7 @@ def test_a_second_compaction_replaces_what_the_first_had_replaced(store: Store, 
     compact(store)
     second = load_snapshot(store).ledger_parts
     # Without the first one's part and record, its old parts must not count again.
-    Path(store.path(first[0])).unlink()
+    store.remove(first[0])
     assert visible_parts(store, RECIPE.fingerprint) == list(second)
     assert old < {*store.list("adapters", ".parquet")}
 
@@ -269,7 +269,7 @@ def test_adapters_of_passages_that_no_needed_corpus_has_go(store: Store, layout:
     publish(store, with_ledger(replace(first, corpus_version="v2", index="2d"), first.ledger_parts, 9))
 
     def corpora(keep: int, grace_s: float = 0) -> list[str]:
-        return needed_corpora(store, list_objects(store), kept_snapshots(store, keep), grace_s=grace_s)
+        return needed_corpora(store, store.objects(), kept_snapshots(store, keep), grace_s=grace_s)
 
     def keys() -> set[str]:
         return {*store.get_table(LedgerRow, load_snapshot(store).ledger_parts, ["key"])["key"].to_pylist()}
@@ -329,7 +329,7 @@ def rerun(store: Store, layout: LoraLayout, version: str, index: str) -> None:
 def holders(store: Store, key: str) -> set[str]:
     """The kinds of objects that still have anything of a passage, by looking into each byte of each."""
     found = set()
-    for item in list_objects(store):
+    for item in store.objects():
         data = store.get(item.name)
         if item.name.endswith(".parquet"):
             with pa.BufferReader(data) as stream:

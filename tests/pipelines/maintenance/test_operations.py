@@ -25,13 +25,13 @@ from prag_core.llm.lora import find_targets
 from prag_core.maintenance.compaction import put_rows, record_compaction
 from prag_core.maintenance.erasure import erase_rows
 from prag_core.maintenance.garbage import collect, find_garbage, recent_inputs
-from prag_core.maintenance.inventory import Finding, kind_of, list_objects, serving_id, usage
+from prag_core.maintenance.inventory import Finding, kind_of, serving_id, usage
 from prag_core.maintenance.repair import forget_rejects, repair
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow, Passage, Reject, from_dict, from_table, to_table
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters, put_start
 from prag_core.store.ledger import Compaction
-from prag_core.store.objects import Store, remove
+from prag_core.store.objects import Store
 from prag_core.store.runs import LEASE, LeaseRecord, RunInputs, acquire_lease, put_inputs
 from prag_core.store.shard_codec import pack_shard
 from prag_core.store.shards import move_adapters
@@ -132,7 +132,7 @@ def is_lease(data: bytes) -> bool:
 def damage(store: Store, seed: int) -> list[str]:
     """Do one random damage to one object (two for a swap) and return its name."""
     choice = random.Random(seed)
-    names = [item.name for item in list_objects(store)]
+    names = [item.name for item in store.objects()]
     how = choice.choice(["flip", "flip", "cut", "remove", "swap"])
     if how == "swap":
         kind = choice.choice(["shards", "ledger"])
@@ -149,7 +149,7 @@ def damage(store: Store, seed: int) -> list[str]:
     name = choice.choice([name for name in names if kind_of(name) == kind])
     data = store.get(name)
     if how == "remove":
-        Path(store.path(name)).unlink()
+        store.remove(name)
     elif how == "cut":
         store.put(name, data[: choice.randrange(len(data))])
     else:
@@ -225,7 +225,7 @@ def test_good_neighbours_of_a_damaged_adapter_are_kept_as_they_are(store: Store,
 
 
 def test_bytes_too_many_are_found_and_a_whole_shard_comes_out(store: Store) -> None:
-    shard = next(item.name for item in list_objects(store) if kind_of(item.name) == "shards")
+    shard = next(item.name for item in store.objects() if kind_of(item.name) == "shards")
     store.put(shard, store.get(shard) + b"more")
     findings = verify(store)
     assert [(finding.name, finding.kind, finding.keys) for finding in findings] == [(shard, "checksum", ())]
@@ -264,7 +264,7 @@ def test_a_repair_that_is_killed_loses_nothing(
         findings = verify(store)
         with monkeypatch.context() as patch:
             patch.setattr(Store, "put", stopping(Store.put))
-            patch.setattr("prag_core.maintenance.repair.remove", stopping(remove))
+            patch.setattr(Store, "remove", stopping(Store.remove))
             try:
                 repair(store, findings)
                 finished = True
@@ -282,8 +282,8 @@ def test_a_repair_that_is_killed_loses_nothing(
 
 
 def test_a_fast_check_finds_what_is_missing_or_cut_short(store: Store) -> None:
-    shards = [item.name for item in list_objects(store) if kind_of(item.name) == "shards"]
-    Path(store.path(shards[0])).unlink()
+    shards = [item.name for item in store.objects() if kind_of(item.name) == "shards"]
+    store.remove(shards[0])
     data = store.get(shards[1])
     store.put(shards[1], data[:-10])
     flipped = bytearray(store.get(shards[2]))
@@ -383,7 +383,7 @@ def test_a_repair_does_not_remove_what_was_missing_and_is_there(store: Store) ->
     findings = [Finding("CURRENT", "not_readable"), Finding(document, "missing", repairable=False)]
     assert repair(store, findings).removed == ()
     assert load_snapshot(store) == snapshot
-    shard = next(item.name for item in list_objects(store) if kind_of(item.name) == "shards")
+    shard = next(item.name for item in store.objects() if kind_of(item.name) == "shards")
     store.remove(shard)
     mended = repair(store, verify(store))
     assert shard not in mended.removed
@@ -422,14 +422,14 @@ def test_moved_adapters_are_a_shard_that_safetensors_reads(store: Store) -> None
 
 
 def age(store: Store, hours: float) -> None:
-    for item in list_objects(store):
-        os.utime(store.path(item.name), (item.modified - 3600 * hours,) * 2)
+    for item in store.objects():
+        os.utime(Path(store.url, item.name), (item.modified - 3600 * hours,) * 2)
 
 
 def take(store: Store, kept: set[str], grace_s: float = 0.0) -> set[str]:
-    before = {item.name for item in list_objects(store)}
-    collect(store, find_garbage(store, list_objects(store), kept, grace_s=grace_s))
-    return before - {item.name for item in list_objects(store)}
+    before = {item.name for item in store.objects()}
+    collect(store, find_garbage(store, store.objects(), kept, grace_s=grace_s))
+    return before - {item.name for item in store.objects()}
 
 
 def test_a_store_in_use_has_no_garbage(store: Store) -> None:
@@ -518,7 +518,7 @@ def test_a_snapshot_that_is_chosen_while_it_is_collected_stays(store: Store, lay
         publish(store, with_tombstones(load_snapshot(store), list(SEEDS)[:1]))
         new = str(current_id(store))
     before = contents(store, old.id)
-    garbage = find_garbage(store, list_objects(store), {new}, grace_s=0)
+    garbage = find_garbage(store, store.objects(), {new}, grace_s=0)
     assert {f"snapshots/{old.id}.json", "indexes/2d/index.json"} <= {finding.name for finding in garbage.objects}
     chosen = []
 
@@ -547,7 +547,7 @@ def test_a_snapshot_that_was_just_collected_is_not_chosen(
     real, snapshots = Store.swap, all_snapshots(store)
 
     def swap(self: Store, name: str, expected: bytes | None, data: bytes) -> None:
-        remove(store, f"snapshots/{old}.json")  # what a collection does between a look at it and the write
+        store.remove(f"snapshots/{old}.json")  # what a collection does between a look at it and the write
         real(self, name, expected, data)
 
     with monkeypatch.context() as patch:
@@ -560,10 +560,10 @@ def test_a_snapshot_that_was_just_collected_is_not_chosen(
 
 def test_who_lost_the_lease_removes_nothing_more(store: Store) -> None:
     store.put(f"adapters/{RECIPE.fingerprint}/shards/{'0' * 32}.safetensors", b"nobody's")
-    garbage = find_garbage(store, list_objects(store), all_snapshots(store), grace_s=0)
+    garbage = find_garbage(store, store.objects(), all_snapshots(store), grace_s=0)
     row = from_table(LedgerRow, store.get_table(LedgerRow, load_snapshot(store).ledger_parts))[0]
     store.put(row.shard, store.get(row.shard)[:-1])
-    findings, before = verify(store), {item.name for item in list_objects(store)}
+    findings, before = verify(store), {item.name for item in store.objects()}
     lease = acquire_lease(store, "gc", ttl_s=0.2)
     acquire_lease(store, "run1", take_over=True).release()
     deadline = time.monotonic() + 10
@@ -577,7 +577,7 @@ def test_who_lost_the_lease_removes_nothing_more(store: Store) -> None:
     ):
         with pytest.raises(LeaseError, match="the lease of run gc"):
             work()
-    assert before <= {item.name for item in list_objects(store)}
+    assert before <= {item.name for item in store.objects()}
     lease.release()
 
 
@@ -600,7 +600,7 @@ def test_gc_never_takes_what_a_kept_snapshot_names(store: Store, layout: LoraLay
             snapshot_now(store, adapters, version, index)
     # 2. Keep some snapshots, and collect all that can go.
     kept = {id for id in all_snapshots(store) if choice.random() < 0.5}
-    (inputs,) = recent_inputs(store, list_objects(store), math.inf)
+    (inputs,) = recent_inputs(store, store.objects(), math.inf)
     before = {id: contents(store, id) for id in kept | {str(current_id(store))}}
     resumable = latest(store, inputs.recipe)
     take(store, kept)
@@ -634,17 +634,17 @@ def test_gc_refuses_a_store_it_cannot_read(store: Store, layout: LoraLayout) -> 
     part = adapters_of(store, layout).ledger_parts()[0]
     store.put(part, store.get(part)[:-20])
     with pytest.raises(StoreError, match="run `prag repair` first"):
-        find_garbage(store, list_objects(store), all_snapshots(store), grace_s=0)
+        find_garbage(store, store.objects(), all_snapshots(store), grace_s=0)
 
 
 # ---- the small ones
 
 
 def test_usage_counts_every_byte(store: Store) -> None:
-    objects = list_objects(store)
+    objects = store.objects()
     counted = usage(store, objects, 7)
     on_disk = sum(
-        path.stat().st_size for path in Path(store.root).rglob("*") if path.suffix != ".lock" and path.is_file()
+        path.stat().st_size for path in Path(store.url).rglob("*") if path.suffix != ".lock" and path.is_file()
     )
     assert sum(counted.size_bytes.values()) == on_disk
     assert counted.adapters == len(PASSAGES)

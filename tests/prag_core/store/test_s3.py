@@ -17,7 +17,6 @@ from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.lora import find_targets
 from prag_core.maintenance.garbage import find_garbage
-from prag_core.maintenance.inventory import list_objects
 from prag_core.maintenance.repair import repair
 from prag_core.records import LedgerRow, from_table
 from prag_core.store.adapters import put_start
@@ -205,7 +204,7 @@ def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: 
     data = bytearray(store.get(victim.shard))
     data[victim.offset + 5] ^= 64
     store.put(victim.shard, bytes(data))
-    good, objects, kept = {*SEEDS} - {victim.key}, list_objects(store), all_snapshots(store)
+    good, objects, kept = {*SEEDS} - {victim.key}, store.objects(), all_snapshots(store)
 
     def is_cut_off(after: int, work: Callable[..., object], *arguments: object) -> bool:
         proxy.fail(Fault("503", after=after))

@@ -11,7 +11,6 @@ import pytest
 
 from prag_core.errors import ConflictError, StoreError
 from prag_core.maintenance.garbage import find_garbage
-from prag_core.maintenance.inventory import list_objects
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import (
     Snapshot,
@@ -142,7 +141,7 @@ def test_what_marks_a_candidate_goes_with_it(store: Store) -> None:
     for candidate in (first, second):
         put_candidate(store, candidate)
     publish(store, snapshot_of("p2"))
-    garbage = find_garbage(store, list_objects(store), kept_snapshots(store, 2), grace_s=0, now=time.time() + 60)
+    garbage = find_garbage(store, store.objects(), kept_snapshots(store, 2), grace_s=0, now=time.time() + 60)
     assert [found.name for found in garbage.objects] == [
         f"snapshots/{first.id}{end}" for end in (".json", ".candidate")
     ]

@@ -1,0 +1,46 @@
+"""Which backend keeps the objects of a store's URL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from prag_core.store.backend import Backend
+from prag_core.store.filesystem import FilesystemBackend
+from prag_core.store.folder import FolderBackend
+from prag_core.store.memory import MemoryBackend
+
+
+def is_s3(url: str) -> bool:
+    """Return whether a URL names an S3 store."""
+    return url.startswith(("s3://", "s3a://"))
+
+
+def open_backend(url: str, options: Mapping[str, Any], retries: int, timeout_s: float) -> Backend:
+    """Return the backend that keeps the objects of a URL.
+
+    Args:
+        url: A folder, or an fsspec URL.
+        options: Further arguments of the fsspec file system.
+        retries: How often a failed request to S3 is repeated.
+        timeout_s: How long S3 may take to connect or to answer.
+
+    Raises:
+        ImportError: if the file system's package is not installed.
+        ValueError: if no file system has this URL's scheme.
+    """
+    if is_s3(url):
+        from prag_core.store.s3 import open_s3  # botocore takes half a second to import
+
+        return open_s3(url, options, retries, timeout_s)
+    fs, root = fsspec.core.url_to_fs(url, **options)
+    if isinstance(fs, LocalFileSystem):
+        return FolderBackend(Path(root))
+    if isinstance(fs, MemoryFileSystem):
+        return MemoryBackend(fs, root)
+    return FilesystemBackend(fs, root)

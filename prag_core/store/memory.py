@@ -1,0 +1,37 @@
+"""Objects in the memory of this process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from prag_core.store.filesystem import FilesystemBackend
+
+# fsspec's memory is the process's, so all stores of the process share this lock.
+_SWAPPING = threading.Lock()
+
+
+class MemoryBackend(FilesystemBackend):
+    """Objects in the memory of this process, for tests and first trials (`memory://<name>`).
+
+    Promises:
+        Atomic put: an object appears by one assignment.
+        Durability: none. The objects go with the process, and other processes (Ray workers too) do not see them.
+        Conditional write: `swap` holds between the threads of this process.
+    """
+
+    def put_file(self, name: str, source: Path) -> None:
+        """Write an object from a local file, through memory: fsspec would show a file that is half copied."""
+        self.put(name, source.read_bytes())
+
+    def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
+        """Replace an object if its bytes are `expected` (None: if it does not exist); return whether it did."""
+        with _SWAPPING:
+            if self.get(name) != expected:
+                return False
+            self.put(name, new)
+        return True
+
+    def honours_conditions(self, name: str) -> bool:
+        """Return whether `swap` refuses to create an object that exists."""
+        return not self.swap(name, None, b"")
