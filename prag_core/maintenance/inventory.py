@@ -117,6 +117,7 @@ def names_of(snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def error_text(error: Exception) -> str:
+    """Return the first line of an error's message, of at most 300 characters."""
     text = error.message if isinstance(error, PragError) else f"{type(error).__name__}: {error}"
     return text.splitlines()[0][:300] if text else type(error).__name__
 

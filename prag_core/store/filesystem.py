@@ -69,7 +69,7 @@ class FilesystemBackend:
 
     def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
         """Raise a `StoreError`: there is no conditional write."""
-        raise StoreError(f"{name}: the store's file system has no conditional write", "use a folder or s3://")
+        raise StoreError(f"{self._root}: its file system has no conditional write", "use a folder or s3://")
 
     def honours_conditions(self, name: str) -> bool:
         """Raise a `StoreError`: there is no conditional write."""

@@ -50,10 +50,9 @@ def test_an_index_searches_alike_after_its_travel(store, index: Path, tmp_path: 
 
 
 def test_round_trip_and_record(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store.fs, store.root
     assert find_index(store, ID) is None
     stored = archive_index(folder, store, "v1", 10, CONFIG)
-    data = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
+    data = store.get(f"indexes/{ID}/lucene.tar.zst")
     assert (stored.documents, stored.corpus_version, stored.pyserini) == (10, "v1", "1.6.0")
     assert (stored.size_bytes, stored.checksum) == (len(data), checksum(data))
     assert find_index(store, ID) == stored
@@ -65,32 +64,30 @@ def test_round_trip_and_record(store, folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_record_is_written_last(store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, root = store.fs, store.root
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fs, "pipe_file", refuse)
+    monkeypatch.setattr(store._backend, "put", refuse)
     with pytest.raises(StoreError, match="No space left"):
         archive_index(folder, store, "v1", 10, CONFIG)
-    assert fs.exists(f"{root}/indexes/{ID}/lucene.tar.zst")
+    assert store.exists(f"indexes/{ID}/lucene.tar.zst")
     assert find_index(store, ID) is None
 
 
 def test_a_committed_index_is_never_written_again(store, folder: Path) -> None:
-    fs, root = store.fs, store.root
     first = archive_index(folder, store, "v1", 10, CONFIG)
-    before = fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst")
+    before = store.get(f"indexes/{ID}/lucene.tar.zst")
     (folder / "_0.cfs").write_bytes(b"built by a zombie")
     assert archive_index(folder, store, "v1", 11, CONFIG) == first
-    assert fs.cat_file(f"{root}/indexes/{ID}/lucene.tar.zst") == before
+    assert store.get(f"indexes/{ID}/lucene.tar.zst") == before
 
 
 def test_a_complete_cache_is_used_without_the_store(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store.fs, store.root
     archive_index(folder, store, "v1", 10, CONFIG)
     first = fetch_index(store, ID, tmp_path / "cache")
-    fs.rm(f"{root}/indexes/{ID}", recursive=True)
+    for name in store.list(f"indexes/{ID}", ""):
+        store.remove(name)
     assert fetch_index(store, ID, tmp_path / "cache") == first
 
 
@@ -144,10 +141,10 @@ def test_an_index_in_use_is_never_removed(index: Path, tmp_path: Path) -> None:
     assert open_index(store, ids[0], cache, CONFIG).search("quennel", 1)[0].passage == PASSAGES[5]
 
 
-def damage(fs, path: str, how: str) -> None:
-    data = bytearray(fs.cat_file(path))
+def damage(store: Store, name: str, how: str) -> None:
+    data = bytearray(store.get(name))
     if how == "missing":
-        fs.rm(path)
+        store.remove(name)
         return
     if how == "truncated":
         data = data[: len(data) // 2]
@@ -157,24 +154,23 @@ def damage(fs, path: str, how: str) -> None:
         data += b"x"
     else:
         data[len(data) // 2] ^= 1
-    fs.pipe_file(path, bytes(data))
+    store.put(name, bytes(data))
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "empty", "longer", "altered"])
 def test_a_damaged_archive_is_named_and_leaves_no_cache(how: str, store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store.fs, store.root
-    archive = f"{root}/indexes/{ID}/lucene.tar.zst"
+    archive = f"indexes/{ID}/lucene.tar.zst"
     archive_index(folder, store, "v1", 10, CONFIG)
-    damage(fs, archive, how)
+    damage(store, archive, how)
     with pytest.raises(RetrievalError) as caught:
         fetch_index(store, ID, tmp_path / "cache")
-    assert archive in caught.value.message
+    assert f"{store.url}/{archive}" in caught.value.message
     assert "prag run" in caught.value.remedy
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
     # A wrong size alone leads to a rebuild; otherwise the remedy names the record to remove.
     if how == "altered":
-        assert f"{root}/indexes/{ID}/index.json" in caught.value.remedy
-        fs.rm(f"{root}/indexes/{ID}/index.json")
+        assert f"{store.url}/indexes/{ID}/index.json" in caught.value.remedy
+        store.remove(f"indexes/{ID}/index.json")
     assert find_index(store, ID) is None
     archive_index(folder, store, "v1", 10, CONFIG)
     assert fetch_index(store, ID, tmp_path / "cache").is_dir()
@@ -182,9 +178,8 @@ def test_a_damaged_archive_is_named_and_leaves_no_cache(how: str, store, folder:
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"id": "x"}', b"\xff"])
 def test_a_garbled_record_is_no_commit(text: bytes, store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store.fs, store.root
     archive_index(folder, store, "v1", 10, CONFIG)
-    fs.pipe_file(f"{root}/indexes/{ID}/index.json", text)
+    store.put(f"indexes/{ID}/index.json", text)
     assert find_index(store, ID) is None
     with pytest.raises(RetrievalError, match="no such index") as caught:
         fetch_index(store, ID, tmp_path / "cache")
@@ -192,16 +187,15 @@ def test_a_garbled_record_is_no_commit(text: bytes, store, folder: Path, tmp_pat
 
 
 def test_an_archive_cannot_write_outside_its_folder(store, folder: Path, tmp_path: Path) -> None:
-    fs, root = store.fs, store.root
     archive_index(folder, store, "v1", 10, CONFIG)
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("../../evil"), io.BytesIO())
     data = pa.Codec("zstd").compress(plain.getvalue(), asbytes=True)
-    record = json.loads(fs.cat_file(f"{root}/indexes/{ID}/index.json"))
+    record = json.loads(store.get(f"indexes/{ID}/index.json"))
     record |= {"size_bytes": len(data), "checksum": checksum(data)}
-    fs.pipe_file(f"{root}/indexes/{ID}/lucene.tar.zst", data)
-    fs.pipe_file(f"{root}/indexes/{ID}/index.json", json.dumps(record).encode())
+    store.put(f"indexes/{ID}/lucene.tar.zst", data)
+    store.put(f"indexes/{ID}/index.json", json.dumps(record).encode())
     with pytest.raises(RetrievalError, match="evil"):
         fetch_index(store, ID, tmp_path / "cache")
     assert not list(tmp_path.rglob("evil"))
