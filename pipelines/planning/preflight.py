@@ -124,6 +124,8 @@ def _describe(config: Config) -> tuple[str, tuple[Recipe, LoraLayout]]:
 
 def _store(config: Config) -> tuple[str, Store]:
     store = open_store(config)
+    if store.url.startswith("memory://"):
+        raise StoreError(f"store = {store.url!r} is seen by this process alone", "use a folder or s3://")
     store.check_writable()
     return f"{store.url}: writable, conditional writes work", store
 

@@ -82,7 +82,8 @@ def test_a_machine_that_has_everything(config: Config, tmp_path: Path) -> None:
     recipe, layout = found.described()
     assert recipe.fingerprint
     assert layout.layers == (0, 1, 2)
-    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []  # it leaves nothing behind
+    left = [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert left == ["store.lock"]  # no probe is left
 
 
 def test_all_that_is_wrong_is_named_at_once(config: Config, tmp_path: Path) -> None:
@@ -108,11 +109,15 @@ def test_one_thing_that_is_wrong_is_raised_as_it_is(config: Config, tmp_path: Pa
     assert raised.value.exit_code == 3
 
 
-def test_a_store_without_conditional_writes_is_refused(config: Config) -> None:
-    found = check_here(changed(config, store="memory://preflight/store"))
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("dir::memory://preflight", "no conditional write"), ("memory://preflight", "this process alone")],
+)
+def test_a_store_that_several_processes_cannot_share_is_refused(config: Config, url: str, reason: str) -> None:
+    found = check_here(changed(config, store=url))
     (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
     assert failed.check == "store"
-    assert "no conditional write" in failed.detail
+    assert reason in failed.detail
 
 
 @pytest.mark.slow
