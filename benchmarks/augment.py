@@ -29,7 +29,7 @@ from prag_core.recipe import AugmentRecipe
 from prag_core.records import Passage
 from prag_core.testing import write_tiny_model
 
-ATLAS = Path(__file__).parent.parent / "examples" / "atlas"
+ATLAS = Path(__file__).parent.parent / "pipelines" / "examples" / "atlas"
 
 
 @dataclass(frozen=True)

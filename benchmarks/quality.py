@@ -87,7 +87,8 @@ def reader(arguments: argparse.Namespace, name: str, warmup: list[str], dataset:
 def evaluate(arguments: argparse.Namespace, name: str, settings: list[str], dataset: str, *more: str) -> dict[str, Any]:
     """Run the job on a store of its own, evaluate it, and return the last line that this printed."""
     settings = [f"store={arguments.work / name}", f"train.recipe={arguments.recipe}", *settings, *arguments.overrides]
-    common = ["-c", "examples/demo.yaml", *(part for setting in settings for part in ("--set", setting))]
+    common = ["-c", "package://pipelines/examples/demo.yaml"]
+    common += [part for setting in settings for part in ("--set", setting)]
     prag = [sys.executable, "-m", "pipelines.cli"]
     subprocess.run([*prag, "run", *common], cwd=ROOT, check=True)
     if arguments.reader is not None:

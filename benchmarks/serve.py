@@ -160,7 +160,7 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
 
 def make_passages(count: int) -> list[Passage]:
     """Return passages of a hundred words each, cut from the example corpus under names of their own."""
-    lines = (ROOT / "examples" / "atlas" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "pipelines" / "examples" / "atlas" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split()
     passages = []
     for n in range(count):

@@ -28,7 +28,7 @@ from prag_core.store.objects import Store
 from prag_core.training.examples import TrainingJob, training_examples
 from prag_core.training.trainer import make_stacks
 
-ATLAS = Path(__file__).parent.parent / "examples" / "atlas"
+ATLAS = Path(__file__).parent.parent / "pipelines" / "examples" / "atlas"
 RECIPE = RECIPES["paper"]
 
 

@@ -58,7 +58,9 @@ class Columns(_Strict):
 class CorpusConfig(_Strict):
     """Which files to read, and how to split their texts into passages."""
 
-    path: Url = Field(description="A file, a folder of files, a glob, or an fsspec URL of any of these.")
+    path: Url = Field(
+        description="A file, a folder of files, a glob, an fsspec URL of any of these, or package://PACKAGE/FILE."
+    )
     format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1, description="Read only this many records, from the first on.")

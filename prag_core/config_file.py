@@ -12,7 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config
 from prag_core.errors import ConfigError
+from prag_core.packaged import local_path
 
+_EXAMPLE = "`prag --help` says where an example is"
 # Old name → new name. A configuration of an older version gets an error that names the new one.
 _RENAMED = {"train.start": "train.initial_adapter", "train.without": "train.ablation"}
 
@@ -27,17 +29,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: for a missing file, broken YAML, an unknown key (with the most similar known one) or a wrong
             value; the message carries the key's dotted path.
     """
-    path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(Path(local_path(str(path))).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file", "copy examples/demo.yaml and edit it") from None
+        raise ConfigError(f"{path}: no such configuration file", _EXAMPLE) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}", "fix the line that the message names") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds no settings", "it must be a YAML mapping; see examples/demo.yaml")
+        raise ConfigError(f"{path}: holds no settings", f"write a YAML mapping; {_EXAMPLE}")
     for override in overrides:
         _apply(data, override)
     return parse_config(data, str(path))
@@ -70,7 +71,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {name!r} holds no settings", "see examples/demo.yaml")
+            raise ConfigError(f"override {override!r}: {name!r} holds no settings", _EXAMPLE)
         node = child
     try:
         node[last] = yaml.safe_load(text)
@@ -90,7 +91,7 @@ def _explain(item: Any, origin: str) -> str:
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return f"{origin}: unknown key {dotted}\n  → {hint or 'known here: ' + ', '.join(siblings)}"
     if item["type"] == "missing":
-        return f"{origin}: {dotted} is required\n  → add it; see examples/demo.yaml"
+        return f"{origin}: {dotted} is required\n  → add it; {_EXAMPLE}"
     if item["type"] == "credentials":  # the value must not be repeated
         return f"{origin}: {dotted} {item['msg']}\n  → {NO_CREDENTIALS_HERE}"
     return f"{origin}: {dotted} = {item.get('input')!r}: {item['msg']}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ATLAS = Path(__file__).parents[1] / "examples" / "atlas"
+ATLAS = Path(__file__).parents[1] / "pipelines" / "examples" / "atlas"
 
 
 def rows(name: str) -> list[dict]:

@@ -11,14 +11,18 @@ import typer
 
 from cluster.session import JoinError
 from pipelines.cli import ask, cluster, evaluate, keys, passages, reindex, run, serve, snapshots, store
+from pipelines.cli.terminal import DEFAULT_CONFIG
 from prag_core.errors import ClusterError, PragError
+from prag_core.packaged import local_path
 
 app = typer.Typer(
     name="prag",
     help=(
         "Parametric RAG: passages become LoRA adapters; a question adds the adapters it needs to the weights.\n\n"
-        "A first session: `prag plan -c examples/demo.yaml`, `prag run -c examples/demo.yaml`, "
-        '`prag ask -c examples/demo.yaml --compare "Who built the Cazambra Lighthouse?"`.\n\n'
+        "A first session: `prag plan`, `prag run`, "
+        '`prag ask --compare "Who built the Cazambra Lighthouse?"`. '
+        "Without `--config`, commands use the packaged example. To write your own, copy "
+        f"`{local_path(DEFAULT_CONFIG)}`.\n\n"
         "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, "
         "5 store (out of reach, or damaged), 6 somebody else changed the store first, 7 retrieval or Java, "
         "8 generator, 9 too many rejects, 10 another run works on the store, 11 several things are wrong, "

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # Sets that come with the project.
-_NAMED = {"atlas": Path("examples/atlas/questions.jsonl")}
+_NAMED = {"atlas": "package://pipelines/examples/atlas/questions.jsonl"}
 _EXPORTS = ("jsonl", "paper")
 
 
@@ -230,7 +230,7 @@ def _questions(name: str) -> list[Question]:
 
     form, colon, path = name.partition(":")
     form, path = (form, path) if colon and form in FORMATS else ("", name)
-    return read_questions(str(_NAMED.get(path, path)), form)
+    return read_questions(_NAMED.get(path, path), form)
 
 
 def _one(option: str, value: str, known: tuple[T, ...]) -> T:

@@ -37,7 +37,7 @@ WaitOption = Annotated[
     float, typer.Option("--wait", min=0, help="Seconds to wait for another run's lease, also for a dead run's.")
 ]
 
-DEFAULT_CONFIG = "examples/demo.yaml"
+DEFAULT_CONFIG = "package://pipelines/examples/demo.yaml"
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 progress_to = Console(stderr=True)
 # Bound to the real standard output, see `result_only`.

@@ -19,6 +19,7 @@ from prag_core.errors import InputError
 from prag_core.evaluation.metrics import f1, paired_bootstrap
 from prag_core.inference.engine import Engine, open_engine
 from prag_core.inference.request import Request
+from prag_core.packaged import local_path
 from prag_core.records import MODES, Answer, Hit, Passage, from_table
 from prag_core.store.objects import Store, open_store
 from prag_core.store.snapshot import load_snapshot
@@ -48,7 +49,7 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     begun = time.perf_counter()
     store = open_store(config)
     passages = _passages(store)
-    questions = read_demo_questions(Path(config.corpus.path).with_name("questions.jsonl"), passages)
+    questions = read_demo_questions(Path(local_path(config.corpus.path)).with_name("questions.jsonl"), passages)
     engine = open_engine(store, config)
     scores, answers = _ask_all(config, engine, questions, passages, console)
     seconds = {stage.stage: round(stage.seconds, 1) for stage in report.stages}

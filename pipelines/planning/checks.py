@@ -15,6 +15,7 @@ from prag_core.config import Config
 from prag_core.data.files import list_files
 from prag_core.errors import InputError, PragError, PreflightError, StoreError
 from prag_core.llm.checkpoint import find_model
+from prag_core.packaged import local_path
 from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import open_store
 
@@ -100,7 +101,7 @@ def ask_node(config: Config, probe: str) -> list[CheckResult]:
         list_files(config.corpus)
         file = config.augment.import_file
         if file:
-            fs, path = url_to_fs(file)
+            fs, path = url_to_fs(local_path(file))
             if not fs.exists(path):
                 raise InputError(f"augment.import_file = {file!r}: no such file", "put it where every node sees it")
         return "readable", None

@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prag_core.config import CorpusConfig
 from prag_core.errors import InputError
+from prag_core.packaged import local_path
 
 Format = Literal["jsonl", "tsv", "parquet", "text"]
 _ENDINGS: Mapping[Format, tuple[str, ...]] = {
@@ -33,7 +34,7 @@ def read_text(path: str, missing: str) -> str:
         InputError: when it is missing, unreadable or not UTF-8.
     """
     try:
-        with fsspec.open(path, "rb", compression="infer") as stream:
+        with fsspec.open(local_path(path), "rb", compression="infer") as stream:
             data: bytes = stream.read()
         return data.decode("utf-8-sig")
     except FileNotFoundError:
@@ -55,7 +56,7 @@ def list_files(config: CorpusConfig) -> list[str]:
         InputError: when nothing is there, when no file is of a known format, or when a file is empty.
     """
     try:
-        fs, root = url_to_fs(config.path)
+        fs, root = url_to_fs(local_path(config.path))
         single = fs.isfile(root)
         if single:
             found = {root: fs.info(root)}
@@ -108,7 +109,7 @@ def detect_format(path: str, config: CorpusConfig) -> Format:
 
 def file_label(path: str, config: CorpusConfig) -> str:
     """Name a file by its path below `corpus.path`: ids made of it stay when the corpus moves."""
-    root = url_to_fs(config.path)[1]
+    root = url_to_fs(local_path(config.path))[1]
     if has_magic(root):
         root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
     full, folder = url_to_fs(path)[1], root.rstrip("/") + "/"

@@ -79,7 +79,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_example_is_valid() -> None:
-    config = load_config(Path(__file__).parents[2] / "examples" / "demo.yaml")
+    config = load_config("package://pipelines/examples/demo.yaml")
     assert train_recipe(config.train).name in RECIPES
 
 

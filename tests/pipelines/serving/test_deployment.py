@@ -425,4 +425,4 @@ def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pyte
     assert schema.http_options.request_timeout_s == http_options(limits)["request_timeout_s"]
     assert deployment.graceful_shutdown_timeout_s == made._deployment_config.graceful_shutdown_timeout_s
     with pytest.raises(ConfigError, match="open to other machines"):
-        build({"config": "examples/demo.yaml", "set": ["serve.host=0.0.0.0"]})
+        build({"config": application.args["config"], "set": ["serve.host=0.0.0.0"]})
