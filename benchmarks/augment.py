@@ -1,7 +1,7 @@
-"""The batched generator against transformers' `generate`, one prompt at a time: `python benchmarks/augment.py`.
+"""Compare the batched generator with transformers' `generate`, one prompt at a time: `python benchmarks/augment.py`.
 
-The prompts are those that augmenting some passages asks with; both continue them greedily, by the same model in the
-same dtype, to the same limits and stop strings, taking turns. What counts is the tokens of the texts that come out.
+The prompts are those of augmenting a few passages. Both generators take turns. They continue the prompts greedily, with
+the same model and dtype, up to the same limits and stop strings. The rate counts the tokens of the resulting texts.
 The last line is JSON.
 """
 
@@ -34,14 +34,14 @@ ATLAS = Path(__file__).parent.parent / "pipelines" / "examples" / "atlas"
 
 @dataclass(frozen=True)
 class Call:
-    """One call that augmenting makes to its generator."""
+    """One call of the augmentation to its generator."""
 
     prompts: Sequence[Prompt]
     max_new_tokens: int
 
 
 class Recorder:
-    """A generator that has nothing to say, and remembers its calls."""
+    """A generator that records its calls and answers with empty texts."""
 
     fingerprint = "recorder"
 

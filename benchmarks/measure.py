@@ -1,6 +1,6 @@
-"""What the benchmarks share: the machine in words, its matrix rate, and the plain PEFT loop to compare with.
+"""Shared by the benchmarks: the machine in words, its matrix rate, its memory, and the plain PEFT loop to compare with.
 
-Some measure the memory of a process that needs no torch, so it is imported where it is used.
+Some benchmarks measure the memory of a process that needs no torch, so functions here import torch inside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def machine(device: torch.device | str = "cpu") -> str:
-    """Name the processor or the card, and what torch uses of it."""
+    """Return the name of the processor or GPU, with its cores, torch's threads and torch's version."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -36,7 +36,7 @@ def machine(device: torch.device | str = "cpu") -> str:
 
 
 def wait_for(device: torch.device | str) -> None:
-    """Wait until the device has done what it was told to do."""
+    """Wait until the device has done all work that was submitted to it."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -44,7 +44,7 @@ def wait_for(device: torch.device | str) -> None:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int, int]) -> float:
-    """Return the FLOP/s of a product of that shape (rows, inputs, outputs): the median of seven."""
+    """Return the FLOP/s of a product of this shape (rows, inputs, outputs), the median of seven."""
     import torch
 
     rows, inputs, outputs = shape
@@ -76,14 +76,17 @@ def peak_gb(device: torch.device | str) -> float:
 
 def peak_mb() -> float:
     """Return the most memory that this process had resident so far, in MB (Linux)."""
-    # Not `ru_maxrss`: what the parent had when it started this process is part of that.
+    # Not `ru_maxrss`: it includes the memory of the parent when it started this process.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(peak) * 1024 / 1e6
 
 
 def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, pad_to: int = 0) -> float:
-    """Train one passage after the other as the paper's code does: PEFT, AdamW, batch 1; padded where asked."""
+    """Train one passage after the other as the paper's code does (PEFT, AdamW, batch 1), and return the seconds.
+
+    Each example is padded to `pad_to` tokens; 0 means no padding.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -99,7 +102,7 @@ def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainReci
                 padding = max(0, pad_to - len(example.ids))
                 ids = torch.tensor([[*example.ids, *[0] * padding]], device=device)
                 labels = torch.tensor([[*example.ids, *[-100] * padding]], device=device)
-                # Without padding there is nothing to mask, and the attention that needs no mask is faster.
+                # Without padding no mask is needed, and attention without a mask is faster.
                 mask = (labels != -100).long() if padding else None
                 optimizer.zero_grad()
                 model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
@@ -110,7 +113,7 @@ def peft_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainReci
 
 
 def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe, tokens_per_step: int) -> float:
-    """Train the passages together, as the pipeline does."""
+    """Train the passages together, as the pipeline does, and return the seconds."""
     from prag_core.training.trainer import Trainer
 
     trainer = Trainer(base, recipe)

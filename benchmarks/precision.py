@@ -1,10 +1,10 @@
-"""What training in bf16 changes in the adapters and in the answers: `python benchmarks/precision.py`.
+"""Compare adapters and answers of training in bf16 with those in fp32: `python benchmarks/precision.py`.
 
-The same passages are trained on the base model in fp32 and in bf16, factors in fp32 both times. Compared are ΔW, and
-the answers that the model in fp32 gives with either to the passages' questions. Where the processor does not multiply
-bf16 natively, it is simulated in fp32: the weights and what each module gives, forward and backward, are rounded to
-bf16; sums are not, as in hardware. Nor are the scores over the vocabulary and the factors in their products, which
-real bf16 rounds too. The last line is JSON.
+The same passages are trained on the base model in fp32 and in bf16, with factors in fp32 both times. The comparison
+covers ΔW, and the answers of the fp32 model with either set of adapters. Where the processor does not multiply bf16
+natively, it is simulated in fp32: the weights and the outputs of each module, forward and backward, are rounded to
+bf16. Sums are not rounded, as in hardware. The scores over the vocabulary and the factors in their products are not
+rounded either, although real bf16 would round them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ MODES: tuple[Mode, ...] = ("prag", "combine")
 
 
 class _Rounded(torch.autograd.Function):
-    """Round to bf16 on the way forward and on the way back."""
+    """Round to bf16 in the forward and in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Take and give `x` in its own dtype."""
+        """Return `x` rounded to bf16, in its own dtype."""
         return x.bfloat16().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Round the gradient."""
+        """Return the gradient rounded to bf16, in its own dtype."""
         (gradient,) = gradients
         return gradient.bfloat16().to(gradient.dtype)
 
 
 def simulate_bf16(base: BaseModel) -> None:
-    """Round the weights of an fp32 model in place, and what each of its modules gives from now on."""
+    """Round the weights of an fp32 model in place, and from now on the output of each of its modules."""
     with torch.no_grad():
         for parameter in base.model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -81,7 +81,7 @@ def train(
 
 
 class Adapters:
-    """The adapters of one training, as an engine asks for them."""
+    """The adapters of one training, as an `AdapterSource` for an engine."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = factors
@@ -92,10 +92,10 @@ class Adapters:
 
 
 class NoIndex:
-    """Each question brings its passage."""
+    """A retriever without an index, for questions that bring their passage."""
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
-        """Find nothing."""
+        """Return no hits."""
         return []
 
 
@@ -150,7 +150,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "dw_median": round(middle, 4),
         "dw_worst": round(worst, 4),
-        "f1": {name: {mode: round(statistics.mean(s), 4) for mode, s in of.items()} for name, of in scores.items()},
+        "f1": {
+            name: {mode: round(statistics.mean(s), 4) for mode, s in by_mode.items()}
+            for name, by_mode in scores.items()
+        },
         "f1_change": change,
         "bf16": "native" if native else "simulated",
         "machine": machine(fp32.device),

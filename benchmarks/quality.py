@@ -1,17 +1,19 @@
-"""Does it know? Modes and controls, with intervals, at a size that a claim needs: `python benchmarks/quality.py`.
+"""Does the model know the passages? Modes and controls, with intervals: `python benchmarks/quality.py`.
 
-1. `atlas`: all invented passages, with the augmentations beside them; the questions about the held-out half, or with
-   `--split dev` about the other one, on which recipes and settings are tuned.
+It asks enough questions for the claims that are made, of two sets:
+
+1. `atlas`: all invented passages, with the augmentations that come with them. The questions are about the held-out
+   half, or with `--split dev` about the other half, on which recipes and settings are tuned.
 2. `wiki`, with `--data`: real questions of SQuAD and of PopQA, drawn by a seed, over a corpus of their gold passages,
    which the base model augments itself. The folder holds `corpus.jsonl.gz` (`id`, `title`, `text`) and, for each set,
    `questions_<set>.jsonl` as `prag evaluate` reads them.
 
-With `--reader`, questions that bring their passages, such as SQuAD's file, a reader is trained on some of them first
-(`prag warmup --reading`) and added in `combine`.
+`--reader` names questions that bring their passages, such as SQuAD's file. A reader is then trained on some of them
+first (`prag warmup --reading`) and added in `combine`.
 
-Each is `prag run` and `prag evaluate` on a store in the folder `--work`: killed, it goes on where it was. The model is
-the packaged one, the recipe `--recipe`, retrieval BM25, the one best passage. The last line is JSON: what `prag
-evaluate` gives, by set.
+Each set is `prag run` and `prag evaluate` on a store in the folder `--work`, so a killed benchmark can be resumed. The
+model is the packaged one, the recipe `--recipe`, and BM25 retrieves the one best passage. The last line is JSON: the
+last line of `prag evaluate`, by set.
 """
 
 from __future__ import annotations
@@ -33,16 +35,20 @@ SETS = ("squad", "popqa")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder of real questions and passages; else the atlas alone")
-    parser.add_argument("--questions", type=int, default=100, help="of each set")
+    parser.add_argument(
+        "--data", type=Path, help="the folder of real questions and passages; by default only the atlas"
+    )
+    parser.add_argument("--questions", type=int, default=100, help="questions of each set")
     parser.add_argument("--recipe", default="closed_book")
-    parser.add_argument("--seeds", type=int, default=3, help="how often what is random is drawn")
+    parser.add_argument("--seeds", type=int, default=3, help="how often random controls are drawn")
     parser.add_argument("--work", type=Path, default=Path("quality"), help="the folder of the stores and reports")
-    parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the atlas")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="the half of the atlas to ask about")
     parser.add_argument("--modes", default="closed,rag,prag,combine")
-    parser.add_argument("--controls", default="wrong,random,task,da", help="'' for none")
-    parser.add_argument("--reader", type=Path, help="questions with their passages, on which a reader is trained")
-    parser.add_argument("--strength", default="0.5,1", help="of the adapters in combine; the first counts")
+    parser.add_argument("--controls", default="wrong,random,task,da", help="'' for no controls")
+    parser.add_argument("--reader", type=Path, help="questions with their passages, to train a reader on")
+    parser.add_argument(
+        "--strength", default="0.5,1", help="factors of the adapters' weights in combine; the first one counts"
+    )
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
     arguments = parser.parse_args()
     print(machine(), flush=True)
@@ -57,7 +63,7 @@ def main() -> None:
 
 
 def draw(data: Path, count: int, work: Path) -> tuple[Path, Path]:
-    """Write the questions that are drawn, each with its set as its type, and a corpus of their gold passages."""
+    """Draw questions, and write them, each with its set as its type, and a corpus of their gold passages."""
     drawn: list[dict[str, Any]] = []
     for name in SETS:
         lines = (data / f"questions_{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -74,7 +80,7 @@ def draw(data: Path, count: int, work: Path) -> tuple[Path, Path]:
 
 
 def reader(arguments: argparse.Namespace, name: str, warmup: list[str], dataset: str) -> str:
-    """Train a reader in the store, unless it was before, and return its name."""
+    """Train a reader in the store, unless it has one, and return its name."""
     kept = arguments.work / f"reader-{name}-{arguments.recipe}.json"
     if not kept.exists():
         command = [*warmup, "--reading", "--exclude", dataset, "--learning-rate", "1e-3", "--batch", "4"]
@@ -85,7 +91,7 @@ def reader(arguments: argparse.Namespace, name: str, warmup: list[str], dataset:
 
 
 def evaluate(arguments: argparse.Namespace, name: str, settings: list[str], dataset: str, *more: str) -> dict[str, Any]:
-    """Run the job on a store of its own, evaluate it, and return the last line that this printed."""
+    """Run the job on a store of its own, evaluate it, and return the last line that the evaluation printed."""
     settings = [f"store={arguments.work / name}", f"train.recipe={arguments.recipe}", *settings, *arguments.overrides]
     common = ["-c", "package://pipelines/examples/demo.yaml"]
     common += [part for setting in settings for part in ("--set", setting)]

@@ -1,11 +1,10 @@
-"""Retrieval in the replica against a deployment of its own: `python benchmarks/retrieval.py`.
+"""Compare retrieval in the replica with retrieval in a separate deployment: `python benchmarks/retrieval.py`.
 
-Invented passages of a hundred words are indexed by Lucene. The same search is deployed twice with Ray Serve: in the
-replica that answers, as `prag serve` does it, and as a deployment of its own, which the replica calls by its handle.
-One process after the other asks through a handle, first one question at a time, then sixteen at once. What the second
-way takes more is the hop: a message, and passages serialized and read again. The last line is JSON: the median of
-milliseconds a question, questions a second, and the most memory of the replica's process, which holds the Java machine
-only where it searches itself.
+Lucene indexes made-up passages of a hundred words. Ray Serve deploys the same search twice: in the replica that
+answers, as `prag serve` does it, and as a separate deployment that the replica calls through its handle. One process
+asks both through a handle, first one question at a time, then sixteen at once. The second way adds a hop: one more
+message, with the passages serialized and read again. The last line is JSON: the median milliseconds a question,
+questions a second, and the peak memory of the replica's process, which holds the Java machine only if it searches.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ WARM_UP = 50
 
 @serve.deployment
 class Searches:
-    """Answers with the hits of a search, in its own process."""
+    """A deployment that searches in its own process."""
 
     def __init__(self, index: str) -> None:
         self._retriever = LuceneRetriever(Path(index), IndexConfig())
         self._thread = SearchThread()
 
     async def ask(self, question: str) -> list[Hit]:
-        """Search as a replica of `prag serve` does: in one thread, while the event loop goes on."""
+        """Search as a replica of `prag serve` does: in one thread, beside the event loop."""
         return await asyncio.wrap_future(self._thread.submit(self._retriever.search, question, TOP_K))
 
     async def peak_mb(self) -> float:
@@ -61,7 +60,7 @@ class Searches:
 
 @serve.deployment
 class Passes:
-    """Has another deployment search for it."""
+    """A deployment that calls another one to search."""
 
     def __init__(self, searches: DeploymentHandle) -> None:
         self._searches = searches
@@ -77,7 +76,7 @@ class Passes:
 
 
 def made_up(count: int) -> Iterator[Passage]:
-    """Make passages whose words follow Zipf's law, as words do."""
+    """Return made-up passages whose words follow Zipf's law, as in real texts."""
     draw = random.Random(0)
     for n in range(count):
         text = " ".join(f"w{int(draw.paretovariate(1))}" for _ in range(WORDS))
@@ -87,7 +86,9 @@ def made_up(count: int) -> Iterator[Passage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=100_000)
-    parser.add_argument("--questions", type=int, default=1000, help="asked each way, one at a time and many at once")
+    parser.add_argument(
+        "--questions", type=int, default=1000, help="questions for each way, one at a time and many at once"
+    )
     arguments = parser.parse_args()
     print(machine())
     profile = profile_of(parse_config({"store": "none", "corpus": {"path": "none"}}))
@@ -118,7 +119,7 @@ def main() -> None:
 
 
 async def measure(handle: DeploymentHandle, questions: list[str]) -> dict[str, float]:
-    """Ask all questions one after the other, then again by sixteen users at once."""
+    """Ask all questions one after the other, then again with sixteen users at once; return the times."""
     for question in questions[:WARM_UP]:
         await handle.ask.remote(question)
     took = {}

@@ -1,18 +1,18 @@
-"""The pipeline's own cost, with work that only takes time: `python benchmarks/scale.py`. The last line is JSON.
+"""Measure the pipeline's own cost, with work that only takes time: `python benchmarks/scale.py`.
 
-1. A trainer that sleeps 0.2 s a passage, then stores an adapter of the small model's size, on 1, 2, 4 and 8 actors,
-   through the real pipeline: survey, joins, batches, child processes, shards, ledger. The rate is that between the
-   first and the last outcome, since starting workers on two cores takes as long as a short run; the time before the
-   first outcome is printed beside it.
-2. Planning (corpus files to a survey of what is missing) of 10,000, 100,000 and a million made-up rows, each in a
-   process of its own: seconds, the driver's memory, and what goes through shuffles.
-3. The survey of a million passages that are almost all done: what every resumed run begins with.
-
+1. Rates: a trainer sleeps 0.2 s a passage, then stores an adapter of the small model's size. It runs on 1, 2, 4 and 8
+   actors through the real pipeline: survey, joins, batches, child processes, shards, ledger. The rate is measured
+   between the first and the last outcome, because starting workers on two cores takes as long as a short run. The
+   time before the first outcome is printed too.
+2. Planning (corpus files to a survey of what is missing) of 10,000, 100,000 and a million made-up rows, each in its
+   own process: seconds, the driver's memory, and the bytes that go through shuffles.
+3. The survey of a million passages that are almost all done, with which every resumed run begins.
 4. The Lucene index of a hundred thousand made-up passages of a hundred words, from the stored corpus to the archive:
-   built anew, against a former one brought up to date after some of the passages were replaced.
+   a new index, against a previous one that is updated after some of the passages were replaced.
 
-`overhead_share` is what a passage costs beside its 0.2 s, of the whole: the loss at the rate of one actor, and its
-share of planning a million. `--only` runs one part of the four, `--rows` and `--passages` less of it.
+`overhead_share` is the share of a passage's time beyond its 0.2 s: the loss at the rate of one actor, and the passage's
+share of planning a million. `--only` runs one of the four parts; `--rows` and `--passages` make it smaller. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from measure import machine, peak_mb
 
 WORK_S = 0.2
 ACTORS = (1, 2, 4, 8)
-TASKS_AN_ACTOR = 8  # as the training stage gives where a task is less than a shard
+TASKS_AN_ACTOR = 8  # as in the training stage, when a task is less than a shard
 ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
 FILES = 20
 PARTS = ("rates", "plan", "scan", "index")
@@ -42,8 +42,8 @@ CHANGED = (0.01, 0.1, 0.25)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part of it")
-    parser.add_argument("--passages", type=int, default=400, help="passages an actor of the sleeping trainer gets")
+    parser.add_argument("--only", choices=PARTS, help="run only this part")
+    parser.add_argument("--passages", type=int, default=400, help="passages for each actor of the sleeping trainer")
     parser.add_argument("--actors", type=int, nargs="*", default=ACTORS, help="how many sleeping trainers")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="the corpora to plan")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def in_process(what: str, number: int, scratch: Path, actors: int = 0) -> dict[str, Any]:
-    """Measure in a process of its own, so that memory is its own."""
+    """Measure in a new process, so that its memory is measured alone."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         argument = number * 100 + actors if what == "rates" else number
         command = [sys.executable, __file__, "--child", f"{what} {argument} {folder}"]
@@ -107,7 +107,7 @@ def in_process(what: str, number: int, scratch: Path, actors: int = 0) -> dict[s
 
 
 class Sleeper:
-    """Takes the time that a GPU would, and stores what a trainer stores: shards and ledger parts."""
+    """A trainer that sleeps for the time of a GPU, and stores what a trainer stores: shards and ledger parts."""
 
     def __init__(self, url: str) -> None:
         import torch
@@ -177,7 +177,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
     if done != passages:
         raise RuntimeError(f"{done} of {passages} passages were done")
-    # From when all work until the first has nothing more to do.
+    # The rate is measured from when all actors work until the first one has nothing more to do.
     middle = [moment for moment in times if moment[1] >= actors * batch and moment[1] <= passages - actors * batch]
     (first_s, first), (last_s, last) = middle[0], middle[-1]
     return {
@@ -224,7 +224,7 @@ def plan(rows: int, folder: Path) -> dict[str, Any]:
 
 
 class Scales:
-    """Adds up the bytes that go through shuffles."""
+    """Counts the bytes that go through shuffles."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -237,7 +237,7 @@ class Scales:
 
 
 def weigh_shuffles(scales: Any) -> None:
-    """Have each shuffle by key weigh what goes into it."""
+    """Make each shuffle by key count the bytes that go into it."""
     import ray.data
 
     repartition = ray.data.Dataset.repartition
@@ -256,7 +256,7 @@ def weigh(table: pa.Table, scales: Any) -> pa.Table:
 
 
 def write_corpus(folder: Path, rows: int) -> None:
-    """Write made-up passages of some twenty words."""
+    """Write made-up passages of about twenty words."""
     folder.mkdir()
     for file in range(FILES):
         with (folder / f"{file:02}.jsonl").open("w") as stream:
@@ -265,7 +265,7 @@ def write_corpus(folder: Path, rows: int) -> None:
                 stream.write(f'{{"id": "p{n}", "title": "Passage {n}", "text": "Row {n} says {text}."}}\n')
 
 
-# ---- 3. what a resumed run begins with
+# ---- 3. the survey of a resumed run
 
 
 def scan(rows: int, folder: Path) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def scan(rows: int, folder: Path) -> dict[str, Any]:
     return dict(plan_million(argparse.Namespace(store=str(folder / "store"), rows=rows)))
 
 
-# ---- 4. a new index, or a former one brought up to date
+# ---- 4. a new index against an updated one
 
 
 def index(rows: int, folder: Path) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def store_made_up(store: Any, version: str, begin: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    # Children import this file by its name to find the sleeping trainer.
+    # Children import this file by its name, to find the sleeping trainer.
     import scale
 
     scale.main()

@@ -1,15 +1,15 @@
-"""The service against the bare model, passages in the prompt, and the paper's way: `python benchmarks/serve.py`.
+"""Compare the service with the bare model, `rag`, and the paper's way: `python benchmarks/serve.py`.
 
-256 invented passages of a hundred words, each with an adapter of the recipe's shape whose factors are random (only
-time is measured), are stored through the shard writer on a real S3 server of this machine and indexed by Lucene. A
-question names three passages; which ones follows Zipf's law. Answers all have the same number of tokens.
+The corpus is 256 invented passages of a hundred words. Each has an adapter of the recipe's shape with random factors,
+since only time is measured. The shard writer stores them on a real S3 server of this machine, and Lucene indexes the
+passages. A question names three passages, drawn by Zipf's law. All answers have the same number of tokens.
 
-1. One user: the latency of each mode with warm caches; what laying the adapters takes, and fetching them cold.
+1. One user: the latency of each mode with warm caches, and the time to inject adapters and to fetch them cold.
 2. The paper's way on the same model: three PEFT adapters loaded, merged by `add_weighted_adapter` (cat), removed.
 3. 1, 4 and 16 users at once: tokens a second, and the same with the bare model.
-4. Ten times as many users as slots: what the accepted ones wait, and whether the others are turned away.
+4. Ten times as many users as slots: the latency of accepted requests, and whether the others are refused.
 
-The last line is JSON. `prag serve` and `prag ask` answer by the same code; what HTTP and Ray add is not in here.
+The last line is JSON. `prag serve` and `prag ask` answer by the same code, but HTTP and Ray are not measured here.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ ROOT = Path(__file__).parent.parent
 K = 3
 WORDS = 100
 SHARD_ROWS = 64
-# Small enough that the adapted model goes on making text.
+# Small enough that the adapted model still generates text.
 FACTOR_STD = 0.01
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--adapters", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=16, help="of an answer, where latency is measured")
-    parser.add_argument("--rate-tokens", type=int, default=32, help="of an answer, where tokens/s are measured")
-    parser.add_argument("--questions", type=int, default=8, help="of one user, a mode")
-    parser.add_argument("--rounds", type=int, default=3, help="answers of each of several users at once")
-    parser.add_argument("--smoke", action="store_true", help="few adapters, a tiny random model, short")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of an answer, to measure latency")
+    parser.add_argument("--rate-tokens", type=int, default=32, help="tokens of an answer, to measure tokens/s")
+    parser.add_argument("--questions", type=int, default=8, help="questions of one user for each mode")
+    parser.add_argument("--rounds", type=int, default=3, help="answers for each of several users at once")
+    parser.add_argument("--smoke", action="store_true", help="a short run with few adapters and a tiny random model")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["PRAG_CACHE"] = scratch if arguments.smoke else os.environ.get("PRAG_CACHE", "")
@@ -159,7 +159,7 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
 
 
 def make_passages(count: int) -> list[Passage]:
-    """Return passages of a hundred words each, cut from the example corpus under names of their own."""
+    """Return passages of a hundred words each, cut from the example corpus, with new titles."""
     lines = (ROOT / "pipelines" / "examples" / "atlas" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split()
     passages = []
@@ -175,14 +175,14 @@ def name_of(number: int) -> str:
 
 
 class Bench:
-    """The service under measurement, with users who ask questions about passages in Zipf's proportions."""
+    """Measures a service whose users ask about passages in Zipf's proportions."""
 
     def __init__(self, base: BaseModel, config: Config, arguments: argparse.Namespace) -> None:
         self.base, self.config, self.arguments = base, config, arguments
         self.random = random.Random(0)
         self.popularity = [1 / (rank + 1) for rank in range(arguments.adapters)]
         settings = config.serve
-        # Memory alone, so that what is cold comes from S3.
+        # No disk cache, so that cold adapters come from S3.
         self.cache = AdapterCache(settings.cache_bytes, threads=settings.fetch_threads)
         store = open_store(config)
         self.opened = open_snapshot(base, config, store, load_snapshot(store))
@@ -204,7 +204,7 @@ class Bench:
             answer = await self.service.answer(self.question("prag", range(first, first + K)))
             expect(answer, in_weights=K)
             cold.append(answer.milliseconds["fetch"])
-        for first in range(0, self.arguments.adapters - K + 1, K):  # the rest warms up without being decoded
+        for first in range(0, self.arguments.adapters - K + 1, K):  # warm the other adapters up without decoding
             keys = [hit.passage.key for n in range(first, first + K) for hit in self.hits(n)]
             lease = self.cache.lease(self.opened.source, keys)
             await asyncio.wait([asyncio.wrap_future(future) for future in lease.futures])
@@ -224,7 +224,7 @@ class Bench:
         latency = {mode: round(statistics.median(alone[mode])) for mode in MODES}
         print(f"one user, ms: {latency}")
         print(f"ms: inject {statistics.median(inject):.2f}, fetch cold {statistics.median(cold):.1f}")
-        # 3. Several users at once; the bare model between the two runs of the mixed batch.
+        # 3. Several users at once. The bare model is measured between the two runs of the mixed batch.
         rates = {users: await self.rate(users, "prag") for users in (1, 4)}
         mixed, bare = [], []
         for _ in range(2):
@@ -258,7 +258,7 @@ class Bench:
         return self.opened.preparation.search(Request(name_of(number), "prag", 1))
 
     async def rate(self, users: int, mode: Mode) -> float:
-        """Return the tokens a second that so many users get, each asking again when it has an answer."""
+        """Return the tokens a second for this number of users, who each ask again when they have an answer."""
         begun = time.perf_counter()
         rounds = self.arguments.rounds * (2 if users == 1 else 1)
         await self.latencies(users, rounds, mode, self.arguments.rate_tokens)
@@ -279,7 +279,7 @@ class Bench:
         return [second for seconds in await asyncio.gather(*(user() for _ in range(users))) for second in seconds]
 
     async def overload(self, users: int, round_s: float) -> tuple[list[float], int]:
-        """Let many users ask again and again, also when they are turned away; return what the accepted waited."""
+        """Let many users ask again and again, even when they are refused; return the latencies of the accepted."""
         end = time.perf_counter() + 4 * round_s
         accepted: list[float] = []
         refused = 0
@@ -292,7 +292,7 @@ class Bench:
                     accepted.append(time.perf_counter() - begun)
                 except OverloadedError:
                     refused += 1
-                    await asyncio.sleep(round_s / 10)  # so that ten times as many come as can be served
+                    await asyncio.sleep(round_s / 10)  # so that ten times as many requests come as can be served
 
         await asyncio.gather(*(user() for _ in range(users)))
         return accepted, refused
@@ -310,7 +310,7 @@ class Bench:
             last = before
             while True:
                 stats = self.service.stats()
-                # The last steps have fewer rows, the first ones read prompts.
+                # The last steps have fewer rows, and the first ones read prompts.
                 if stats.running == len(requests) and stats.waiting == 0 and stats.steps != last:
                     seconds.append(stats.step_s)
                     last = stats.steps
@@ -348,7 +348,7 @@ def paper_update_ms(base: BaseModel, layout: LoraLayout, samples: Sequence[Facto
         model.set_adapter("sum")
         before = time.perf_counter() - begun
         with torch.inference_mode():
-            model(input_ids=tokens)  # stands for generating; not counted
+            model(input_ids=tokens)  # stands for generating, and is not counted
         begun = time.perf_counter()
         model.delete_adapter("sum")
         for name in names:

@@ -1,8 +1,8 @@
-"""The store: bytes an adapter, fetching and storing them, opening and planning a million: `python benchmarks/store.py`.
+"""Measure the store: adapter sizes, fetching, storing, opening and planning a million: `python benchmarks/store.py`.
 
-Adapters have the small model's shapes; those whose int8 error is measured are trained on the example corpus, the
-others are random. The million rows of the ledger, of augmentations and of passages are made up: random keys, parts of
-ten thousand rows as compaction leaves them, and no shards behind them. The last line is JSON.
+Adapters have the small model's shapes. Those whose int8 error is measured are trained on the example corpus; the others
+are random. The million rows of the ledger, of augmentations and of passages are made up: random keys, in parts of ten
+thousand rows as compaction leaves them, with no shards behind them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--trained", type=int, default=4, help="adapters to train, for the error of int8")
     parser.add_argument("--fetches", type=int, default=200, help=f"fetches of {K} adapters")
     parser.add_argument("--rows", type=int, default=1_000_000, help="passages of the made-up corpus")
-    parser.add_argument("--missing", type=int, default=1_000, help="how many of them have no adapter")
+    parser.add_argument("--missing", type=int, default=1_000, help="how many of the passages have no adapter")
     parser.add_argument("--child", choices=["open", "plan"], help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,7 +71,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     recipe = Recipe(base.fingerprint, augment_recipe(AugmentConfig(), "none"), train)
     made = [(secrets.token_hex(16), random_factors(layout, n)) for n in range(arguments.adapters)]
 
-    # 1. Bytes an adapter, file overhead included, beside the folder that the paper's code writes.
+    # 1. Bytes an adapter, file overhead included, against the folder that the paper's code writes.
     sample = made[: min(64, len(made))]
     stored = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
     sizes = {name: len(pack_shard(layout, sample, dtype, {})[0]) / len(sample) for name, dtype in stored.items()}
@@ -83,7 +83,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     for name, size in sizes.items():
         print(f"{name}: {size:,.0f} bytes an adapter, {size / peft_bytes:.3f} of the folder")
 
-    # 2. What int8 changes of a trained adapter.
+    # 2. The error of int8 on trained adapters.
     error = int8_error(base, layout, arguments.trained)
 
     # 3. Storing and fetching, from a folder and from a real S3 server on this machine.
@@ -115,7 +115,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
             print(f"{name}: verified in full {verify:.0f} MB/s, by one process")
             print(f"{name}: {K} adapters in {statistics.median(fetched[name]):.1f} ms (median)")
 
-    # 4. The paper's way to the same adapters: folders of this machine, through PEFT.
+    # 4. The same adapters in the paper's way: local folders, through PEFT.
     peft_ms = statistics.median(timed(lambda: load_peft(base.model, folder)) for _ in range(10))
     read_ms = statistics.median(
         timed(lambda: [import_peft(layout, folder / f"peft{n}") for n in range(K)]) for _ in range(20)
@@ -174,7 +174,7 @@ def int8_error(base: Any, layout: Any, count: int) -> float | None:
 
 
 def fetch_ms(adapters: Any, keys: Sequence[str], fetches: int) -> list[float]:
-    """Return the milliseconds of fetches of K random adapters at once, each verified."""
+    """Return the milliseconds of each fetch of K random adapters at once, each verified."""
     from prag_core.store.adapters import LedgerSource
 
     source = LedgerSource(adapters, adapters.ledger_parts())

@@ -1,8 +1,8 @@
-"""Training adapters: the paper's loop, the same without padding, and ours, in one run: `python benchmarks/train.py`.
+"""Train adapters by the paper's loop, by the same without padding, and by ours: `python benchmarks/train.py`.
 
-By default it trains the example corpus; `--store` takes the passages and augmentations of any store that `prag run`
-has filled. All train by the recipe `paper`. bf16 is measured where the processor multiplies it natively: elsewhere
-it is emulated at a small part of the rate of fp32, and no one would train in it. The last line is JSON.
+By default it trains the example corpus; `--store` uses the passages and augmentations of any store that `prag run` has
+filled. All use the recipe `paper`. bf16 is measured only where the processor multiplies it natively. Elsewhere it is
+emulated at a small part of the rate of fp32, and nobody would train in it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Passage, from_table
 from prag_core.store.objects import Store
+from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingJob, training_examples
 from prag_core.training.trainer import make_stacks
 
@@ -49,7 +50,7 @@ def from_store(url: str) -> list[tuple[Passage, Augmentation]]:
 
 
 def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], count: int) -> list[TrainingJob]:
-    """Make `count` jobs; a corpus that is too small comes again under other keys."""
+    """Return `count` jobs; if the corpus is too small, repeat its passages under other keys."""
     jobs = []
     for number in range(count):
         passage, augmentation = corpus[number % len(corpus)]
@@ -58,8 +59,11 @@ def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], cou
     return jobs
 
 
-# Stretches of the trainer, with all that is computed in them; and operators elsewhere.
-_STRETCHES = {"Optimizer.step": "AdamW", "_ChunkedCrossEntropy": "the loss, with its products with the output layer"}
+# Parts of the time: everything inside one of these profiler events, and elsewhere the operators below.
+_STRETCHES = {
+    "Optimizer.step": "AdamW",
+    ChunkedCrossEntropy.__name__: "the loss, with its products with the output layer",
+}
 _OPERATORS = {
     "aten::mm": "products with the layers' frozen weights",
     "aten::addmm": "products with the layers' frozen weights",
@@ -87,13 +91,15 @@ def profile(base: BaseModel, stack: Sequence[TrainingJob], budget: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model: a name or a folder")
-    parser.add_argument("--store", help="a store with passages and augmentations; the example corpus when absent")
+    parser.add_argument("--store", help="a store with passages and augmentations; by default the example corpus")
     parser.add_argument("--passages", type=int, default=8, help="passages of the comparison with PEFT")
     parser.add_argument("--paper-passages", type=int, default=1, help="passages of the paper's padded loop; 0: none")
     parser.add_argument("--throughput", default="16,64,128", help="numbers of passages to train at once")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
-    parser.add_argument("--pad-to", type=int, default=3000, help="what the paper's loop pads each example to")
+    parser.add_argument(
+        "--pad-to", type=int, default=3000, help="the length to which the paper's loop pads each example"
+    )
     print(json.dumps(measure(parser.parse_args())))
 
 
@@ -109,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"matrix rate: fp32 {rates['fp32'] / 1e9:.0f}, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
     print(f"{len(corpus)} passages with augmentations, {parameters / 1e6:.0f} M parameters, recipe {RECIPE.name}")
 
-    # 1. Throughput; first, so that the peak of memory is ours.
+    # 1. Throughput. It comes first, so that the peak memory is that of our trainer.
     throughput, pads = {}, {}
     for count in map(int, arguments.throughput.split(",")):
         jobs = jobs_of(best, corpus, count)
@@ -118,9 +124,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{count} passages at once: {throughput[count]:.3f} passages/s, padding {pads[count]:.1%}", flush=True)
     memory = peak_gb("cpu")
 
-    # 2. Where the time goes, on one full stack.
+    # 2. The parts of the time, on one full stack.
     stack = max(make_stacks(jobs, budget), key=len)
-    for name, part in profile(best, stack, budget).items():
+    parts = profile(best, stack, budget)
+    for name, part in parts.items():
         print(f"  {part:6.1%}  {name}")
 
     # 3. Side by side with PEFT, taking turns.
@@ -155,6 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "gemm_share_fp32": round(share["fp32"], 3),
         "padding": round(pads[max(pads)], 3),
         "peak_gb": round(memory, 2),
+        "time_shares": {name: round(part, 3) for name, part in parts.items()},
         "passages_per_s": {str(count): round(rate, 3) for count, rate in throughput.items()},
         "machine": machine(),
     }

@@ -1,7 +1,7 @@
-"""Training on a GPU, on a random model of the shape of Llama-3.2-1B made here: `python benchmarks/train_gpu.py`.
+"""Measure training on a GPU, on a random model of the shape of Llama-3.2-1B: `python benchmarks/train_gpu.py`.
 
-Passages are random tokens in five examples of the lengths that 100-word passages give; the speed does not depend on
-what they say. Without a GPU `--smoke` runs all of it once on a tiny model on the CPU. The last line is JSON.
+Passages are random tokens in five examples, of the lengths that 100-word passages have; the speed does not depend on
+their content. Without a GPU, `--smoke` runs all of it once with a tiny model on the CPU. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TINY = {
     "vocab_size": 300,
 }
 RECIPE = RECIPES["paper"]
-# Tokens of the five examples of a passage of 100 words: with the passage, with the rewrite, again, and without.
+# Tokens of the five examples of a passage of 100 words: passage, rewrite, passage, rewrite, and without.
 LENGTHS = (240, 230, 240, 230, 70)
 
 
@@ -66,7 +66,9 @@ def random_jobs(count: int, vocabulary: int) -> list[TrainingJob]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU: shows that it runs, no speed")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model on the CPU, to test that it runs; measures no speed"
+    )
     parser.add_argument("--passages", type=int, default=512, help="passages trained at once")
     parser.add_argument("--peft-passages", type=int, default=16)
     parser.add_argument("--tokens-per-step", type=int, default=131_072, help="halved when memory is short")
@@ -86,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in base.model.parameters())
     print(machine(device))
     print(f"{parameters / 1e6:.0f} M parameters, {base.model.dtype}, matrix rate {rate / 1e12:.2f} TFLOP/s")
-    stacked_seconds(base, jobs[:4], RECIPE, arguments.tokens_per_step)  # first calls choose kernels
+    stacked_seconds(base, jobs[:4], RECIPE, arguments.tokens_per_step)  # the first calls choose kernels
     ours, peft = [], []
     memory = 0.0
     for repeat in range(arguments.repeats):

@@ -53,6 +53,8 @@ def test_train(tmp_path: Path) -> None:
     assert set(found["passages_per_s"]) == {"2", "4"}
     assert 0 <= found["padding"] < 0.5
     assert 0 < found["gemm_share_fp32"] < 1
+    # Each part is found by the name of a profiler event, which a rename would change.
+    assert {"AdamW", "the loss, with its products with the output layer"} < set(found["time_shares"])
 
 
 @pytest.mark.slow
