@@ -1,1 +1,1 @@
-"""Thin Ray files, one a stage, and the command line: read, one call into prag_core, commit."""
+"""Stages and jobs on Ray, and the command line. Each stage reads from the store, calls prag_core, and commits."""

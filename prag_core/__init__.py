@@ -1,1 +1,1 @@
-"""Parametric RAG as a library: no Ray, no web framework, works in a notebook on one passage."""
+"""The library for Parametric RAG. It needs no Ray and no web framework, and works in a notebook on one passage."""

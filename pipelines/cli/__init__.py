@@ -1,1 +1,1 @@
-"""The command line `prag`: one file a group of commands."""
+"""The command line `prag`: one file for each group of commands."""

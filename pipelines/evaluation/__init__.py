@@ -1,1 +1,1 @@
-"""The evaluation on Ray, from questions to a report."""
+"""An evaluation on Ray or against a running server, from questions to a report."""

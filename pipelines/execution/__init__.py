@@ -1,1 +1,1 @@
-"""What all stages share on Ray: reading tables, pools of actors, progress, and going on after a loss."""
+"""Shared by all stages on Ray: tables, actors with child processes, progress, and recovery after a loss."""

@@ -1,1 +1,1 @@
-"""What an operator does to a store: verify, repair, compact, collect garbage, export and erase."""
+"""An operator's jobs on a store: verify, repair, compact, collect garbage, export and erase."""

@@ -1,1 +1,1 @@
-"""Before money is spent: checks of every node, and what a run will cost."""
+"""Planning, before money is spent: check every node, and estimate what a run will cost."""

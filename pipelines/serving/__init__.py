@@ -1,1 +1,1 @@
-"""Serving answers over HTTP with Ray Serve."""
+"""The HTTP API on Ray Serve: routes, API keys, limits, metrics, and the page."""

@@ -1,1 +1,1 @@
-"""Augmenting: a passage becomes rewrites and question-answer pairs, or a reject."""
+"""Augmentation: a passage becomes rewrites and question-answer pairs, or a reject."""

@@ -1,1 +1,1 @@
-"""What comes in: corpus files become passages, published question sets become questions."""
+"""Input: corpus files become passages, and published question sets become questions."""

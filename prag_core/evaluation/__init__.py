@@ -1,1 +1,1 @@
-"""Measuring answers: what is asked under which control, the metrics, and the summary of a report."""
+"""Evaluation: the requests of each mode and control, the metrics, and the summary of a report."""

@@ -1,1 +1,1 @@
-"""The language model: loading it, adding adapters to it, decoding with it, and generators that augment."""
+"""The language model: load it, add adapters to it, decode with it, and generate text for augmentations."""

@@ -1,1 +1,1 @@
-"""Keeping a store: listing, checking, repairing, compacting and erasing what it holds."""
+"""Maintenance of a store: list its objects, verify, repair, compact, collect garbage, and erase."""

@@ -1,1 +1,1 @@
-"""Finding passages for a question: an index over a corpus, how it is built, stored and searched."""
+"""Retrieval: build, store and search an index over a corpus."""

@@ -1,1 +1,1 @@
-"""What exists, and since when: objects, tables, ledgers, adapters in shards, snapshots and runs."""
+"""The store: objects, tables, adapters in shards, ledgers, snapshots and runs."""

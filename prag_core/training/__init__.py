@@ -1,1 +1,1 @@
-"""Training adapters: an augmentation becomes examples, and many adapters train at once on one frozen model."""
+"""Training: an augmentation becomes examples, and many adapters train at once on one frozen model."""
