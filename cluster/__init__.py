@@ -1,1 +1,1 @@
-"""Where a job runs: Ray start-up, resources and manifests. Knows nothing of passages or adapters."""
+"""Where a job runs: starting Ray, profiles, checks of nodes, manifests. It knows nothing of passages or adapters."""
