@@ -35,7 +35,7 @@ def test_files_exist(document: Path) -> None:
     named = set()
     for span in code(document):
         named |= set(re.findall(r"(?<![\w./<>-])(?:[\w-]+/)*[\w.*-]+\.py\b", span))
-        named |= set(re.findall(rf"(?<![\w./:-])(?:{TOPS})/[\w./*-]+", span))
+        named |= set(re.findall(rf"(?:(?<![\w./:-])|(?<=package://))(?:{TOPS})/[\w./*-]+", span))
     assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
 
 
