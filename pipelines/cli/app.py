@@ -10,7 +10,20 @@ import warnings
 import typer
 
 from cluster.session import JoinError
-from pipelines.cli import ask, cluster, evaluate, keys, passages, reindex, run, serve, snapshots, store
+from pipelines.cli import (
+    ask,
+    augmentations,
+    cluster,
+    evaluate,
+    keys,
+    passages,
+    reindex,
+    run,
+    serve,
+    snapshots,
+    store,
+    warmup,
+)
 from pipelines.cli.terminal import DEFAULT_CONFIG
 from prag_core.errors import ClusterError, PragError
 from prag_core.packaged import local_path
@@ -33,9 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for module in (run, ask, serve, cluster, reindex, store, passages):
+for module in (run, ask, serve, cluster, reindex, store, passages, evaluate, warmup, augmentations):
     app.add_typer(module.app)
-evaluate.register(app)
 app.add_typer(snapshots.app, name="snapshots")
 app.add_typer(keys.app, name="keys")
 

