@@ -1,12 +1,35 @@
-"""Every error this project raises on purpose: each says what went wrong and what to do about it."""
+"""The errors that this project raises on purpose. Each says what went wrong and what to do about it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+# What the command line's exit codes mean. An error class that sets no `exit_code` has that of its base class.
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "failed",
+    2: "wrong configuration or usage",
+    3: "bad input",
+    4: "base model",
+    5: "store (unreachable, or damaged)",
+    6: "somebody else changed the store first",
+    7: "retrieval or Java",
+    8: "generator",
+    9: "too many rejects",
+    10: "another run works on the store",
+    11: "several things are wrong",
+    12: "the cluster",
+    13: "the service is stuck",
+    14: "the service is overloaded",
+    15: "a request missed its deadline",
+    16: "the canary",
+}
+
 
 class PragError(Exception):
-    """Base of all expected errors. `message` says what happened, `remedy` what to do next.
+    """Base class of all expected errors. `message` says what happened, `remedy` what to do next.
 
-    Instances pickle, so that a Ray worker's error reaches the driver as it was raised.
+    Instances can be pickled, so a Ray worker's error reaches the driver unchanged.
     """
 
     exit_code = 1
@@ -33,7 +56,7 @@ class InputError(PragError):
 
 
 class ModelError(PragError):
-    """A base model cannot be found or loaded, or has not the modules that a recipe wants."""
+    """A base model cannot be found or loaded, or lacks the modules that a recipe adapts."""
 
     exit_code = 4
 
@@ -45,21 +68,25 @@ class StoreError(PragError):
 
 
 class UnreachableError(StoreError):
-    """The store gave no answer, or refused one: what it holds is not known, so nothing of it may count as damaged."""
+    """The store did not answer, or denied access. So nothing is known about its objects: none may count as damaged."""
 
 
 class AdapterError(StoreError):
     """One adapter's bytes are missing, truncated, altered or do not fit the model."""
 
 
+class NotFiniteAdapterError(AdapterError):
+    """One adapter holds values that are not finite."""
+
+
 class ConflictError(StoreError):
-    """Somebody else changed the same object first; nothing of this write is visible."""
+    """Somebody else changed the same object first; this write has changed nothing."""
 
     exit_code = 6
 
 
 class RetrievalError(PragError):
-    """The Lucene index or the Java machine under it cannot be used."""
+    """The index cannot be used, or the Java virtual machine that Lucene runs on."""
 
     exit_code = 7
 
@@ -71,15 +98,15 @@ class GenerationError(PragError):
 
 
 class PromptTooLongError(GenerationError):
-    """A prompt and the text it asks for do not fit into the model's context."""
+    """A prompt and the tokens to generate do not fit into the model's context."""
 
 
 class NotFiniteError(GenerationError):
-    """The model's output for a prompt is not finite: no token can be chosen."""
+    """The model's output for a prompt is not finite, so no token can be chosen."""
 
 
 class TurnsError(GenerationError):
-    """The model's chat template cannot write these turns."""
+    """The model's chat template does not accept these turns."""
 
 
 class BudgetError(PragError):
@@ -95,7 +122,7 @@ class LeaseError(PragError):
 
 
 class PreflightError(PragError):
-    """Several things are wrong at once; the message names each with its remedy."""
+    """Several things are wrong at the same time. The message names each with its remedy."""
 
     exit_code = 11
 
@@ -107,9 +134,9 @@ class ClusterError(PragError):
 
 
 class OverloadedError(PragError):
-    """The service has as many requests as it takes, or is shutting down; `retry_after_s` says when to come back."""
+    """The service cannot take another request now, or is shutting down. `retry_after_s`: when to try again."""
 
-    exit_code = 11
+    exit_code = 14
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, f"ask again in {retry_after_s:.0f} s")
@@ -120,18 +147,18 @@ class OverloadedError(PragError):
 
 
 class DeadlineError(PragError):
-    """A request was not answered before its deadline; it was dropped, and its slot is free."""
+    """A request was not answered before its deadline. It was dropped, and its slot is free."""
 
-    exit_code = 12
+    exit_code = 15
 
 
 class EngineStuckError(PragError):
-    """A thread of the service has died, or makes no progress though work waits: the replica must be replaced."""
+    """A thread of the service has died, or makes no progress while work waits. The replica must be replaced."""
 
     exit_code = 13
 
 
 class CanaryError(PragError):
-    """A candidate snapshot answered its canary questions worse than was asked for; it was not published."""
+    """A candidate snapshot answered the canary questions worse than required, so it was not published."""
 
     exit_code = 16

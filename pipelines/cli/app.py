@@ -25,7 +25,7 @@ from pipelines.cli import (
     warmup,
 )
 from pipelines.cli.terminal import DEFAULT_CONFIG
-from prag_core.errors import ClusterError, PragError
+from prag_core.errors import EXIT_CODES, ClusterError, PragError
 from prag_core.packaged import local_path
 
 app = typer.Typer(
@@ -36,10 +36,8 @@ app = typer.Typer(
         '`prag ask --compare "Who built the Cazambra Lighthouse?"`. '
         "Without `--config`, commands use the packaged example. To write your own, copy "
         f"`{local_path(DEFAULT_CONFIG)}`.\n\n"
-        "Exit codes: 0 done, 1 failed, 2 wrong configuration or usage, 3 bad input, 4 base model, "
-        "5 store (out of reach, or damaged), 6 somebody else changed the store first, 7 retrieval or Java, "
-        "8 generator, 9 too many rejects, 10 another run works on the store, 11 several things are wrong, "
-        "12 the cluster, 16 the canary. `prag submit` ends with the code of its job."
+        f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}. "
+        "`prag submit` ends with the code of its job."
     ),
     no_args_is_help=True,
     add_completion=False,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prag_core.errors import AdapterError
+from prag_core.errors import AdapterError, NotFiniteAdapterError
 from prag_core.llm.layout import LoraLayout, find_layout, place_of
 from prag_core.recipe import TrainRecipe
 
@@ -67,6 +67,7 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
 
     Raises:
         AdapterError: naming the adapter and the first tensor that does not fit.
+        NotFiniteAdapterError: naming the adapter and the first tensor that is not finite.
     """
     expected = layout.tensor_shapes
     if set(factors) != set(expected):
@@ -79,7 +80,7 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
         # The extremes are not finite where any value is not; to find them is an order of magnitude faster than to look
         # at each value in bf16, which took most of the time of fetching an adapter.
         if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
-            raise AdapterError(f"adapter {key}: {name} holds values that are not finite")
+            raise NotFiniteAdapterError(f"adapter {key}: {name} holds values that are not finite")
 
 
 @dataclass(frozen=True)

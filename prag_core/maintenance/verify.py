@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.errors import AdapterError, PragError, StoreError, UnreachableError
+from prag_core.errors import AdapterError, NotFiniteAdapterError, PragError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
 from prag_core.maintenance.inventory import RECORDS, Finding, Kind, error_text, kind_of, names_of
 from prag_core.recipe import Recipe
@@ -254,7 +254,7 @@ def _check_bytes(
         try:
             _unpack(adapters, data, row)
         except AdapterError as error:
-            kind = "not_finite" if "not finite" in error.message else "shape"
+            kind = "not_finite" if isinstance(error, NotFiniteAdapterError) else "shape"
             findings.setdefault(kind, []).append(row)
             details[kind] = error.message
     return [

@@ -1,4 +1,4 @@
-"""Adapters as bytes: many in one safetensors shard, one by its byte range, and as a PEFT folder."""
+"""Adapters as bytes: many are packed into one safetensors shard, and one is unpacked from its byte range."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from prag_core.llm.layout import (
     groups_of,
 )
 from prag_core.llm.lora import Factors, check_factors
+from prag_core.llm.safetensors_header import read_header
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORED_BYTES}
 
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """Where one adapter lies in a shard: byte offset and length, and the checksum of those bytes."""
+    """Where one adapter lies in a shard: its byte offset and length, and the checksum of these bytes."""
 
     key: str
     offset: int
@@ -45,12 +46,13 @@ def pack_shard(
     """Return the bytes of a shard and where each adapter lies in it.
 
     As floats, an adapter is a few stacked tensors `<key>/<target>.A` `[layers, rank, inputs]` and `<key>/<target>.B`
-    `[layers, outputs, rank]`, side by side, so that one ranged read fetches it. As int8 it is one tensor `<key>` of
-    bytes, for safetensors would lay values and scales apart: first the scales, then the values, each in the order
-    of the names. `metadata` goes into the header, with the dtype and, for int8, that order.
+    `[layers, outputs, rank]`. They lie side by side, so that one ranged read fetches them. As int8 it is one tensor
+    `<key>` of bytes: first all scales, then all values, both in the order of the tensors' names. (As two tensors,
+    safetensors would not keep scales and values together.) `metadata` goes into the header, with the dtype and, for
+    int8, that order.
 
     Raises:
-        AdapterError: when an adapter does not fit the layout or the dtype, or holds values that are not finite.
+        AdapterError: if an adapter does not fit the layout or the dtype, or holds values that are not finite.
     """
     check_dtype(dtype)
     tensors: dict[str, Tensor] = {}
@@ -66,31 +68,37 @@ def pack_shard(
             check_factors(layout, stored, key)
             tensors.update({f"{key}/{name}": tensor.contiguous() for name, tensor in stored.items()})
     data = safetensors.torch.save(tensors, described)
-    header_size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + header_size])
-    placed = []
+    header = read_header(lambda begin, end: data[begin:end])
+    packed = []
     for key, _ in adapters:
         names = [key] if dtype == INT8 else [f"{key}/{name}" for name in layout.tensor_shapes]
-        ranges = [header[name]["data_offsets"] for name in names]
-        # safetensors lays tensors of one type in the order of their names, which is the layout's order.
-        if any(left[1] != right[0] for left, right in itertools.pairwise(ranges)):
+        stored_tensors = [header.tensors[name] for name in names]
+        # safetensors sorts tensors of one dtype by name, and so does the layout.
+        if any(left.end != right.begin for left, right in itertools.pairwise(stored_tensors)):
             raise AdapterError(f"adapter {key}: its tensors do not lie side by side in the shard")
-        begin, end = 8 + header_size + ranges[0][0], 8 + header_size + ranges[-1][1]
-        placed.append(PackedAdapter(key, begin, end - begin, checksum(memoryview(data)[begin:end])))
-    return data, placed
+        begin, end = stored_tensors[0].begin, stored_tensors[-1].end
+        packed.append(PackedAdapter(key, begin, end - begin, checksum(memoryview(data)[begin:end])))
+    return data, packed
 
 
 def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expected: str) -> dict[str, Tensor]:
-    """Return an adapter's factors from the bytes of its range; int8 comes back as float32.
+    """Return an adapter's factors from the bytes of its range; int8 becomes float32.
+
+    Args:
+        layout: The shapes of the factors.
+        data: The bytes of the range.
+        dtype: How the factors are stored.
+        key: The passage's key, for error messages.
+        expected: The checksum that the bytes must have.
 
     Raises:
-        AdapterError: when the bytes are too few, altered (`expected` is their checksum) or do not fit the layout,
-            or the dtype is unknown.
+        AdapterError: if the bytes are too few, altered, or do not fit the layout.
+        NotFiniteAdapterError: if a value is not finite.
     """
     if checksum(data) != expected:
         raise AdapterError(
             f"adapter {key}: {len(data)} bytes with checksum {checksum(data)}, the ledger says {expected}",
-            "its shard was altered or cut short; the adapter must be made again",
+            "its shard was altered or cut short; train the adapter again",
         )
     if len(data) != adapter_size_bytes(layout, dtype):
         raise AdapterError(
@@ -113,7 +121,7 @@ def _views(layout: LoraLayout, buffer: bytearray, dtype: torch.dtype) -> dict[st
 
 
 def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:
-    """Return an adapter's scales and values as one tensor of bytes."""
+    """Return an adapter's scales (fp16) and values (int8) as one tensor of bytes."""
     scales, values = [], []
     for name, shape in layout.tensor_shapes.items():
         flat = factors[name].float().flatten()
@@ -125,7 +133,7 @@ def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:
                 "store it as bfloat16 (storage.adapter_dtype)",
             )
         step = scale.float().unsqueeze(1) * SCALE_UNIT
-        # Where even the step is nothing in fp16, so are the values.
+        # A step so small that fp16 rounds it to 0 stands for values of 0.
         steps = torch.where(step > 0, grouped / step, torch.zeros_like(grouped))
         values.append(steps.round().clamp(-127, 127).to(torch.int8).flatten()[: math.prod(shape)].view(torch.uint8))
         scales.append(scale.view(torch.uint8))

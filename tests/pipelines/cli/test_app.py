@@ -15,6 +15,7 @@ import yaml
 from pipelines.cli import terminal
 from pipelines.cli.app import main
 from pipelines.cli.ask import _show_answers
+from prag_core.errors import EXIT_CODES
 from prag_core.records import Answer, UsedPassage
 
 ROOT = Path(__file__).parents[3]
@@ -166,7 +167,9 @@ def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
 def test_help_teaches(prag: Prag) -> None:
     code, output = prag("--help")
     assert code == 0
-    assert "Exit codes" in output
+    words = " ".join(output.replace("│", " ").split())
+    for exit_code, meaning in EXIT_CODES.items():
+        assert f"{exit_code} {meaning}" in words
     for command in ("plan", "run", "ask", "serve", "status", "rejects", "demo", "verify", "gc"):
         code, output = prag(command, "--help")
         assert code == 0

@@ -1,0 +1,45 @@
+"""Exit codes: each means one thing, and the command line and the documents list all of them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prag_core import errors
+from prag_core.errors import EXIT_CODES, OverloadedError, PragError
+
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+def subclasses(base: type[PragError] = PragError) -> Iterator[type[PragError]]:
+    for child in base.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_each_exit_code_belongs_to_one_class_and_each_class_is_in_the_table() -> None:
+    codes = {cls: cls.__dict__["exit_code"] for cls in (PragError, *subclasses()) if "exit_code" in cls.__dict__}
+    assert len(codes) > 10
+    assert [code for code, count in Counter(codes.values()).items() if count > 1] == []
+    assert {*codes.values(), 0} == {*EXIT_CODES}
+    assert {cls.__module__ for cls in subclasses()} == {
+        errors.__name__
+    }  # else a class could bring a code from elsewhere
+
+
+def test_the_documents_list_each_exit_code() -> None:
+    listed = re.findall(r"^\| (\d+) \| ([^|]+) \|", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {int(code): meaning for code, meaning in listed} == EXIT_CODES
+    assert len(listed) == len(EXIT_CODES)
+
+
+@pytest.mark.parametrize("cls", sorted(subclasses(), key=lambda cls: cls.__name__))
+def test_errors_pickle(cls: type[PragError]) -> None:
+    error = cls("what", 2.0) if cls is OverloadedError else cls("what", "do this")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (cls, str(error))
