@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +19,7 @@ from prag_core.config import Config
 from prag_core.records import Passage, from_table, schema
 from prag_core.store.adapters import open_adapters
 from prag_core.store.objects import open_store
-from prag_core.store.runs import hold_lease
+from prag_core.store.runs import hold_lease, new_run_id
 from prag_core.store.snapshot import forgotten_now, load_snapshot
 from prag_core.store.tables import corpus_parts
 
@@ -43,7 +41,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     # What the file lacks is no failure here: the next run augments it.
     augmenting = config.augment.model_copy(update={"generator": "none"})
     only = config.model_copy(update={"augment": augmenting})
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    run = new_run_id()
     profile, progress = profile_of(config), RunProgress(store, run, console)
     with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
         corpus = ingest.ingest(config.corpus, profile, forgotten_now(store))

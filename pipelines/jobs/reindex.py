@@ -15,12 +15,13 @@ from pipelines.execution.progress import RunProgress
 from pipelines.execution.tables import distinct, read_columns
 from pipelines.jobs.canary import Canary, ask_canaries, read_canaries
 from pipelines.jobs.corpus_diff import CorpusDiff, compare_corpora
-from pipelines.jobs.run import new_run, run_job
+from pipelines.jobs.run import run_job
 from pipelines.settings import profile_of
 from prag_core.config import Config
 from prag_core.errors import CanaryError, ConfigError, StoreError
 from prag_core.retrieval.archive import find_index
 from prag_core.store.objects import Store, open_store
+from prag_core.store.runs import new_run_id
 from prag_core.store.snapshot import Snapshot, put_candidate
 from prag_core.store.tables import corpus_parts
 
@@ -88,7 +89,7 @@ def reindex(
     if canary_min is not None and canary is None:
         raise ConfigError("--canary-min has no questions to ask", "name a file of them with --canary")
     canaries = read_canaries(canary) if canary else []
-    store, run = open_store(config), new_run()
+    store, run = open_store(config), new_run_id()
     look = _Look(config, store, canaries, canary_min)
     name = f"runs/{run}/reindex.json"
     try:

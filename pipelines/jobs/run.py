@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe
 from prag_core.store.adapters import AdapterStore, get_start, put_start
 from prag_core.store.objects import Store, open_store
-from prag_core.store.runs import RunInputs, RunLease, hold_lease, put_inputs, wait_for_lease
+from prag_core.store.runs import RunInputs, RunLease, hold_lease, new_run_id, put_inputs, wait_for_lease
 from prag_core.store.snapshot import (
     Snapshot,
     current_id,
@@ -82,11 +80,6 @@ class RunReport:
         }
 
 
-def new_run() -> str:
-    """Return the id of a run that begins now."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-
-
 def run_job(
     config: Config,
     console: Console,
@@ -117,7 +110,7 @@ def run_job(
     store, (recipe, layout) = open_store(config), found.described()
     if wait_s and not take_over:
         wait_for_lease(store, wait_s)
-    with hold_lease(store, run or new_run(), take_over=take_over) as lease:
+    with hold_lease(store, run or new_run_id(), take_over=take_over) as lease:
         return _run(config, store, recipe, layout, lease, console, begun, gate)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.maintenance.operations import holder_name
 from prag_core.config import Config
 from prag_core.errors import InputError
 from prag_core.records import LedgerRow, to_table
 from prag_core.store.objects import Store, open_store
-from prag_core.store.runs import hold_lease
+from prag_core.store.runs import hold_lease, new_run_id
 from prag_core.store.snapshot import load_snapshot, publish, with_ledger
 from prag_core.store.tables import find_passages
 
@@ -69,7 +68,7 @@ def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> 
     from prag_core.store.adapters import AdapterStore, open_adapters
 
     store = open_store(config)
-    with hold_lease(store, holder_name("import"), take_over=take_over):
+    with hold_lease(store, new_run_id("import"), take_over=take_over):
         snapshot = load_snapshot(store)
         key = one_key(store, snapshot.corpus_version, name)
         if key in snapshot.tombstones:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +20,7 @@ from prag_core.maintenance.inventory import StoreUsage, usage
 from prag_core.maintenance.repair import Repaired, forget_rejects, repair
 from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
-from prag_core.store.runs import RunLease, hold_lease
+from prag_core.store.runs import RunLease, hold_lease, new_run_id
 from prag_core.store.snapshot import (
     current_id,
     kept_snapshots,
@@ -64,7 +62,7 @@ def repair_store(config: Config, console: Console, *, full: bool, run: bool, tak
 
     store = open_store(config)
     # Under the lease from the first look on: nobody compacts or collects what is found meanwhile.
-    with hold_lease(store, holder_name("repair"), take_over=take_over) as lease:
+    with hold_lease(store, new_run_id("repair"), take_over=take_over) as lease:
         verified = verify(config, console, full=full)
         if not verified.findings:
             return RepairReport(verified, None, None)
@@ -114,7 +112,7 @@ def collect_garbage(
     newest = keep or config.storage.keep_snapshots
     if dry_run:
         return _clean(store, config, newest, grace_s, None)
-    with hold_lease(store, holder_name("gc"), take_over=take_over) as lease:
+    with hold_lease(store, new_run_id("gc"), take_over=take_over) as lease:
         done = _clean(store, config, newest, grace_s, lease)
         collect(store, done.garbage, lease.check)
     return done
@@ -184,7 +182,7 @@ def retry(config: Config, *, stage: str | None, reason: str | None, take_over: b
         LeaseError: when a run works on the store.
     """
     store = open_store(config)
-    with hold_lease(store, holder_name("retry"), take_over=take_over):
+    with hold_lease(store, new_run_id("retry"), take_over=take_over):
         return forget_rejects(store, stage, reason)
 
 
@@ -197,7 +195,3 @@ def measure_usage(store: Store, keep: int) -> StoreUsage:
     objects = store.objects()
     garbage = find_garbage(store, objects, snapshots_to_keep(store, keep)[0], grace_s=0.0)
     return usage(store, objects, garbage.size_bytes)
-
-
-def holder_name(verb: str) -> str:
-    return f"{verb}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"

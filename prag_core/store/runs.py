@@ -1,12 +1,14 @@
-"""The run lease: `runs/lease.json` says which run works on a store, so that two do not interleave.
+"""Runs: their ids, their inputs, and the lease that keeps two of them from working on one store.
 
-The lease is taken, renewed and given back by conditional writes, so of two runs at once exactly one has it. Whoever
-holds it writes a heartbeat into it; when none came for `ttl_s`, the next run takes it over. A lease is courtesy, not
-safety: objects are immutable and commits come last, so that a run which lost it wastes work but corrupts nothing.
+The lease is `runs/lease.json`. It is taken, renewed and released by conditional writes, so that of two runs exactly
+one gets it. The holder renews it with a heartbeat. When no heartbeat came for `ttl_s`, the next run takes the lease
+over. The lease only saves work, it does not protect data: objects are immutable and commits come last, so a run that
+lost its lease wastes work but corrupts nothing.
 
-Clocks: a heartbeat carries its holder's time, and another machine compares that with its own. A lease counts as
-expired only `skew_s` after it says so; clocks that differ by less are harmless. With more, a live lease can be taken
-over, which its holder notices at its next heartbeat, or a dead one is waited for longer.
+Clocks: a heartbeat holds the time of the holder's clock, and another machine compares it with its own. So a lease
+counts as expired only `skew_s` after the time it gives; clocks that differ by less do no harm. If they differ by
+more, a live lease can be taken over, which its holder notices at its next heartbeat, or a dead one is waited for
+longer.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -34,13 +37,27 @@ SKEW_S = 30.0
 BEATS_PER_TTL = 4
 
 
+def new_run_id(verb: str = "") -> str:
+    """Return an id for a run that begins now. `verb` names a command other than a run, such as "gc"."""
+    return f"{verb}{'-' if verb else ''}{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """What `runs/lease.json` says. Times are in seconds since the epoch, by the holder's clock.
+    """The content of `runs/lease.json`. Times are in seconds since the epoch, by the holder's clock.
 
-    `token` is the holder's own, so that no two records are alike. `machine` tells whether its process could be
-    seen from another one, and `started` when that began, so that a later process of the same number is not taken
-    for it; both are empty where the system does not say.
+    Attributes:
+        token: Random, so that no two records are equal.
+        run: The id of the run that holds the lease.
+        host: The name of its machine.
+        pid: Its process.
+        machine: Names the boot and the process namespace in which `pid` counts; empty if the system does not say.
+        since: When the lease was taken.
+        heartbeat: When it was last renewed.
+        ttl_s: How long it lasts after a heartbeat.
+        released: Whether the holder has given it back.
+        started: When the process began, in clock ticks since boot, to tell it from a later process with the same
+            pid; empty if the system does not say.
     """
 
     token: str
@@ -56,12 +73,12 @@ class LeaseRecord:
 
     @property
     def expires(self) -> float:
-        """When it expires, unless another heartbeat comes."""
+        """When the lease expires, unless another heartbeat comes."""
         return self.heartbeat + self.ttl_s
 
 
 class RunLease:
-    """A held lease, which a thread renews until `release`. Made by `acquire_lease`."""
+    """A lease that this process holds. A thread renews it until `release`. Made by `acquire_lease`."""
 
     def __init__(self, store: Store, record: LeaseRecord) -> None:
         self._store = store
@@ -74,19 +91,19 @@ class RunLease:
 
     @property
     def record(self) -> LeaseRecord:
-        """What this lease last said in the store."""
+        """The record that this lease last wrote to the store."""
         return self._record
 
     @property
     def lost(self) -> bool:
-        """Whether another run has taken it over, or may have since no heartbeat could be written."""
+        """Whether another run has taken it over, or may have, because no heartbeat could be written for `ttl_s`."""
         return bool(self._taken) or time.monotonic() - self._confirmed > self._record.ttl_s
 
     def check(self) -> None:
-        """Do nothing while the lease is held.
+        """Raise if the lease is lost, so that work under it stops.
 
         Raises:
-            LeaseError: when it is lost: whoever works under it should stop.
+            LeaseError: if it is lost.
         """
         if self._taken:
             raise LeaseError(
@@ -96,21 +113,21 @@ class RunLease:
         if self.lost:
             raise LeaseError(
                 f"store = {self._store.url!r}: the lease of run {self._record.run} could not be renewed for "
-                f"{time.monotonic() - self._confirmed:.0f} s, and may be another's now",
+                f"{time.monotonic() - self._confirmed:.0f} s, so another run may have it now",
                 "check the store, and run again; what was committed stays",
             )
 
     def release(self) -> None:
-        """End the heartbeat and give the lease back; one that is lost, or that cannot be written, is left alone."""
+        """Stop the heartbeat and give the lease back, unless it is lost or the store cannot be written."""
         self._ended.set()
         self._thread.join(self._record.ttl_s)
         if not self._thread.is_alive():
-            with contextlib.suppress(StoreError):  # it expires by itself
+            with contextlib.suppress(StoreError):  # it will expire
                 self._renew(released=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._record.ttl_s / BEATS_PER_TTL):
-            with contextlib.suppress(StoreError):  # the store is away: `lost` says so when it stays away
+            with contextlib.suppress(StoreError):  # if the store stays unreachable, `lost` becomes true
                 self._renew()
             if self._taken:
                 return
@@ -125,7 +142,7 @@ class RunLease:
             if found is None or found.token != self._record.token:
                 self._taken = "removed" if found is None else f"taken over by {_describe(found)}"
                 return
-            self._store.swap(LEASE, data, _encode(renewed))  # our own heartbeat, of which no answer had come
+            self._store.swap(LEASE, data, _encode(renewed))  # our own heartbeat, whose answer was lost
         self._record = renewed
         self._confirmed = begun
 
@@ -135,19 +152,21 @@ def acquire_lease(
 ) -> RunLease:
     """Take the store's lease for a run.
 
-    A lease that was released or has expired is taken, and one whose process was on this machine and is gone.
+    The lease is free if nobody took it, it was released, it has expired, or its process ran on this machine and is
+    gone.
 
     Args:
         store: The store.
-        run: The run's id, which others are told.
+        run: The run's id, which error messages show to other runs.
         ttl_s: How long the lease lasts after its last heartbeat.
         skew_s: How far the clocks of two machines may differ.
-        take_over: Take it from a run that still holds it, because it is known to be dead; also one that cannot be
-            read.
+        take_over: Take the lease even if another run holds it or its record is damaged. Only for a run that is known
+            to be dead.
 
     Raises:
-        LeaseError: when another run holds it: who, where, since when, until when, and how to take it over.
-        StoreError: when the store cannot be read or written, or has no conditional write.
+        LeaseError: if another run holds it. The message says which, where, since when, until when, and how to take
+            it over.
+        StoreError: if the store cannot be read or written, or has no conditional write.
     """
     now = time.time()
     mine = LeaseRecord(
@@ -183,10 +202,10 @@ def acquire_lease(
 def hold_lease(
     store: Store, run: str, *, ttl_s: float = TTL_S, skew_s: float = SKEW_S, take_over: bool = False
 ) -> Iterator[RunLease]:
-    """Hold the store's lease while a block runs, and give it back at its end; see `acquire_lease`.
+    """Hold the store's lease while a block runs; see `acquire_lease` for the arguments.
 
     Raises:
-        LeaseError: when another run holds it, or at the end of the block when it was lost meanwhile.
+        LeaseError: if another run holds it, or at the end of the block if it was lost meanwhile.
         StoreError: as `acquire_lease` does.
     """
     lease = acquire_lease(store, run, ttl_s=ttl_s, skew_s=skew_s, take_over=take_over)
@@ -198,14 +217,13 @@ def hold_lease(
 
 
 def check_holder(store: Store, run: str) -> None:
-    """Do nothing unless the store's lease names another run than `run`: for whoever works for a run elsewhere.
+    """Raise if the store's lease belongs to another run. A run's actors call this before they commit.
 
-    An actor whose driver was killed, and whose cluster did not notice yet, so stores nothing any more once another
-    run has taken the lease.
+    An actor may outlive its killed driver for a while. Once another run has taken the lease, it stores nothing more.
 
     Raises:
-        LeaseError: when another run has the lease.
-        StoreError: when the lease cannot be read.
+        LeaseError: if another run has the lease.
+        StoreError: if the lease cannot be read.
     """
     record = read_lease(store)
     if record is not None and record.run != run:
@@ -218,12 +236,12 @@ def check_holder(store: Store, run: str) -> None:
 def wait_for_lease(
     store: Store, wait_s: float, *, skew_s: float = SKEW_S, look_every_s: float = 2.0
 ) -> LeaseRecord | None:
-    """Wait until no run holds the store's lease, `wait_s` at most; return who holds it still, or None.
+    """Wait up to `wait_s` until no run holds the store's lease; return the record of the run that still does, or None.
 
-    A job that is started again after its machine was lost finds its own dead lease, which expires.
+    This helps a job that is started again on another machine: it finds the lease of the lost one, which expires.
 
     Raises:
-        StoreError: when the store cannot be read.
+        StoreError: if the store cannot be read.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -237,10 +255,10 @@ def wait_for_lease(
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
-    """Return what the store's lease says, or None when no run ever took it.
+    """Return the record of the store's lease, or None if no run ever took it.
 
     Raises:
-        StoreError: when it cannot be read.
+        StoreError: if it cannot be read.
     """
     return _read(store)[1]
 
@@ -253,7 +271,7 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
         return data, from_dict(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
         raise StoreError(
-            f"{store.url}/{LEASE}: not a lease: {error}", "no run at work? then run again with --take-over"
+            f"{store.url}/{LEASE}: not a lease: {error}", "if no run is at work, run again with --take-over"
         ) from None
 
 
@@ -266,7 +284,7 @@ def _is_over(record: LeaseRecord, now: float, skew_s: float) -> bool:
 
 
 def _is_dead(record: LeaseRecord) -> bool:
-    """Whether the holder's process was one that would be seen from here, and is not there."""
+    """Return whether the holder ran in this process namespace, and its process is gone."""
     if not record.machine or record.machine != _machine():
         return False
     try:
@@ -276,12 +294,12 @@ def _is_dead(record: LeaseRecord) -> bool:
     except OSError:
         return False
     state, started = _process(record.pid)
-    # A process that was killed keeps its number until its parent asks for it, and then another may get it.
+    # A killed process keeps its pid, as a zombie, until its parent asks for its exit code. Then the pid may be reused.
     return state in ("Z", "X") or bool(record.started and started and record.started != started)
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """Return a process's state (a letter) and when it began (in ticks since the machine did), or empty strings."""
+    """Return a process's state (a letter) and when it began (clock ticks since boot), or two empty strings."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -290,7 +308,7 @@ def _process(pid: int) -> tuple[str, str]:
 
 
 def _machine() -> str:
-    """Name this boot of this machine and this view of its processes (a container has its own)."""
+    """Return a name for this boot of this machine and this process namespace (each container has its own)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
@@ -319,12 +337,12 @@ def _clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run works on: its corpus version and its recipe."""
+    """The corpus version and the recipe that a run works on."""
 
     corpus_version: str
     recipe: str
 
 
 def put_inputs(store: Store, run: str, inputs: RunInputs) -> None:
-    """Note what a run works on, so that no collection takes away what it would resume from."""
+    """Store the inputs of a run, so that `prag gc` keeps everything from which the run would resume."""
     store.put_json(f"runs/{run}/inputs.json", seal(asdict(inputs)))
