@@ -1,7 +1,7 @@
-"""API keys: a file that holds only their hashes, and the check of a key that a request brings.
+"""API keys: the file that holds their hashes, and the check of a key that a request presents.
 
-A key is `prag_<id>_<secret>`; the secret has 256 random bits, so that one SHA-256 is enough to keep it. The file
-is JSON, written whole by `prag keys` and read again by a running server when it changes.
+A key is `prag_<id>_<secret>`. The secret has 256 random bits, so one SHA-256 of it is safe to store. The file is JSON.
+`prag keys` writes it as a whole, and a running server reads it again when it changes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What the file says of one key.
+    """One key, as the file describes it.
 
-    `access` are the access tags whose passages its bearer may see besides the public ones; `rate_per_minute` is
-    its own limit (0: the server's). `created` and `revoked` are times; an empty `revoked` means that it is valid.
+    `access` are the access tags whose passages the key may see, besides the public ones. `rate_per_minute` is the
+    key's own limit (0: the server's). `created` and `revoked` are ISO 8601 times; `revoked` is empty in a valid key.
     """
 
     id: str
@@ -45,16 +45,16 @@ class ApiKey:
 
 
 class KeyFile:
-    """The file that `prag keys` edits: whole or not at all, and one editor at a time."""
+    """The file that `prag keys` edits. An edit is complete or absent, and only one process edits at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[ApiKey]:
-        """Return all keys, revoked ones too; none when there is no such file.
+        """Return all keys, also revoked ones; none when there is no file.
 
         Raises:
-            ConfigError: when the file cannot be read or is no list of keys.
+            ConfigError: when the file cannot be read or is not a list of keys.
         """
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
@@ -67,61 +67,59 @@ class KeyFile:
             ) from None
 
     def add(self, name: str, access: Sequence[str] = (), rate_per_minute: int = 0) -> str:
-        """Add a key and return it; this is the only time that it is seen.
+        """Add a key and return it. It cannot be read again later.
 
         Raises:
-            ConfigError: when the file cannot be read or written, or a valid key has this name.
+            ConfigError: when the file cannot be read or written, or a valid key already has this name.
         """
         id, secret = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)
         made = ApiKey(id, name, _hash(secret), tuple(sorted(set(access))), rate_per_minute, created=_now())
-        with self._editing():
+        with self._lock():
             keys = self.read()
             if any(key.name == name and not key.revoked for key in keys):
-                raise ConfigError(
-                    f"{self.path}: there is a key named {name!r}", "revoke it first, or take another name"
-                )
+                raise ConfigError(f"{self.path}: there is a key named {name!r}", "revoke it first, or use another name")
             self._write([*keys, made])
         return f"{_PREFIX}_{id}_{secret}"
 
     def revoke(self, name: str) -> ApiKey:
-        """Make the key of this name or id invalid, and return it.
+        """Make the key with this name or id invalid, and return it.
 
         Raises:
             ConfigError: when the file cannot be read or written, or no valid key has this name or id.
         """
-        with self._editing():
+        with self._lock():
             keys = self.read()
-            for place, key in enumerate(keys):
+            for index, key in enumerate(keys):
                 if name in (key.name, key.id) and not key.revoked:
-                    keys[place] = replace(key, revoked=_now())
+                    keys[index] = replace(key, revoked=_now())
                     self._write(keys)
-                    return keys[place]
+                    return keys[index]
         raise ConfigError(f"{self.path}: no valid key is named {name!r}", "`prag keys list` shows them")
 
-    def _editing(self) -> FileLock:
-        self._make_folder()
-        return FileLock(f"{self.path}.lock")
-
-    def _make_folder(self) -> None:
+    def _lock(self) -> FileLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written: {error}", "check the folder and its rights") from error
+            raise self._not_writable(error) from error
+        return FileLock(f"{self.path}.lock")
 
     def _write(self, keys: Sequence[ApiKey]) -> None:
         document = json.dumps({"keys": [asdict(key) for key in keys]}, indent=2)
         try:
-            # mkstemp gives the file to its owner alone.
+            # mkstemp makes a file that only its owner may read.
             handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(document + "\n")
             Path(partial).replace(self.path)
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written: {error}", "check the folder and its rights") from error
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self.path}: cannot be written: {error}", "check the folder and its permissions")
 
 
 class KeyRing:
-    """Checks keys against a file, and follows the file: what is revoked there is refused from the next request on."""
+    """Checks keys against a file. It reads the file again when it changes, so a revoked key is refused at once."""
 
     def __init__(self, path: Path) -> None:
         self._file = KeyFile(path)
@@ -131,12 +129,12 @@ class KeyRing:
     def find(self, presented: str) -> ApiKey | None:
         """Return the valid key that was presented, or None.
 
-        How long it takes does not depend on how much of a secret is right.
+        The time this takes does not depend on how much of a secret is right.
 
         Raises:
-            ConfigError: when the file cannot be read: then nobody is let in.
+            ConfigError: when the file cannot be read; no request may pass then.
         """
-        self._follow()
+        self._reload()
         prefix, _, rest = presented.partition("_")
         id, _, secret = rest.partition("_")
         known = self._keys.get(id) if prefix == _PREFIX else None
@@ -150,12 +148,12 @@ class KeyRing:
         Raises:
             ConfigError: when the file cannot be read.
         """
-        self._follow()
+        self._reload()
         return [key for key in self._keys.values() if not key.revoked]
 
-    def _follow(self) -> None:
+    def _reload(self) -> None:
         try:
-            # A mounted secret changes by a link that turns to another file.
+            # The inode counts too: Kubernetes changes a mounted secret by pointing a link at another file.
             found = self._file.path.stat()
             stamp: tuple[int, ...] = (found.st_ino, found.st_mtime_ns, found.st_size)
         except OSError:

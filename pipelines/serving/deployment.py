@@ -1,6 +1,6 @@
-"""The Ray Serve application: each replica holds one `Service` and the HTTP API before it.
+"""The Ray Serve application: each replica holds one `Service` and the HTTP API in front of it.
 
-`prag serve` runs it on this machine; `serve deploy examples/serve.yaml` on a cluster, by `build`.
+`prag serve` runs it on this machine. `serve deploy examples/serve.yaml` runs it on a cluster, through `build`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from cluster.resources import share_of_cores
+from cluster.resources import Actors, share_of_cores
 from pipelines.serving.app import make_app
 from pipelines.serving.dispatcher import Dispatcher, longest_s
-from pipelines.serving.follower import Follower
-from pipelines.serving.metrics import Metrics, merged
+from pipelines.serving.metrics import Metrics, merge_metrics
 from pipelines.serving.middleware import RateLimiter, open_keys
+from pipelines.serving.periodic_task import PeriodicTask
 from pipelines.settings import profile_of
 from prag_core.config import Config, check_defaults
 from prag_core.config_file import load_config, parse_config
@@ -33,20 +33,20 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "prag"
 DEPLOYMENT = "AnswerQuestions"
-# Places besides the service's own, for health checks, metrics and answers "too much to do".
+# Requests beyond those that the service accepts: health checks, metrics, and those that get "overloaded".
 SPARE_REQUESTS = 64
 SCRAPE_TIMEOUT_S = 5.0
-# What Ray Serve gives an HTTP request beyond the longest that the service keeps to by itself.
+# Ray Serve ends an HTTP request this long after the service itself should have ended it.
 GRACE_S = 10.0
 
 
 class ServeArguments(BaseModel):
-    """What a Serve config file gives under `args`: the configuration's path, and settings that override it."""
+    """The `args` of a Serve config file: the configuration's path, and settings that override it."""
 
     model_config = ConfigDict(extra="forbid")
 
     config: str
-    set: list[str] = Field([], description="As `--set` on the command line: `serve.max_replicas=4`.")
+    set: list[str] = Field([], description="As `--set` on the command line, e.g. `serve.max_replicas=4`.")
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -66,17 +66,23 @@ def application(config: Config) -> Application:
     """Return the application for a configuration.
 
     Raises:
-        ConfigError: when `serve.host` is public and there are no keys, or a default is beyond a limit.
+        ConfigError: when `serve.host` is public and there are no keys, or a default is above a limit.
     """
-    limits = config.serve
-    open_keys(limits, limits.host)
+    open_keys(config.serve, config.serve.host)
     check_defaults(config)
     actors = profile_of(config).model_actors
-    most = limits.slots + limits.max_queue + SPARE_REQUESTS
+    cores = share_of_cores(config.serve.max_replicas) if actors.threads is None else actors.threads
+    deployment = serve.deployment(name=DEPLOYMENT, **_options(config, actors))(serve.ingress()(AnswerQuestions))
+    return deployment.bind(config.model_dump(mode="json"), cores)
+
+
+def _options(config: Config, actors: Actors) -> dict[str, Any]:
+    limits = config.serve
+    max_requests = limits.slots + limits.max_queue + SPARE_REQUESTS
     options: dict[str, Any] = {
-        "max_ongoing_requests": most,
-        # The service itself turns away what is too much; this bounds what waits for a replica that starts.
-        "max_queued_requests": most,
+        "max_ongoing_requests": max_requests,
+        # The service itself refuses requests in overload; this limits those that wait for a starting replica.
+        "max_queued_requests": max_requests,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "ray_actor_options": {
             "num_cpus": actors.cpus,
@@ -101,20 +107,18 @@ def application(config: Config) -> Application:
         }
     else:
         options["num_replicas"] = limits.min_replicas
-    deployment = serve.deployment(serve.ingress()(AnswerQuestions), name=DEPLOYMENT).options(**options)
-    cores = share_of_cores(limits.max_replicas) if actors.threads is None else actors.threads
-    return deployment.bind(config.model_dump(mode="json"), cores)
+    return options
 
 
 class AnswerQuestions:
-    """One replica: it opens the service, follows the store's `CURRENT`, and says whether it is well.
+    """One replica: it opens the service, follows the store's `CURRENT`, and reports its health.
 
     Args:
         settings: The configuration, as plain values.
         cores: The cores that its decoding thread computes on; None stands for all of the machine.
     """
 
-    async def __init__(self, settings: dict[str, Any], cores: int | None) -> None:
+    async def __init__(self, settings: dict[str, Any], cores: int | None) -> None:  # type: ignore[misc]
         compute_elsewhere()
         self._config = parse_config(settings)
         self._keys = open_keys(self._config.serve, self._config.serve.host)
@@ -124,47 +128,47 @@ class AnswerQuestions:
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._application = context.app_name
-        self._everyone: DeploymentHandle | None = None
-        self._following = Follower(self._follow, self._config.serve.refresh_s, self._metrics.refresh_failed)
+        self._replicas: DeploymentHandle[Any] | None = None
+        self._refreshing = PeriodicTask(self._refresh, self._config.serve.refresh_s, self._metrics.refresh_failed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return the HTTP API; Serve asks for it once the replica is made."""
-        desk = Dispatcher(self._service, self._config, self._metrics, self._limiter)
-        return make_app(desk, self._keys, self._scrape)
+        """Return the HTTP API; Ray Serve calls this once the replica is made."""
+        dispatcher = Dispatcher(self._service, self._config, self._metrics, self._limiter)
+        return make_app(dispatcher, self._keys, self._scrape)
 
     def check_health(self) -> None:
-        """Raise when this replica must be replaced; Serve asks every few seconds."""
+        """Raise when this replica must be replaced; Ray Serve calls this every few seconds."""
         self._service.check()
-        self._following.check()
+        self._refreshing.check()
 
-    def numbers(self) -> tuple[str, str]:
-        """Return this replica's name and its numbers in Prometheus's text format."""
+    def metrics(self) -> tuple[str, str]:
+        """Return this replica's name and its metrics in Prometheus's text format."""
         return self._name, self._metrics.text()
 
     async def __del__(self) -> None:
-        # Serve waits for the requests under way before it calls this.
-        if hasattr(self, "_following"):
-            self._following.end()
+        # Ray Serve waits for the requests under way before it calls this.
+        if hasattr(self, "_refreshing"):
+            self._refreshing.cancel()
             await self._service.drain()
             self._service.close()
 
     async def _scrape(self) -> str:
-        return merged(dict(await self._ask_all()))
+        return merge_metrics(dict(await self._all_metrics()))
 
-    async def _ask_all(self) -> list[tuple[str, str]]:
-        """Return what `numbers` gives in every replica; one that is starting or has just died is left out."""
-        if self._everyone is None:
-            self._everyone = serve.get_deployment_handle(DEPLOYMENT, self._application)
+    async def _all_metrics(self) -> list[tuple[str, str]]:
+        """Return `metrics` of every replica, without those that are starting or have just died."""
+        if self._replicas is None:
+            self._replicas = serve.get_deployment_handle(DEPLOYMENT, self._application)
         try:
-            answer = self._everyone.broadcast("numbers")
-            told = await answer.results_async(timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True)
-        except Exception as error:  # whatever it is, it must keep neither metrics nor new snapshots away
-            logger.warning("the other replicas cannot be asked: %s", error)
-            told = []
-        return [one for one in told if isinstance(one, tuple)] or [self.numbers()]
+            responses = self._replicas.broadcast("metrics")
+            found = await responses.results_async(timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # no failure here may stop the metrics or new snapshots
+            logger.warning("the other replicas cannot be asked for their metrics: %s", error)
+            found = []
+        return [one for one in found if isinstance(one, tuple)] or [self.metrics()]
 
-    async def _follow(self) -> None:
-        """Share a key's rate with the other replicas, and put what was published into service."""
-        self._limiter.share = len(await self._ask_all())
+    async def _refresh(self) -> None:
+        """Count the replicas that share each key's rate, and put a new snapshot into service."""
+        self._limiter.replicas = len(await self._all_metrics())
         if await self._service.refresh():
             logger.info("snapshot %s is in service", self._service.snapshot)

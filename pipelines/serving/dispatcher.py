@@ -1,11 +1,11 @@
-"""Where a question is taken in, answered and counted, whatever route it came by."""
+"""The way of a question from any route to the service: within the caller's rate, with a deadline, and counted."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -25,28 +25,28 @@ T = TypeVar("T")
 
 
 class Dispatcher:
-    """Passes questions to a service: within the caller's rate, with a deadline, and counted.
+    """Passes questions to a service.
 
     Args:
-        service: What answers.
+        service: Answers them.
         config: The limits.
-        metrics: Where it is counted.
-        limiter: The callers' rates.
+        metrics: Counts them.
+        limiter: Holds each caller to its rate.
     """
 
     def __init__(self, service: Service, config: Config, metrics: Metrics, limiter: RateLimiter) -> None:
         self.service = service
         self.config = config
-        self.metrics = metrics
-        self.limiter = limiter
+        self._metrics = metrics
+        self._limiter = limiter
 
     def admit(self, caller: Caller, questions: int = 1) -> None:
-        """Charge a caller's rate.
+        """Charge questions to a caller's rate.
 
         Raises:
-            ApiError: 429 when nothing of it is left.
+            ApiError: 429 when the rate is used up.
         """
-        if wait_s := self.limiter.take(caller, questions):
+        if wait_s := self._limiter.take(caller, questions):
             raise ApiError(429, "rate_limited", "this key asks more often than it may", retry_after_s=wait_s)
 
     async def answer(self, route: str, request: Request, deadline_s: float | None) -> Answer:
@@ -55,37 +55,37 @@ class Dispatcher:
         Raises:
             ApiError: when it cannot be answered.
         """
-        with self.metrics.question(route, request.mode) as watch:
+        with self._metrics.question(route, request.mode) as recorder:
             try:
                 answer = await self.service.answer(request, deadline_s=self._deadline(deadline_s))
             except Exception as error:
-                told = api_error(error)
-                watch.code = told.code
-                raise told from error
-            watch.answer(answer)
+                shown = api_error(error)
+                recorder.code = shown.code
+                raise shown from error
+            recorder.answer(answer)
             _log_fallbacks(answer)
             return answer
 
-    async def stream(self, route: str, request: Request, deadline_s: float | None) -> AsyncIterator[str | Answer]:
-        """Yield the pieces of an answer's text, and the answer last. Closing it cancels the request.
+    async def stream(self, route: str, request: Request, deadline_s: float | None) -> AsyncGenerator[str | Answer]:
+        """Yield the pieces of an answer's text, then the answer. Closing the generator cancels the request.
 
         Raises:
-            ApiError: when it cannot be answered.
+            ApiError: when the question cannot be answered.
         """
-        with self.metrics.question(route, request.mode) as watch:
+        with self._metrics.question(route, request.mode) as recorder:
             try:
                 async with aclosing(self.service.stream(request, deadline_s=self._deadline(deadline_s))) as pieces:
                     async for piece in pieces:
                         if isinstance(piece, Answer):
-                            watch.answer(piece)
+                            recorder.answer(piece)
                             _log_fallbacks(piece)
                         else:
-                            watch.text()
+                            recorder.text()
                         yield piece
             except Exception as error:
-                told = api_error(error)
-                watch.code = told.code
-                raise told from error
+                shown = api_error(error)
+                recorder.code = shown.code
+                raise shown from error
 
     def _deadline(self, wanted_s: float | None) -> float:
         return min(wanted_s or self.config.serve.deadline_s, self.config.serve.deadline_s)
@@ -98,31 +98,31 @@ def _log_fallbacks(answer: Answer) -> None:
 
 
 def batch_width(limits: ServeConfig) -> int:
-    """Return how many questions of a batch are under way at once: room is left for others, and in the queue."""
+    """Return how many questions of a batch run at once: half of the slots, so that other requests find room."""
     return max(1, limits.slots // 2)
 
 
 def longest_s(limits: ServeConfig) -> float:
-    """Return the most seconds that an HTTP request takes: a full batch, each of whose questions takes its deadline."""
+    """Return the longest time of an HTTP request, in seconds: a full batch whose questions all take their deadline."""
     return limits.deadline_s * math.ceil(limits.max_batch / batch_width(limits))
 
 
 async def while_connected(http: fastapi.Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` gives; when the client goes away before that, it is cancelled.
+    """Return the result of `work`, or cancel it when the client disconnects first.
 
     Raises:
-        ApiError: when the client went away (nobody will read it).
+        ApiError: when the client has disconnected; nobody will read it.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "cancelled", "the client went away")
+            raise ApiError(499, "cancelled", "the client disconnected")
         return task.result()
     finally:
         gone.cancel()
         if task.cancel():
-            # Until it has ended, its place in the batch may not be free.
+            # Its slot may not be free before it has ended.
             await asyncio.wait({task})
 
 

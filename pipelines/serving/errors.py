@@ -1,4 +1,4 @@
-"""Every error of the HTTP API in one JSON shape, with a code that programs can tell apart.
+"""Errors of the HTTP API: all in one JSON shape, each with a code for programs.
 
 The shape is the one that OpenAI's clients read: `{"error": {"code", "message", "type", "param"}}`.
 """
@@ -21,7 +21,7 @@ from prag_core.errors import DeadlineError, NotFiniteError, OverloadedError, Pra
 
 logger = logging.getLogger(__name__)
 
-# How long a client may wait before it tries again, when nobody knows better.
+# Seconds after which a client may try again, where no better estimate is known.
 RETRY_AFTER_S = 1.0
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -29,7 +29,7 @@ _CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_
 
 
 class ErrorBody(BaseModel):
-    """What went wrong: a code for programs, a message for people, and the field that is to blame."""
+    """An error: a code for programs, a message for people, and the field that caused it."""
 
     code: str
     message: str
@@ -38,14 +38,14 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The one shape of every error."""
+    """The JSON document of every error."""
 
     error: ErrorBody
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error: its HTTP status, its code, and what the client should know."""
+    """An error as a client gets it. `retry_after_s` becomes the header Retry-After."""
 
     status: int
     code: str
@@ -55,7 +55,7 @@ class ApiError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> ErrorBody:
-        """Return what the client is told."""
+        """Return the error for the JSON document."""
         type = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return ErrorBody(code=self.code, message=self.message, type=type, param=self.param)
 
@@ -71,8 +71,23 @@ class ApiError(Exception):
         return JSONResponse(self.document(), self.status, headers)
 
 
+def invalid_field(param: str, problem: str) -> ApiError:
+    """Return the error for a field whose value is wrong."""
+    return ApiError(422, "invalid_request", f"{param}: {problem}", param)
+
+
+def check_limit(param: str, value: int, limit: int, unit: str = "") -> None:
+    """Check that a field's value, or its length, is within a limit of the server.
+
+    Raises:
+        ApiError: when it is not.
+    """
+    if value > limit:
+        raise ApiError(422, "limit_exceeded", f"{param}: at most {limit}{unit}", param)
+
+
 def api_error(error: BaseException) -> ApiError:
-    """Return what a client is told about an error: nothing about this machine or the store."""
+    """Return an error as clients may see it: without any detail of this machine or the store."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, OverloadedError):
@@ -84,19 +99,19 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, TurnsError):
         return ApiError(422, "invalid_request", f"{error.message}; {error.remedy}", "messages")
     if isinstance(error, NotFiniteError):
-        # Asked again, it would end alike: no 503.
+        # Not a 503: the same question would fail again.
         logger.error("%s", error)
         return ApiError(500, "not_finite", "the model's output for this question is not finite: ask in another mode")
     if isinstance(error, PragError):
-        # Its message may name paths and buckets, which are for the log.
+        # Its message may name paths and buckets, so it goes to the log only.
         logger.error("%s", error)
         return ApiError(503, "unavailable", "the service cannot answer now", retry_after_s=RETRY_AFTER_S)
-    logger.error("an error that should not happen", exc_info=error)
-    return ApiError(500, "internal", "an error that should not happen; it is in the server's log")
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, "internal", "an unexpected error; the server's log has it")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every error of an application answer in the one shape."""
+    """Make an application answer every error in the one shape."""
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         return api_error(error).response()
@@ -106,7 +121,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, code, str(error.detail), headers=error.headers or {}).response()
 
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error).response()
+        return _first_problem(error).response()
 
     app.add_exception_handler(HTTPException, on_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]
@@ -114,11 +129,11 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
-    """Return the first thing that is wrong with a request; what the client sent is not repeated."""
+def _first_problem(error: RequestValidationError) -> ApiError:
+    """Return the first problem of a request, without the text that the client sent."""
     found = error.errors()[0]
     if found["type"] == "json_invalid":
         return ApiError(400, "invalid_json", f"the body is not JSON: {found['ctx']['error']}")
-    # The first part says where the field stands (body, query); a body as a whole has no field.
+    # The first part of `loc` is the place (body, query). The rest is empty when the body as a whole is wrong.
     param = ".".join(str(part) for part in found["loc"][1:])[:200].encode("utf-8", "replace").decode()
     return ApiError(422, "invalid_request", f"{param or 'the body'}: {found['msg']}", param or None)

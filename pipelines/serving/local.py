@@ -1,4 +1,4 @@
-"""Starting and stopping the Ray Serve application on this machine."""
+"""Start and stop the Ray Serve application on this machine."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from prag_core.store.objects import open_store
 from prag_core.store.snapshot import load_snapshot
 
 
-def serve_here(config: Config, ready: Callable[[str], None]) -> None:
+def serve_here(config: Config, on_ready: Callable[[str], None]) -> None:
     """Serve on this machine, or on the cluster that RAY_ADDRESS names, until interrupted or terminated.
 
-    What is under way then is still answered, unless a second signal comes. On a cluster only the application goes:
-    Ray Serve and what else it runs are others'.
+    Requests under way are then still answered, unless a second signal comes. On a cluster only the application is
+    removed: Ray Serve and its other applications stay.
 
     Args:
         config: The configuration.
-        ready: Called with the server's URL when it answers.
+        on_ready: Called with the server's URL once it answers.
 
     Raises:
-        ConfigError: when somebody listens on `serve.port` already; and see `application`.
+        ConfigError: when another server listens on `serve.port`; see also `application`.
         StoreError: when nothing is published yet.
-        PragError: when no replica comes up, with what it said.
+        PragError: when no replica starts, with its error.
     """
     limits = config.serve
     made = application(config)
@@ -55,21 +55,22 @@ def serve_here(config: Config, ready: Callable[[str], None]) -> None:
     with ray_session(profile):
         with _on_signals(end):
             start(config, made)
-            ready(url_of(config))
+            on_ready(url_of(config))
             end.wait()
         stop()
         if alone:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def check_port(host: str, port: int) -> None:
-    """Check that nobody listens where the server will: two servers would share the port, and its questions, in silence.
+    """Check that no other server listens on the port. Two would share it, and each would get some of the questions.
 
     Raises:
-        ConfigError: when somebody does, or this machine cannot listen there.
+        ConfigError: when another server does, or this machine cannot listen there.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # Connections that have just ended are no reason; Ray Serve's SO_REUSEPORT would let a second listener in.
+        # SO_REUSEADDR allows for connections that have just ended. Ray Serve itself sets SO_REUSEPORT, so its own
+        # start would not fail beside another listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -77,7 +78,7 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             raise ConfigError(
                 f"serve.port = {port}: cannot listen on {host}: {error.strerror}",
-                "end the server that has the port, or take another one: --port, --host",
+                "stop the server that has the port, or use another one: --port, --host",
             ) from None
 
 
@@ -85,7 +86,7 @@ def start(config: Config, made: Application) -> None:
     """Start the HTTP proxy and the application in a running Ray, and wait until it answers.
 
     Raises:
-        PragError: when no replica comes up, with what it said.
+        PragError: when no replica starts, with its error.
     """
     serve.start(
         http_options=http_options(config),
@@ -94,26 +95,26 @@ def start(config: Config, made: Application) -> None:
     try:
         serve.run(made, name=APPLICATION)
     except RuntimeError as error:
-        raise PragError(f"the server does not start: {error}", "mend what the replica says, and start again") from None
+        raise PragError(f"the server does not start: {error}", "fix the replica's error, and start again") from None
 
 
 def http_options(config: Config) -> dict[str, Any]:
-    """Return where Ray Serve's proxies listen, and after how many seconds they give a request up: a backstop."""
+    """Return the address of Ray Serve's proxies, and the seconds after which they give up a request."""
     limits = config.serve
     return {"host": limits.host, "port": limits.port, "request_timeout_s": longest_s(limits) + GRACE_S}
 
 
 def stop() -> None:
-    """Take the application out of service, and wait until its replicas have answered what they had.
+    """Remove the application, and wait until its replicas have answered their requests.
 
-    Shutting Ray Serve down instead would first end its proxies, and with them every connection.
+    Shutting down Ray Serve would first end its proxies, and with them every connection.
     """
     while True:
         try:
             serve.delete(APPLICATION)
             return
         except TimeoutError:
-            # It waits for a minute. Ray Serve ends replicas that take longer than they are given.
+            # It waits a minute at most. Ray Serve ends replicas that take longer than their grace.
             logger.warning("requests are still under way; a second signal ends them")
 
 

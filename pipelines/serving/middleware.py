@@ -1,4 +1,4 @@
-"""Who may ask, how often and how much: keys, rates and limits, before a request reaches a route."""
+"""Authentication, rate limits and the limit of the body's size, before a request reaches a route."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.serving.api_keys import KeyRing
 from pipelines.serving.errors import ApiError, api_error
 from pipelines.serving.page import PAGE_PATHS
-from prag_core.config import Config, ServeConfig
+from prag_core.config import ServeConfig
 from prag_core.errors import ConfigError, PragError
 
-# So many seconds of its rate may a key use at once.
+# A key may use this many seconds of its rate at once.
 BURST_S = 10.0
-# A client that sends its body more slowly holds a place for nothing.
+# A client that sends its body more slowly would occupy a place for nothing.
 BODY_TIMEOUT_S = 10.0
-# What a load balancer and a browser must see before they have a key.
+# Load balancers and browsers need these before they have a key.
 PUBLIC_PATHS = PAGE_PATHS | {"/healthz", "/readyz", "/openapi.json"}
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: the key's id, the access tags that it gives (None: all), and its rate (None: no limit)."""
+    """An authenticated client: the key's id, its access tags (None: all), and its rate (None: no limit)."""
 
     id: str
     access: frozenset[str] | None = None
@@ -52,7 +52,7 @@ def is_loopback(host: str) -> bool:
 
 
 def open_keys(config: ServeConfig, host: str) -> KeyRing | None:
-    """Return the keys that callers must have; None stands for a loopback address without any.
+    """Return the keys that callers must present, or None for a loopback address without keys.
 
     Raises:
         ConfigError: when the address is public and there are no keys, or the file of keys cannot be read.
@@ -67,44 +67,44 @@ def open_keys(config: ServeConfig, host: str) -> KeyRing | None:
     keys = KeyRing(Path(config.api_keys))
     if not keys.valid():
         raise ConfigError(
-            f"serve.api_keys = {config.api_keys!r} holds no valid key: nobody could ask",
+            f"serve.api_keys = {config.api_keys!r} holds no valid key, so no request could pass",
             f"add one with `prag keys add NAME --file {config.api_keys}`",
         )
     return keys
 
 
 class RateLimiter:
-    """A bucket of questions for each caller, filled at its rate.
+    """A token bucket for each caller, with one token a question, filled at the caller's rate.
 
-    A request passes when anything is left and may leave a debt, so that a batch counts in full, but is never
-    impossible. Of `share` servers that share the work each allows its part.
+    A request passes while at least one token is left, and may take more than are left. So a batch counts in full, but
+    is never impossible. With `replicas` servers behind one address, each allows its share of the rate.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.share = 1
+        self.replicas = 1
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def take(self, caller: Caller, questions: int = 1) -> float:
-        """Take `questions` from a caller's bucket; returns 0, or the seconds to wait when nothing is left."""
+        """Take `questions` tokens from a caller's bucket; return 0, or the seconds to wait when none is left."""
         if caller.rate_per_minute is None:
             return 0.0
-        per_second = caller.rate_per_minute / 60 / self.share
-        most = max(1.0, per_second * BURST_S)
+        per_second = caller.rate_per_minute / 60 / self.replicas
+        capacity = max(1.0, per_second * BURST_S)
         now = self._clock()
-        left, then = self._buckets.get(caller.id, (most, now))
-        left = min(most, left + (now - then) * per_second)
+        left, then = self._buckets.get(caller.id, (capacity, now))
+        left = min(capacity, left + (now - then) * per_second)
         wait = 0.0 if left >= 1 else (1 - left) / per_second
         self._buckets[caller.id] = (left if wait else left - questions, now)
         return wait
 
 
-class Guard:
-    """ASGI middleware: who calls, whether it may, and no more body than allowed, counted while it comes in.
+class AuthMiddleware:
+    """ASGI middleware that authenticates the caller and limits the body, whose bytes it counts as they arrive.
 
-    The caller is then `request.state.caller`. Without keys only this machine is served, whatever address the
-    server was told to listen on, and only under a name of this machine, so that a page in a browser cannot reach
-    it under another.
+    Routes find the caller as `request.state.caller`. Without keys only this machine is served, whatever address the
+    server listens on, and only under a name of this machine: a web page cannot reach the server by a DNS name of its
+    own.
 
     Args:
         app: The application behind it.
@@ -118,7 +118,7 @@ class Guard:
         self._config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
+        """Pass one request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -180,8 +180,3 @@ class Guard:
 
 def _without_port(name: str) -> str:
     return name.partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-
-
-def check_exposure(config: Config) -> None:
-    """Check that a server at `serve.host` is not open to the world; see `open_keys` for what it raises."""
-    open_keys(config.serve, config.serve.host)

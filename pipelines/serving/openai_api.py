@@ -1,6 +1,6 @@
-"""The routes that OpenAI's clients know, so that an existing program works by changing its base URL.
+"""Routes for OpenAI's clients: an existing program works after a change of its base URL.
 
-The model's name chooses the mode: `<base>:prag`, `<base>:combine`, …; the base's name alone is the default mode.
+The model's name chooses the mode: `<base>:prag`, `<base>:combine`, …. The base model's name alone is the default mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipelines.serving.dispatcher import Dispatcher, while_connected
-from pipelines.serving.errors import ApiError, ErrorResponse
+from pipelines.serving.errors import ApiError, ErrorResponse, invalid_field
 from pipelines.serving.middleware import Caller
 from pipelines.serving.schemas import (
     QUESTION,
@@ -42,13 +42,13 @@ _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "u
 
 
 class _Lenient(BaseModel):
-    """A body of somebody else's protocol: what has no meaning here is ignored."""
+    """A body of OpenAI's protocol. Fields without a meaning here are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ContentPart(_Lenient):
-    """A part of a message; only texts are understood."""
+    """A part of a message; only text parts are accepted."""
 
     type: Literal["text"]
     text: Text
@@ -67,13 +67,13 @@ class ChatMessage(_Lenient):
 
 
 class StreamOptions(_Lenient):
-    """What a stream has besides its text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class PragOptions(Strict):
-    """What only this server understands; OpenAI's client sends it by `extra_body={"prag": {…}}`."""
+    """Options of this server only; OpenAI's client sends them as `extra_body={"prag": {…}}`."""
 
     top_k: int | None = Field(None, ge=1)
     weights: MergeRule | None = None
@@ -83,7 +83,7 @@ class PragOptions(Strict):
 
 
 class ResponseFormat(_Lenient):
-    """The only format that is made."""
+    """The format of the answer; only text is accepted."""
 
     type: Literal["text"] = "text"
 
@@ -93,7 +93,7 @@ def _as_list(value: Any) -> Any:
 
 
 class ChatRequest(_Lenient):
-    """A chat: the last message, by the user, is the question; the turns before it are its context."""
+    """A chat. The last message, by the user, is the question, and the turns before it are its context."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -113,13 +113,13 @@ class ChatRequest(_Lenient):
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
-    tools: list[Any] | None = Field(None, max_length=0, description="There are none.")
+    tools: list[Any] | None = Field(None, max_length=0, description="Tools are not supported.")
     response_format: ResponseFormat | None = None
     prag: PragOptions = PragOptions()
 
 
 class Usage(BaseModel):
-    """Tokens as OpenAI counts them."""
+    """Token counts under OpenAI's names."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -127,7 +127,7 @@ class Usage(BaseModel):
 
 
 class PragExtra(BaseModel):
-    """What this server says besides."""
+    """What this server adds to OpenAI's response."""
 
     passages: list[PassageUse]
     snapshot: str
@@ -142,7 +142,7 @@ class ReplyMessage(BaseModel):
 
 
 class Choice(BaseModel):
-    """The one reply."""
+    """The reply; there is always one."""
 
     index: int = 0
     message: ReplyMessage
@@ -150,7 +150,7 @@ class Choice(BaseModel):
 
 
 class ChatResponse(BaseModel):
-    """A reply as OpenAI's clients read it, and under `prag` what led to it."""
+    """A reply as OpenAI's clients read it, with the passages and times under `prag`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -171,19 +171,19 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models."""
+    """The base model in each mode."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 def base_name(config: Config) -> str:
-    """Return the base model's name as clients see it: of a path, only its last part."""
+    """Return the base model's name for clients: only the last part of a path."""
     return PurePath(config.model.name).name
 
 
 def model_ids(config: Config) -> dict[str, Mode]:
-    """Return the mode that each model's name stands for."""
+    """Return the mode of each model name."""
     base = base_name(config)
     ids: dict[str, Mode] = {f"{base}:{mode}": mode for mode in config.serve.modes}
     if config.answer.mode in config.serve.modes:
@@ -191,41 +191,41 @@ def model_ids(config: Config) -> dict[str, Mode]:
     return ids
 
 
-def openai_routes(desk: Dispatcher) -> APIRouter:
+def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     """Return `/v1/chat/completions` and `/v1/models`."""
-    wrong: dict[int | str, dict[str, Any]] = {
+    errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
     }
     routes = APIRouter(prefix="/v1", tags=["openai"])
-    ids = model_ids(desk.config)
+    ids = model_ids(dispatcher.config)
 
-    @routes.get("/models", response_model=ModelList, responses={401: wrong[401]})
+    @routes.get("/models", response_model=ModelList, responses={401: errors[401]})
     async def models() -> ModelList:
-        """List the base model, once for each mode."""
+        """List the base model once for each mode."""
         return ModelList(data=[Model(id=id) for id in ids])
 
-    @routes.get("/models/{id:path}", response_model=Model, responses={401: wrong[401], 404: wrong[404]})
+    @routes.get("/models/{id:path}", response_model=Model, responses={401: errors[401], 404: errors[404]})
     async def model(id: str) -> Model:
-        """Show one of them."""
+        """Show one model."""
         _mode_of(id, ids)
         return Model(id=id)
 
     @routes.post(
         "/chat/completions",
         response_model=ChatResponse,
-        responses={200: {"content": EVENTS}, **wrong},
+        responses={200: {"content": EVENTS}, **errors},
     )
     async def chat(body: ChatRequest, http: Request) -> Any:
-        """Answer the last message of a chat; with `stream`, as chunks that end with `[DONE]`."""
+        """Answer the last message of a chat. With `stream`, the answer comes as chunks, and `[DONE]` ends it."""
         caller: Caller = http.state.caller
-        request = _to_request(body, _mode_of(body.model, ids), desk.config, caller)
-        desk.admit(caller)
+        request = _to_request(body, _mode_of(body.model, ids), dispatcher.config, caller)
+        dispatcher.admit(caller)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if not body.stream:
-            answer = await while_connected(http, desk.answer("chat", request, body.prag.deadline_s))
-            choice = Choice(message=ReplyMessage(content=answer.text), finish_reason=_reason(answer))
+            answer = await while_connected(http, dispatcher.answer("chat", request, body.prag.deadline_s))
+            choice = Choice(message=ReplyMessage(content=answer.text), finish_reason=_finish_reason(answer))
             return ChatResponse(**head, choices=[choice], usage=_usage(answer), prag=_extra(answer))
-        pieces = desk.stream("chat", request, body.prag.deadline_s)
+        pieces = dispatcher.stream("chat", request, body.prag.deadline_s)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return await while_connected(http, EventStream.begin(_chunks(head, pieces, usage)))
 
@@ -234,17 +234,19 @@ def openai_routes(desk: Dispatcher) -> APIRouter:
 
 def _mode_of(id: str, ids: dict[str, Mode]) -> Mode:
     if id not in ids:
-        raise ApiError(404, "model_not_found", f"there is no such model; there are {', '.join(ids)}", "model")
+        raise ApiError(404, "model_not_found", f"there is no such model; the models are {', '.join(ids)}", "model")
     return ids[id]
 
 
 def _to_request(body: ChatRequest, mode: Mode, config: Config, caller: Caller) -> AskRequest:
     *turns, last = body.messages
     if last.role != "user":
-        raise ApiError(422, "invalid_request", "messages: the last one must be the user's question", "messages")
-    check_length("messages", "".join(message.text for message in body.messages), config)
+        raise invalid_field("messages", "the last one must be the user's question")
+    if not last.text.strip():
+        raise invalid_field("messages", "the last one is blank")
+    check_length("messages", "".join(message.text for message in body.messages), config.serve)
     plain = AnswerRequest(
-        question=last.text or " ",
+        question=last.text,
         mode=mode,
         top_k=body.prag.top_k,
         weights=body.prag.weights,
@@ -270,11 +272,11 @@ async def _chunks(head: dict[str, Any], pieces: AsyncGenerator[str | Answer], wi
     async with aclosing(pieces):
         async for piece in pieces:
             if not begun:
-                # The first chunk comes with the first piece: what is refused before it has an error's status.
+                # Not before the first piece: a question that is refused must get an error's status.
                 begun = True
                 yield chunk({"role": "assistant", "content": ""})
             if isinstance(piece, Answer):
-                yield chunk({}, _reason(piece), prag=_extra(piece).model_dump())
+                yield chunk({}, _finish_reason(piece), prag=_extra(piece).model_dump())
                 if with_usage:
                     yield event({**head, "choices": [], "usage": _usage(piece).model_dump()})
             else:
@@ -282,7 +284,7 @@ async def _chunks(head: dict[str, Any], pieces: AsyncGenerator[str | Answer], wi
     yield "data: [DONE]\n\n"
 
 
-def _reason(answer: Answer) -> Literal["stop", "length"]:
+def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
     return "length" if answer.finish == "length" else "stop"
 
 

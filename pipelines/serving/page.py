@@ -1,4 +1,4 @@
-"""The page at `/`: three files that a browser needs and nothing from elsewhere."""
+"""The page at `/`: three files, with nothing loaded from other servers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from importlib import resources
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-# Path, file and media type. The paths are relative to each other, so that a proxy may serve all of it below a prefix.
+# Path, file and media type. The page links to the others by relative paths, so a proxy may serve it below a prefix.
 _FILES = (
     ("/", "index.html", "text/html"),
     ("/page.css", "page.css", "text/css"),
     ("/page.js", "page.js", "text/javascript"),
 )
-# What holds nothing of anybody, and is seen before there is a key.
+# These hold no user's data and are served without a key.
 PAGE_PATHS = frozenset(path for path, _, _ in _FILES)
 
 _HEADERS = {
-    # Only its own two files, and only its own server; no other page may show it in a frame.
+    # Only the page's own two files, requests to its own server only, and no frame around it.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -31,7 +31,7 @@ _HEADERS = {
 
 
 def page_routes() -> APIRouter:
-    """Return `/` and the files that its page needs."""
+    """Return the routes of the page's files."""
     routes = APIRouter()
     for path, name, media_type in _FILES:
         content = (resources.files("pipelines.serving") / "static" / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What the HTTP API takes and gives, as its OpenAPI document describes it."""
+"""Requests and responses of the HTTP API, as its OpenAPI document describes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from pipelines.serving.errors import ApiError, ErrorBody
-from prag_core.config import Config
+from pipelines.serving.errors import ErrorBody, check_limit, invalid_field
+from prag_core.config import Config, ServeConfig
 from prag_core.inference.request import Request
 from prag_core.prompts import Role
 from prag_core.records import MAX_STRENGTH, Answer, Finish, MergeRule, Mode, UsedPassage
@@ -21,26 +21,28 @@ def _is_text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair; no text holds one.
+        # JSON can spell half a surrogate pair, which is not Unicode text.
         raise PydanticCustomError("not_text", "holds half a surrogate pair") from None
     return value
 
 
 Text = Annotated[str, AfterValidator(_is_text)]
-Temperature = Annotated[float, Field(ge=0, le=2, description="0 takes the likeliest token each time.")]
-TopP = Annotated[float, Field(gt=0, le=1, description="Draw among the likeliest tokens of this share.")]
-Seed = Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED, description="With the prompt it decides what is drawn.")]
+Temperature = Annotated[float, Field(ge=0, le=2, description="0 takes the most likely token each time.")]
+TopP = Annotated[
+    float, Field(gt=0, le=1, description="Draw among the most likely tokens that have this share of the probability.")
+]
+Seed = Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED, description="The same seed and prompt draw the same tokens.")]
 Stop = Annotated[Text, Field(min_length=1, max_length=100)]
 
 
 class Strict(BaseModel):
-    """A body in which nothing is guessed: no unknown field, no text where a number belongs."""
+    """A body that is read strictly: no unknown field, no text in place of a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class AnswerRequest(Strict):
-    """A question, and how it is to be answered; what is absent is as the server's `answer` section says."""
+    """A question and how to answer it. Absent fields are as the server's `answer` section says."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"question": QUESTION, "mode": "combine", "top_k": 3}, {"question": QUESTION}]}
@@ -52,41 +54,43 @@ class AnswerRequest(Strict):
         description="`closed`: the bare model; `rag`: passages in the prompt; `prag`: in the weights; `combine`: both.",
     )
     top_k: int | None = Field(None, ge=1, description="Passages to use, at most `serve.max_top_k`.")
-    weights: MergeRule | None = Field(None, description="How the passages' adapters are added.")
+    weights: MergeRule | None = Field(
+        None, description="How the passages' adapters are added: `sum`, `mean`, or `score` (a mean by score)."
+    )
     strength: float | None = Field(
         None,
         gt=0,
         le=MAX_STRENGTH,
-        description="What their weights are multiplied by: by default 1, in `combine` `answer.combine_strength`.",
+        description="A factor for the adapters' weights: by default 1, in `combine` `answer.combine_strength`.",
     )
     max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer, at most `serve.max_tokens`.")
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     seed: Seed = 0
     stop: list[Stop] = Field([], max_length=4, description="Texts that end the answer.")
-    min_score: float = Field(0.0, ge=0, description="Passages that score less are not used.")
+    min_score: float = Field(0.0, ge=0, description="Passages with a lower score are not used.")
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds after which the answer is of no use; at most `serve.deadline_s`. In a batch they count "
-        "from when the question's turn has come.",
+        description="Seconds after which the answer is useless; at most `serve.deadline_s`. In a batch they count "
+        "from when the question's turn comes.",
     )
-    stream: bool = Field(False, description="Send the text as server-sent events while it is made.")
+    stream: bool = Field(False, description="Send the text as server-sent events as it is made.")
 
 
 class PassageUse(BaseModel):
-    """A retrieved passage, and how it was used.
+    """A retrieved passage and how it was used.
 
-    `fallback`: its adapter could not be had in time, so that it went into the prompt instead.
+    `fallback`: its adapter was missing, late or damaged, so the passage went into the prompt.
     """
 
-    id: str = Field(description="The first of the ids under which the corpus has it.")
+    id: str = Field(description="The first of its ids in the corpus.")
     ids: list[str]
-    key: str = Field(description="Its content's hash.")
+    key: str = Field(description="The hash of its title and text.")
     title: str
     score: float = Field(description="BM25.")
     used: list[Literal["weights", "prompt"]]
-    weight: float = Field(description="What its adapter was multiplied by; 0 when it was not used.")
+    weight: float = Field(description="The factor of its adapter; 0 when it was not used.")
     fallback: bool
 
 
@@ -98,7 +102,7 @@ class TokenCounts(BaseModel):
 
 
 class AnswerResponse(BaseModel):
-    """An answer with everything that led to it."""
+    """An answer, the passages that it used, and where its time went."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -131,32 +135,32 @@ class AnswerResponse(BaseModel):
     mode: Mode
     finish: Finish
     passages: list[PassageUse]
-    snapshot: str = Field(description="The snapshot that it was answered from.")
+    snapshot: str = Field(description="The snapshot that answered.")
     timings_ms: dict[str, float] = Field(description="Milliseconds by step.")
     tokens: TokenCounts
 
 
 class BatchRequest(Strict):
-    """Many questions in one request; each counts for the key's rate."""
+    """Many questions in one request. Each counts for the key's rate."""
 
     requests: list[AnswerRequest] = Field(min_length=1, description="At most `serve.max_batch`; none may stream.")
 
 
 class BatchItem(BaseModel):
-    """What became of one question of a batch: its answer, or its error."""
+    """The answer to one question of a batch, or its error."""
 
     answer: AnswerResponse | None = None
     error: ErrorBody | None = None
 
 
 class BatchResponse(BaseModel):
-    """What became of each question, in their order."""
+    """The answers and errors, in the order of the questions."""
 
     answers: list[BatchItem]
 
 
 class Ready(BaseModel):
-    """The replica answers, and from which snapshot."""
+    """The replica answers questions from this snapshot."""
 
     snapshot: str
 
@@ -173,22 +177,25 @@ def to_request(
     access: frozenset[str] | None,
     history: tuple[tuple[Role, str], ...] = (),
 ) -> Request:
-    """Return what the service takes, within the server's limits.
+    """Return the request for the service, within the server's limits.
 
     `access` are the caller's tags, `history` the turns before the question.
 
     Raises:
-        ApiError: naming the field that is beyond a limit.
+        ApiError: naming the field that is wrong or beyond a limit.
     """
+    limits = config.serve
     mode = body.mode or config.answer.mode
-    _limit("mode", mode in config.serve.modes, f"served here: {', '.join(config.serve.modes)}")
-    _limit("question", bool(body.question.strip()), "is blank")
-    # The defaults are within the limits; None stands for what the recipe's template wants.
+    if mode not in limits.modes:
+        raise invalid_field("mode", f"served here: {', '.join(limits.modes)}")
+    if not body.question.strip():
+        raise invalid_field("question", "is blank")
+    check_length("question", body.question, limits)
     top_k = body.top_k or config.answer.top_k
+    check_limit("top_k", top_k, limits.max_top_k)
+    # None is the default of the recipe's template, which was checked against the limit at the start.
     max_tokens = body.max_tokens or config.answer.max_new_tokens
-    check_length("question", body.question, config)
-    _limit("top_k", top_k <= config.serve.max_top_k, f"at most {config.serve.max_top_k}")
-    _limit("max_tokens", (max_tokens or 1) <= config.serve.max_tokens, f"at most {config.serve.max_tokens}")
+    check_limit("max_tokens", max_tokens or 1, limits.max_tokens)
     return Request(
         question=body.question,
         mode=mode,
@@ -206,18 +213,17 @@ def to_request(
     )
 
 
-def check_length(param: str, text: str, config: Config) -> None:
+def check_length(param: str, text: str, limits: ServeConfig) -> None:
     """Check that a text is within `serve.max_question_chars`.
 
     Raises:
         ApiError: when it is longer.
     """
-    most = config.serve.max_question_chars
-    _limit(param, len(text) <= most, f"at most {most} characters")
+    check_limit(param, len(text), limits.max_question_chars, " characters")
 
 
 def from_answer(answer: Answer) -> AnswerResponse:
-    """Return an answer as clients see it."""
+    """Return an answer as clients get it."""
     return AnswerResponse(
         answer=answer.text,
         mode=answer.mode,
@@ -239,13 +245,6 @@ def _passage(passage: UsedPassage) -> PassageUse:
         score=passage.score,
         used=[*used, "prompt"] if passage.in_prompt else used,
         weight=passage.weight,
-        # Its note names objects of the store, which are for the log.
+        # The note itself may name objects of the store, so it goes to the log only.
         fallback=bool(passage.note),
     )
-
-
-def _limit(param: str, holds: bool, says: str) -> None:
-    if not holds:
-        raise ApiError(
-            422, "limit_exceeded" if says.startswith("at most") else "invalid_request", f"{param}: {says}", param
-        )

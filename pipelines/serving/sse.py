@@ -1,4 +1,4 @@
-"""Server-sent events whose source is closed when the client goes away."""
+"""Server-sent events. Their source is closed when the client disconnects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from pipelines.serving.errors import ApiError
 
-# What the OpenAPI document says of one event; `data` is a JSON document.
+# One event, for the OpenAPI document; `data` is a JSON document.
 EVENTS = {
     "text/event-stream": {
         "schema": {
@@ -24,13 +24,13 @@ EVENTS = {
 
 
 def event(document: Any, name: str = "") -> str:
-    """Return one server-sent event with a JSON document."""
+    """Return one server-sent event that carries a JSON document."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A response that sends events while they are made; an error is the last of them."""
+    """A response that sends events as they are made. If the source fails, the last event is the error."""
 
     def __init__(self, first: str, following: AsyncGenerator[str]) -> None:
         super().__init__(_all(first, following), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -38,15 +38,15 @@ class EventStream(StreamingResponse):
 
     @classmethod
     async def begin(cls, events: AsyncGenerator[str]) -> EventStream:
-        """Wait for the first event: a request that is refused before it gets an error's status.
+        """Wait for the first event. If the source fails before it, the response has the error's status.
 
         Raises:
-            ApiError: what the source raised before its first event.
+            ApiError: when the source failed before its first event.
         """
         return cls(await anext(events), events)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; then, whatever happened, close their source."""
+        """Send the events, and close their source in any case."""
         try:
             await super().__call__(scope, receive, send)
         finally:

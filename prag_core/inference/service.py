@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -126,7 +126,7 @@ class Service:
                     return piece
         raise AssertionError("a run ends with an answer or an error")
 
-    async def stream(self, request: Request, *, deadline_s: float | None = None) -> AsyncIterator[str | Answer]:
+    async def stream(self, request: Request, *, deadline_s: float | None = None) -> AsyncGenerator[str | Answer]:
         """Yield the pieces of an answer's text as they are made, and the whole answer last.
 
         The pieces together are the answer's text. Closing the iterator (`aclose`) cancels the request and frees its

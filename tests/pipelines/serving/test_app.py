@@ -15,8 +15,9 @@ import pytest
 from pipelines.serving.api_keys import KeyFile, KeyRing
 from pipelines.serving.app import make_app
 from pipelines.serving.dispatcher import Dispatcher
-from pipelines.serving.metrics import Metrics, merged
+from pipelines.serving.metrics import Metrics, merge_metrics
 from pipelines.serving.middleware import RateLimiter
+from pipelines.serving.openai_api import model_ids
 from prag_core.config import Config
 from prag_core.config_file import load_config
 from prag_core.inference.engine import open_engine
@@ -47,7 +48,7 @@ class Api:
         self.app = make_app(Dispatcher(self.service, self.config, self.metrics, RateLimiter()), self.keys, self.scrape)
 
     async def scrape(self) -> str:
-        return merged({"one": self.metrics.text()})
+        return merge_metrics({"one": self.metrics.text()})
 
     async def send(self, method: str, path: str, **sent: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -186,6 +187,14 @@ def test_other_errors_have_the_same_shape(api: Api) -> None:
     assert error_of(api.get("/v1/models/none:prag")) == (404, "model_not_found")
 
 
+def test_a_chat_ends_with_a_question(api: Api, config: Config) -> None:
+    (model, *_) = model_ids(config)
+    for role, text in (("user", " \n"), ("user", ""), ("assistant", "Why?")):
+        refused = api.post("/v1/chat/completions", {"model": model, "messages": [{"role": role, "content": text}]})
+        assert error_of(refused) == (422, "invalid_request")
+        assert refused.json()["error"]["param"] == "messages"
+
+
 def test_a_prompt_beyond_the_context_is_refused(api: Api, service: Service, config: Config) -> None:
     wide = Api(service, limited(config, max_question_chars=50_000))
     assert error_of(wide.post("/v1/answer", {"question": "a" * 5_000})) == (422, "prompt_too_long")
@@ -265,7 +274,7 @@ def test_metrics_count_what_happened(service: Service, config: Config) -> None:
         f'prag_snapshot{{replica="one",snapshot="{service.snapshot}"}} 1.0',
     ):
         assert line in text.splitlines()
-    merged_twice = merged({"a": api.metrics.text(), "b": api.metrics.text()})
+    merged_twice = merge_metrics({"a": api.metrics.text(), "b": api.metrics.text()})
     assert merged_twice.count("# TYPE prag_requests_total counter") == 1
     assert merged_twice.count('prag_open_requests{replica="') == 2
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.serving.api_keys import KeyFile, KeyRing
-from pipelines.serving.middleware import LOCAL_CALLER, Caller, Guard, RateLimiter, is_loopback, open_keys
+from pipelines.serving.middleware import LOCAL_CALLER, AuthMiddleware, Caller, RateLimiter, is_loopback, open_keys
 from pipelines.serving.openai_api import ChatRequest
 from prag_core.config import ServeConfig
 from prag_core.errors import ConfigError
@@ -95,17 +95,17 @@ def test_a_rate_holds_over_time_and_over_replicas() -> None:
     now = 15.0
     assert limiter.take(caller) == 0.0
     # Of four replicas each allows a quarter.
-    limiter.share = 4
+    limiter.replicas = 4
     now = 1000.0
     assert sum(limiter.take(caller) == 0 for _ in range(10)) == 2
     assert all(limiter.take(LOCAL_CALLER) == 0 for _ in range(1000))
 
 
 class Asked:
-    """One request through the guard, with the body in pieces; remembers what came of it."""
+    """One request through the middleware, with the body in pieces; remembers what came of it."""
 
     def __init__(self, config: ServeConfig, keys: KeyRing | None = None, **scope: Any) -> None:
-        self.guard = Guard(self._app, keys, config)
+        self.middleware = AuthMiddleware(self._app, keys, config)
         self.scope: dict[str, Any] = {
             "type": "http", "method": "POST", "path": "/v1/answer", "headers": [(b"host", b"127.0.0.1:8000")],
             "client": ("127.0.0.1", 5), **scope,
@@ -132,7 +132,7 @@ class Asked:
         async def send(message: dict[str, Any]) -> None:
             self.sent.append(message)
 
-        asyncio.run(self.guard(self.scope, receive, send))
+        asyncio.run(self.middleware(self.scope, receive, send))
         return self.sent[0]["status"] if self.sent else 0
 
     @property

@@ -1,4 +1,4 @@
-"""Following the store: whatever it holds, a replica goes on looking."""
+"""A job that fails is repeated: a replica keeps checking the store for new snapshots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.serving.follower import Follower
+from pipelines.serving.periodic_task import PeriodicTask
 from prag_core.errors import EngineStuckError
 from prag_core.identity import seal
 from prag_core.llm.base_model import BaseModel
@@ -16,7 +16,7 @@ from prag_core.store.snapshot import load_snapshot, publish, renamed
 from tests.helpers.serving import World
 
 
-def test_a_look_that_goes_wrong_in_any_way_is_not_the_last(tiny_session: BaseModel, tmp_path: Path) -> None:
+def test_a_failed_check_is_repeated_whatever_the_error(tiny_session: BaseModel, tmp_path: Path) -> None:
     world = World(tiny_session, tmp_path)
     world.publish(count=2)
     failures: list[str] = []
@@ -26,21 +26,21 @@ def test_a_look_that_goes_wrong_in_any_way_is_not_the_last(tiny_session: BaseMod
             await asyncio.sleep(0.001)
 
     async def run() -> None:
-        async def look() -> None:
+        async def refresh() -> None:
             await service.refresh()
 
-        follower = Follower(look, 0.001, lambda: failures.append(service.snapshot))
-        # A recipe of which this version knows nothing: an error that nobody foresaw.
+        task = PeriodicTask(refresh, 0.001, lambda: failures.append(service.snapshot))
+        # A recipe that this version does not know: the job raises something other than a PragError.
         world.store.put_json("adapters/newer/recipe.json", seal({"recipe": {}, "layout": {}}))
         publish(world.store, renamed(replace(load_snapshot(world.store), recipe="newer")))
         await until(lambda: len(failures) > 1)
-        follower.check()
-        mended = world.publish(shift=1, count=2)
-        await until(lambda: service.snapshot == mended.id)
-        follower.end()
+        task.check()
+        repaired = world.publish(shift=1, count=2)
+        await until(lambda: service.snapshot == repaired.id)
+        task.cancel()
         await asyncio.sleep(0.01)
-        with pytest.raises(EngineStuckError, match="nothing looks for new snapshots"):
-            follower.check()
+        with pytest.raises(EngineStuckError, match="no longer checks for new snapshots"):
+            task.check()
 
     with world.service() as service:
         first = service.snapshot
