@@ -184,7 +184,7 @@ def _train(loop: dict[str, Any]) -> _Trained | None:
         loop["settings"],
         rank=rank,
         workers=workers,
-        add_up=torch.distributed.all_reduce if workers > 1 else lambda tensor: None,
+        all_reduce=torch.distributed.all_reduce if workers > 1 else lambda tensor: None,
         on_step=lambda _, loss: losses.append(loss),
     )
     if rank:

@@ -1,9 +1,8 @@
-"""LoRA factors outside the model: their shapes, their start, and their injection row by row.
+"""LoRA adapters in a forward pass: each row of a batch has adapters of its own, and the model stays unchanged.
 
-An adapter's factors are arguments of a forward pass, never state of the model. For row i of a batch and one
-adapted module, `y = W x + B_i (w_i ⊙ (A_i x))`: two batched products, in which `A_i` and `B_i` may hold one
-adapter (training) or several side by side (answering), since a sum of adapters is one adapter of the summed
-rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`, exactly (docs/architecture.md).
+For row i and one adapted module, `y = W x + B_i (w_i ⊙ (A_i x))`: two batched products. In training, `A_i` and `B_i`
+hold one adapter. In answering they hold several side by side, since a sum of adapters is exactly one adapter of the
+summed rank: `Σ_j w_j B_j A_j = [B_1 … B_k] diag(w) [A_1; …; A_k]`.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ Factors = Mapping[str, Tensor]
 
 
 def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
-    """Find the modules of `model` that a recipe adapts, by (layer, target), and the layout of its adapters.
+    """Return the layout of a recipe's adapters for `model`, and the modules to adapt by (layer, target).
 
     Raises:
-        ModelError: when the model does not fit; see `prag_core.llm.layout.find_layout`.
+        ModelError: when the model does not fit the recipe; see `prag_core.llm.layout.find_layout`.
     """
     layout = find_layout(linear_shapes(model), recipe)
     modules = {}
@@ -51,7 +50,7 @@ def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:
-    """Return the fp32 factors that every adapter of a recipe starts from: A Kaiming-uniform as in PEFT, B zero."""
+    """Return the fp32 factors that all adapters of a recipe start from: A Kaiming-uniform as in PEFT, B zero."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, shape in layout.tensor_shapes.items():
@@ -63,11 +62,11 @@ def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:
 
 
 def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
-    """Check that an adapter has each tensor of the layout, in its shape, and finite.
+    """Check that an adapter has each tensor of the layout, in the right shape, and that all values are finite.
 
     Raises:
-        AdapterError: naming the adapter and the first tensor that does not fit.
-        NotFiniteAdapterError: naming the adapter and the first tensor that is not finite.
+        AdapterError: names the adapter and the first tensor that does not fit.
+        NotFiniteAdapterError: names the adapter and the first tensor that is not finite.
     """
     expected = layout.tensor_shapes
     if set(factors) != set(expected):
@@ -77,19 +76,19 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
             raise AdapterError(
                 f"adapter {key}: {name} has shape {tuple(factors[name].shape)}, the layout wants {shape}"
             )
-        # The extremes are not finite where any value is not; to find them is an order of magnitude faster than to look
-        # at each value in bf16, which took most of the time of fetching an adapter.
+        # If any value is not finite, an extreme is not. In bf16 `aminmax` is ten times faster than `isfinite` on all
+        # values, which took most of the time of fetching an adapter.
         if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
             raise NotFiniteAdapterError(f"adapter {key}: {name} holds values that are not finite")
 
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """The adapters of each row of one batch.
+    """The adapters of each of R rows, for one forward pass; q is the summed rank of a row.
 
-    `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`, where q is the
-    summed rank of a row: with few tokens a row, adding q long rows is an order of magnitude faster than q short
-    products for each output. `weights` is `[R, q]` and carries both the weight of each adapter and the layout's scale.
+    `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`. B is transposed
+    because with few tokens per row, adding q long rows is ten times faster than q short products per output.
+    `weights` `[R, q]` is each adapter's weight times the layout's scale.
     """
 
     factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
@@ -98,9 +97,10 @@ class RowAdapters:
 
 @dataclass(frozen=True)
 class AdapterStack:
-    """The same for all layers at once, so that a row is laid and moved by few copies.
+    """The adapters of each of R rows with all layers in one tensor, so that few copies move a row.
 
-    `factors` maps each target to A `[layers, R, q, inputs]` and the transpose of B `[layers, R, q, outputs]`.
+    `factors` maps each target to A `[layers, R, q, inputs]` and the transpose of B `[layers, R, q, outputs]`;
+    `weights` is `[R, q]`, as in `RowAdapters`.
     """
 
     layers: tuple[int, ...]
@@ -108,7 +108,7 @@ class AdapterStack:
     weights: Tensor
 
     def rows(self, count: int | None = None) -> RowAdapters:
-        """Return the first `count` rows, or all, as views."""
+        """Return views of the first `count` rows, by default of all."""
         views = {
             (layer, target): (a[position, :count], b[position, :count])
             for target, (a, b) in self.factors.items()
@@ -124,14 +124,14 @@ def stack_adapters(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> AdapterStack | None:
-    """Lay the (adapter, weight) pairs of each row side by side; rows with fewer get zero slots.
+    """Stack the (adapter, weight) pairs of each row side by side; rows with fewer adapters are filled with zeros.
 
-    Returns None when no row has an adapter: the bare model then runs as it is.
+    Returns None when no row has an adapter, so that the bare model runs.
     """
-    slots = max((len(row) for row in rows), default=0)
-    if slots == 0:
+    most = max((len(row) for row in rows), default=0)
+    if most == 0:
         return None
-    weights = torch.zeros(len(rows), slots * layout.rank)
+    weights = torch.zeros(len(rows), most * layout.rank)
     for i, row in enumerate(rows):
         for j, (_, weight) in enumerate(row):
             weights[i, j * layout.rank : (j + 1) * layout.rank] = weight * layout.scale
@@ -139,8 +139,8 @@ def stack_adapters(
     for target in layout.targets:
         count, rank, inputs = layout.tensor_shapes[f"{target}.A"]
         outputs = layout.tensor_shapes[f"{target}.B"][1]
-        a = torch.empty(count, len(rows), slots, rank, inputs, dtype=dtype)
-        b = torch.empty(count, len(rows), slots, rank, outputs, dtype=dtype)
+        a = torch.empty(count, len(rows), most, rank, inputs, dtype=dtype)
+        b = torch.empty(count, len(rows), most, rank, outputs, dtype=dtype)
         for i, row in enumerate(rows):
             for j, (adapter, _) in enumerate(row):
                 a[:, i, j] = adapter[f"{target}.A"]
@@ -158,7 +158,7 @@ def stack_rows(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> RowAdapters | None:
-    """Return what `stack_adapters` lays as the adapters of one forward pass."""
+    """Stack the (adapter, weight) pairs of each row as `stack_adapters` does, for one forward pass."""
     stacked = stack_adapters(layout, rows, dtype=dtype, device=device)
     return stacked.rows() if stacked is not None else None
 
@@ -166,8 +166,8 @@ def stack_rows(
 class Injector:
     """Adds the active rows' adapters to the outputs of a model's adapted modules.
 
-    The hooks are set once and hold no adapter; which adapters are active is the business of `active`, for the
-    calling thread or task alone. Without it the model computes what it always did.
+    The hooks are registered once and hold no adapter. `active` sets the adapters for the calling thread or task alone;
+    outside of it the model runs without adapters.
     """
 
     def __init__(self, model: Any, recipe: TrainRecipe) -> None:
@@ -184,7 +184,7 @@ class Injector:
 
     @contextlib.contextmanager
     def active(self, rows: RowAdapters | None) -> Iterator[None]:
-        """Within this context, forward passes of as many rows as `rows` has use their adapters."""
+        """Use these rows' adapters in the forward passes within this context; they need the same number of rows."""
         token = self._active.set(rows)
         try:
             yield
@@ -192,14 +192,14 @@ class Injector:
             self._active.reset(token)
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the `context_fn` pair of `torch.utils.checkpoint`: what is active now is so in the recomputation.
+        """Return a `context_fn` pair for `torch.utils.checkpoint`, which keeps the active adapters for recomputation.
 
-        On CUDA the backward pass runs in a thread of autograd's own, which knows nothing of the caller's context.
+        On CUDA the backward pass runs in a thread of autograd, which does not see the caller's context.
         """
         return contextlib.nullcontext(), self.active(self._active.get())
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -211,19 +211,25 @@ class Injector:
                 return None
             a, b = rows.factors[place]
             x = inputs[0]
-            middle = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
-            return torch.baddbmm(output, middle, b.to(x.dtype))
+            low_rank = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
+            return torch.baddbmm(output, low_rank, b.to(x.dtype))
 
         return add_low_rank
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter as training left it: fp32 factors on the CPU, and how it went.
+    """A trained adapter and its statistics.
 
-    `factors` is None when `failure` says why there are none: `loss_not_finite` (nothing of it reached its
-    neighbours) or `out_of_memory` (alone, it was too much for the device). `first_loss` and `last_loss` are means
-    over the first and the last epoch.
+    Args:
+        key: The passage's key.
+        factors: fp32 factors on the CPU; None when training failed.
+        steps: Optimizer steps.
+        tokens: Tokens trained, all epochs together.
+        first_loss: Mean loss over the first epoch.
+        last_loss: Mean loss over the last epoch.
+        seconds: The passage's share of its stack's training time.
+        failure: Empty, or `loss_not_finite`, or `out_of_memory` (even with no other passage in the stack).
     """
 
     key: str

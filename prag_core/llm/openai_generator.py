@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a Generator: OpenAI's own, vLLM, SGLang, llama.cpp, Ollama."""
+"""A Generator for OpenAI-compatible endpoints: OpenAI, vLLM, SGLang, llama.cpp, Ollama."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prag_core.llm.generator import Prompt
 
 
 class OpenAIGenerator:
-    """Any OpenAI-compatible endpoint as a Generator: many requests at once, retried with growing pauses.
+    """Sends prompts to an OpenAI-compatible endpoint, many at the same time, and retries failed ones with back-off.
 
     Chat prompts go to `/chat/completions`, plain ones to `/completions`. `top_k` is not part of the protocol and
-    is left out. Call it from a thread without a running event loop.
+    is ignored. Call it from a thread without a running event loop.
     """
 
     def __init__(self, endpoint: EndpointConfig) -> None:
-        # The URL and the key are facts of one machine; the model is what decides the text.
+        # URL and key belong to one machine; only the model decides the text.
         self.fingerprint = f"openai:{endpoint.model}"
         self._endpoint = endpoint
 
@@ -33,7 +33,7 @@ class OpenAIGenerator:
         top_k: int = 0,
         seed: int = 0,
     ) -> list[str | GenerationError]:
-        """Return one text a prompt, or its error once `endpoint.retries` are spent; see `Generator`.
+        """Return one result for each prompt: its text, or its error after `endpoint.retries` retries; see `Generator`.
 
         Raises:
             GenerationError: when the endpoint cannot be reached, refuses the key or does not know the model.
@@ -48,7 +48,7 @@ class OpenAIGenerator:
         from openai import AsyncOpenAI
 
         endpoint = self._endpoint
-        # Local servers want no key, but the client insists on one.
+        # Local servers need no key, but the client requires one.
         key = os.environ.get(endpoint.api_key_env) or "unused"
         gate = asyncio.Semaphore(endpoint.concurrency)
         async with AsyncOpenAI(
@@ -81,11 +81,12 @@ class OpenAIGenerator:
         except openai.APITimeoutError as error:
             return self._error(error, key, "raise augment.endpoint.timeout_s or lower augment.endpoint.concurrency")
         except openai.APIConnectionError as error:
-            # Its text is only "Connection error."; what was wrong is in its cause.
-            raise self._error(error.__cause__ or error, key, "start the server or mend augment.endpoint.url") from None
+            # Its text is only "Connection error."; its cause says more.
+            cause = error.__cause__ or error
+            raise self._error(cause, key, "start the server or correct augment.endpoint.url") from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._error(
-                error, key, f"set {self._endpoint.api_key_env} to a key that the endpoint takes"
+                error, key, f"set {self._endpoint.api_key_env} to a key that the endpoint accepts"
             ) from None
         except openai.NotFoundError as error:
             raise self._error(
@@ -96,15 +97,15 @@ class OpenAIGenerator:
                 return PromptTooLongError(*self._error(error, key, "split the passage (corpus.max_words)").args)
             return self._error(error, key, "the endpoint refuses this prompt; see its message")
         except openai.APIStatusError as error:
-            return self._error(error, key, "raise augment.endpoint.retries, or try when the endpoint is healthy")
+            return self._error(error, key, "raise augment.endpoint.retries, or try again when the endpoint is healthy")
         except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
-            return self._error(error, key, "the reply is not what the OpenAI protocol says; check the server")
+            return self._error(error, key, "the reply does not follow the OpenAI protocol; check the server")
         return text or ""
 
     def _error(self, error: BaseException, key: str, remedy: str) -> GenerationError:
-        """Return what went wrong in words that never hold the key, though a server may echo it."""
-        what = f"{type(error).__name__}: {error}".replace(key, "[key]")[:500]
+        """Return an error for the caller; its message never holds the key, even if the server's does."""
+        cause = f"{type(error).__name__}: {error}".replace(key, "[key]")[:500]
         endpoint = self._endpoint
         return GenerationError(
-            f"{endpoint.url}, model {endpoint.model!r}, after up to {endpoint.retries} retries: {what}", remedy
+            f"{endpoint.url}, model {endpoint.model!r}, after up to {endpoint.retries} retries: {cause}", remedy
         )

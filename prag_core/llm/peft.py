@@ -1,4 +1,4 @@
-"""Adapters to and from the folders that PEFT reads and writes."""
+"""Reading and writing adapters as folders in PEFT's format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PEFT_NAME = re.compile(r"layers\.(\d+)\..*?(\w+)\.lora_([AB])\.weight$")
 
 
 def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base_model: str) -> None:
-    """Write an adapter as a PEFT folder, which `PeftModel.from_pretrained` loads onto the base model."""
+    """Write an adapter as a PEFT folder, which `PeftModel.from_pretrained` can load onto the base model."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for target in layout.targets:
@@ -43,11 +43,11 @@ def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base_model: 
 
 
 def import_peft(layout: LoraLayout, folder: Path) -> dict[str, Tensor]:
-    """Return the fp32 factors of a PEFT LoRA folder, as `export_peft` or PEFT itself writes it.
+    """Return the fp32 factors of a LoRA folder that `export_peft` or PEFT wrote.
 
     Raises:
-        AdapterError: when the folder holds no LoRA adapter, or one of another rank, scale, set of modules or shape
-            than the layout's. No tensor of it is left out in silence.
+        AdapterError: when the folder holds no LoRA adapter, or differs from the layout in rank, scale, modules or
+            shapes. A tensor that the layout does not have is an error too.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def import_peft(layout: LoraLayout, folder: Path) -> dict[str, Tensor]:
     if config.get("use_rslora") or (rank, scale) != (layout.rank, layout.scale):
         raise AdapterError(
             f"{folder}: rank {rank}, alpha / rank {scale:g}; the recipe has rank {layout.rank}, {layout.scale:g}",
-            "set train.rank and train.alpha to the adapter's",
+            "set train.rank and train.alpha to those of the adapter",
         )
     stacked: dict[str, dict[int, Tensor]] = {name: {} for name in layout.tensor_shapes}
     for name, tensor in tensors.items():
@@ -66,14 +66,14 @@ def import_peft(layout: LoraLayout, folder: Path) -> dict[str, Tensor]:
         place = f"{match.group(2)}.{match.group(3)}" if match else ""
         if match is None or place not in stacked or int(match.group(1)) not in layout.layers:
             raise AdapterError(
-                f"{folder}: holds {name}, and the recipe adapts {', '.join(layout.targets)} of layers "
+                f"{folder}: holds {name}, but the recipe adapts {', '.join(layout.targets)} of layers "
                 f"{layout.layers[0]} to {layout.layers[-1]}",
-                "set train.targets and train.last_layers to the adapter's",
+                "set train.targets and train.last_layers to those of the adapter",
             )
         stacked[place][int(match.group(1))] = tensor.float()
     missing = [f"layer {n} {name}" for name, found in stacked.items() for n in layout.layers if n not in found]
     if missing:
-        raise AdapterError(f"{folder}: lacks {missing[0]} and {len(missing) - 1} more", "name a whole adapter")
+        raise AdapterError(f"{folder}: lacks {missing[0]} and {len(missing) - 1} more", "name a complete adapter")
     factors = {name: torch.stack([found[n] for n in layout.layers]) for name, found in stacked.items()}
     check_factors(layout, factors, str(folder))
     return factors

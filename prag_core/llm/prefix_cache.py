@@ -1,4 +1,4 @@
-"""Beginnings that many prompts share (an instruction, worked examples), each read once by the bare model."""
+"""Prefixes that many prompts share (an instruction, worked examples), each computed once by the bare model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-# Fewer common tokens than this are not worth a forward pass of their own.
+# Shorter prefixes are not worth a forward pass of their own.
 _SHORTEST_PREFIX = 32
-# Beginnings that are kept, the last used ones.
+# How many prefixes are kept: those used most recently.
 _KEPT_PREFIXES = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The first tokens of some prompts, with the bare model's keys and values `[1, heads, tokens, head dimension]`."""
+    """A prefix's tokens, with the bare model's keys and values `[1, heads, tokens, head dimension]` of each layer."""
 
     ids: list[int]
     layers: list[tuple[Tensor, Tensor]]
 
     def cache(self, length: int, rows: int) -> DynamicCache:
-        """Return a cache of `rows` rows that each hold the first `length` tokens."""
+        """Return a cache with `rows` rows, each of which holds the first `length` tokens."""
         return DynamicCache(
             [
                 (keys[:, :, :length].expand(rows, -1, -1, -1), values[:, :, :length].expand(rows, -1, -1, -1))
@@ -34,9 +34,9 @@ class Prefix:
 
 
 class PrefixCache:
-    """The last used beginnings that many prompts share (an instruction, worked examples), each computed once.
+    """The prefixes that were used most recently.
 
-    They are the bare model's: hidden states depend on the adapters, so rows with adapters must not use them.
+    Rows with adapters must not use them: hidden states depend on the adapters, and these are the bare model's.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,9 +44,9 @@ class PrefixCache:
         self._kept: list[Prefix] = []
 
     def share(self, prompts: Sequence[list[int]]) -> tuple[Prefix | None, int]:
-        """Compute what all of `prompts` begin with, unless it is short, and return it as `match` does.
+        """Compute the prefix that all of `prompts` share, unless it is short, and return it as `match` does.
 
-        A known prefix that lacks only a few of the common tokens will do.
+        A known prefix that lacks only a few of the common tokens is used as it is.
         """
         if not prompts:
             return None, 0
@@ -63,14 +63,14 @@ class PrefixCache:
             rest = torch.tensor([ids[length:]], device=self._model.device)
             positions = torch.arange(length, len(ids), device=self._model.device)[None]
             self._model(input_ids=rest, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
-        # What the new one begins with is needed no more.
+        # Prefixes of the new prefix are no longer needed.
         self._kept = [prefix for prefix in self._kept if prefix.ids != ids[: len(prefix.ids)]]
         self._kept.append(Prefix(ids, cache_layers(cache)))
         del self._kept[:-_KEPT_PREFIXES]
         return self._kept[-1], len(ids)
 
     def match(self, ids: Sequence[int]) -> tuple[Prefix | None, int]:
-        """Return the known prefix that `ids` share most tokens with, and how many; None and 0 when it is few."""
+        """Return the known prefix with which `ids` share the most tokens, and how many; None and 0 when too few."""
         best, length = None, _SHORTEST_PREFIX - 1
         for prefix in self._kept:
             common = _common(prefix.ids, ids)
@@ -80,7 +80,7 @@ class PrefixCache:
 
 
 def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer of a cache."""
+    """Return the (keys, values) of each layer of a cache."""
     layers = []
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)
@@ -91,4 +91,5 @@ def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

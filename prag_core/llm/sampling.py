@@ -1,4 +1,4 @@
-"""Choosing the next token of each row: the likeliest, or one drawn by temperature, top-k and top-p."""
+"""Choosing the next token of each row: the most likely one, or one sampled by temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A temperature below it is 0: dividing by it would leave the range of a float.
-_COLDEST = 1e-5
-# What stands for the token of a row whose logits are not finite.
+# Lower temperatures count as 0: logits divided by them would overflow.
+_MIN_TEMPERATURE = 1e-5
+# The token of a row whose logits are not finite.
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one row's tokens are drawn, by a random generator of its own.
-
-    `top_k` 0 stands for all tokens; `top_p` 1 as well.
-    """
+    """How to sample one row's tokens, with a random generator of its own; `top_k` 0 and `top_p` 1 allow all tokens."""
 
     temperature: float
     top_k: int
@@ -29,8 +26,8 @@ class Sampler:
 
 
 def make_sampler(prompt: Sequence[int], *, temperature: float, top_k: int, top_p: float, seed: int) -> Sampler | None:
-    """Return the sampler of a row; None where the temperature is 0, and the likeliest token is taken."""
-    if temperature <= _COLDEST:
+    """Return the sampler of a row; None for temperature 0, where the most likely token is taken."""
+    if temperature <= _MIN_TEMPERATURE:
         return None
     generator = torch.Generator().manual_seed(_row_seed(seed, prompt))
     return Sampler(temperature, top_k, top_p, generator)
@@ -42,29 +39,29 @@ def _row_seed(seed: int, ids: Sequence[int]) -> int:
 
 
 def pick_tokens(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int]:
-    """Return one token a row of `logits` `[rows, vocabulary]`: the likeliest, or drawn by the row's own sampler.
+    """Return one token for each row of `logits` `[rows, vocabulary]`, chosen by the row's sampler.
 
-    It is `NO_TOKEN` where the logits are not finite.
+    Without a sampler it is the most likely token, and with logits that are not finite it is `NO_TOKEN`.
     """
     best, tokens = logits.max(-1)
-    by_count: dict[int, list[int]] = {}
-    drawing = {row: sampler for row, sampler in enumerate(samplers) if sampler is not None}
-    for row, sampler in drawing.items():
-        by_count.setdefault(min(sampler.top_k or logits.shape[-1], logits.shape[-1]), []).append(row)
-    # Rows with the same `top_k` together: which of two equal logits comes first may depend on it.
-    for count, rows in by_count.items():
-        values, candidates = logits[rows].float().topk(count)
-        drawn = [_draw(largest, drawing[row]) for largest, row in zip(values.cpu(), rows, strict=True)]
+    rows_by_k: dict[int, list[int]] = {}
+    sampled = {row: sampler for row, sampler in enumerate(samplers) if sampler is not None}
+    for row, sampler in sampled.items():
+        rows_by_k.setdefault(min(sampler.top_k or logits.shape[-1], logits.shape[-1]), []).append(row)
+    # One `topk` for each k: the order of equal logits may depend on k, and must not depend on the neighbours' k.
+    for k, rows in rows_by_k.items():
+        values, candidates = logits[rows].float().topk(k)
+        drawn = [_draw(largest, sampled[row]) for largest, row in zip(values.cpu(), rows, strict=True)]
         tokens[rows] = candidates.gather(1, torch.stack(drawn).to(candidates.device))[:, 0]
     picked: list[int] = torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
     return picked
 
 
 def _draw(values: Tensor, sampler: Sampler) -> Tensor:
-    """Draw one index `[1]` into the logits `values` `[n]`, which are sorted from high to low."""
+    """Sample one index, an int64 tensor `[1]`, from the logits `values` `[k]`, which are sorted from high to low."""
     if not values[0].isfinite():
         return torch.zeros(1, dtype=torch.long)
-    shares = (values / sampler.temperature).softmax(-1)
+    probabilities = (values / sampler.temperature).softmax(-1)
     if sampler.top_p < 1:
-        shares = shares * (shares.cumsum(-1) - shares < sampler.top_p)
-    return torch.multinomial(shares, 1, generator=sampler.generator)
+        probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < sampler.top_p)
+    return torch.multinomial(probabilities, 1, generator=sampler.generator)

@@ -1,7 +1,7 @@
-"""A linear module whose products of few rows are computed the other way round on a CPU: (W·xᵀ)ᵀ instead of x·Wᵀ.
+"""A faster linear layer for few rows: for 2 to 64 rows on a CPU, compute (W·xᵀ)ᵀ; MKL is faster there.
 
-A decoding step multiplies one row a sequence. For 2 to 64 rows the CPU library's kernel for x·Wᵀ took 1.2 to 4 times as
-long in fp32 as the one for W·xᵀ, which reads the weights along their rows (docs/decisions.md, 65).
+A decoding step multiplies one row for each sequence. For so few rows MKL's fp32 kernel for x·Wᵀ takes 1.2 to 4 times as
+long as the one for W·xᵀ, which reads the weights along their rows (docs/decisions.md, 65).
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Below, there is a kernel for a matrix and a vector; above, little or nothing is gained, but for the output layer.
+# One row has a fast matrix-vector kernel. Beyond 64 rows little or nothing is gained, except in the output layer.
 FEW_ROWS = range(2, 65)
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` without a bias, for inputs `[..., inputs]` of which few are given at once."""
+    """An `nn.Linear` without a bias that is fast for few rows."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `[..., outputs]`: the same product, its sums rounded in another order."""
+        """Map `[..., inputs]` to `[..., outputs]`; the result differs from `nn.Linear` by rounding only."""
         rows = input.numel() // self.in_features
         if rows not in FEW_ROWS:
             return functional.linear(input, self.weight)
-        turned = self.weight @ input.reshape(rows, self.in_features).T
-        return turned.T.reshape(*input.shape[:-1], self.out_features)
+        transposed = self.weight @ input.reshape(rows, self.in_features).T
+        return transposed.T.reshape(*input.shape[:-1], self.out_features)
 
 
 def use_few_rows(model: nn.Module) -> None:
-    """Make the plain linear modules of an fp32 model on a CPU `FewRowsLinear`; their weights and hooks stay."""
+    """Turn the linear modules of an fp32 model on a CPU into `FewRowsLinear`; weights and hooks stay.
+
+    Modules with a bias and subclasses of `nn.Linear` are left as they are.
+    """
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None:
             weight = module.weight

@@ -1,4 +1,4 @@
-"""The cross entropy over a large vocabulary, a chunk of positions at a time."""
+"""Cross entropy over a large vocabulary, computed for a chunk of positions at a time to save memory."""
 
 from __future__ import annotations
 
@@ -7,48 +7,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Positions whose vocabulary scores exist at one time: the whole `[tokens, vocabulary]` in fp32 is gigabytes.
+# Positions whose logits are in memory at one time; all of `[tokens, vocabulary]` in fp32 would be gigabytes.
 _LOSS_CHUNK = 256
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted cross entropy over the vocabulary, a chunk of positions at a time.
+    """Weighted cross entropy over the vocabulary.
 
-    The gradient is computed in the forward pass, while a chunk's scores are at hand; the head's weight is frozen.
+    The forward pass computes the gradient too, while a chunk's logits are in memory. The output layer is frozen.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Take hidden `[N, H]`, head `[V, H]`, targets, weights `[N]`; give the weighted sum, losses `[N]`.
+        """Return the weighted sum of the losses, and the losses `[N]`, which are not differentiable.
 
-        With `softcap` c the scores are c·tanh(scores / c), as in Gemma 2.
+        Args:
+            ctx: Autograd's context.
+            hidden: The last hidden states `[N, H]`.
+            head: The output layer's weight `[V, H]`.
+            targets: The next tokens `[N]`, int64.
+            token_weights: The weights of the losses `[N]`; their dtype is that of the logits and losses.
+            softcap: If c, the logits are c · tanh(logits / c), as in Gemma 2.
         """
         gradient = torch.empty_like(hidden)
         losses = torch.empty_like(token_weights)
         for begin in range(0, len(hidden), _LOSS_CHUNK):
             part = slice(begin, begin + _LOSS_CHUNK)
-            scores = (hidden[part] @ head.T).to(token_weights.dtype)
+            logits = (hidden[part] @ head.T).to(token_weights.dtype)
             squashed = None
             if softcap is not None:
-                squashed = scores.div_(softcap).tanh_()
-                scores = softcap * squashed
-            normalizer = scores.logsumexp(dim=-1, keepdim=True)
+                squashed = logits.div_(softcap).tanh_()
+                logits = softcap * squashed
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
             target = targets[part, None]
-            losses[part] = (normalizer - scores.gather(1, target))[:, 0]
-            probabilities = scores.sub_(normalizer).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
-            probabilities.mul_(token_weights[part, None])
+            losses[part] = (normalizer - logits.gather(1, target))[:, 0]
+            # The gradient of the logits, in place: (softmax − one-hot target) · weight, times tanh's derivative.
+            slope = logits.sub_(normalizer).exp_()
+            slope.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+            slope.mul_(token_weights[part, None])
             if squashed is not None:
-                probabilities.mul_(1 - squashed.square())
-            gradient[part] = probabilities.to(hidden.dtype) @ head
+                slope.mul_(1 - squashed.square())
+            gradient[part] = slope.to(hidden.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the stored gradient by the sum's."""
+        """Return the stored gradient times the gradient of the weighted sum."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None, None

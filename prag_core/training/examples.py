@@ -1,9 +1,9 @@
-"""From an augmentation to the token sequences that one adapter is trained on."""
+"""Training examples: the token sequences on which a passage's adapter is trained."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from prag_core.records import Augmentation, Passage, QAPair
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """One step's token ids; the loss is the mean over the tokens from position `scored_from` (at least 1) on."""
+    """The token ids of one step; the loss is the mean over the tokens from position `scored_from` (at least 1) on."""
 
     ids: tuple[int, ...]
     scored_from: int = 1
@@ -23,14 +23,14 @@ class TrainingExample:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One adapter to train: the passage's key and its examples, in order, one step each."""
+    """One adapter to train: the passage's key and its examples, one for each step of an epoch, in order."""
 
     key: str
     examples: tuple[TrainingExample, ...]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of one epoch."""
+        """The number of tokens in one epoch."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
@@ -42,31 +42,39 @@ class TrainingJob:
 def training_examples(
     tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
 ) -> tuple[TrainingExample, ...]:
-    """Return the training examples of a passage, in the order in which they are trained, one step each.
+    """Return the training examples of a passage, in the order in which they are trained.
 
-    `paper` gives the paper's examples (section 3.2 and the authors' code): the first half of the questions,
-    rounded up, with the passage and then with each rewrite; the others without. Where an augmentation has no
-    rewrite, the passage stands in for it. `closed_book` asks only the first question with the passage and with
-    each rewrite, and then each question without, the way in which it will be asked: fewer tokens, and more of
-    them about the answer. Each example is truncated to `recipe.max_tokens` tokens; one of which nothing is left
-    to learn then (`loss: answer`, and the question alone is too long) is left out.
+    Each example asks a question, with or without a context in the prompt:
+    - `recipe.examples` = `paper` (the paper's section 3.2 and the authors' code): the first half of the questions,
+      rounded up, with the passage and then with each rewrite as context; the other questions without context.
+    - `closed_book`: the first question with the passage and with each rewrite as context, then all questions without
+      context, as they will be asked later. That is fewer tokens, and more of them about the answer.
+    Where an augmentation has no rewrite, the passage takes its place. Examples are truncated to `recipe.max_tokens`
+    tokens, and dropped when no token with a loss is left.
 
-    With `recipe.without` the rewrites are left out, and nothing stands in for them; or the questions are, and the
-    texts themselves are trained, one after the other; or both, and the passage alone is.
+    `recipe.without` leaves something out. `rewrites`: no rewrite, and no passage in its place. `qa`: no questions; the
+    passage and the rewrites themselves are the examples. `both`: the passage is the only example.
     """
     if recipe.without in ("qa", "both"):
         return _text_examples(tokenizer, passage, augmentation, recipe)
-    examples = []
-    for pair, context in _plan(passage, augmentation, recipe):
-        question = question_ids(tokenizer, pair.question, [context] if context else [], template=recipe.template)
-        answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
-        if recipe.eos:
-            answer.append(tokenizer.eos_token_id)
-        ids = (*question, *answer)[: recipe.max_tokens]
-        scored_from = len(question) if recipe.loss == "answer" else 1
-        if scored_from < len(ids):
-            examples.append(TrainingExample(ids, scored_from))
-    return tuple(examples)
+    examples = [
+        pair_example(tokenizer, pair, contexts, recipe)
+        for pair, contexts in _pairs_with_contexts(passage, augmentation, recipe)
+    ]
+    return tuple(example for example in examples if example is not None)
+
+
+def pair_example(tokenizer: Any, pair: QAPair, passages: Sequence[str], recipe: TrainRecipe) -> TrainingExample | None:
+    """Return the example that asks a question with these passages in its prompt.
+
+    It is truncated to `recipe.max_tokens` tokens; None when no token with a loss is left.
+    """
+    question = question_ids(tokenizer, pair.question, passages, template=recipe.template)
+    answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
+    end = [tokenizer.eos_token_id] if recipe.eos else []
+    ids = (*question, *answer, *end)[: recipe.max_tokens]
+    scored_from = len(question) if recipe.loss == "answer" else 1
+    return TrainingExample(ids, scored_from) if scored_from < len(ids) else None
 
 
 def _text_examples(
@@ -74,11 +82,13 @@ def _text_examples(
 ) -> tuple[TrainingExample, ...]:
     texts = [passage_text(passage), *(() if recipe.without == "both" else augmentation.rewrites)]
     end = [tokenizer.eos_token_id] if recipe.eos else []
-    ids = [tuple([*tokenizer.encode(text), *end][: recipe.max_tokens]) for text in texts]
-    return tuple(TrainingExample(of) for of in ids if len(of) > 1)
+    sequences = [tuple([*tokenizer.encode(text), *end][: recipe.max_tokens]) for text in texts]
+    return tuple(TrainingExample(ids) for ids in sequences if len(ids) > 1)
 
 
-def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> Iterator[tuple[QAPair, str | None]]:
+def _pairs_with_contexts(
+    passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
+) -> Iterator[tuple[QAPair, list[str]]]:
     text = passage_text(passage)
     contexts = [text] if recipe.without == "rewrites" else [text, *(augmentation.rewrites or (text,))]
     pairs = augmentation.pairs
@@ -87,5 +97,5 @@ def _plan(passage: Passage, augmentation: Augmentation, recipe: TrainRecipe) -> 
     else:
         half = (len(pairs) + 1) // 2
         with_passage, without = pairs[:half], pairs[half:]
-    yield from itertools.product(with_passage, contexts)
-    yield from ((pair, None) for pair in without)
+    yield from ((pair, [context]) for pair, context in itertools.product(with_passage, contexts))
+    yield from ((pair, []) for pair in without)

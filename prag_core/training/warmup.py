@@ -1,16 +1,16 @@
-"""A warm-up: one adapter trained on questions that nobody will be asked.
+"""Training a shared adapter on questions that are never asked later: a warm-up or a reader.
 
-Asked without a passage, it learns how an answer looks, and every passage's adapter starts from it, so that its few
-steps are left for what the passage says. Asked with its passage in the prompt (`reading`), it learns to answer from
-what it reads: a reader, which is added to the passages' adapters where they are in the prompt too. It is trained by
-data parallelism: the gradient of a step is that of the whole batch, however many workers share it.
+A warm-up is trained on questions without passages and learns the form of answers. Each passage's adapter starts from
+it, so that its few steps go into the passage's facts. A reader is trained on questions with their passages in the
+prompt and learns to answer from them; it is added to the passages' adapters in the mode `combine`. Workers share each
+batch (data parallelism), and their number does not change its gradient.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +18,18 @@ from torch import Tensor
 
 from prag_core.data.questions import Question, normalize_answer
 from prag_core.errors import InputError
-from prag_core.llm.chat import question_ids
-from prag_core.llm.lora import Factors, initial_factors
-from prag_core.prompts import answer_target, passage_text
+from prag_core.llm.lora import initial_factors
+from prag_core.prompts import passage_text
 from prag_core.records import Passage, QAPair
-from prag_core.training.examples import TrainingExample
-from prag_core.training.trainer import Trainer
+from prag_core.training.examples import TrainingExample, pair_example
+from prag_core.training.trainer import Trainer, stack_factors, unstack_factors
 
 
 @dataclass(frozen=True)
 class WarmupSettings:
-    """What decides a warm-up, besides the recipe and the questions.
+    """The settings that decide a warm-up, besides the recipe and the questions.
 
-    `batch` is of all workers together. `reading` puts each question's gold passages into its prompt.
+    `batch` counts the examples of all workers together. `reading` puts each question's gold passages into its prompt.
     """
 
     learning_rate: float = 3e-4
@@ -46,9 +45,9 @@ def without_overlap(
     """Return the questions that share neither words nor a gold passage with `others`, nor words with `texts`.
 
     Args:
-        questions: What could be trained on.
-        others: What will be asked later.
-        texts: Further questions, such as those that a corpus' augmentations ask.
+        questions: The questions to choose from.
+        others: The questions that will be asked later.
+        texts: The words of further questions, such as those of a corpus's augmentations.
 
     Raises:
         InputError: when none is left.
@@ -64,38 +63,36 @@ def without_overlap(
 
 
 def with_texts(questions: Sequence[Question]) -> list[Question]:
-    """Return the questions that bring the texts of all their gold passages.
+    """Return the questions that contain the texts of all their gold passages.
 
     Raises:
-        InputError: when none does.
+        InputError: when there are none.
     """
     left = [q for q in questions if q.gold and all(gold.text for gold in q.gold)]
     if not left:
         raise InputError(
-            f"none of the {len(questions)} questions brings the text of its passage",
-            "read with a set that has them, such as SQuAD, HotpotQA or 2WikiMultihopQA",
+            f"none of the {len(questions)} questions has the text of its passage",
+            "use a set that has them, such as SQuAD, HotpotQA or 2WikiMultihopQA",
         )
     return left
 
 
 def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading: bool = False) -> list[TrainingExample]:
-    """Return each question with its first answer, asked as the trainer's recipe asks.
+    """Return a training example for each question and its first answer, in the form of the trainer's recipe.
 
-    With `reading` its gold passages are in the prompt, and the loss is on the answer alone, whatever the recipe says:
-    what is to be learned is how to answer from them, not what they say.
+    With `reading` the question's gold passages are in the prompt, and the loss is on the answer alone, whatever the
+    recipe says: the adapter should learn to answer from passages, not what these passages say.
     """
     recipe, tokenizer = trainer.recipe, trainer.base.tokenizer
+    if reading:
+        recipe = replace(recipe, loss="answer")
     examples = []
     for question in questions:
         pair = QAPair(question.question, question.answers[0], question.answers[0])
-        texts = [passage_text(Passage("", of.title, of.text, ())) for of in question.gold] if reading else []
-        asked = question_ids(tokenizer, pair.question, texts, template=recipe.template)
-        answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
-        ids = (*asked, *answer, *([tokenizer.eos_token_id] if recipe.eos else []))[: recipe.max_tokens]
-        scored_from = len(asked) if reading or recipe.loss == "answer" else 1
-        if scored_from < len(ids):
-            examples.append(TrainingExample(ids, scored_from))
-    return examples
+        gold = question.gold if reading else ()
+        texts = [passage_text(Passage("", passage.title, passage.text, ())) for passage in gold]
+        examples.append(pair_example(tokenizer, pair, texts, recipe))
+    return [example for example in examples if example is not None]
 
 
 def train_warmup(
@@ -105,31 +102,25 @@ def train_warmup(
     *,
     rank: int = 0,
     workers: int = 1,
-    add_up: Callable[[Tensor], Any] = lambda tensor: None,
+    all_reduce: Callable[[Tensor], Any] = lambda tensor: None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train one adapter and return its fp32 factors on the CPU; each worker returns the same.
+    """Train one adapter and return its fp32 factors on the CPU; all workers return the same.
 
     Args:
         trainer: Holds the frozen model and the recipe.
-        examples: All workers are given the same ones, in the same order.
-        settings: How.
-        rank: Which of the `workers` this is; it takes its share of each batch.
-        workers: How many there are.
-        add_up: Replaces a tensor by its sum over the workers; for one worker it does nothing.
-        on_step: Called after each step with its number, from one, and the batch's mean loss.
+        examples: The same ones for all workers, in the same order.
+        settings: Learning rate, epochs, batch size and seed.
+        rank: The number of this worker, from 0; it takes its share of each batch.
+        workers: The number of workers.
+        all_reduce: Replaces a tensor by its sum over the workers, in place; for one worker it does nothing.
+        on_step: Called after each step with its number, from 1, and the batch's mean loss.
     """
     device, layout = trainer.base.device, trainer.layout
-    start: Factors = initial_factors(layout, settings.seed)
-    leaves = {
-        (layer, target): tuple(
-            start[f"{target}.{name}"][position].to(device)[None].clone().requires_grad_() for name in "AB"
-        )
-        for target in layout.targets
-        for position, layer in enumerate(layout.layers)
-    }
-    parameters = [leaf for pair in leaves.values() for leaf in pair]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=trainer.recipe.weight_decay)
+    start = initial_factors(layout, settings.seed)
+    stacked = stack_factors(layout, start, 1, dtype=torch.float32, device=device)
+    leaves = [leaf for pair in stacked.values() for leaf in pair]
+    optimizer = torch.optim.AdamW(leaves, lr=settings.learning_rate, weight_decay=trainer.recipe.weight_decay)
     shuffler = random.Random(settings.seed)
     step = 0
     for _ in range(settings.epochs):
@@ -140,26 +131,22 @@ def train_warmup(
             optimizer.zero_grad(set_to_none=False)
             total = torch.zeros((), device=device)
             if mine:
-                # All rows share the one adapter: its gradient is their sum.
+                # All rows share the one adapter, so its gradient is the sum of theirs.
                 rows = {
                     place: (a.expand(len(mine), -1, -1), b.expand(len(mine), -1, -1))
-                    for place, (a, b) in leaves.items()
+                    for place, (a, b) in stacked.items()
                 }
                 loss, _ = trainer.loss(mine, rows)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total = loss.detach()
-            for leaf in parameters:
+            for leaf in leaves:
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
-                add_up(leaf.grad)
+                all_reduce(leaf.grad)
                 leaf.grad /= len(chosen)
-            add_up(total)
+            all_reduce(total)
             optimizer.step()
             step += 1
             if on_step is not None:
                 on_step(step, float(total) / len(chosen))
-    return {
-        f"{target}.{name}": torch.stack([leaves[layer, target][i][0].detach().float().cpu() for layer in layout.layers])
-        for target in layout.targets
-        for i, name in enumerate("AB")
-    }
+    return {name: factor.cpu() for name, factor in unstack_factors(layout, stacked, 0).items()}

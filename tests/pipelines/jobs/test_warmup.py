@@ -66,7 +66,7 @@ def test_a_reader_is_asked_with_its_passages_and_learns_the_answer_alone(trainer
     assert "Numbers\nAfter 3 comes 4." in prompt
     assert "More\nAfter 4 comes 5." in prompt
     assert answer == "The answer is 4." + tokenizer.eos_token
-    with pytest.raises(InputError, match="none of the 10 questions brings"):
+    with pytest.raises(InputError, match="none of the 10 questions has the text"):
         with_texts(QUESTIONS)
 
 
@@ -87,10 +87,10 @@ def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
     one_step = replace(SETTINGS, epochs=1, batch=10)
     for rank in (0, 1):
         train_warmup(
-            trainer, examples, one_step, rank=rank, workers=2, add_up=lambda t, r=rank: shares[r].append(t.clone())
+            trainer, examples, one_step, rank=rank, workers=2, all_reduce=lambda t, r=rank: shares[r].append(t.clone())
         )
     others = iter(shares[1])
-    both = train_warmup(trainer, examples, one_step, rank=0, workers=2, add_up=lambda t: t.add_(next(others)))
+    both = train_warmup(trainer, examples, one_step, rank=0, workers=2, all_reduce=lambda t: t.add_(next(others)))
     whole = train_warmup(trainer, examples, one_step)
     for name, tensor in whole.items():
         # AdamW's first step is the sign of the gradient: where that is zero up to rounding, either is right.
