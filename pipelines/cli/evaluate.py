@@ -135,9 +135,9 @@ def read_question_set(name: str) -> list[Question]:
     """Read a set of questions that an option names: `FILE`, `FORM:FILE`, or a set that comes with the project.
 
     Raises:
-        InputError: see `prag_core.data.questions.read_questions`.
+        InputError: see `prag_core.data.question_sets.read_questions`.
     """
-    from prag_core.data.questions import FORMATS, read_questions
+    from prag_core.data.question_sets import FORMATS, read_questions
 
     form, colon, path = name.partition(":")
     form, path = (form, path) if colon and form in FORMATS else ("", name)

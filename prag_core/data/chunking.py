@@ -1,4 +1,4 @@
-"""Splitting a long text at sentence ends."""
+"""Splits a long text at sentence ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-# Chinese and Japanese write no spaces, so each of their characters counts as a word, with the punctuation that
-# follows it. Elsewhere a run of over 50 characters counts as several words, so that nothing escapes the limit.
+# Chinese and Japanese have no spaces, so each of their characters counts as a word, with the punctuation after it.
+# In other scripts, a run of more than 50 characters counts as several words, so that every text has a limit.
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# A stop, perhaps quotes, and no small letter after the space. Possessive, and begun only where a run of stops
-# begins: linear in the text, also for a million dots.
+# A stop, closing quotes if any, a space, and no small letter after it. The quantifiers are possessive, and a match
+# starts only where a run of stops starts, so the time is linear even for a million dots.
+# `prag_core.augmentation.small` has its own rule for sentence ends: changing that one changes augmentations.
 _SENTENCE_END = re.compile(r"""(?<![.!?…])[.!?…]++["'”’»)\]]*+(?=\s++[^a-z])|[。！？]++["'”’」』）)]*+""")
 _ABBREVIATION = re.compile(
     r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Nos?|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Gov|Sen|Rep|Mt|Ft|vs|etc|Inc|Ltd|Co|Corp"
@@ -21,7 +22,7 @@ _WORD = re.compile(rf"[{_CJK}][、。，．！？…」』）]*|[^\s{_CJK}]{{1,5
 
 
 def split_text(text: str, max_words: int) -> list[str]:
-    """Split a text at sentence ends into as few pieces as `max_words` allows, of about even size.
+    """Split a text at sentence ends into as few pieces of at most `max_words` words as possible, of similar size.
 
     A sentence over the limit is split between words. Each Chinese or Japanese character counts as a word.
     """
@@ -30,12 +31,12 @@ def split_text(text: str, max_words: int) -> list[str]:
         return [text]
     ends = (m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 9, m.end()))
     sentences = sorted({0, len(words), *(bisect.bisect_left(words, end) for end in ends)})
-    # 1. Where it may be cut, as numbers of words: at each sentence, and evenly within one over the limit.
+    # 1. The positions of possible cuts, in words: each sentence end, and even steps within a sentence over the limit.
     cuts = [0]
     for end in sentences[1:]:
         start, parts = cuts[-1], -(-(end - cuts[-1]) // max_words)
         cuts += [start + (end - start) * part // parts for part in range(1, parts + 1)]
-    # 2. The lowest limit that needs no more pieces than the highest one makes the pieces even.
+    # 2. The lowest limit that still needs the fewest pieces makes the pieces most similar in size.
     longest = max(end - start for start, end in pairwise(cuts))
     fewest = len(_fill(cuts, max_words))
     limits = range(longest, max_words + 1)
@@ -45,7 +46,7 @@ def split_text(text: str, max_words: int) -> list[str]:
 
 
 def _fill(cuts: Sequence[int], limit: int) -> list[int]:
-    """Return the starts of the pieces when each takes in all that `limit` allows."""
+    """Return the starts of the pieces, if each is filled up to `limit` words."""
     starts = [0]
     for start, end in pairwise(cuts):
         if end - starts[-1] > limit:

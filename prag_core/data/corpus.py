@@ -1,7 +1,7 @@
-"""From corpus files to passages: find the files, read their records, split long texts, merge equal ones.
+"""From corpus files to passages: read the records, split long texts, merge equal ones.
 
 Files are JSON Lines, TSV (as DPR's `psgs_w100.tsv`), Parquet or plain text, gzipped or not, at any fsspec URL.
-Nothing vanishes: every record comes out as one or more `Piece`s, or as exactly one `Reject`.
+No record is lost: each becomes one or more `Piece`s, or exactly one `Reject`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,24 @@ from prag_core.errors import InputError
 from prag_core.identity import normalize, passage_key
 from prag_core.records import Passage, Reject
 
-# Control characters that are not white space: tokenizers, Lucene and C strings disagree about them.
+# Control characters that are not white space. Tokenizers, Lucene and C strings treat them differently.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One record of a corpus file, or one part of a record that was too long for one passage.
+    """One record of a corpus file, or one part of a record that is too long for a passage.
 
-    `key` names the content of the piece and `record_key` that of the whole record. `id` is the record's id, with
-    `#0`, `#1`, … behind it when the record was split. `file` is the path below the configured one; `line` is the
-    line where the record starts (the row in Parquet), from 1. `access` are the record's access tags.
+    Attributes:
+        key: The passage key of the piece.
+        title: The record's title, normalized.
+        text: The text of the piece.
+        id: The record's id; if the record was split, followed by `#0`, `#1`, ….
+        record_id: The record's id.
+        record_key: The passage key of the whole record.
+        file: The file's path below the configured one.
+        line: The line where the record starts, or its row in Parquet, from 1.
+        access: The record's access tags.
     """
 
     key: str
@@ -56,12 +63,12 @@ class Piece:
 
 
 def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
-    """Read one file, a record at a time: each gives its pieces in order, or one reject that says why not.
+    """Read one file lazily; yield the pieces of each record in order, or one reject with the reason.
 
-    `config.limit` is for the caller, who knows all files.
+    `config.limit` is not applied here, because it counts the records of all files.
 
     Raises:
-        InputError: when the file as a whole cannot be read: missing, a broken archive, no column of texts.
+        InputError: when the file cannot be read at all: it is missing, a broken archive, or has no column of texts.
     """
     read = {"jsonl": read_jsonl, "tsv": read_tsv, "parquet": read_parquet, "text": read_plain_text}
     reader = read[detect_format(path, config)]
@@ -84,23 +91,23 @@ def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
 
 
 def resolve_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Reject]]:
-    """Settle what one record id stands for, given all pieces that came under it, in any order.
+    """Keep one content for a record id, given all pieces with that id in any order.
 
-    The record that is first by file and line decides. Records of the same content stay, to be merged with it;
-    records of another content are rejected.
+    The first record by file and line decides. Records with the same content are kept, to be merged; records with
+    other content are rejected.
     """
     ordered = sorted(pieces, key=lambda piece: (piece.file, piece.line, piece.id))
     first = ordered[0]
     kept = [piece for piece in ordered if piece.record_key == first.record_key]
     refused = sorted({(piece.file, piece.line) for piece in ordered if piece.record_key != first.record_key})
-    detail = f"id {first.record_id!r} stands for another text at {first.file}:{first.line}, which is kept"
+    detail = f"id {first.record_id!r} has another text at {first.file}:{first.line}, which is kept"
     return kept, [_reject("duplicate_id", detail, file, line) for file, line in refused]
 
 
 def merge_pieces(pieces: Sequence[Piece]) -> Passage:
-    """Make one passage of all pieces of one key, in any order; its sources are all their ids.
+    """Return the passage of all pieces with one key, given in any order; its sources are all their ids.
 
-    Who may read one of them may read the passage: it is public when one of them is.
+    A user who may read one of the pieces may read the passage, so it is public if one of them is.
     """
     first = min(pieces, key=lambda piece: (piece.id, piece.file, piece.line))
     public = any(not piece.access for piece in pieces)
@@ -130,7 +137,7 @@ def _pieces(record: Mapping[str, object], file: str, line: int, config: CorpusCo
 
 
 def _string(record: Mapping[str, object], column: str, *, numbers: bool) -> str:
-    """Return a column's text without control characters; nothing there is the empty string."""
+    """Return a column's text without control characters; a missing value is the empty string."""
     value = record.get(column)
     if value is None:
         return ""
@@ -138,12 +145,12 @@ def _string(record: Mapping[str, object], column: str, *, numbers: bool) -> str:
         return str(value)
     if not isinstance(value, str):
         raise BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a string")
-    value.encode()  # refuses a lone surrogate, which JSON can spell and nothing can store
+    value.encode()  # raises for a lone surrogate: JSON can spell one, but UTF-8 cannot store it
     return _CONTROL.sub("", value)
 
 
 def _tags(record: Mapping[str, object], column: str | None) -> tuple[str, ...]:
-    """Return a record's access tags. What cannot be read as tags is never taken for public."""
+    """Return a record's access tags. A value that is not tags rejects the record, so it never becomes public."""
     if column is None:
         return ()
     if column not in record:

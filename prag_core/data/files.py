@@ -1,13 +1,14 @@
-"""Reading a whole text file from anywhere, with errors that say what to do."""
+"""Finds the files of a corpus, and reads small text files and JSON Lines; errors say what to do."""
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from glob import has_magic
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -28,10 +29,10 @@ _KNOWN = ".jsonl, .ndjson, .json, .tsv, .parquet, .txt, .md (.gz may follow)"
 
 
 def read_text(path: str, missing: str) -> str:
-    """Return the text of a UTF-8 file (any fsspec URL, gzipped or not); `missing` is the remedy when there is none.
+    """Return the text of a UTF-8 file (any fsspec URL, gzipped or not).
 
     Raises:
-        InputError: when it is missing, unreadable or not UTF-8.
+        InputError: when the file is missing (then `missing` is the remedy), unreadable or not UTF-8.
     """
     try:
         with fsspec.open(local_path(path), "rb", compression="infer") as stream:
@@ -46,14 +47,39 @@ def read_text(path: str, missing: str) -> str:
         raise InputError(f"{path}: cannot be read: {what}", "check the file and your access to it") from error
 
 
-def list_files(config: CorpusConfig) -> list[str]:
-    """Return the corpus files, sorted: the file itself, or what is in the folder or matches the glob.
-
-    In folders and globs, hidden files (a name on the way that starts with `.` or `_`) and files of no known
-    format are left out.
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
 
     Raises:
-        InputError: when nothing is there, when no file is of a known format, or when a file is empty.
+        ValueError: for text that is not JSON, and for nesting or numbers beyond Python's limits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the line number, from 1, and the value of each line of JSON Lines; a bad line gives its ValueError.
+
+    Blank lines are left out.
+    """
+    # Not splitlines, which also splits at line separators that JSON strings may contain.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                yield number, error
+
+
+def list_files(config: CorpusConfig) -> list[str]:
+    """Return the corpus files, sorted: the configured file, or the files of the folder or glob.
+
+    Folders and globs leave out hidden files (a part of the path starts with `.` or `_`) and files of unknown format.
+
+    Raises:
+        InputError: when there is no file, when no file has a known format, or when a file is empty.
     """
     try:
         fs, root = url_to_fs(local_path(config.path))
@@ -64,7 +90,7 @@ def list_files(config: CorpusConfig) -> list[str]:
             found = fs.find(root, detail=True)
         else:
             found = fs.glob(root, detail=True) if has_magic(root) else {}
-    except Exception as error:  # each file system has its own, and botocore's are no OSErrors
+    except Exception as error:  # each file system has its own errors; botocore's are not OSErrors
         raise InputError(
             f"{config.path}: cannot be listed: {error}", "check corpus.path and your access to it"
         ) from error
@@ -84,7 +110,7 @@ def list_files(config: CorpusConfig) -> list[str]:
     files = list(sizes) if single else sorted(path for path in shown if _format_of(path, config))
     if not files:
         raise InputError(
-            f"{config.path}: holds no file of a known format",
+            f"{config.path}: has no file of a known format",
             f"name the files {_KNOWN}, or set corpus.format",
         )
     for path in files:
@@ -94,10 +120,10 @@ def list_files(config: CorpusConfig) -> list[str]:
 
 
 def detect_format(path: str, config: CorpusConfig) -> Format:
-    """Return the format of a file: the configured one, or what its name says.
+    """Return the format of a file: the configured one, or the one of its name's ending.
 
     Raises:
-        InputError: when neither says it.
+        InputError: when neither gives a format.
     """
     if found := _format_of(path, config):
         return found
@@ -108,7 +134,7 @@ def detect_format(path: str, config: CorpusConfig) -> Format:
 
 
 def file_label(path: str, config: CorpusConfig) -> str:
-    """Name a file by its path below `corpus.path`: ids made of it stay when the corpus moves."""
+    """Return a file's path below `corpus.path`; ids made from it do not change when the corpus moves."""
     root = url_to_fs(local_path(config.path))[1]
     if has_magic(root):
         root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]

@@ -1,4 +1,4 @@
-"""The gold passages of questions, found again in a corpus."""
+"""Finds the gold passages of questions in a corpus."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from prag_core.data.questions import Gold, Question
 from prag_core.records import Passage
 
-# ---- gold passages in a corpus
-
 
 class GoldIndex:
-    """Tells which passages of a corpus are the gold ones of some questions.
+    """Finds which passages of a corpus are gold passages of the given questions.
 
-    By id: a passage that came under it, or a piece of the record of that id. By text: a passage with the same
-    letters and digits, or, under the same title, a piece of the gold text. By title alone: each passage under it.
+    A gold id matches the passages with that source, and all pieces of the record with that id. A gold text matches
+    passages with the same letters and digits; with a title it also matches the passages under that title that are a
+    part of it. A title alone matches every passage under it.
     """
 
     def __init__(self, questions: Sequence[Question]) -> None:
@@ -31,12 +30,15 @@ class GoldIndex:
         if any(record_id(source) in self._ids or source in self._ids for source in passage.sources):
             return True
         text = _letters(passage.text)
-        of_title = self._titles.get(_letters(passage.title), [])
-        return text in self._texts or any(not whole or text in whole for whole in of_title)
+        gold_texts = self._titles.get(_letters(passage.title), [])
+        return text in self._texts or any(not whole or text in whole for whole in gold_texts)
 
 
 def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> dict[str, tuple[Passage, ...]]:
-    """Return each question's gold passages, by its id, among those that a `GoldIndex` chose, in a fixed order."""
+    """Return the gold passages of each question, by its id, in a fixed order.
+
+    `passages` are those that a `GoldIndex` of these questions found.
+    """
     by_id: dict[str, list[Passage]] = {}
     by_text: dict[str, list[Passage]] = {}
     by_title: dict[str, list[Passage]] = {}
@@ -46,7 +48,7 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
         by_text.setdefault(_letters(passage.text), []).append(passage)
         by_title.setdefault(_letters(passage.title), []).append(passage)
 
-    def of(gold: Gold) -> list[Passage]:
+    def find(gold: Gold) -> list[Passage]:
         if gold.id:
             return by_id.get(gold.id, [])
         whole, under_title = _letters(gold.text), by_title.get(_letters(gold.title), []) if gold.title else []
@@ -54,15 +56,16 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
             return under_title
         return by_text.get(whole) or [p for p in under_title if _letters(p.text) in whole]
 
-    found = {q.id: [p for gold in q.gold for p in of(gold)] for q in questions}
+    found = {q.id: [p for gold in q.gold for p in find(gold)] for q in questions}
     return {id: tuple({p.key: p for p in passages}.values()) for id, passages in found.items()}
 
 
 def record_id(source: str) -> str:
-    """Return the id of the record that a passage's source is, or is a piece of (`id#0`, `id#1`, …)."""
+    """Return the id of the record of a passage's source: the source itself, without `#0`, `#1`, … of a piece."""
     head, mark, number = source.rpartition("#")
     return head if mark and number.isdigit() else source
 
 
 def _letters(text: str) -> str:
+    """Return the letters and digits of a text, without case; see `normalize_answer` for the other rules."""
     return "".join(c for c in text.casefold() if c.isalnum())

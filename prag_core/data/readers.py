@@ -1,4 +1,4 @@
-"""Readers of corpus files, one a format: each record, or what is wrong with it."""
+"""Readers of corpus files, one for each format. They yield each record, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Literal, cast
 import pyarrow.parquet as pq
 
 from prag_core.config import CorpusConfig
-from prag_core.data.files import file_label
+from prag_core.data.files import file_label, parse_json
 from prag_core.errors import InputError
 
 Reason = Literal[
@@ -33,7 +33,7 @@ _PARQUET_ROWS = 256
 
 
 class BadRecordError(Exception):
-    """Why one record cannot be used; it never leaves this file."""
+    """Why one record cannot be used. `prag_core.data.corpus` turns it into a reject."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -41,15 +41,15 @@ class BadRecordError(Exception):
         self.detail = detail
 
 
-# What a reader gives for each record: where it starts, and its columns or what is wrong with it.
+# A reader yields for each record the line (or row) where it starts, and its columns or the error.
 BAD_RECORD = (BadRecordError, UnicodeError)
 RawRecord = tuple[int, Mapping[str, object] | BadRecordError | UnicodeError]
 
 
 class _Lines:
-    """The lines of a stream, counted; all lines of a record together stay within `limit` bytes.
+    """The lines of a stream, with their numbers; a record whose lines exceed `limit` bytes together is an error.
 
-    An iterator, not a generator: it goes on after an error, and so do `map` and `csv.reader` on top of it.
+    This is an iterator and not a generator, because it continues after an error. So do `map` and `csv.reader` over it.
     """
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
@@ -69,7 +69,7 @@ class _Lines:
             raise StopIteration
         self._number += 1
         self._record_bytes += len(line)
-        # A line over the limit is only counted, to its end.
+        # The rest of a line over the limit is counted but not kept.
         while not line.endswith(b"\n") and (rest := self._stream.readline(_CHUNK_BYTES)):
             self._record_bytes += len(rest)
             line = rest
@@ -81,17 +81,18 @@ class _Lines:
         return line
 
     def start_record(self) -> int:
-        """Return the number of the line that comes next, with which a record starts."""
+        """Begin a record; return the number of its first line, which comes next."""
         self._record, self._record_bytes = [], 0
         return self._number + 1
 
     def keep_first_only(self) -> None:
-        """Take back all lines of this record but its first: they are to be read again."""
+        """Drop all lines of the current record but the first, so that they are read again."""
         self._given_back.extendleft(reversed(self._record[1:]))
         self._number -= len(self._record) - 1
 
 
 def read_jsonl(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    """Read JSON Lines, one object a line, and ignore blank lines."""
     lines = _Lines(stream, config.max_record_bytes)
     rows = map(_parse_json, lines)
     while True:
@@ -106,13 +107,13 @@ def read_jsonl(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[R
 
 
 def _parse_json(line: bytes) -> Mapping[str, object] | None:
-    """Return the object in a line; None for a blank one."""
+    """Return the object in a line; None for a blank line."""
     text = line.decode().strip()
     try:
-        value = json.loads(text) if text else None
+        value = parse_json(text) if text else None
     except json.JSONDecodeError as error:
         raise BadRecordError("invalid_json", f"{error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+    except ValueError as error:  # such as a number of 5,000 digits, or 100,000 nested brackets
         raise BadRecordError("invalid_json", str(error)) from None
     if text and not isinstance(value, dict):
         detail = f"the line holds a JSON {type(value).__name__}; each line must hold one object"
@@ -121,10 +122,15 @@ def _parse_json(line: bytes) -> Mapping[str, object] | None:
 
 
 def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
-    # Python limits a cell to 131,072 characters, for the whole process; here `_Lines` holds the limit instead.
+    """Read a TSV file with a header line, such as DPR's `psgs_w100.tsv`.
+
+    Raises:
+        InputError: when the header cannot be read or has no column of texts.
+    """
+    # csv limits a field to 131,072 characters, for the whole process. `_Lines` checks the size instead.
     csv.field_size_limit(max(csv.field_size_limit(), config.max_record_bytes))
     lines = _Lines(stream, config.max_record_bytes)
-    # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses: csv goes on with the next row.
+    # Bytes that are not UTF-8 become lone surrogates, so that csv continues. Later they make the record a reject.
     texts = map(partial(str, encoding="utf-8", errors="surrogateescape"), lines)
     rows = csv.reader(texts, delimiter="\t", strict=True)
     try:
@@ -143,19 +149,24 @@ def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Raw
         except BadRecordError as bad:
             yield number, bad
         except csv.Error as error:
-            # Perhaps a stray quote took the next records in: only its own line is lost.
+            # A stray quote may have swallowed the records after it: reject the first line and read the others again.
             lines.keep_first_only()
             detail = f"{error}; a field with a double quote must be quoted, its quotes doubled"
             yield number, BadRecordError("invalid_tsv", detail)
         else:
             if len(row) == len(header):
                 yield number, dict(zip(header, row, strict=True))
-            elif "".join(row).strip() or len(row) > 1:  # a blank line is no record
+            elif "".join(row).strip() or len(row) > 1:  # a blank line is not a record
                 detail = f"the row has {len(row)} fields, the header has {len(header)}"
                 yield number, BadRecordError("invalid_tsv", detail)
 
 
 def read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    """Read the configured columns of a Parquet file.
+
+    Raises:
+        InputError: when it has no column of texts.
+    """
     table = pq.ParquetFile(stream)
     there = table.schema_arrow.names
     _require_text_column(there, path, config)
@@ -176,6 +187,7 @@ def read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator
 
 
 def read_plain_text(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+    """Read a text file as one record; its id is the file's path and its title the file's name."""
     name = file_label(path, config).removesuffix(".gz")
     data = stream.read(config.max_record_bytes + 1)
     try:
@@ -202,5 +214,6 @@ def _check_size(size: int, limit: int, where: str = "") -> None:
 
 
 def quote_names(names: Mapping[str, object] | Sequence[str]) -> str:
+    """Return names for a message: quoted, cut to 50 characters, the first twenty of them."""
     shown = ", ".join(repr(name[:50]) for name in list(names)[:20])
     return f"{shown}, …" if len(names) > 20 else shown or "none"

@@ -11,7 +11,8 @@ import torch
 
 from pipelines.settings import describe
 from prag_core.config_file import load_config
-from prag_core.data.questions import Gold, Question, read_questions
+from prag_core.data.question_sets import read_questions
+from prag_core.data.questions import Gold, Question
 from prag_core.errors import InputError
 from prag_core.evaluation.plan import EvaluationReply
 from prag_core.llm.base_model import BaseModel

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from prag_core.data.gold import GoldIndex, match_gold
-from prag_core.data.questions import Gold, Question, read_questions
+from prag_core.data.question_sets import read_questions
+from prag_core.data.questions import Gold, Question
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
 from prag_core.records import Passage
@@ -140,7 +141,7 @@ def broken(record: dict, **changes: Any) -> dict:
         ("q.jsonl", json.dumps(LINE) + "\n[1]", "line 2", "a JSON list"),
         ("q.jsonl", json.dumps(broken(LINE, question=...)), "line 1", "'question': is missing"),
         ("q.jsonl", json.dumps(broken(LINE, answers=[" "])), "line 1", "'answers': has no text"),
-        ("q.jsonl", json.dumps(broken(LINE, answers=[3])), "line 1", "'answers': is no text"),
+        ("q.jsonl", json.dumps(broken(LINE, answers=[3])), "line 1", "'answers': is not a text"),
         ("q.jsonl", json.dumps(broken(LINE, covered=1)), "line 1", "'covered': is a int"),
         ("h.json", [HOTPOT, broken(HOTPOT, _id=...)], "record 1", "'_id': is missing"),
         ("h.json", [HOTPOT, 3], "record 1", "a JSON int"),
@@ -177,11 +178,12 @@ def test_malformed_files_name_the_record_and_the_field(
     [
         ("no.json", None, "no such file"),
         ("e.jsonl", "", "holds no questions"),
-        ("e.json", "[]", "of no form"),
+        ("e.json", "[]", "form is not known"),
         ("x.json", "[1, 2", "not JSON"),
+        ("deep.json", "[" * 200_000, "not JSON"),
         ("x.json", {"a": 1}, "field 'question'"),
         ("x.json.gz", None, "no such file"),
-        ("q.jsonl", json.dumps(LINE) + "\n" + json.dumps(LINE), "'q1' comes twice"),
+        ("q.jsonl", json.dumps(LINE) + "\n" + json.dumps(LINE), "two questions have the id 'q1'"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: Any, words: str) -> None:
@@ -190,8 +192,8 @@ def test_unreadable_files(tmp_path: Path, name: str, content: Any, words: str) -
         read_questions(path)
 
 
-def test_a_form_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'xml' is no form"):
+def test_an_unknown_form(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'xml' is not a form"):
         read_questions(write(tmp_path, "q.jsonl", json.dumps(LINE)), "xml")
 
 
