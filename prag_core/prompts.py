@@ -1,9 +1,9 @@
-"""Every prompt in one place, used by augmenting, by training and by answering.
+"""The prompts of training and answering, and the form of answers.
 
-What a passage's adapter was trained on and what a question is asked with must be the same words, so both come
-from `answer_messages`. The wording of the question prompt follows the paper's (section 3.2). A recipe names its
-template: `direct` asks for the answer, `chain_of_thought` shows worked examples and lets the model reason first, as
-the paper does for questions of several hops.
+An adapter must be trained with the same words with which questions are asked later, so both use `answer_messages`.
+The question prompt is worded like the paper's (Su et al. 2025, section 3.2). A recipe names its template: `direct`
+asks for the answer; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
+multi-hop questions. The prompts that augment passages are in `prag_core.augmentation.prompts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from prag_core.records import Passage, QAPair, Template
 
-# Raised whenever a template's words change: it is part of every recipe.
+# Raise it whenever the words of a prompt change. It is part of every recipe.
 PROMPT_VERSION = 1
 
 Role = Literal["system", "user", "assistant"]
@@ -22,7 +22,7 @@ Role = Literal["system", "user", "assistant"]
 ANSWER_PREFIX = "The answer is"
 REASONING_PREFIX = "Answer:"
 
-# Public knowledge, of the kinds that multi-hop questions have: a bridge, a comparison, yes or no.
+# Common knowledge, one example for each kind of multi-hop question: bridge, comparison, yes or no.
 _WORKED = """\
 Question: Which ocean washes the shore of the country whose capital is Lima?
 Answer: Lima is the capital of Peru. Peru lies on the Pacific Ocean. So the answer is the Pacific Ocean.
@@ -47,7 +47,7 @@ _REASON = (
 
 
 def passage_text(passage: Passage) -> str:
-    """Return a passage as prompts show it: its text, with the title before it unless it opens with it."""
+    """Return a passage as prompts show it: the title and the text, or the text alone if it begins with the title."""
     if not passage.title or passage.text.startswith(passage.title):
         return passage.text
     return f"{passage.title}\n{passage.text}"
@@ -65,7 +65,7 @@ def answer_messages(
     history: Sequence[tuple[Role, str]] = (),
     template: Template = "direct",
 ) -> list[dict[str, str]]:
-    """Return the chat messages that ask a question, after the turns before it, with or without passages."""
+    """Return the chat messages that ask a question, with or without passages, after the turns of `history`."""
     listed = "".join(f"Passage {i}: {text}\n" for i, text in enumerate(passages, start=1))
     words = _ANSWER if template == "direct" else _REASON
     content = words.format(worked=_WORKED, passages=listed, question=question_text(question))
@@ -73,14 +73,14 @@ def answer_messages(
 
 
 def answer_prefix(template: Template = "direct") -> str:
-    """Return the words that open each answer, in training and in answering."""
+    """Return the words with which each answer begins, in training and in answering."""
     return ANSWER_PREFIX if template == "direct" else REASONING_PREFIX
 
 
 def answer_target(pair: QAPair, template: Template = "direct") -> str:
-    """Return the words with which the assistant answers `pair` in a training example.
+    """Return the assistant's answer to `pair` in a training example.
 
-    By `chain_of_thought` the full answer is the reasoning, and the short one ends it as in the worked examples.
+    With `chain_of_thought` it is the full answer as the reasoning, then the short answer as in the worked examples.
     """
     if template == "direct":
         return _sentence(f"{ANSWER_PREFIX} {pair.answer.strip()}")
@@ -89,7 +89,7 @@ def answer_target(pair: QAPair, template: Template = "direct") -> str:
 
 
 def final_answer(text: str, template: Template = "direct") -> str:
-    """Return the short answer in what the model wrote: by `chain_of_thought`, what follows its last "the answer is"."""
+    """Return the short answer in a model's text; with `chain_of_thought`, the part after the last "the answer is"."""
     if template == "chain_of_thought":
         text = re.split(r"(?i)\bthe answer is\b:?", text)[-1]
     return text.strip().rstrip(".")

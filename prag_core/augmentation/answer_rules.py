@@ -1,4 +1,4 @@
-"""Rules that find what a sentence can be asked: an answer in it, and the words that its question begins with."""
+"""Rules that find the possible answers in an English sentence, and the words with which their questions begin."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _NO_NAMES = re.compile(
 )
 _TO_BE = re.compile(r"\b(?:was|were|is|are|been)\b")
 _PEOPLES = re.compile(r"\A\w*(?:ian|ean|can|ish|ese|ench|erman|utch|reek|wiss)s?\Z")
-# Nouns that stand in a name, as its last or first word, and say what it is the name of.
+# Nouns that, as the first or last word of a name, say what kind of thing it names.
 _KINDS = re.compile(
     r"\b(?:river|lake|island|bridge|mountain|hill|valley|university|college|school|academy|hospital|church|museum"
     r"|cathedral|theatre|theater|station|airport|street|road|highway|county|province|district|city|town|village"
     r"|kingdom|empire|republic|party|club|band|orchestra|team|league|cup|championship|war|battle|award|prize|festival"
     r"|company|corporation|group|gulf|sea|ocean|bay|desert|forest|park|square|stadium|army|navy|newspaper|magazine)\b"
 )
-# Words before or after a name that say nothing about what it is.
+# Words next to a name that do not say what kind of thing it names.
 _NO_NOUN = re.compile(
     r"(?:and|or|but|in|of|on|at|by|for|from|to|with|as|than|that|which|who|where|when|while|is|are|was|were|be|been|has"
     r"|have|had|it|he|she|they|after|before|throughout|since|until|over|under|between|into|through|then|also|both|including|not"
@@ -63,7 +63,7 @@ _NO_NOUN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class AnswerCandidate:
-    """One thing to ask: the answer, and openings of its question. An opening with "?" is the whole question."""
+    """A possible answer in a sentence, and openings of its question. An opening with "?" is the whole question."""
 
     answer: str
     openings: tuple[str, ...]
@@ -72,23 +72,23 @@ class AnswerCandidate:
 
 
 def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
-    """Return what a passage can be asked, the most promising first.
+    """Return the possible answers in a passage, the most promising first, each answer once.
 
-    The best answer of each sentence comes before the second best of any, and an answer comes once.
+    The best answer of every sentence comes before the second best of any sentence.
     """
-    by_sentence = [list(_asks_of(topic, sentence, n)) for n, sentence in enumerate(sentences)]
+    by_sentence = [list(_candidates(topic, sentence, n)) for n, sentence in enumerate(sentences)]
     found: list[AnswerCandidate] = []
     seen: set[str] = set()
     for rank in range(max(map(len, by_sentence), default=0)):
-        for asks in by_sentence:
-            if rank < len(asks) and asks[rank].answer.casefold() not in seen:
-                seen.add(asks[rank].answer.casefold())
-                found.append(asks[rank])
+        for candidates in by_sentence:
+            if rank < len(candidates) and candidates[rank].answer.casefold() not in seen:
+                seen.add(candidates[rank].answer.casefold())
+                found.append(candidates[rank])
     return found
 
 
-def _asks_of(topic: str, sentence: str, number: int) -> Iterator[AnswerCandidate]:
-    """Yield the asks of one sentence by rank; an answer that overlaps a better one, or the topic, is left out."""
+def _candidates(topic: str, sentence: str, number: int) -> Iterator[AnswerCandidate]:
+    """Yield the answers of a sentence by rank, but none that overlaps a better one or shares a word with the topic."""
     ranked = sorted(_matches(topic, sentence), key=lambda match: (match[0], match[1]))
     taken: list[tuple[int, int]] = []
     for _, start, end, openings in ranked:
@@ -105,7 +105,7 @@ _Match = tuple[int, int, int, tuple[str, ...]]
 
 
 def _matches(topic: str, s: str) -> Iterator[_Match]:
-    """Yield (rank, start, end, openings) of everything in a sentence that could be an answer."""
+    """Yield (rank, start, end, openings) of each possible answer in a sentence; a lower rank is better."""
     # 1. Born and died: the whole question is known.
     for brackets in _BRACKETS.finditer(s):
         whens = [(brackets.start(1) + m.start(), brackets.start(1) + m.end()) for m in _WHEN.finditer(brackets[1])]
@@ -116,12 +116,12 @@ def _matches(topic: str, s: str) -> Iterator[_Match]:
             yield 0, *whens[1], (f"When did {topic} die?",)
     if (born := _BORN.search(s)) and len(s[: born.start()].split()) <= 6:
         yield 0, *born.span(1), (f"When was {topic} born?",)
-    # 2. Dates and years: the verb before them tells "was" from "did".
+    # 2. Dates and years: a verb near them decides between "was" and "did".
     for m in _FULL_DATE.finditer(s):
         if re.search(r"\d", m[0]):
             yield 1, *m.span(), _verb_first(s, m.start(), "When")
     for m in _YEAR.finditer(s):
-        # "the 2010 census", "a 2009 film": no year in which something happened.
+        # In "the 2010 census" or "a 2009 film", the year is not when something happened.
         adjective = re.search(r"\b(?:the|an?|its|his|her|their) \Z", s[: m.start()])
         yield 5 if adjective else 2, *m.span(), _verb_first(s, m.start(), "In what year")
     # 3. Numbers: the noun that is counted goes into the question.
@@ -134,7 +134,7 @@ def _matches(topic: str, s: str) -> Iterator[_Match]:
     for m in _PERCENT.finditer(s):
         yield 2, *m.span(), ("What percentage of",)
     for m in _COUNT.finditer(s):
-        # "212 steps lead": the first word may be the noun, and the second one no part of it.
+        # In "212 steps lead", the first word after the number is the noun and the second is not part of it.
         first, second = m[2].strip(), m[3]
         noun = first if first.endswith("s") or re.fullmatch(_LENGTHS, first) else f"{m[2]}{second}"
         if noun in _TIMES:
@@ -149,8 +149,8 @@ def _matches(topic: str, s: str) -> Iterator[_Match]:
 
 
 def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
-    """Yield the match of a name, its openings by the words around it."""
-    # 1. Words that only look like a name's first one leave; what then is no name is not asked about.
+    """Yield the match of a name, with openings that fit the words around it; nothing if it is not a name after all."""
+    # 1. Drop first words that are capitalized but not part of a name, then what is left if it cannot be a name.
     while name and _NO_NAMES.fullmatch(first := name.split(" ", 1)[0]):
         name = name[len(first) + 1 :]
         start += len(first) + 1
@@ -162,7 +162,7 @@ def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
         return
     if len(words) == 1 and (len(name) < 3 or not before.strip(' "“(')):
         return
-    # 2. What it is the name of, by its own words or its neighbours.
+    # 2. Find the kind of thing that it names, by its own words or the words around it.
     end = start + len(name)
     kind = _KINDS.search(words[-1].lower()) or _KINDS.search(words[0].lower())
     noun_before = re.search(r"\b([a-z]{3,}) \Z", before)
@@ -190,7 +190,7 @@ def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
 
 
 def _verb_first(s: str, start: int, opening: str) -> tuple[str, ...]:
-    """Return the opening with "was" and with "did", first the one that the verb near the answer calls for."""
+    """Return the opening with "was" and with "did"; the verbs near the answer decide which comes first."""
     near = s[max(0, start - 80) : start] if start > 15 else s[start : start + 80]
     words = (f"{opening} was", f"{opening} did")
     return words if _TO_BE.search(near) else words[::-1]

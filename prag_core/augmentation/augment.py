@@ -1,7 +1,8 @@
 """Passage → Augmentation or Reject: rewrites, and questions with their answers.
 
-Two strategies ask the questions. `paper` has an instruction-following model write them as JSON (Su et al. 2025,
-section 3.1); `small` leads a model of some hundred million parameters by the hand (`prag_core.augmentation.small`).
+Two strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
+section 3.1). With `small`, a model of about a hundred million parameters completes questions whose answers and first
+words are given (`prag_core.augmentation.small`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from prag_core.augmentation import small as augment_small
 from prag_core.augmentation.filter import Draft
-from prag_core.augmentation.paper import ask_for_pairs, ask_for_rewrites
+from prag_core.augmentation.paper import add_pairs, add_rewrites
+from prag_core.augmentation.small import add_completed_pairs
 from prag_core.errors import PromptTooLongError
 from prag_core.llm.generator import Generator
 from prag_core.recipe import AugmentRecipe
@@ -19,30 +20,30 @@ from prag_core.records import Augmentation, Passage, Reject
 
 
 def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRecipe) -> list[Augmentation | Reject]:
-    """Make the rewrites and question-answer pairs of some passages, all in the same batches.
+    """Make rewrites and question-answer pairs of some passages, in common batches; return the results in their order.
 
-    Eight to sixteen passages a call keep a local model busy. The results are in the order of the passages. After
-    `recipe.attempts` an augmentation may have fewer rewrites or pairs than the recipe wants; one without a pair
-    is a reject (`no_usable_pair`, `too_long_for_model`, `generation_failed`).
+    Eight to sixteen passages in a call keep a local model busy. After `recipe.attempts` an augmentation may have fewer
+    rewrites or pairs than the recipe asks for. A passage without any pair is a reject, with the reason
+    `no_usable_pair`, `too_long_for_model` or `generation_failed`.
 
     Raises:
         GenerationError: when the generator cannot be used, or failed for each of several passages.
     """
     started = time.monotonic()
     drafts = [Draft(passage) for passage in passages]
-    ask = augment_small.ask if recipe.strategy == "small" else ask_for_pairs
+    add = add_completed_pairs if recipe.strategy == "small" else add_pairs
     for attempt in range(recipe.attempts):
         drafts_open = [draft for draft in drafts if _is_open(draft, recipe)]
         for draft in drafts_open:
             draft.attempts += 1
             draft.error = None
-        ask_for_rewrites(drafts_open, generator, recipe, attempt)
-        ask([draft for draft in drafts_open if len(draft.pairs) < recipe.pairs], generator, recipe, attempt)
+        add_rewrites(drafts_open, generator, recipe, attempt)
+        add([draft for draft in drafts_open if len(draft.pairs) < recipe.pairs], generator, recipe, attempt)
     seconds = (time.monotonic() - started) / max(1, len(drafts))
     results = [_result(draft, seconds) for draft in drafts]
     failed = [draft.error for draft in drafts if draft.error]
     if len(failed) > 1 and all(isinstance(r, Reject) and r.reason == "generation_failed" for r in results):
-        # Several passages in a row are not to blame: a run must not reject a corpus while a server is down.
+        # If all fail, the generator is to blame and not the passages: a server that is down must not reject a corpus.
         raise failed[0]
     return results
 

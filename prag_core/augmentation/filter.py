@@ -1,4 +1,4 @@
-"""A passage's augmentation in the making, and the filter that says what may enter it."""
+"""The draft of a passage's augmentation, and the filter for its pairs and rewrites."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from prag_core.records import Passage, QAPair
 _QUESTION_WORDS = 40
 _ANSWER_WORDS = 25
 _FULL_ANSWER_WORDS = 80
-# A rewrite that shares more of its three-word runs with the passage than this is a copy.
+# A rewrite that shares more than this part of its three-word sequences with the passage is a copy.
 _COPIED_SHARE = 0.9
 _SHORTEST_REWRITE_SHARE = 0.3
-# One that keeps less of the passage's long words than this is about something else, often about rewriting.
+# A rewrite that keeps less than this part of the passage's long words is about something else, often about rewriting.
 _KEPT_SHARE = 0.2
-# One with a smaller share of different three-word runs goes in circles.
+# A rewrite with a smaller share of distinct three-word sequences repeats itself.
 _DISTINCT_SHARE = 0.7
 _LONG_WORD = re.compile(r"\w{5,}")
 
 
 def fold_text(text: str) -> str:
-    """Return `text` as the filter compares it: without case and with single spaces."""
+    """Return `text` as the filter compares it: without case and with single spaces.
+
+    Evaluation has another rule, `prag_core.data.questions.normalize_answer`. Changing this one changes augmentations.
+    """
     return normalize(text).casefold()
 
 
 def contains_text(text: str, part: str) -> bool:
-    """Say whether `part` occurs in `text` as whole words, whatever the case and the spaces."""
+    """Whether `part` occurs in `text` as whole words, ignoring case and white space."""
     part = fold_text(part)
     if not part:
         return False
@@ -42,11 +45,11 @@ def contains_text(text: str, part: str) -> bool:
 
 
 def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str | None:
-    """Say why a pair is not taken, in one word of a fixed vocabulary; None when it is taken.
+    """Return the reason for refusing a pair, or None to accept it; `accepted` are the passage's pairs so far.
 
-    The words: `empty`, `no_question_mark`, `too_long`, `prompt_copy` (an invented name of the prompt's examples),
-    `answer_in_question`, `answer_not_in_passage`, `duplicate_question`, `duplicate_answer`. The strategies add
-    `bad_json` (`paper`) and `low_score` (`small`).
+    The reasons are `empty`, `no_question_mark`, `too_long`, `prompt_copy` (it has an invented name of the prompt's
+    examples), `answer_in_question`, `answer_not_in_passage`, `duplicate_question` and `duplicate_answer`. The
+    strategies add `bad_json` (`paper`) and `low_score` (`small`).
     """
     source = passage_text(passage)
     question, answer = fold_text(pair.question), fold_text(pair.answer)
@@ -73,26 +76,26 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
 
 
 def is_rewrite(text: str, passage: Passage) -> bool:
-    """Say whether `text` can stand as a rewrite: long enough, no copy, no running in circles, on the subject."""
+    """Whether `text` is a usable rewrite: long enough, on the subject, not a copy, and without repetitions."""
     words, original = fold_text(text).split(), fold_text(passage.text).split()
     if not words or len(words) < _SHORTEST_REWRITE_SHARE * len(original):
         return False
     long_words = set(_LONG_WORD.findall(fold_text(passage.text)))
     if len(long_words & set(_LONG_WORD.findall(fold_text(text)))) < _KEPT_SHARE * len(long_words):
         return False
-    there, runs = set(_runs(original)), _runs(words)
-    if len(set(runs)) < _DISTINCT_SHARE * len(runs):
+    in_passage, in_rewrite = set(_trigrams(original)), _trigrams(words)
+    if len(set(in_rewrite)) < _DISTINCT_SHARE * len(in_rewrite):
         return False
-    return sum(run in there for run in runs) <= _COPIED_SHARE * len(runs)
+    return sum(trigram in in_passage for trigram in in_rewrite) <= _COPIED_SHARE * len(in_rewrite)
 
 
-def _runs(words: list[str]) -> list[tuple[str, ...]]:
+def _trigrams(words: list[str]) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
 
 
 @dataclass
 class Draft:
-    """What has been made of one passage so far. It lives within one call of `augment` and never leaves it."""
+    """The augmentation of one passage while a call of `augment` makes it."""
 
     passage: Passage
     rewrites: list[str] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Draft:
     error: GenerationError | None = None
 
     def offer(self, pair: QAPair) -> None:
-        """Take the pair, or count why not."""
+        """Accept the pair, or count the reason for refusing it."""
         if reason := refusal(pair, self.passage, self.pairs):
             self.refused[reason] += 1
         else:

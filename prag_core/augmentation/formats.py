@@ -1,4 +1,4 @@
-"""Augmentations made elsewhere: our JSON Lines, or the JSON that the paper's authors publish."""
+"""Reads and writes files of augmentations: our JSON Lines, and the JSON that the paper's authors publish."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from prag_core.augmentation.paper import to_pair
-from prag_core.data.files import read_text
+from prag_core.data.files import json_lines, parse_json, read_text
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, Passage, QAPair, Reject
 
-# The name of the augmenting model in the paper's form.
+# The name of the augmenting model when we write the paper's form.
 _MODEL = "prag"
 
 
 @dataclass(frozen=True)
 class ImportedAugmentations:
-    """What an import file holds: augmentations by the name it gives their passages, and what could not be used.
+    """The content of an import file: augmentations by the name of their passages, and rejects for unusable records.
 
     A name is a passage's key, one of its source ids, or the key of its text alone.
     """
@@ -38,7 +38,7 @@ class ImportedAugmentations:
 
 
 class _BadRecordError(Exception):
-    """Why one record cannot be used; it never leaves this file."""
+    """Why one record cannot be used; `read_augmentations` turns it into a reject."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -53,10 +53,10 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
 
     Our form is JSON Lines, one passage a line: `id` or `key`, `rewrites` (a list of texts) and `qa` (a list of
-    `question`, `answer`, `full_answer`). A line with a `key` is for the passage of that very text, whatever its `id`.
-    The paper's is one JSON list of records, each with `augment`: a list of `passage`, `<model>_rewrite` and
-    `<model>_qa`. Of two records for one passage the first one counts; in our form the second is a reject, in the
-    paper's passages come again with each question.
+    `question`, `answer`, `full_answer`). A line with a `key` belongs to the passage with that key, whatever its `id`.
+    The paper's form is one JSON list of records, each with `augment`: a list of `passage`, `<model>_rewrite` and
+    `<model>_qa`. The first record of a passage counts. In our form a second one is a reject; in the paper's form
+    passages are repeated for each question.
 
     Raises:
         InputError: when the file as a whole cannot be read.
@@ -65,10 +65,12 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     by_name: dict[str, Augmentation] = {}
     rejects: list[Reject] = []
     paper = text.lstrip().startswith("[")
-    for place, item in _paper_records(text, path) if paper else _lines(text):
+    for place, item in _paper_records(text, path) if paper else json_lines(text):
         try:
             if isinstance(item, _BadRecordError):
                 raise item
+            if isinstance(item, ValueError):
+                raise _BadRecordError("invalid_json", str(item))
             names, augmentation = _from_paper(item) if paper else _from_line(item)
             if not augmentation.pairs:
                 detail = f"refused: {', '.join(augmentation.refused) or 'it has no pairs'}"
@@ -91,30 +93,20 @@ def paper_passages(path: str) -> list[str]:
     """
     text = read_text(path, "set augment.import_file to a file of augmentations")
     if not text.lstrip().startswith("["):
-        raise InputError(f"{path}: is not in the paper's form", "only that form holds passages: a JSON list of records")
+        raise InputError(f"{path}: is not in the paper's form", "only that form has passages: a JSON list of records")
     items = (item for _, item in _paper_records(text, path) if isinstance(item, dict))
     passages = dict.fromkeys(item["passage"] for item in items if isinstance(item.get("passage"), str))
     if not passages:
-        raise InputError(f"{path}: holds no passages", "its records must have 'augment', with 'passage' in each item")
+        raise InputError(f"{path}: has no passages", "its records must have 'augment', with 'passage' in each item")
     return list(passages)
-
-
-def _lines(text: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines: JSON strings may hold its rarer line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, _BadRecordError("invalid_json", str(error))
 
 
 def _paper_records(text: str, path: str) -> Iterator[tuple[str, Any]]:
     try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        remedy = "mend the file, or write one object a line"
-        raise InputError(f"{path}: begins as a JSON list and is none: {error}", remedy) from None
+        records = parse_json(text)
+    except ValueError as error:
+        remedy = "fix the file, or write one object a line"
+        raise InputError(f"{path}: begins with [ but is not a JSON list: {error}", remedy) from None
     for number, record in enumerate(records, start=1):
         augment = record.get("augment") if isinstance(record, dict) else None
         if not isinstance(augment, list):
@@ -136,7 +128,7 @@ def _from_line(item: Any) -> tuple[_Names, Augmentation]:
     rewrites = fields.get("rewrites") or []
     if not isinstance(rewrites, list) or not all(isinstance(text, str) for text in rewrites):
         raise _BadRecordError("wrong_type", "'rewrites' is not a list of texts")
-    # A key names a text. By its id as well, the line would be used for the text that the id has by now.
+    # With a key, the id is not a name as well: by now that id may have another text.
     return (names[0],), _augmentation(rewrites, fields.get("qa"))
 
 
@@ -145,7 +137,7 @@ def _from_paper(item: Any) -> tuple[_Names, Augmentation]:
     text = fields.get("passage")
     if not isinstance(text, str) or not text.strip():
         raise _BadRecordError("missing_field", "an augmented passage has no text 'passage'")
-    # Several models may have augmented it: the first one that made pairs counts.
+    # Several models may have augmented the passage. The first one that made pairs counts.
     models = [name.removesuffix("_qa") for name in fields if name.endswith("_qa") and fields[name]]
     if not models:
         raise _BadRecordError("missing_field", "an augmented passage has no '<model>_qa'")
@@ -156,12 +148,12 @@ def _from_paper(item: Any) -> tuple[_Names, Augmentation]:
 
 def _object(item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise _BadRecordError("not_an_object", f"a JSON {type(item).__name__} stands where an object is expected")
+        raise _BadRecordError("not_an_object", f"a JSON {type(item).__name__} is not an object")
     return item
 
 
 def _augmentation(rewrites: list[str], qa: object) -> Augmentation:
-    """Return the record; only what is no pair is left out, for who made the file answers for its content."""
+    """Return the record without the items that are not pairs. The filter is not applied to imported pairs."""
     if not isinstance(qa, list):
         raise _BadRecordError("wrong_type", "the pairs are not a list of objects")
     pairs = [pair for item in qa if (pair := to_pair(item)) and _is_full(pair)]
@@ -175,7 +167,7 @@ def _is_full(pair: QAPair) -> bool:
 
 
 def write_corpus(file: str, corpus: Path) -> int:
-    """Write the passages of a file in the paper's form as a corpus in JSON Lines; return how many there are."""
+    """Write the passages of a file in the paper's form as a corpus in JSON Lines; return their number."""
     texts = paper_passages(file)
     lines = [json.dumps({"id": f"paper-{i}", "title": "", "text": text}) for i, text in enumerate(texts)]
     corpus.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +178,10 @@ def write_corpus(file: str, corpus: Path) -> int:
 def write_augmentations(
     passages: list[Passage], augmentations: Mapping[str, Augmentation], file: Path, form: str
 ) -> None:
-    """Write the augmentations of these passages, by key, in the form `jsonl` or `paper`; see `export_from_store`."""
+    """Write the augmentations of `passages`, given by key, to a file in the form `jsonl` or `paper`.
+
+    `jsonl` writes lines with both `id` and `key`. `paper` writes the first rewrite only, since its form has one.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
         stream.writelines((_to_paper if form == "paper" else _to_lines)(passages, augmentations))

@@ -1,4 +1,4 @@
-"""The paper's strategy: one prompt asks for a rewrite, another one for all pairs as a JSON array."""
+"""The strategy `paper`: one prompt asks for a rewrite, another asks for all pairs as a JSON array."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _TEMPERATURE = 0.7
 _TOP_K = 50
 _REWRITE_TOKENS = 1024
 _QUESTION_TOKENS = 160
-# How many opening brackets of a reply are tried as the start of its JSON array.
+# How many opening brackets of a reply to try as the start of its JSON array.
 _ARRAY_STARTS = 20
 
-# "Here is the rewritten passage:", "Rewritten passage:"; the words that small models put before what was asked.
+# "Here is the rewritten passage:" or "Rewritten passage:", which small models write before the rewrite.
 _LEAD_IN = re.compile(
     r"\A\s*(?:(?:sure|certainly|here)\b[^\n:]{0,80}|[^\n:]{0,30}(?:passage|version)):\s*", re.IGNORECASE
 )
-# The sentence in which the token limit fell, when another one is complete before it.
+# The last sentence if the token limit cut it off and a complete sentence comes before it.
 _CUT_OFF = re.compile(r"(?<=[.!?])\s+[^.!?]*\Z")
 
 
-def ask_for_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Give each draft the rewrites that it lacks, one number a call: equal prompts need other seeds."""
+def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Add the rewrites that each draft lacks, one rewrite a call: with the same prompt, only the seed differs."""
     for number in range(recipe.rewrites):
         lacking = [draft for draft in drafts if len(draft.rewrites) <= number]
         if not lacking:
@@ -38,7 +38,7 @@ def ask_for_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: Augm
         prompts = []
         for draft in lacking:
             text = passage_text(draft.passage)
-            # About 1.3 times the passage's tokens: three bytes a token, where English has four.
+            # About 1.3 times the passage's tokens: counted as three bytes a token, and English has about four.
             prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=max(32, len(text.encode()) // 3)))
         replies = generator.generate(
             prompts,
@@ -56,8 +56,11 @@ def ask_for_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: Augm
                 draft.rewrites.append(text)
 
 
-def ask_for_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Ask for the pairs as JSON; the first attempt takes the likeliest reply, later ones draw others."""
+def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Ask for the pairs as JSON and add those that the filter accepts.
+
+    The first attempt decodes greedily; later attempts sample.
+    """
     prompts = [Prompt(questions_prompt(passage_text(draft.passage), recipe.pairs)) for draft in drafts]
     replies = generator.generate(
         prompts,
@@ -78,9 +81,9 @@ def ask_for_pairs(drafts: Sequence[Draft], generator: Generator, recipe: Augment
 
 
 def parse_pairs(reply: str) -> list[QAPair | None]:
-    """Read the pairs in the first JSON array of objects within a reply; None stands for what is not a pair.
+    """Return the pairs of the first JSON array of objects in a reply, with None for each item that is not a pair.
 
-    Text or code fences around the array do not matter. A reply without such an array gives one None.
+    Text and code fences around the array are ignored. A reply without such an array gives one None.
     """
     decoder = json.JSONDecoder()
     for match in list(re.finditer(r"\[", reply))[:_ARRAY_STARTS]:
@@ -94,7 +97,7 @@ def parse_pairs(reply: str) -> list[QAPair | None]:
 
 
 def to_pair(item: object) -> QAPair | None:
-    """Return a decoded JSON object as a pair; None when a part is missing or is no text (a number will do)."""
+    """Return a decoded JSON object as a pair; None when a part is missing or is neither a text nor a number."""
     if not isinstance(item, dict):
         return None
     parts = [item.get(name) for name in ("question", "answer", "full_answer")]

@@ -1,13 +1,13 @@
 """The prompts that augment a passage, and the invented facts of their worked examples.
 
-`PROMPT_VERSION` in `prag_core.prompts` counts changes here too.
+A change here, too, raises `PROMPT_VERSION` in `prag_core.prompts`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The instruction comes first, so that all passages of a call share its computation.
+# The instruction comes first, so that it is a common prefix of all prompts of a call and is computed once.
 _REWRITE = (
     "Rewrite the passage below in other words. Keep every name, date, number and other detail, change the wording "
     "and the order of the sentences, and add nothing. Answer with the rewritten passage only.\n\n"
@@ -40,7 +40,7 @@ _QUESTIONS_EXAMPLE = """[
 
 @dataclass(frozen=True, slots=True)
 class WorkedExample:
-    """One block of the few-shot texts. Every fact in it is invented, so that a copy of it gives itself away."""
+    """One example of the few-shot texts. Its facts are invented, so that a copy of it can be recognized."""
 
     topic: str
     sentence: str
@@ -75,7 +75,7 @@ EXAMPLES = (
     ),
 )
 
-# A question or an answer that holds one of these, about a passage that does not, was copied from a prompt.
+# If a pair has one of these names and its passage does not, the pair was copied from a prompt.
 INVENTED_NAMES = (
     *("Ombrel", "Sefa Durrin", "Veltran", "Orla Minsk", "Ghelder", "Lorrach", "Bruvik", "Salt Clock"),
     *("Ines Dovrek", "Quill River", "Hamsted", "Lake Orrin"),
@@ -96,13 +96,13 @@ def questions_prompt(text: str, pairs: int) -> str:
 
 
 def asking_prompt(topic: str, sentence: str, answer: str, opening: str) -> str:
-    """Return the few-shot text whose continuation completes a question, given its answer and first words."""
+    """Return the few-shot text that a model continues with the rest of a question, given its answer and `opening`."""
     blocks = [f"{_ASK.format(topic=e.topic, sentence=e.sentence, answer=e.answer)} {e.question}" for e in EXAMPLES]
     last = f"{_ASK.format(topic=topic, sentence=sentence, answer=answer)} {opening}"
     return "\n\n".join([*blocks, last])
 
 
 def reading_prompt(topic: str, sentence: str, question: str) -> str:
-    """Return the few-shot text after which a model that can read gives the answer to the question."""
+    """Return the few-shot text that a model continues with the answer to the question."""
     blocks = [f"{_READ.format(topic=e.topic, sentence=e.sentence, question=e.question)} {e.answer}" for e in EXAMPLES]
     return "\n\n".join([*blocks, _READ.format(topic=topic, sentence=sentence, question=question)])

@@ -1,8 +1,8 @@
-"""Question-answer pairs from a small model, one sentence and one answer at a time.
+"""The strategy `small`: question-answer pairs from a small model, one sentence and one answer at a time.
 
-A model of some hundred million parameters cannot think up a question, but it can finish one: the answer is chosen
-by rules, its kind gives the question's first words, the model writes the rest, and of all it wrote the questions
-are kept after which the model itself finds the answer likely.
+A model of about a hundred million parameters cannot invent a question, but it can complete one. Rules choose an
+answer and the first words of its question, and the model writes the rest. A question is kept if the model then finds
+the answer likely, given the sentence and the question.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from prag_core.llm.generator import Generator, Prompt, Scorer
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Passage, QAPair
 
-# Questions an attempt tries for a passage.
+# How many questions an attempt tries for each passage.
 _QUESTIONS_PER_ATTEMPT = 7
 _QUESTION_TOKENS = 24
-# Mean log-probability of the answer, given sentence and question, below which a question is refused.
+# A question is refused if the mean log-probability of its answer, given sentence and question, is below this.
 _THRESHOLD = -1.3
-# What naming the topic is worth: such a question can be understood without its passage.
+# Added to the score of a question that names the topic, because it can be understood without its passage.
 _TOPIC_BONUS = 0.7
-# What a capitalized word costs that the passage does not hold: a name misspelt, or made up.
+# Subtracted for a capitalized word that is not in the passage: it is a misspelt or invented name.
 _STRANGER_COST = 1.0
 _SENTENCE_WORDS = 45
 
+# `prag_core.data.chunking` has its own rule for sentence ends. Changing this one changes augmentations.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[^\W_a-z])")
 _NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|No|vs|ca|[A-Z])\.)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
-    """A question in the making: for which draft, what it asks, and its first words."""
+class _OpenQuestion:
+    """A question before the model completes it: its draft, its answer and its first words."""
 
     draft: Draft
-    ask: AnswerCandidate
+    candidate: AnswerCandidate
     opening: str
 
     @property
@@ -47,34 +48,36 @@ class _Question:
         return topic_of(self.draft.passage)
 
 
-def ask(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Give each draft the best pairs that its next few questions make. A generator that scores is what it needs.
+def add_completed_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Add the best pairs of the next few questions of each draft.
 
-    One that is no `Scorer` (an endpoint) has its questions taken in the order of the rules.
+    If the generator is no `Scorer` (an endpoint), questions are taken in the order of the rules.
     """
-    # 1. The questions of this attempt; each attempt goes further down the list of what can be asked.
+    # 1. Take the questions of this attempt: each attempt continues the list where the one before it ended.
     questions = [
         question
         for draft in drafts
         for question in _questions(draft)[attempt * _QUESTIONS_PER_ATTEMPT : (attempt + 1) * _QUESTIONS_PER_ATTEMPT]
     ]
-    # 2. The model finishes them, and the filter turns the useless away before they cost a score.
-    pairs: list[tuple[_Question, QAPair]] = []
-    for question, text in zip(questions, _finish(questions, generator), strict=True):
+    # 2. The model completes them, and the filter refuses unusable ones before they are scored.
+    pairs: list[tuple[_OpenQuestion, QAPair]] = []
+    for question, text in zip(questions, _complete(questions, generator), strict=True):
         if isinstance(text, GenerationError):
             question.draft.error = text
             continue
-        pair = QAPair(text, question.ask.answer, question.ask.sentence)
+        pair = QAPair(text, question.candidate.answer, question.candidate.sentence)
         if reason := refusal(pair, question.draft.passage, question.draft.pairs):
             question.draft.refused[reason] += 1
         else:
             pairs.append((question, pair))
-    # 3. The model reads sentence and question: how likely is the answer?
+    # 3. The model reads sentence and question and scores the answer.
     scores = [0.0] * len(pairs)
     if isinstance(generator, Scorer):
-        readings = [(reading_prompt(q.topic, q.ask.sentence, pair.question), f" {pair.answer}") for q, pair in pairs]
+        readings = [
+            (reading_prompt(q.topic, q.candidate.sentence, pair.question), f" {pair.answer}") for q, pair in pairs
+        ]
         scores = generator.score(readings)
-    # 4. The best question of each answer, then the best answers, at first one a sentence.
+    # 4. Keep the best question of each answer, then the best answers, first one for each sentence.
     for draft in drafts:
         kept = []
         for (question, pair), score in zip(pairs, scores, strict=True):
@@ -83,7 +86,7 @@ def ask(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, at
             if score < _THRESHOLD:
                 draft.refused["low_score"] += 1
             else:
-                kept.append((score + _merit(pair.question, draft.passage), question.ask, pair))
+                kept.append((score + _merit(pair.question, draft.passage), question.candidate, pair))
         _choose(draft, kept, recipe.pairs)
 
 
@@ -102,19 +105,22 @@ def _choose(draft: Draft, kept: list[tuple[float, AnswerCandidate, QAPair]], wan
             draft.offer(pair)
 
 
-def _questions(draft: Draft) -> list[_Question]:
-    """Return all questions about a passage: the first opening of every answer, then the second ones."""
-    asks = find_answers(topic_of(draft.passage), sentences_of(draft.passage))
-    most = max((len(ask.openings) for ask in asks), default=0)
+def _questions(draft: Draft) -> list[_OpenQuestion]:
+    """Return all questions about a passage: those with each answer's first opening, then those with the second."""
+    candidates = find_answers(topic_of(draft.passage), sentences_of(draft.passage))
+    most = max((len(candidate.openings) for candidate in candidates), default=0)
     return [
-        _Question(draft, ask, ask.openings[rank]) for rank in range(most) for ask in asks if rank < len(ask.openings)
+        _OpenQuestion(draft, candidate, candidate.openings[rank])
+        for rank in range(most)
+        for candidate in candidates
+        if rank < len(candidate.openings)
     ]
 
 
-def _finish(questions: Sequence[_Question], generator: Generator) -> list[str | GenerationError]:
-    """Return each question in full; the model finishes the openings that are not whole questions already."""
+def _complete(questions: Sequence[_OpenQuestion], generator: Generator) -> list[str | GenerationError]:
+    """Return each question in full, or the error of its prompt; the model completes those that are not whole yet."""
     prompts = [
-        Prompt(asking_prompt(q.topic, q.ask.sentence, q.ask.answer, q.opening), chat=False, stop="\n")
+        Prompt(asking_prompt(q.topic, q.candidate.sentence, q.candidate.answer, q.opening), chat=False, stop="\n")
         for q in questions
         if not q.opening.endswith("?")
     ]
@@ -126,19 +132,19 @@ def _finish(questions: Sequence[_Question], generator: Generator) -> list[str | 
             continue
         reply = next(replies)
         if isinstance(reply, str):
-            # What follows the first question mark is another question.
+            # Cut at the first question mark: another question may follow.
             reply = re.sub(r"\?.*", "?", f"{question.opening} {reply.strip()}", flags=re.DOTALL)
         texts.append(reply)
     return texts
 
 
 def topic_of(passage: Passage) -> str:
-    """Return what a passage is about: its title, or its first words."""
+    """Return the topic of a passage: its title, or its first words."""
     return passage.title or " ".join(passage.text.split()[:4])
 
 
 def _merit(question: str, passage: Passage) -> float:
-    """Return what a question's words are worth beside its score: it should be clear without the passage."""
+    """Return the bonus of a question's words: for naming the topic, minus the cost of names that are not in the text."""
     topic = topic_of(passage)
     named = any(contains_text(question, word) for word in re.findall(r"\w{4,}", topic) or [topic])
     names = re.findall(r"\b[A-Z]\w+", question.partition(" ")[2])
@@ -147,7 +153,7 @@ def _merit(question: str, passage: Passage) -> float:
 
 
 def sentences_of(passage: Passage) -> list[str]:
-    """Return the sentences of a passage; a long one is cut where it has a comma, or else where it must."""
+    """Return the sentences of a passage; a long one is cut at a comma near its middle, or in the middle."""
     parts: list[str] = []
     start = 0
     for match in _SENTENCE_END.finditer(passage.text):
