@@ -1,4 +1,4 @@
-// The page of `prag serve`. What comes from the server or the user is only ever inserted as text.
+// The page of `prag serve`. It inserts everything from the server or the user as text, never as HTML.
 
 const MODES = {
   closed: "Bare model, no passages",
@@ -9,10 +9,10 @@ const MODES = {
 
 const byId = (id) => document.getElementById(id);
 
-// The key lives here and nowhere else: no storage, no cookie, no address.
+// The key is kept only here: in no storage, cookie or URL.
 let key = "";
 
-/** An error that the user is told about. `waitS`: seconds after which trying again makes sense. */
+/** An error to show to the user. `waitS`: seconds after which another try may succeed. */
 class Problem extends Error {
   constructor(message, { needsKey = false, waitS = 0 } = {}) {
     super(/[.!?…]$/.test(message) ? message : `${message}.`);
@@ -21,7 +21,7 @@ class Problem extends Error {
   }
 }
 
-/** Send a request; what is not a success is thrown as a Problem. */
+/** Send a request, and throw a Problem unless it succeeds. */
 async function send(path, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
@@ -33,11 +33,11 @@ async function send(path, options = {}) {
   }
   if (response.ok) return response;
   if (response.status === 401 && response.headers.has("WWW-Authenticate")) {
-    throw new Problem(key ? "The server does not take this key." : "The server wants an API key.", { needsKey: true });
+    throw new Problem(key ? "The server does not accept this key." : "The server needs an API key.", { needsKey: true });
   }
-  // What stands between may answer with something else than the server's JSON.
-  const told = await response.json().catch(() => null);
-  throw new Problem(told?.error?.message ?? `The server answered with status ${response.status}.`, {
+  // A proxy may answer without the server's JSON.
+  const reply = await response.json().catch(() => null);
+  throw new Problem(reply?.error?.message ?? `The server answered with status ${response.status}.`, {
     waitS: Number.parseInt(response.headers.get("Retry-After") ?? "", 10) || 0,
   });
 }
@@ -82,7 +82,7 @@ class Column {
     this.root = byId("column").content.firstElementChild.cloneNode(true);
     const find = (selector) => this.root.querySelector(selector);
     this.answer = find(".answer");
-    this.told = find(".problem");
+    this.shownProblem = find(".problem");
     this.times = find(".times");
     this.button = find("button");
     this.passages = find(".passages");
@@ -91,7 +91,7 @@ class Column {
     heading.textContent = mode;
     heading.id = `mode-${mode}`;
     this.root.setAttribute("aria-labelledby", heading.id);
-    find(".what").textContent = MODES[mode];
+    find(".description").textContent = MODES[mode];
     this.button.addEventListener("click", () => {
       if (this.#control) this.stop();
       else follow([this], this.body);
@@ -111,7 +111,7 @@ class Column {
     this.body = body;
     this.#offer("Stop");
     this.root.setAttribute("aria-busy", "true");
-    const begun = performance.now();
+    const start = performance.now();
     let first = 0;
     try {
       const response = await send("v1/answer", {
@@ -126,14 +126,14 @@ class Column {
         if (name === "error") throw new Problem(data.error.message);
         if (name === "answer") whole = data;
         else {
-          first ||= performance.now() - begun;
+          first ||= performance.now() - start;
           this.answer.append(data.text);
         }
       }
       if (!whole) throw new Error("the stream ended early");
-      this.#show(whole, first, performance.now() - begun);
+      this.#show(whole, first, performance.now() - start);
     } catch (error) {
-      // Asked again meanwhile: the column belongs to the later question.
+      // If the user has asked again, the column belongs to the later question.
       if (this.#control === control) this.#fail(error, control.signal.aborted);
     } finally {
       if (this.#control === control) {
@@ -143,7 +143,7 @@ class Column {
     }
   }
 
-  /** Forget the question: what may still come of it is not shown. */
+  /** Drop the question: nothing more of its answer is shown. */
   clear() {
     this.stop();
     this.#control = null;
@@ -153,7 +153,7 @@ class Column {
     this.problem = null;
     this.answer.textContent = "";
     this.answer.classList.remove("none");
-    for (const part of [this.told, this.times, this.passages, this.steps]) part.hidden = true;
+    for (const part of [this.shownProblem, this.times, this.passages, this.steps]) part.hidden = true;
   }
 
   #offer(label) {
@@ -195,16 +195,16 @@ class Column {
     if (stopped) problem = new Problem("Stopped.");
     else if (!(error instanceof Problem)) problem = new Problem("The connection broke before the answer was complete.");
     this.problem = problem;
-    this.told.textContent = problem.message;
+    this.shownProblem.textContent = problem.message;
     this.#offer("Ask again");
     if (problem.waitS) {
       const at = new Date(Date.now() + problem.waitS * 1000).toLocaleTimeString();
-      this.told.textContent += ` Try again in ${problem.waitS} s, at ${at}.`;
+      this.shownProblem.textContent += ` Try again in ${problem.waitS} s, at ${at}.`;
       this.button.disabled = true;
       this.#timer = setTimeout(() => { this.button.disabled = false; }, problem.waitS * 1000);
     }
-    this.told.hidden = false;
-    if (!stopped) say(`${this.mode}: ${this.told.textContent}`);
+    this.shownProblem.hidden = false;
+    if (!stopped) say(`${this.mode}: ${this.shownProblem.textContent}`);
   }
 }
 
@@ -218,12 +218,12 @@ function passageItem(passage) {
     element("span", `${passage.id} · score ${passage.score.toFixed(2)}`, "use quiet"),
   );
   if (passage.fallback) {
-    item.append(element("span", "Its adapter could not be had in time: it went into the prompt instead.", "use problem"));
+    item.append(element("span", "Its adapter was missing or late, so it went into the prompt.", "use problem"));
   }
   return item;
 }
 
-/** Have a screen reader read something. */
+/** Let screen readers read a text. */
 function say(text) {
   byId("spoken").append(element("p", text));
 }
@@ -243,7 +243,7 @@ for (const mode of Object.keys(MODES)) {
   chosen.set(mode, box);
 }
 
-/** Ask these columns, and say how it went when nothing is under way any more. */
+/** Ask in these columns, and show the outcome once no question is under way. */
 async function follow(asked, body) {
   const { signal } = stopping;
   following++;
@@ -265,7 +265,7 @@ async function follow(asked, body) {
   if (keyless) askForKey(keyless.problem.message);
 }
 
-/** Stop what is under way, and what was to follow it. */
+/** Stop the questions under way and those that wait for them. */
 function stopAll() {
   stopping.abort();
   stopping = new AbortController();
@@ -278,7 +278,7 @@ function askForKey(message) {
   byId("key").focus();
 }
 
-/** Ask the server which modes it serves; this also says whether a key is needed. */
+/** Ask the server which modes it serves. This also shows whether a key is needed. */
 async function greet() {
   try {
     const { data } = await (await send("v1/models")).json();
@@ -323,7 +323,7 @@ byId("key-form").addEventListener("submit", async (event) => {
   byId("status").textContent = "Trying the key …";
   if (!(await greet())) return;
   byId("question").focus();
-  // What was refused for want of a key is asked now.
+  // Ask again the questions that were refused without a valid key.
   const refused = columns.filter(({ problem }) => problem?.needsKey);
   if (refused.length) follow(refused, refused[0].body);
 });

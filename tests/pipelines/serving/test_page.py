@@ -201,11 +201,11 @@ def test_what_others_wrote_is_text_and_nothing_else(page: Page, world: World) ->
 def test_who_is_refused_is_told_what_to_do(page: Page, world: World) -> None:
     # A wrong key leaves the form, and asks again.
     page.find("#key").send_keys("prag_wrong_key", Keys.ENTER)
-    page.until(lambda: page.text("#status") == "The server does not take this key.", "the key was refused")
+    page.until(lambda: page.text("#status") == "The server does not accept this key.", "the key was refused")
     assert page.focus == "key"
     # A question that was asked without a key is asked again once there is one.
     page.ask("What is Quorl 1?", "closed")
-    assert page.problem("closed") == "The server does not take this key."
+    assert page.problem("closed") == "The server does not accept this key."
     page.let_in(world.slow_key)
     page.until(lambda: page.text("#status") == "Answered.", "it was answered")
     # This key may ask once in five seconds, twice at once.
