@@ -20,7 +20,10 @@ FINGERPRINT_BYTES = 8
 
 
 def normalize(text: str) -> str:
-    """NFC-normalize `text` and fold every run of white space into one space."""
+    """NFC-normalize `text` and fold every run of white space into one space.
+
+    Passage keys depend on it. `prag_core.data.questions.normalize_answer` names the other rules for comparing texts.
+    """
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 

@@ -144,7 +144,7 @@ def topic_of(passage: Passage) -> str:
 
 
 def _merit(question: str, passage: Passage) -> float:
-    """Return the bonus of a question's words: for naming the topic, minus the cost of names that are not in the text."""
+    """Return what a question's words add to its score: a bonus for the topic, a cost for names not in the passage."""
     topic = topic_of(passage)
     named = any(contains_text(question, word) for word in re.findall(r"\w{4,}", topic) or [topic])
     names = re.findall(r"\b[A-Z]\w+", question.partition(" ")[2])
