@@ -1,4 +1,4 @@
-"""The optional judge of an evaluation: each answer is judged once, and the verdicts are stored beside the answers."""
+"""The optional judge of an evaluation. Each answer is judged once; the verdicts are stored beside the answers."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ _JUDGED_TOGETHER = 200
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge said of an answer to a question; `id` names question, accepted answers and answer."""
+    """A judge's score of an answer, 1.0 or 0.0; `id` is the fingerprint of question, accepted answers and answer."""
 
     id: str
     right: float
 
 
 def judge(store: Store, folder: str, evaluation: Evaluation, generator: Generator, console: Console) -> Evaluation:
-    """Return the evaluation with a verdict on each answer, asking for those that are not stored.
+    """Return the evaluation with a verdict on each answer; the judge is asked for verdicts that are not stored.
 
     Raises:
-        GenerationError: when the judge fails or says neither yes nor no; what was judged before is kept.
+        GenerationError: when the judge fails or says neither yes nor no; the verdicts before it stay stored.
     """
-    place = f"{folder}/verdicts/{fingerprint([generator.fingerprint, JUDGE_VERSION])}"
-    known = {row.id: row.right for row in from_table(Verdict, store.get_table(Verdict, store.list(place, ".parquet")))}
+    verdict_folder = f"{folder}/verdicts/{fingerprint([generator.fingerprint, JUDGE_VERSION])}"
+    stored = store.get_table(Verdict, store.list(verdict_folder, ".parquet"))
+    known = {row.id: row.right for row in from_table(Verdict, stored)}
     rows = {}
     names = {}
-    for of in evaluation.asks.values():
-        for question, ids in zip(evaluation.questions, of, strict=True):
+    for ids_by_question in evaluation.request_ids.values():
+        for question, ids in zip(evaluation.questions, ids_by_question, strict=True):
             for id in ids:
                 row = (question.question, question.answers, evaluation.replies[id].text)
-                # Two questions of the same words may accept other answers, so the request's id is not enough.
+                # Questions with the same words may accept different answers, so the request's id is not enough.
                 names[question.id, id] = fingerprint(row)
                 rows[fingerprint(row)] = row
     missing = sorted(rows.keys() - known.keys())
@@ -47,6 +48,6 @@ def judge(store: Store, folder: str, evaluation: Evaluation, generator: Generato
         part = missing[begin : begin + _JUDGED_TOGETHER]
         verdicts = judge_answers(generator, [rows[name] for name in part])
         made = [Verdict(name, right) for name, right in zip(part, verdicts, strict=True)]
-        store.put_table(place, to_table(Verdict, made))
+        store.put_table(verdict_folder, to_table(Verdict, made))
         known.update({verdict.id: verdict.right for verdict in made})
-    return replace(evaluation, verdicts={place: known[name] for place, name in names.items()})
+    return replace(evaluation, verdicts={pair: known[name] for pair, name in names.items()})

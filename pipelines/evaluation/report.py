@@ -1,4 +1,4 @@
-"""A report for people: tables on the terminal, and one HTML page that needs nothing beside it."""
+"""A report for people: tables on the terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a report."""
     if not console.is_terminal:
-        # A log has no width of its own, and a number that is cut is none.
+        # A log has no width of its own. Rich would take 80 columns and cut numbers off.
         console = Console(file=console.file, width=_LOG_WIDTH)
     for title, head, rows in _tables(report):
         table = Table(title=title)
@@ -48,7 +48,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def html_page(report: Mapping[str, Any]) -> str:
-    """Return the page: tables, plots as SVG, examples, and the report's origin."""
+    """Return the page: the report's origin, tables, plots as SVG, and examples."""
     origin = f"snapshot <code>{_e(report['snapshot']['id'])}</code>"
     if "recipe" in report:
         origin += f", recipe <code>{_e(report['recipe']['train']['name'])} {_e(report['recipe']['fingerprint'])}</code>"
@@ -81,7 +81,7 @@ def html_page(report: Mapping[str, Any]) -> str:
 
 
 def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
-    """Return each table of the report: its title, its head and its rows of texts."""
+    """Return the tables of the report, each as its title, its head and its rows of texts."""
     columns: Mapping[str, Any] = report["columns"]
     judged = any("judge" in column for column in columns.values())
     head = ["", "F1", "95 %", "EM", "contains", "paper F1", *(["judge"] if judged else []), "ms", "prompt tokens"]
@@ -101,7 +101,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     ]
     asked = report["dataset"]["asked"]
     tables = [(f"{asked} questions", head, rows)]
-    # Passages without an adapter are in the prompt instead: the questions without such passages are told apart.
+    # A passage without an adapter went into the prompt. If there are any, the other questions are shown separately.
     kept = report["with_adapters"]
     apart = kept["n"] < asked
     differences = _f1_differences(report["differences"])
@@ -114,9 +114,12 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     if apart:
         kinds["each passage has an adapter"] = kept
     if kinds:
-        rows = [[f"{kind} ({of['n']})", *(f"{of['f1'][name]:.3f}" for name in columns)] for kind, of in kinds.items()]
+        rows = [
+            [f"{kind} ({scores['n']})", *(f"{scores['f1'][name]:.3f}" for name in columns)]
+            for kind, scores in kinds.items()
+        ]
         head = ["", *columns]
-        if len(kinds) < len(columns):  # the narrower way round
+        if len(kinds) < len(columns):  # transposed, the table is narrower
             head, *rows = map(list, zip(head, *rows, strict=True))
         tables.append(("F1 by question type", head, rows))
     rows = [[name, *(f"{c['milliseconds'][step]:.1f}" for step in STEPS)] for name, c in columns.items()]
@@ -137,7 +140,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
 
 
 def _f1_differences(differences: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return the cells of each difference of F1, its mean and its interval, by its name."""
+    """Return two cells for each difference of F1, its mean and its interval, by the name of the difference."""
     return {
         f"{d['left']} − {d['right']}": [f"{d['mean']:+.3f}", f"{d['low']:+.3f} … {d['high']:+.3f}"]
         for d in differences
@@ -165,7 +168,7 @@ def _e(text: Any) -> str:
 
 
 def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the plots as (title, SVG): always the same bytes for the same report."""
+    """Return the plots as (title, SVG); the same report always gives the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -178,7 +181,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
         plots.append((title, sink.getvalue().partition("?>")[2].partition(">")[2]))
 
-    # A figure of its own, not pyplot: nothing global, no display. The salt names the parts of the SVG.
+    # `Figure` and not pyplot, which has global state and looks for a display. The salt fixes the ids in the SVG.
     with matplotlib.rc_context({"svg.hashsalt": "prag", "svg.fonttype": "none", "font.size": 9}):
         # 1. Modes and controls, with intervals.
         figure = Figure(figsize=(8, 0.4 * len(columns) + 0.9))
@@ -192,7 +195,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         axes.set_xlabel("F1, 95 % interval (grey: controls)")
         draw("Modes and controls", figure)
 
-        # 2. F1 against what an answer costs.
+        # 2. F1 against latency.
         figure = Figure(figsize=(8, 4))
         axes = figure.subplots()
         for name, column in columns.items():
@@ -222,7 +225,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             axes.legend()
             draw("F1 against k", figure)
 
-        # 4. By type.
+        # 4. F1 by question type.
         if len(report["types"]) > 1:
             figure = Figure(figsize=(8, 4))
             axes = figure.subplots()

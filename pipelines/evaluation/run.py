@@ -32,11 +32,10 @@ from prag_core.evaluation.plan import (
     EvaluationPlan,
     EvaluationReply,
     EvaluationRequest,
-    QuestionContext,
     columns,
     draw,
-    make_request,
 )
+from prag_core.evaluation.requests import QuestionContext, make_request
 from prag_core.evaluation.summary import Evaluation
 from prag_core.inference.engine import Engine
 from prag_core.inference.loaded_snapshot import open_reader
@@ -119,7 +118,7 @@ def run_evaluation(
         gold=tuple(tuple(passage.key for passage in context.gold) for context in contexts),
         retrieved=tuple(tuple(hit.passage.key for hit in context.ranked) for context in contexts),
         retrieve_ms=tuple(row.retrieve_ms for row in found),
-        asks=asks,
+        request_ids=asks,
         replies={id: replies[id] for ids in asks.values() for of in ids for id in of},
     )
 

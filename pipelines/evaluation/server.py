@@ -96,7 +96,7 @@ def evaluate_server(
         gold=tuple(tuple(gold.id for gold in question.gold if gold.id) for question in questions),
         retrieved=tuple(names for names, _ in found),
         retrieve_ms=tuple(ms for _, ms in found),
-        asks={c.name: [[_name(c.name, i)] for i in range(len(questions))] for c in wanted},
+        request_ids={c.name: [[_name(c.name, i)] for i in range(len(questions))] for c in wanted},
         replies={_name(*place): _reply(_name(*place), answer) for place, answer in answers.items()},
     )
 

@@ -14,7 +14,8 @@ from pipelines.execution.progress import run_pool
 from prag_core.config import Config
 from prag_core.errors import AdapterError, StoreError
 from prag_core.evaluation.controls import task_job, task_sets
-from prag_core.evaluation.plan import EvaluationPlan, QuestionContext
+from prag_core.evaluation.plan import EvaluationPlan
+from prag_core.evaluation.requests import QuestionContext
 from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here

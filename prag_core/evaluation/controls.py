@@ -1,7 +1,7 @@
-"""Adapters that must not help: what an answer gains from them is form, not knowledge.
+"""Control adapters: random, zero and task adapters. They hold no knowledge of the passage that they stand for.
 
-A control's adapter goes by a name in place of a passage's key, so that the engine answers with it as with any
-other: `ControlSource` gives the factors of such names, and those of passages by their keys.
+What an answer gains from one is form, not knowledge. A control adapter has a name in place of a passage's key, and
+`ControlSource` returns the factors of such names as well as those of passages. So the engine needs no special case.
 """
 
 from __future__ import annotations
@@ -19,38 +19,42 @@ from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Factors
 from prag_core.training.examples import TrainingExample, TrainingJob
 
-NOTHING = "nothing:"
+# The name of the adapter of zeros.
+ZERO_ADAPTER = "nothing:"
 _RANDOM, _TASK = "random:", "task:"
 
 
 def random_name(key: str, seed: int) -> str:
-    """Return the name of the random adapter that stands in for the one of a passage."""
+    """Return the name of the random adapter that replaces the adapter of the passage `key`."""
     return f"{_RANDOM}{seed}:{key}"
 
 
 def task_name(task: str) -> str:
-    """Return the name under which the task adapter `task` is asked for."""
+    """Return the name by which a request names the task adapter `task`."""
     return f"{_TASK}{task}"
 
 
 def random_like(factors: Factors, layout: LoraLayout, seed: int, key: str) -> dict[str, Tensor]:
-    """Return an adapter of normally distributed values with the same ‖B·A‖ (Frobenius) in each adapted module.
+    """Return a random adapter with the same Frobenius norm ‖B·A‖ in each adapted module as `factors`.
 
-    The same seed and key give the same adapter, whatever was drawn before.
+    Its values are normally distributed, in fp32, and depend on the seed and the key alone.
     """
     generator = torch.Generator().manual_seed(int(fingerprint([seed, key]), 16) % 2**63)
-    made = {
+    drawn = {
         name: torch.empty(shape).normal_(generator=generator) for name, shape in sorted(layout.tensor_shapes.items())
     }
     for target in layout.targets:
         a, b = f"{target}.A", f"{target}.B"
-        wanted, got = _norms(factors[a], factors[b]), _norms(made[a], made[b])
-        made[b] = made[b] * (wanted / got)[:, None, None]
-    return made
+        ratio = _norms(factors[a], factors[b]) / _norms(drawn[a], drawn[b])
+        drawn[b] = drawn[b] * ratio[:, None, None]
+    return drawn
 
 
 def _norms(a: Tensor, b: Tensor) -> Tensor:
-    """Return ‖B·A‖ of each layer, `[layers]`, without making the products: ‖B·A‖² = tr(BᵀB · AAᵀ)."""
+    """Return ‖B·A‖ of each layer as `[layers]`, fp32, without computing B·A: ‖B·A‖² = tr(BᵀB · AAᵀ).
+
+    `a` is `[layers, r, inputs]` and `b` is `[layers, outputs, r]`.
+    """
     a, b = a.double(), b.double()
     squares = ((b.mT @ b) * (a @ a.mT)).sum((1, 2))
     return squares.clamp(min=0).sqrt().float()
@@ -61,31 +65,31 @@ class _Adapters(Protocol):
 
 
 class ControlSource:
-    """Adapters by key or by a control's name.
+    """Gives adapters by a passage's key or by a control's name.
 
     Args:
-        adapters: The passages' own.
+        adapters: The passages' adapters.
         layout: Their shapes.
-        task: Gives a task adapter by its name; it is asked once for each.
+        read_task: Reads a task adapter by its name; it is called once for each.
     """
 
-    def __init__(self, adapters: _Adapters, layout: LoraLayout, task: Callable[[str], Factors]) -> None:
+    def __init__(self, adapters: _Adapters, layout: LoraLayout, read_task: Callable[[str], Factors]) -> None:
         self._adapters = adapters
         self._layout = layout
-        self._read_task = task
+        self._read_task = read_task
         self._tasks: dict[str, Factors] = {}
 
     def get(self, key: str) -> Mapping[str, Tensor]:
-        """Return the factors of a passage or of a control.
+        """Return the factors of a passage's or a control's adapter.
 
         Raises:
-            AdapterError: when they, or those that a random adapter is to equal in norm, are missing or broken.
+            AdapterError: when they are missing or broken, or those whose norm a random adapter copies.
         """
-        if key == NOTHING:
+        if key == ZERO_ADAPTER:
             return {name: torch.zeros(shape) for name, shape in self._layout.tensor_shapes.items()}
         if key.startswith(_RANDOM):
-            seed, _, of = key.removeprefix(_RANDOM).partition(":")
-            return random_like(self._adapters.get(of), self._layout, int(seed), of)
+            seed, _, passage = key.removeprefix(_RANDOM).partition(":")
+            return random_like(self._adapters.get(passage), self._layout, int(seed), passage)
         if key.startswith(_TASK):
             if key not in self._tasks:
                 self._tasks[key] = self._read_task(key.removeprefix(_TASK))
@@ -96,44 +100,55 @@ class ControlSource:
 def task_sets(
     pool: Sequence[str], related: Sequence[Iterable[str]], size: int, seed: int
 ) -> tuple[list[tuple[str, ...]], list[int]]:
-    """Choose the passages on which task adapters are trained, so that none is related to a question it answers.
+    """Choose sets of passages to train task adapters on, and a set for each question with no passage related to it.
 
-    Where enough passages are related to no question at all, one set of `size` of them serves all questions.
-    Otherwise the pool is cut into more sets than any question has related passages, and each question takes the
-    first that holds none of its own.
+    If `size` passages of the pool are related to no question, they are the one set, for all questions. Otherwise the
+    pool is divided into one set more than any question has related passages. So each question finds a set without
+    its own passages, and takes the first such set.
+
+    Args:
+        pool: Keys of passages with an adapter.
+        related: For each question, the keys of its gold and retrieved passages.
+        size: The most passages in a set.
+        seed: Shuffles the pool.
 
     Returns:
-        The sets, and for each question the number of its set.
+        The sets, and for each question the position of its set.
 
     Raises:
-        InputError: when the pool is too small for that.
+        InputError: when the pool is too small.
     """
     shuffled = sorted(pool)
     random.Random(seed).shuffle(shuffled)
-    taken = [set(keys) & set(pool) for keys in related]
-    everything = set().union(*taken)
-    free = [key for key in shuffled if key not in everything]
+    excluded = [set(keys) & set(pool) for keys in related]
+    excluded_by_any = set().union(*excluded)
+    free = [key for key in shuffled if key not in excluded_by_any]
     if len(free) >= size:
-        return [tuple(free[:size])], [0] * len(taken)
-    count = 1 + max(map(len, taken), default=0)
+        return [tuple(free[:size])], [0] * len(excluded)
+    count = 1 + max(map(len, excluded), default=0)
     if len(shuffled) < count:
         raise InputError(
             f"the control 'task' needs {count} passages with adapters, and there are {len(shuffled)}",
             "leave the control out, or evaluate on a snapshot with more passages",
         )
     sets = [tuple(shuffled[i::count][:size]) for i in range(count)]
-    return sets, [next(i for i, keys in enumerate(sets) if not keys_of & set(keys)) for keys_of in taken]
+    return sets, [next(i for i, chosen in enumerate(sets) if not keys & set(chosen)) for keys in excluded]
 
 
 def task_job(name: str, examples: Sequence[Sequence[TrainingExample]], rounds: int) -> TrainingJob:
-    """Return a task adapter's training: as many examples as one passage's adapter has, `rounds` times.
+    """Return the training job of a task adapter: `rounds` times as many examples as one passage's adapter has.
 
-    Each example is taken from the next of the passages, in the place that it has in its passage's own training: so
-    the adapter sees the same forms in the same order, and of each passage only some facts.
+    Step by step the examples come from another passage, at the position that they have in its own training. So the
+    adapter sees the same forms in the same order, but only some facts of each passage.
+
+    Args:
+        name: The task adapter's name.
+        examples: For each passage, the examples of its own adapter.
+        rounds: See above.
     """
-    count = max(len(of) for of in examples)
+    count = max(map(len, examples))
     chosen = []
     for step in range(rounds * count):
-        of = examples[step % len(examples)]
-        chosen.append(of[step % count % len(of)])
+        passage = examples[step % len(examples)]
+        chosen.append(passage[step % count % len(passage)])
     return TrainingJob(name, tuple(chosen))

@@ -1,4 +1,4 @@
-"""A language model as judge: whether an answer means what one of the accepted answers means."""
+"""A language model as judge: does an answer mean the same as one of the accepted answers?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prag_core.errors import GenerationError
 from prag_core.llm.generator import Generator, Prompt
 
-# Raised whenever the words change.
+# Raise it whenever the prompt changes.
 JUDGE_VERSION = 1
 
 _PROMPT = (
@@ -18,12 +18,14 @@ _PROMPT = (
 
 
 def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[float]:
-    """Return 1.0 for each right answer and 0.0 for each wrong one, of (question, accepted answers, given answer).
+    """Return 1.0 for each right answer and 0.0 for each wrong one; an empty answer is wrong without asking.
 
-    An empty answer is wrong without asking.
+    Args:
+        generator: The judge.
+        rows: Each is a question, its accepted answers and the given answer.
 
     Raises:
-        GenerationError: when the model fails, or its reply is neither yes nor no; the message says how often.
+        GenerationError: when the judge fails, or replies neither yes nor no; the message says how often.
     """
     asked = [i for i, (_, _, given) in enumerate(rows) if given.strip()]
     prompts = [

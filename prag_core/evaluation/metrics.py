@@ -1,8 +1,8 @@
-"""How good an answer is, how good a retrieval is, and how sure we may be of a difference.
+"""Metrics of answers and retrieval, and confidence intervals of differences.
 
 Exact match and token F1 follow the SQuAD evaluation (Rajpurkar et al., 2016): lower case, no punctuation, no
-articles, the best of the accepted answers. HotpotQA's F1 differs from it in one rule, and the evaluation of the
-paper (Su et al., 2025) cuts the answer before it compares.
+articles, and the best score over the accepted answers. HotpotQA's F1 differs in one rule (`hotpot_f1`). The
+evaluation of the paper (Su et al., 2025) shortens the answer first (`paper_answer`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from prag_core.data.questions import normalize_answer
 
-# HotpotQA compares these as wholes: no part of "yes and no" is right.
+# HotpotQA compares these as a whole: "yes and no" gets no partial score.
 _WHOLE = frozenset({"yes", "no", "noanswer"})
 _CONCLUSION = "the answer is"
 _STOPS = re.compile(r"[.,\n]")
@@ -27,15 +27,16 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the best F1, over the answers, between the bags of words of prediction and answer.
+    """Return the best F1 over the answers, between the bags of words of prediction and answer.
 
-    Where one of the two has no words left, it is 1.0 if both have none, as in SQuAD 2.0.
+    If prediction or answer has no words after normalization, F1 is 1.0 when both have none and else 0.0, as in SQuAD
+    2.0.
     """
     return max(_f1(prediction, answer) for answer in answers)
 
 
 def hotpot_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return F1 as HotpotQA defines it: a yes or no is right as a whole or not at all; no words, no points."""
+    """Return F1 as HotpotQA defines it: yes and no only match as a whole, and an empty text scores 0."""
 
     def one(answer: str) -> float:
         found, wanted = normalize_answer(prediction), normalize_answer(answer)
@@ -47,20 +48,20 @@ def hotpot_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contains_answer(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if the words of one of the answers stand in the prediction, in their order and side by side."""
+    """Return 1.0 if the prediction contains the words of an accepted answer, in order and adjacent, else 0.0."""
     return float(any(contains(prediction, answer) for answer in answers))
 
 
 def contains(text: str, answer: str) -> bool:
-    """Whether the words of `answer` stand side by side in `text`, both normalized; no words are in no text."""
+    """Whether `text` contains the words of `answer`, both normalized; no text contains an empty answer."""
     wanted = normalize_answer(answer)
     return bool(wanted) and f" {wanted} " in f" {normalize_answer(text)} "
 
 
 def paper_answer(text: str, *, chain_of_thought: bool = False) -> str:
-    """Return what the paper's evaluator compares: the text up to its first full stop, comma or line end.
+    """Return the part of an answer that the paper's evaluator compares: up to the first full stop, comma or line end.
 
-    With chain of thought, what stands before the first "the answer is" is left out.
+    With chain of thought it begins after the first "the answer is".
     """
     if chain_of_thought and _CONCLUSION in text:
         text = text.split(_CONCLUSION, 1)[1]
@@ -68,17 +69,17 @@ def paper_answer(text: str, *, chain_of_thought: bool = False) -> str:
 
 
 def paper_exact_match(prediction: str, answers: Sequence[str], *, chain_of_thought: bool = False) -> float:
-    """Return the exact match of `paper_answer`."""
+    """Return the exact match of `paper_answer(prediction)`."""
     return exact_match(paper_answer(prediction, chain_of_thought=chain_of_thought), answers)
 
 
 def paper_f1(prediction: str, answers: Sequence[str], *, chain_of_thought: bool = False) -> float:
-    """Return the F1 of `paper_answer`, by HotpotQA's definition, which the paper's evaluator uses for every set."""
+    """Return HotpotQA's F1 of `paper_answer(prediction)`; the paper's evaluator uses it for every question set."""
     return hotpot_f1(paper_answer(prediction, chain_of_thought=chain_of_thought), answers)
 
 
 def recall_at_k(found: Sequence[str], gold: Collection[str], k: int) -> float:
-    """Return which share of the `gold` keys is among the first `k` of those found."""
+    """Return the share of the `gold` keys that are among the first `k` found."""
     return len(set(found[:k]) & set(gold)) / len(set(gold))
 
 
@@ -98,9 +99,17 @@ def paired_bootstrap(
     draws: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Return the mean of `left - right` and its 95 % interval, by drawing whole groups with replacement.
+    """Return the mean of `left - right` and the bounds of its 95 % interval, by a paired bootstrap over groups.
 
-    Questions about one passage share its adapter, so the passage is what is drawn, not the question.
+    Questions about one passage share its adapter, so they are not independent: the bootstrap draws passages (the
+    groups), not questions.
+
+    Args:
+        left: The scores of one system, one a question.
+        right: The scores of the other system, in the same order.
+        groups: The group of each question.
+        draws: How many resamples to draw.
+        seed: Of the random draws.
     """
     totals: dict[Hashable, list[float]] = {}
     for a, b, group in zip(left, right, groups, strict=True):
@@ -109,7 +118,7 @@ def paired_bootstrap(
     counts = np.array([len(values) for values in totals.values()])
     generator = np.random.default_rng(seed)
     means = np.empty(draws)
-    # In pieces: all draws of ten thousand groups at once would be a gigabyte.
+    # In chunks: all draws of ten thousand groups at once would need a gigabyte.
     step = max(1, 10_000_000 // len(sums))
     for begin in range(0, draws, step):
         picks = generator.integers(0, len(sums), size=(min(step, draws - begin), len(sums)))

@@ -1,6 +1,6 @@
-"""From stored answers to a report: scores with intervals, differences, types, costs, examples won and lost.
+"""From replies to a report: scores with intervals, differences, question types, costs, examples won and lost.
 
-The report is plain data and depends on the answers alone: made again from the same answers it is the same.
+The report is plain data. The same replies always give the same report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ METRICS: dict[str, Callable[[EvaluationReply, _Answers], float]] = {
     "paper_f1": lambda reply, answers: _as_paper(paper_f1, reply, answers),
     "paper_em": lambda reply, answers: _as_paper(paper_exact_match, reply, answers),
 }
-# The claims that an evaluation is there to test, as differences; only those whose columns were asked.
+# The claims that an evaluation tests, as differences of columns. A report has those whose columns were asked.
 DIFFERENCES = (
     ("prag", "closed"),
     ("prag", "wrong"),
@@ -59,10 +59,18 @@ STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 class Evaluation:
     """All that was asked and answered.
 
-    `origin` says who answered, as the report will: the snapshot and the recipe, or the server. Per question, in their
-    order: `gold` keys, `retrieved` keys (the best first), `retrieve_ms`; `asks` has for each
-    column's name the ids of each question's requests, one a seed, and `replies` the answers by id. `left_out` counts
-    the questions that were not asked, by reason. `verdicts` are a judge's, by the ids of question and answer.
+    Attributes:
+        origin: Who answered, as the report says it: the snapshot and the recipe, or the server.
+        plan: What was asked.
+        questions: The questions that were asked.
+        left_out: The number of questions that were not asked, by reason.
+        columns: The columns of the report.
+        gold: The keys of each question's gold passages.
+        retrieved: The keys of each question's retrieved passages, best first.
+        retrieve_ms: The time of each question's search.
+        request_ids: By a column's name, the ids of each question's requests, one for each seed.
+        replies: By a request's id.
+        verdicts: A judge's scores, by the ids of question and request.
     """
 
     origin: Mapping[str, Any]
@@ -73,19 +81,19 @@ class Evaluation:
     gold: tuple[tuple[str, ...], ...]
     retrieved: tuple[tuple[str, ...], ...]
     retrieve_ms: tuple[float, ...]
-    asks: Mapping[str, Sequence[Sequence[str]]]
+    request_ids: Mapping[str, Sequence[Sequence[str]]]
     replies: Mapping[str, EvaluationReply]
     verdicts: Mapping[tuple[str, str], float] | None = None
 
     @property
     def groups(self) -> list[str]:
-        """What the bootstrap draws for each question: its first gold passage, or else the question itself."""
+        """The group of each question for the bootstrap: its first gold passage, or the question itself without one."""
         return [gold[0] if gold else f"question {q.id}" for gold, q in zip(self.gold, self.questions, strict=True)]
 
     def scores(self, column: str, metric: str) -> list[float]:
-        """Return each question's score in a column, the mean over its seeds."""
+        """Return each question's score in a column, averaged over its seeds."""
         scored = []
-        for question, ids in zip(self.questions, self.asks[column], strict=True):
+        for question, ids in zip(self.questions, self.request_ids[column], strict=True):
             if metric == "judge":
                 values = [(self.verdicts or {})[question.id, id] for id in ids]
             else:
@@ -95,9 +103,11 @@ class Evaluation:
 
     @property
     def with_adapters(self) -> list[int]:
-        """Which questions, by position, no mode answered without the adapter of one of its passages."""
-        own = [self.asks[c.name] for c in self.columns if not c.control and c.mode in ("prag", "combine")]
-        return [i for i in range(len(self.questions)) if not any(self.replies[id].notes for of in own for id in of[i])]
+        """The positions of the questions for which `prag` and `combine` used an adapter of every passage."""
+        own = [self.request_ids[c.name] for c in self.columns if not c.control and c.mode in ("prag", "combine")]
+        return [
+            i for i in range(len(self.questions)) if not any(self.replies[id].notes for ids in own for id in ids[i])
+        ]
 
 
 def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -105,8 +115,8 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
 
     Args:
         evaluation: What was asked and answered.
-        dataset: What the report says of the questions' origin.
-        command: The command that makes this report again.
+        dataset: What the report says about the set of questions.
+        command: The command that would make the report again.
     """
     names = [column.name for column in evaluation.columns]
     metrics = [*METRICS, *(["judge"] if evaluation.verdicts is not None else [])]
@@ -139,7 +149,7 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
 
 
 def summary_line(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a script wants of a report: n, F1 by column, and the differences with their intervals."""
+    """Return the summary of a report for scripts: n, F1 by column, and the differences with their intervals."""
     chosen = {f"{d['left']}_{d['right']}": d for d in report["differences"] if d["metric"] == "f1"}
     return {
         "n": report["dataset"]["asked"],
@@ -152,7 +162,7 @@ def summary_line(report: Mapping[str, Any]) -> dict[str, Any]:
 def _column(
     evaluation: Evaluation, column: Column, scores: Mapping[str, list[float]], groups: Sequence[str]
 ) -> dict[str, Any]:
-    replies = [evaluation.replies[id] for ids in evaluation.asks[column.name] for id in ids]
+    replies = [evaluation.replies[id] for ids in evaluation.request_ids[column.name] for id in ids]
     _, low, high = paired_bootstrap(scores["f1"], [0.0] * len(groups), groups)
     searched = column.mode != "closed" and evaluation.plan.retrieval == "bm25"
     per_step = {
@@ -186,14 +196,17 @@ def _with_adapters(
 ) -> dict[str, Any]:
     """Return scores and differences of the questions whose passages all have an adapter.
 
-    A passage without one goes into the prompt, so the other questions say less of what adapters do.
+    A passage without an adapter goes into the prompt, so the other questions say less about adapters.
     """
     chosen = evaluation.with_adapters
-    of = {name: {metric: [values[i] for i in chosen] for metric, values in by.items()} for name, by in scores.items()}
+    kept = {
+        name: {metric: [values[i] for i in chosen] for metric, values in by_metric.items()}
+        for name, by_metric in scores.items()
+    }
     return {
         "n": len(chosen),
-        "f1": {name: _mean(by["f1"]) for name, by in of.items()},
-        "differences": _differences(of, [groups[i] for i in chosen]) if chosen else [],
+        "f1": {name: _mean(by_metric["f1"]) for name, by_metric in kept.items()},
+        "differences": _differences(kept, [groups[i] for i in chosen]) if chosen else [],
     }
 
 
@@ -203,8 +216,8 @@ def _types(evaluation: Evaluation, scores: Mapping[str, Mapping[str, list[float]
         kind or "(none)": {
             "n": count,
             "f1": {
-                name: _mean([s for s, q in zip(of["f1"], evaluation.questions, strict=True) if q.type == kind])
-                for name, of in scores.items()
+                name: _mean([s for s, q in zip(by_metric["f1"], evaluation.questions, strict=True) if q.type == kind])
+                for name, by_metric in scores.items()
             },
         }
         for kind, count in sorted(counts.items())
@@ -212,7 +225,7 @@ def _types(evaluation: Evaluation, scores: Mapping[str, Mapping[str, list[float]
 
 
 def _retrieval(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the mean share of gold passages among the first k, of the questions that have any."""
+    """Return recall at several k, averaged over the questions with gold passages; `any` is the share with a hit."""
     pairs = [(found, gold) for found, gold in zip(evaluation.retrieved, evaluation.gold, strict=True) if gold]
     if not pairs:
         return {"n": 0, "recall": {}, "any": {}}
@@ -232,7 +245,7 @@ def _examples(
     scores: Mapping[str, Mapping[str, list[float]]],
     groups: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the questions that `left` won and lost most clearly against `right`, each of another passage."""
+    """Return the questions with the largest gains and losses of `left` against `right`, one for each passage."""
     gains = [a - b for a, b in zip(scores[left]["f1"], scores[right]["f1"], strict=True)]
 
     def most(sign: int) -> list[dict[str, Any]]:
@@ -245,7 +258,7 @@ def _examples(
                 continue
             seen.add(groups[i])
             question = evaluation.questions[i]
-            texts = {name: evaluation.replies[of[i][0]].text for name, of in evaluation.asks.items()}
+            texts = {name: evaluation.replies[ids[i][0]].text for name, ids in evaluation.request_ids.items()}
             shown.append({"question": question.question, "answers": list(question.answers), "texts": texts})
         return shown
 

@@ -1,4 +1,4 @@
-"""A made-up evaluation."""
+"""An invented evaluation and its report, and the replies that a real one stored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from prag_core.evaluation.plan import (
     EvaluationReply,
     columns,
 )
-from prag_core.evaluation.summary import Evaluation
+from prag_core.evaluation.summary import Evaluation, summarize
 from prag_core.records import from_table
 from prag_core.store.objects import Store
-
-# ---- the summary
 
 
 def evaluation() -> Evaluation:
@@ -29,14 +27,15 @@ def evaluation() -> Evaluation:
         "prag": [["answer 0"], ["alias."], ["answer 2"], ["wrong"]],
         "random": [["wrong", "answer 0"], ["no", "no"], ["no", "no"], ["no", "no"]],
     }
-    asks = {
-        name: [[f"{name}-{i}-{j}" for j in range(len(of))] for i, of in enumerate(rows)] for name, rows in texts.items()
+    request_ids = {
+        name: [[f"{name}-{i}-{j}" for j in range(len(row))] for i, row in enumerate(rows)]
+        for name, rows in texts.items()
     }
     replies = {
-        asks[name][i][j]: EvaluationReply(asks[name][i][j], text, "", 50, 3, 1.0, 0.5, 2.0, 30.0, 60.0)
+        request_ids[name][i][j]: EvaluationReply(request_ids[name][i][j], text, "", 50, 3, 1.0, 0.5, 2.0, 30.0, 60.0)
         for name, rows in texts.items()
-        for i, of in enumerate(rows)
-        for j, text in enumerate(of)
+        for i, row in enumerate(rows)
+        for j, text in enumerate(row)
     }
     replies["prag-3-0"] = replace(replies["prag-3-0"], notes=("adapter k: cut short",))
     return Evaluation(
@@ -48,9 +47,13 @@ def evaluation() -> Evaluation:
         gold=(("a",), ("a",), ("b", "c"), ("b", "c")),
         retrieved=(("a", "x"), ("x", "a"), ("b", "x"), ("x", "y")),
         retrieve_ms=(4.0, 4.0, 4.0, 8.0),
-        asks=asks,
+        request_ids=request_ids,
         replies=replies,
     )
+
+
+def report() -> dict:
+    return summarize(evaluation(), {"name": "invented", "questions": 6}, "prag evaluate --dataset invented")
 
 
 def replies(folder: Path) -> list[EvaluationReply]:

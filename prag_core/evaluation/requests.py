@@ -1,0 +1,127 @@
+"""From a question and a column to a request, with the passages and adapters that the column's control takes.
+
+The controls, each in place of the retrieved passages' own adapters:
+
+- `wrong`: the adapters of passages that do not hold the answer;
+- `random`: random adapters of the same norm (`prag_core.evaluation.controls`);
+- `task`: one adapter, trained on other passages, which can know the form of an answer but not the answer;
+- `da`: no adapters; the prompt has the passages and their augmentations, which is the text that adapters learn;
+- `reader`: no adapter but the reader.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prag_core.data.questions import Question
+from prag_core.errors import InputError
+from prag_core.evaluation.controls import ZERO_ADAPTER, random_name, task_name
+from prag_core.evaluation.metrics import contains
+from prag_core.evaluation.plan import Column, EvaluationPlan, EvaluationRequest
+from prag_core.identity import fingerprint
+from prag_core.prompts import passage_text
+from prag_core.records import Augmentation, Hit, Passage
+
+
+@dataclass(frozen=True)
+class QuestionContext:
+    """What is known of one question before it is asked.
+
+    Attributes:
+        ranked: The retrieved passages, best first.
+        gold: The passages that hold the answer.
+        trained: Those keys of `ranked` and `gold` that have an adapter.
+        pool: Keys of some passages of the corpus with an adapter, from which controls draw.
+        augmentations: By key, for the control `da`.
+        tasks: The name of the question's task adapter, for each seed.
+    """
+
+    ranked: tuple[Hit, ...]
+    gold: tuple[Passage, ...]
+    trained: frozenset[str]
+    pool: Sequence[str]
+    augmentations: Mapping[str, Augmentation]
+    tasks: Sequence[str]
+
+
+def make_request(
+    question: Question, column: Column, seed: int, context: QuestionContext, plan: EvaluationPlan
+) -> EvaluationRequest:
+    """Return the request that asks a question as a column does.
+
+    Raises:
+        InputError: when the control `wrong` has too few passages to choose from.
+    """
+    hits = _hits(question, column, seed, context, plan) if column.mode != "closed" else ()
+    reader = plan.reader if column.mode == "combine" else ""
+    return EvaluationRequest(question.question, column.mode, column.weights, hits, column.strength, reader)
+
+
+def _hits(
+    question: Question, column: Column, seed: int, context: QuestionContext, plan: EvaluationPlan
+) -> tuple[Hit, ...]:
+    """Return the passages of a request, each under the name of the adapter that the column's control takes."""
+    own = context.ranked[: column.top_k]
+    if plan.retrieval == "oracle":
+        own = tuple(Hit(passage, 1.0) for passage in context.gold)
+    match column.control:
+        case "":
+            return own
+        case "wrong":
+            return _wrong_hits(question, own, seed, context, plan)
+        case "random":
+            # A passage without an adapter would go into the prompt, so only trained passages get a random one.
+            trained = [hit for hit in own if hit.passage.key in context.trained]
+            return tuple(_named(hit, random_name(hit.passage.key, seed)) for hit in trained)
+        case "task":
+            # The task adapter counts once, however many passages there are. Under `sum` each hit has weight one, so
+            # all but the first get zeros; under the other rules the weights add up to one.
+            task = task_name(context.tasks[seed])
+            rest = ZERO_ADAPTER if column.weights == "sum" else task
+            return tuple(_named(hit, rest if i else task) for i, hit in enumerate(own))
+        case "reader":
+            return tuple(_named(hit, ZERO_ADAPTER) for hit in own)
+        case "da":
+            return tuple(replace(hit, passage=_augmented(hit.passage, context.augmentations)) for hit in own)
+
+
+def _named(hit: Hit, name: str) -> Hit:
+    return replace(hit, passage=replace(hit.passage, key=name))
+
+
+def _wrong_hits(
+    question: Question, own: tuple[Hit, ...], seed: int, context: QuestionContext, plan: EvaluationPlan
+) -> tuple[Hit, ...]:
+    """Return as many wrong passages as `own` has, with its scores. A wrong one is not gold and holds no answer."""
+    excluded = {hit.passage.key for hit in own} | {passage.key for passage in context.gold}
+    answers = [answer for answer in question.answers if answer.lower() not in ("yes", "no")]
+    usable = context.trained - excluded
+    wrong: list[Passage] = []
+    if plan.wrong == "nearest":
+        wrong = [
+            hit.passage
+            for hit in context.ranked
+            if hit.passage.key in usable and not any(contains(passage_text(hit.passage), answer) for answer in answers)
+        ]
+    # Random passages come last. Their keys are enough, because this control puts no passage into the prompt.
+    pool = [key for key in context.pool if key not in excluded]
+    random.Random(fingerprint([seed, question.id])).shuffle(pool)
+    nearest = {passage.key for passage in wrong}
+    wrong += [Passage(key, "", "", ()) for key in pool if key not in nearest]
+    if len(wrong) < len(own):
+        raise InputError(
+            f"the control 'wrong' finds only {len(wrong)} other passages with an adapter",
+            "leave the control out, or evaluate on a snapshot with more passages",
+        )
+    return tuple(replace(hit, passage=passage) for hit, passage in zip(own, wrong, strict=False))
+
+
+def _augmented(passage: Passage, augmentations: Mapping[str, Augmentation]) -> Passage:
+    """Return a passage whose text is followed by its augmentation."""
+    found = augmentations.get(passage.key)
+    if found is None:
+        return passage
+    pairs = [f"{pair.question} {pair.full_answer}" for pair in found.pairs]
+    return replace(passage, text="\n".join([passage.text, *found.rewrites, *pairs]))
