@@ -16,6 +16,7 @@ from pipelines.cli import (
     cluster,
     evaluate,
     keys,
+    options,
     passages,
     reindex,
     run,
@@ -24,7 +25,6 @@ from pipelines.cli import (
     store,
     warmup,
 )
-from pipelines.cli.terminal import DEFAULT_CONFIG
 from prag_core.errors import EXIT_CODES, ClusterError, PragError
 from prag_core.packaged import local_path
 
@@ -35,7 +35,7 @@ app = typer.Typer(
         "A first session: `prag plan`, `prag run`, "
         '`prag ask --compare "Who built the Cazambra Lighthouse?"`. '
         "Without `--config`, commands use the packaged example. To write your own, copy "
-        f"`{local_path(DEFAULT_CONFIG)}`.\n\n"
+        f"`{local_path(options.EXAMPLE)}`.\n\n"
         f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}. "
         "`prag submit` ends with the code of its job."
     ),

@@ -9,17 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    out,
-    print_json,
-    print_table,
-    result_only,
-    settings_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, print_table, result_only
 from prag_core.config import Config
 from prag_core.records import MODES, Answer, Mode, UsedPassage
 
@@ -29,21 +20,21 @@ app = typer.Typer()
 @app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Passages to retrieve.")] = None,
     weights: Annotated[str | None, typer.Option(help="How to add the adapters: sum, mean or score.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer in all four modes side by side.")] = False,
-    snapshot: Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")] = None,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    snapshot: options.Snapshot = None,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Answer a question from the snapshot in service.
 
     `closed` is the bare model, `rag` has the passages in the prompt, `prag` has them in the weights, `combine` both.
     """
-    options = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
-    settings = settings_of(config, set_, options)
+    given = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
+    settings = options.settings_of(config, set_, given)
     with result_only():
         answers = _answers(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
     if as_json:

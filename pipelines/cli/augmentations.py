@@ -7,17 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    out,
-    print_json,
-    progress_to,
-    result_only,
-    settings_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, progress_to, result_only
 
 app = typer.Typer()
 
@@ -25,12 +16,12 @@ app = typer.Typer()
 @app.command("import-augmentations")
 def import_augmentations(
     file: Annotated[str, typer.Argument(help="JSON Lines of id, rewrites, qa, or the paper's published JSON.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     passages_to: Annotated[
         Path | None, typer.Option(help="First write the passages of the paper's JSON to this file, as the corpus.")
     ] = None,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Store augmentations made elsewhere, for the passages of the configured corpus.
 
@@ -39,12 +30,12 @@ def import_augmentations(
     from pipelines.jobs.augmentations import import_into_store
     from prag_core.augmentation.formats import write_corpus
 
-    options: dict[str, object] = {"augment.import_file": file}
+    given: dict[str, object] = {"augment.import_file": file}
     if passages_to is not None:
         progress_to.print(f"{passages_to}: {write_corpus(file, passages_to)} passages")
-        options["corpus.path"] = str(passages_to)
+        given["corpus.path"] = str(passages_to)
     with result_only():
-        counts = import_into_store(settings_of(config, set_, options), progress_to)
+        counts = import_into_store(options.settings_of(config, set_, given), progress_to)
     if as_json:
         print_json(counts)
     else:
@@ -54,16 +45,16 @@ def import_augmentations(
 @app.command("export-augmentations")
 def export_augmentations(
     file: Annotated[Path, typer.Argument(help="The file to write.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     form: Annotated[
         Literal["jsonl", "paper"], typer.Option(help="`paper` is the format of the paper's published JSON.")
     ] = "jsonl",
-    snapshot: Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")] = None,
-    set_: SetOption = None,
+    snapshot: options.Snapshot = None,
+    set_: options.Set = None,
 ) -> None:
     """Write the augmentations of a snapshot's passages to a file that `import-augmentations` reads."""
     from pipelines.jobs.augmentations import export_from_store
 
     with result_only():
-        count = export_from_store(settings_of(config, set_), file, form, snapshot, progress_to)
+        count = export_from_store(options.settings_of(config, set_), file, form, snapshot, progress_to)
     out.print(f"{file}: {count} augmentations")

@@ -9,21 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    ProfileOption,
-    SetOption,
-    out,
-    print_json,
-    print_raw,
-    print_table,
-    progress_to,
-    result_only,
-    settings_of,
-    store_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, print_raw, print_table, progress_to, result_only
 from prag_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,23 +26,23 @@ _STYLES = {"ok": "green", "failed": "red", "warning": "yellow", "skipped": "dim"
 
 @app.command()
 def plan(
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    profile: ProfileOption = None,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    profile: options.Profile = None,
     measure: Annotated[
         int, typer.Option("--measure", min=0, help="Augment and train this many passages now; stores nothing.")
     ] = 0,
     price_gpu_hour: Annotated[
         float | None, typer.Option("--price-gpu-hour", min=0, help="The price of a GPU hour, in dollars.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what `prag run` would do and cost: passages, tokens, GPU-hours, wall time, bytes, requests, dollars.
 
     Times come from batches of this recipe that earlier runs stored. With --measure they come from a sample of
     passages, augmented and trained now on the cluster that RAY_ADDRESS names. Without --measure nothing is spent.
     """
-    settings = settings_of(config, set_, {"run.profile": profile})
+    settings = options.settings_of(config, set_, {"run.profile": profile})
 
     from pipelines.planning.plan import make_plan  # takes seconds
 
@@ -93,16 +80,16 @@ def _plan_rows(made: Plan) -> list[tuple[str, str]]:
 
 @app.command()
 def preflight(
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    profile: ProfileOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    profile: options.Profile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check in seconds what would stop `prag run` later: store, model, corpus, Java; on a cluster, each node.
 
     The cluster is the one that RAY_ADDRESS names. `prag run` begins with the same checks.
     """
-    settings = settings_of(config, set_, {"run.profile": profile})
+    settings = options.settings_of(config, set_, {"run.profile": profile})
     begun = time.perf_counter()
     from pipelines.planning.preflight import preflight as check
 
@@ -127,9 +114,9 @@ def _finding_row(finding: CheckResult) -> tuple[str, ...]:
 @app.command()
 def submit(
     command: Annotated[list[str], typer.Argument(help="The command to run, e.g. `run`; its options after `--`.")],
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    profile: ProfileOption = "cluster",
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    profile: options.Profile = "cluster",
     address: Annotated[
         str, typer.Option(help="The cluster's job server.", envvar="RAY_API_SERVER_ADDRESS")
     ] = "http://127.0.0.1:8265",
@@ -145,7 +132,7 @@ def submit(
     from pipelines.jobs.submit import submit as start
 
     variables = dict(_variable(item) for item in env or [])
-    settings = settings_of(config, set_, {"run.profile": profile})
+    settings = options.settings_of(config, set_, {"run.profile": profile})
     try:
         outcome = start(settings, command, address, variables, print_raw, wait=not no_wait)
     except KeyboardInterrupt:
@@ -158,11 +145,11 @@ def submit(
 
 @app.command()
 def status(
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the newest run until it ends.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.1, help="With --watch: seconds between two checks.")] = 2.0,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show the snapshot in service and how far the last runs are, from any machine that reaches the store.
 
@@ -170,7 +157,7 @@ def status(
     """
     from pipelines.jobs.status import read_status
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     if watch:
         raise typer.Exit(_watch(store, every_s, as_json))
     found = read_status(store)

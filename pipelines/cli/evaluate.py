@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 import typer
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    SetOption,
-    out,
-    print_json,
-    progress_to,
-    result_only,
-    settings_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, progress_to, result_only
 from prag_core.errors import ConfigError
 from prag_core.records import MAX_STRENGTH, MODES, MergeRule
 
@@ -36,7 +28,7 @@ _NAMED = {"atlas": "package://pipelines/examples/atlas/questions.jsonl"}
 
 @app.command()
 def evaluate(
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     dataset: Annotated[
         str, typer.Option(help="A file of questions; FORM:FILE if the file does not show its form; or `atlas`.")
     ] = "atlas",
@@ -61,7 +53,7 @@ def evaluate(
     ] = 1,
     split: Annotated[str | None, typer.Option(help="Use only the questions of this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask at most this many, drawn at random.")] = None,
-    snapshot: Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")] = None,
+    snapshot: options.Snapshot = None,
     url: Annotated[
         str | None, typer.Option(help="Ask a running server instead; its key is read from PRAG_API_KEY.")
     ] = None,
@@ -71,14 +63,14 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "default",
     report: Annotated[Path, typer.Option(help="The folder for report.json and report.html.")] = Path("report"),
-    set_: SetOption = None,
+    set_: options.Set = None,
 ) -> None:
     """Ask a set of questions in every mode and under controls; print tables and write a report.
 
     Answers are stored: started again, or with more modes, it asks only what has no stored answer. The last line is
     one JSON object: n, F1 by column, differences and their 95 % intervals.
     """
-    settings = settings_of(config, set_)
+    settings = options.settings_of(config, set_)
 
     from pipelines.evaluation.judge import judge  # takes seconds: a wrong setting is reported before
     from pipelines.evaluation.report import print_report, write_report

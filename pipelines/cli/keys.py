@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.terminal import JsonOption, print_json, print_raw, print_table
+from pipelines.cli import options
+from pipelines.cli.terminal import print_json, print_raw, print_table
 
 app = typer.Typer(
     help="API keys of a server: a file that holds their hashes (`serve.api_keys`). A running server follows it.",
@@ -37,7 +38,7 @@ def add(
 
 
 @app.command("list")
-def list_(file: FileOption = _DEFAULT, as_json: JsonOption = False) -> None:
+def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
     """List the keys of a file, without their secrets."""
     from pipelines.serving.api_keys import KeyFile
 

@@ -9,17 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    TakeOverOption,
-    out,
-    print_json,
-    settings_of,
-    store_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json
 
 app = typer.Typer()
 
@@ -28,16 +19,16 @@ StageOption = Annotated[str | None, typer.Option(help="Only rejects of this stag
 
 @app.command()
 def rejects(
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     stage: StageOption = None,
     limit: Annotated[int, typer.Option(min=0, help="The number of rejects to list one by one.")] = 20,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """List what the runs of the store rejected, with the reason and the place in the corpus."""
     from pipelines.maintenance.operations import list_rejects
 
-    rows = list_rejects(store_of(config, set_), stage)
+    rows = list_rejects(options.store_of(config, set_), stage)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -58,17 +49,17 @@ def retry(
     ] = None,
     stage: StageOption = None,
     everything: Annotated[bool, typer.Option("--all", help="All rejects, whatever the reason.")] = False,
-    take_over: TakeOverOption = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    take_over: options.TakeOver = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Clear rejects: the next `prag run` tries these passages again."""
     from pipelines.maintenance import operations
 
     if not (reason or stage or everything):
         raise typer.BadParameter("give a --reason, a --stage, or --all", param_hint="prag retry")
-    count = operations.retry(settings_of(config, set_), stage=stage, reason=reason, take_over=take_over)
+    count = operations.retry(options.settings_of(config, set_), stage=stage, reason=reason, take_over=take_over)
     if as_json:
         print_json({"retried": count})
     else:
@@ -81,9 +72,9 @@ def forget(
     undo: Annotated[
         bool, typer.Option("--undo", help="Use them again; give keys. Possible until `prag gc` removes their bytes.")
     ] = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Never use these passages again (right to erasure): in service at once, and in all later snapshots.
 
@@ -92,7 +83,7 @@ def forget(
     """
     from pipelines.maintenance import operations
 
-    done = operations.forget(store_of(config, set_), passages, undo=undo)
+    done = operations.forget(options.store_of(config, set_), passages, undo=undo)
     if as_json:
         print_json({"keys": list(done.keys), "snapshot": done.snapshot})
         return
@@ -108,15 +99,15 @@ def forget(
 def export(
     passage: Annotated[str, typer.Argument(metavar="KEY|ID", help="The passage's key, or its id in the corpus.")],
     to: Annotated[Path, typer.Option("--to", help="The folder to write; it must be new or empty.")],
-    snapshot: Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    snapshot: options.Snapshot = None,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write a passage's adapter as a PEFT folder, which `PeftModel.from_pretrained` loads."""
     from pipelines.maintenance import adapters
 
-    key = adapters.export(settings_of(config, set_), passage, to, snapshot)
+    key = adapters.export(options.settings_of(config, set_), passage, to, snapshot)
     if as_json:
         print_json({"key": key, "folder": str(to)})
     else:
@@ -128,10 +119,10 @@ def import_(
     folder: Annotated[Path, typer.Argument(help="A PEFT folder: adapter_config.json, adapter_model.safetensors.")],
     key: Annotated[str | None, typer.Option("--key", help="The passage's key.")] = None,
     id: Annotated[str | None, typer.Option("--id", help="The passage's id in the corpus, instead of the key.")] = None,
-    take_over: TakeOverOption = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    take_over: options.TakeOver = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Make a PEFT folder the adapter of a passage, and put it into service.
 
@@ -141,7 +132,7 @@ def import_(
 
     if (key is None) == (id is None):
         raise typer.BadParameter("name the passage by --key or by --id", param_hint="prag import")
-    found, snapshot = adapters.import_adapter(settings_of(config, set_), key or id or "", folder, take_over)
+    found, snapshot = adapters.import_adapter(options.settings_of(config, set_), key or id or "", folder, take_over)
     if as_json:
         print_json({"key": found, "snapshot": snapshot})
     else:

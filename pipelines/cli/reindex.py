@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    ProfileOption,
-    SetOption,
-    TakeOverOption,
-    WaitOption,
-    print_json,
-    print_table,
-    progress_to,
-    result_only,
-    settings_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import print_json, print_table, progress_to, result_only
 
 if TYPE_CHECKING:
     from pipelines.jobs.reindex import ReindexReport
@@ -41,12 +29,12 @@ def reindex(
         float | None,
         typer.Option("--canary-min", min=0, max=1, help="The lowest mean F1; default: that of the one in service."),
     ] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    profile: ProfileOption = None,
-    wait_s: WaitOption = 0.0,
-    take_over: TakeOverOption = False,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    profile: options.Profile = None,
+    wait_s: options.Wait = 0.0,
+    take_over: options.TakeOver = False,
+    as_json: options.Json = False,
 ) -> None:
     """Bring the store to a new state of the corpus: do what is new, check it, ask the canary, publish once.
 
@@ -54,7 +42,7 @@ def reindex(
     new snapshot is published. If nothing changed, nothing is published. If the new snapshot answers the canary worse
     than the one in service, or below --canary-min, it is stored but not published (exit code 16).
     """
-    settings = settings_of(config, set_, {"corpus.path": corpus, "run.profile": profile})
+    settings = options.settings_of(config, set_, {"corpus.path": corpus, "run.profile": profile})
 
     from pipelines.jobs.reindex import reindex as run  # takes seconds: a wrong setting is reported before
 

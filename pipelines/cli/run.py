@@ -7,21 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.filesize import decimal
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    ProfileOption,
-    SetOption,
-    TakeOverOption,
-    WaitOption,
-    out,
-    print_json,
-    print_table,
-    progress_to,
-    result_only,
-    settings_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, print_table, progress_to, result_only
 
 if TYPE_CHECKING:
     from pipelines.jobs.run import RunReport
@@ -31,18 +18,18 @@ app = typer.Typer()
 
 @app.command()
 def run(
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    profile: ProfileOption = None,
-    take_over: TakeOverOption = False,
-    wait_s: WaitOption = 0.0,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    profile: options.Profile = None,
+    take_over: options.TakeOver = False,
+    wait_s: options.Wait = 0.0,
+    as_json: options.Json = False,
 ) -> None:
     """Do the main job: corpus → augment → train → store → index → publish.
 
     Run it again after any failure: it does only what is missing, and keeps what a killed run had stored.
     """
-    settings = settings_of(config, set_, {"run.profile": profile})
+    settings = options.settings_of(config, set_, {"run.profile": profile})
 
     from pipelines.jobs.run import run_job  # takes seconds: a wrong setting is reported before
 
@@ -55,12 +42,12 @@ def run(
 
 
 @app.command()
-def demo(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None) -> None:
+def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> None:
     """Run the main job on the example corpus, ask its questions in every mode, and print tables.
 
     The last line is one JSON object with the counts, F1 by mode and seconds by stage.
     """
-    settings = settings_of(config, set_)
+    settings = options.settings_of(config, set_)
 
     from pipelines.jobs.demo import run_demo  # takes seconds
 

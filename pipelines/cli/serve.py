@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.terminal import DEFAULT_CONFIG, ConfigOption, SetOption, out, result_only, settings_of
+from pipelines.cli import options
+from pipelines.cli.terminal import out, result_only
 from prag_core.config import Config
 
 app = typer.Typer()
@@ -15,17 +16,17 @@ app = typer.Typer()
 
 @app.command()
 def serve(
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     host: Annotated[str | None, typer.Option(help="The address to listen on; default: serve.host.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port; default: serve.port.")] = None,
-    set_: SetOption = None,
+    set_: options.Set = None,
 ) -> None:
     """Answer questions over HTTP until interrupted: the same answers as `prag ask`, for many users at once.
 
     When it is interrupted, requests under way are still answered. An address that other machines reach needs
     `serve.api_keys`; see `prag keys`.
     """
-    settings = settings_of(config, set_, {"serve.host": host, "serve.port": port})
+    settings = options.settings_of(config, set_, {"serve.host": host, "serve.port": port})
 
     from pipelines.serving.local import serve_here  # takes seconds: a wrong setting is reported before
 

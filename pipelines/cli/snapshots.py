@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    out,
-    print_json,
-    print_table,
-    settings_of,
-    store_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, print_table
 from prag_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,13 +25,13 @@ _SHOWN = 50
 
 
 @app.command("list")
-def list_(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def list_(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """List the snapshots, the oldest first: which one serves, which are pinned, which `prag gc` keeps."""
     from prag_core.store.snapshot import current_id, kept_snapshots, list_snapshots, pinned
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     serving, pins = current_id(store), pinned(store)
-    kept = kept_snapshots(store, settings_of(config, set_).storage.keep_snapshots)
+    kept = kept_snapshots(store, options.settings_of(config, set_).storage.keep_snapshots)
     found = list_snapshots(store)
     if as_json:
         marks = [{"serving": s.id == serving, "pinned": s.id in pins, "kept": s.id in kept} for s in found]
@@ -60,14 +51,14 @@ def show(
     snapshot: Annotated[
         str | None, typer.Argument(help="The id, or the beginning of it; default: the snapshot in service.")
     ] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show everything that a snapshot names."""
     from prag_core.store.snapshot import load_snapshot
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     found = load_snapshot(store, _whole_id(store, snapshot) if snapshot else None)
     if as_json:
         print_json(asdict(found))
@@ -80,14 +71,14 @@ def show(
 @app.command()
 def rollback(
     snapshot: SnapshotArgument,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Put another snapshot, older or newer, into service. Forgotten passages stay forgotten."""
     from prag_core.store.snapshot import rollback
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     serving = rollback(store, _whole_id(store, snapshot)).id
     _show(as_json, {"serving": serving}, f"snapshot {serving} is in service")
 
@@ -95,14 +86,14 @@ def rollback(
 @app.command()
 def pin(
     snapshot: SnapshotArgument,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Keep a snapshot and everything it names, whatever its age."""
     from prag_core.store.snapshot import pin, pinned
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
     pin(store, id)
     _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is pinned")
@@ -111,14 +102,14 @@ def pin(
 @app.command()
 def unpin(
     snapshot: SnapshotArgument,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Let `prag gc` remove a snapshot once it is old."""
     from prag_core.store.snapshot import pinned, unpin
 
-    store = store_of(config, set_)
+    store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
     unpin(store, id)
     _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is no longer pinned")

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    TakeOverOption,
-    out,
-    parse_age,
-    print_json,
-    print_table,
-    progress_to,
-    result_only,
-    settings_of,
-    store_of,
-)
+from pipelines.cli import options
+from pipelines.cli.terminal import out, print_json, print_table, progress_to, result_only
 from prag_core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -40,9 +27,9 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte: check checksums, shapes and finite values too.")
     ] = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check the store, in parallel; changes nothing. The exit code is 5 when it is damaged.
 
@@ -51,7 +38,7 @@ def verify(
     """
     from pipelines.maintenance import operations
 
-    settings = settings_of(config, set_)
+    settings = options.settings_of(config, set_)
     with result_only():
         verified = operations.verify(settings, progress_to, full=full)
     if as_json:
@@ -86,10 +73,10 @@ def repair(
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="Make what was removed again now, or leave it to the next run.")
     ] = True,
-    take_over: TakeOverOption = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    take_over: options.TakeOver = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Repair the store: find what is damaged, remove it, and run the job, which makes it again.
 
@@ -98,7 +85,7 @@ def repair(
     """
     from pipelines.maintenance import operations
 
-    settings = settings_of(config, set_)
+    settings = options.settings_of(config, set_)
     with result_only():
         report = operations.repair_store(settings, progress_to, full=not fast, run=run, take_over=take_over)
     if as_json:
@@ -142,10 +129,10 @@ def gc(
     grace: Annotated[
         str, typer.Option(help="Keep everything younger than this: 30m, 24h, 7d. A writer may still be at work.")
     ] = "24h",
-    take_over: TakeOverOption = False,
-    config: ConfigOption = DEFAULT_CONFIG,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    take_over: options.TakeOver = False,
+    config: options.Config = options.EXAMPLE,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Compact the ledger, and remove everything that is no longer needed.
 
@@ -156,9 +143,9 @@ def gc(
     """
     from pipelines.maintenance import operations
 
-    settings = settings_of(config, set_)
+    settings = options.settings_of(config, set_)
     try:
-        grace_s = parse_age(grace)
+        grace_s = options.parse_age(grace)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--grace") from None
     with result_only():
@@ -187,12 +174,12 @@ def _show_garbage(report: GarbageReport) -> None:
 
 
 @app.command()
-def du(config: ConfigOption = DEFAULT_CONFIG, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def du(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """Show how many bytes each kind of object has, and how many `prag gc` could remove."""
     from pipelines.maintenance import operations
 
-    settings = settings_of(config, set_)
-    used = operations.measure_usage(store_of(config, set_), settings.storage.keep_snapshots)
+    settings = options.settings_of(config, set_)
+    used = operations.measure_usage(options.store_of(config, set_), settings.storage.keep_snapshots)
     if as_json:
         print_json(used.to_json())
         return

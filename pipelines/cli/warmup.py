@@ -8,18 +8,9 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli import options
 from pipelines.cli.evaluate import read_question_set
-from pipelines.cli.terminal import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    out,
-    print_json,
-    progress_to,
-    result_only,
-    settings_of,
-)
+from pipelines.cli.terminal import out, print_json, progress_to, result_only
 
 app = typer.Typer()
 
@@ -27,7 +18,7 @@ app = typer.Typer()
 @app.command()
 def warmup(
     data: Annotated[str, typer.Argument(help="The questions to train on: a file, or FORM:FILE.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.Config = options.EXAMPLE,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Questions for an evaluation: none of these is trained on.")
     ] = None,
@@ -41,8 +32,8 @@ def warmup(
         bool, typer.Option("--reading", help="Put their passages into the prompts: trains a reader for answer.reader.")
     ] = False,
     export: Annotated[Path | None, typer.Option(help="Write a PEFT adapter folder too.")] = None,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Train an adapter on questions and store it by its fingerprint.
 
@@ -57,7 +48,7 @@ def warmup(
     settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, reading=reading)
     with result_only():
         trained = run_warmup(
-            settings_of(config, set_),
+            options.settings_of(config, set_),
             read_question_set(data),
             excluded,
             settings,

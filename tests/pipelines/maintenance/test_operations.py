@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipelines.cli.terminal import parse_age
+from pipelines.cli.options import parse_age
 from prag_core.errors import ConflictError, LeaseError, StoreError
 from prag_core.identity import checksum, fingerprint, is_intact, seal
 from prag_core.llm.base_model import BaseModel

@@ -1,0 +1,74 @@
+"""The options that several commands share, and the configuration and store that they name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prag_core import config
+from prag_core.config_file import load_config
+
+if TYPE_CHECKING:
+    from prag_core.store.objects import Store
+
+Config = Annotated[str, typer.Option("--config", "-c", help="The YAML configuration.", envvar="PRAG_CONFIG")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting, e.g. `--set train.epochs=4`. May be given again."),
+]
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="Where to run: laptop, gpu or cluster; default: run.profile.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
+Snapshot = Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")]
+TakeOver = Annotated[
+    bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
+]
+Wait = Annotated[
+    float, typer.Option("--wait", min=0, help="Seconds to wait for another run's lease, also for a dead run's.")
+]
+
+# The configuration of commands without `--config`.
+EXAMPLE = "package://pipelines/examples/demo.yaml"
+
+
+def settings_of(path: str, overrides: list[str] | None, options: Mapping[str, object] | None = None) -> config.Config:
+    """Read the configuration that a command's options name.
+
+    Args:
+        path: The file.
+        overrides: The values of `--set`.
+        options: Settings that have an option of their own, by dotted name; None where it was not given.
+
+    Raises:
+        ConfigError: see `prag_core.config_file.load_config`.
+    """
+    given = [f"{name}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
+    return load_config(path, [*(overrides or []), *given])
+
+
+def store_of(path: str, overrides: list[str] | None) -> Store:
+    """Open the store of the configuration that a command's options name.
+
+    Raises:
+        ConfigError: when the configuration is wrong.
+        StoreError: when there can be no store at its URL.
+    """
+    from prag_core.store.objects import open_store
+
+    return open_store(settings_of(path, overrides))
+
+
+def parse_age(text: str) -> float:
+    """Return an age such as `24h`, `90m`, `7d` or `30s` in seconds.
+
+    Raises:
+        ValueError: when the text is not an age.
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    if not text[:-1].replace(".", "", 1).isdigit() or text[-1:] not in units:
+        raise ValueError(f"{text!r} is not an age: write 30s, 90m, 24h or 7d")
+    return float(text[:-1]) * units[text[-1]]
