@@ -255,7 +255,7 @@ class Bench:
         }
 
     def hits(self, number: int) -> Sequence[Any]:
-        return self.opened.preparation.search(Request(name_of(number), "prag", 1))
+        return self.opened.processor.search(Request(name_of(number), "prag", 1))
 
     async def rate(self, users: int, mode: Mode) -> float:
         """Return the tokens a second for this number of users, who each ask again when they have an answer."""

@@ -1,8 +1,8 @@
-"""Adapters near the model: in memory under a byte budget, behind it on the local disk, and then the store.
+"""A cache of adapters in memory, within a byte budget, in front of the local disk and the store.
 
-An entry is named by recipe, passage and checksum: neither another recipe's adapter nor one that was trained anew
-can stand in for it. What a request uses is pinned; what many requests want at once is fetched once; what cannot be
-had is not asked for again at once.
+The key of an entry is recipe, passage and checksum, so it cannot be confused with another recipe's adapter or with one
+that was trained again. Adapters in use are pinned. An adapter that several requests need at the same time is fetched
+once, and one that could not be fetched is not tried again for a while.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from prag_core.store.ledger import Located
 
 log = logging.getLogger(__name__)
 
-# Failures that are remembered at once; beyond it the oldest are forgotten, and tried again.
-_MOST_FAILURES = 100_000
+# How many failures are remembered; beyond that, the oldest are forgotten and tried again.
+_MAX_FAILURES = 100_000
 
 Loaded = Factors | AdapterError
 
 
 class AdapterId(NamedTuple):
-    """What decides an adapter's bytes."""
+    """Identifies an adapter's bytes: recipe fingerprint, passage key and checksum."""
 
     recipe: str
     key: str
@@ -43,7 +43,7 @@ class AdapterId(NamedTuple):
 
 @dataclass(eq=False)
 class _Entry:
-    """An adapter in memory, or on its way there. `pins` counts the leases that hold it."""
+    """An adapter that is in memory or being loaded. `pins` counts the leases that hold it."""
 
     future: Future[Loaded]
     pins: int = 0
@@ -51,10 +51,7 @@ class _Entry:
 
 
 class AdapterLease:
-    """The adapters of one request: each comes as a future of its factors, or of the error that stands for it.
-
-    What has come is pinned until `release`; `factors` also gives up what has not come yet.
-    """
+    """The adapters of one request, loaded or being loaded; they are pinned until `release`."""
 
     def __init__(
         self, cache: AdapterCache, entries: Mapping[str, tuple[AdapterId, _Entry]], failed: Mapping[str, AdapterError]
@@ -65,36 +62,39 @@ class AdapterLease:
 
     @property
     def futures(self) -> list[Future[Loaded]]:
-        """The futures of what is in memory or on its way there."""
+        """The futures of the adapters that are in memory or being loaded."""
         return [entry.future for _, entry in self._entries.values()]
 
     def factors(self, waited_s: float) -> dict[str, Loaded]:
-        """Return what has come by now; the rest is an error that says how long it was waited for."""
+        """Return each adapter's factors, or an error if they could not be loaded by now.
+
+        Adapters with an error are released. `waited_s` is how long the caller waited; it is part of the error.
+        """
         found: dict[str, Loaded] = dict(self._failed)
         for key, (_, entry) in self._entries.items():
             if entry.future.done() and not entry.future.cancelled():
                 found[key] = entry.future.result()
             else:
-                found[key] = AdapterError(f"adapter {key}: has not come within {waited_s:g} s")
+                found[key] = AdapterError(f"adapter {key}: was not loaded within {waited_s:g} s")
         late = [key for key, loaded in found.items() if isinstance(loaded, AdapterError) and key in self._entries]
         self._cache._unpin([self._entries.pop(key) for key in late])
         return found
 
     def release(self) -> None:
-        """Let the adapters go. Doing it again changes nothing."""
+        """Unpin the adapters. A second call does nothing."""
         entries, self._entries = self._entries, {}
         self._cache._unpin(entries.values())
 
 
 class AdapterCache:
-    """The adapters that a replica has at hand; safe to use from many threads.
+    """The adapters that a replica keeps in memory; safe to use from many threads.
 
     Args:
-        size_bytes: The budget of the memory. What requests use right now is kept beyond it.
-        disk: The tier behind the memory; None for none.
-        threads: How many adapters are fetched at once.
-        negative_ttl_s: How long an adapter that could not be had is not tried again.
-        clock: Gives seconds; for the expiry of failures.
+        size_bytes: The memory budget. Pinned adapters may exceed it.
+        disk: The cache on the local disk; None for none.
+        threads: How many adapters are fetched at the same time.
+        negative_ttl_s: How long to wait before retrying an adapter that could not be loaded.
+        clock: Returns the time in seconds; for the expiry of failures.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class AdapterCache:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._lock = threading.Lock()
         self._entries: OrderedDict[AdapterId, _Entry] = OrderedDict()
-        self._failed: TTLCache[AdapterId, AdapterError] = TTLCache(_MOST_FAILURES, negative_ttl_s, timer=clock)
+        self._failed: TTLCache[AdapterId, AdapterError] = TTLCache(_MAX_FAILURES, negative_ttl_s, timer=clock)
         self._size_bytes = 0
         self._hits = self._disk_hits = self._misses = self._failures = self._evictions = 0
 
     def lease(self, source: LedgerSource, keys: Iterable[str]) -> AdapterLease:
-        """Begin to load the adapters of `keys` where they are not at hand, and return at once."""
+        """Start to load those adapters of `keys` that are not in memory, and return without waiting for them."""
         rows: list[Located] = []
         failed: dict[str, AdapterError] = {}
         for key in dict.fromkeys(keys):
@@ -135,7 +135,7 @@ class AdapterCache:
         return AdapterLease(self, entries, failed)
 
     def stats(self) -> CacheStats:
-        """Return what was done so far, and what is held now."""
+        """Return the counters since the cache was made, and its present content."""
         with self._lock:
             return CacheStats(
                 hits=self._hits,
@@ -150,11 +150,11 @@ class AdapterCache:
             )
 
     def close(self) -> None:
-        """Fetch nothing more; loads that have not begun are dropped."""
+        """Fetch nothing more; loads that have not started are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _pin(self, id: AdapterId, source: LedgerSource, row: Located) -> _Entry:
-        """Return the entry of an adapter and hold it; the lock is held."""
+        """Return the entry of an adapter and pin it; call it with the lock held."""
         entry = self._entries.get(id)
         if entry is None:
             entry = self._entries[id] = _Entry(self._pool.submit(self._load, id, source, row))
@@ -168,7 +168,7 @@ class AdapterCache:
         with self._lock:
             for id, entry in entries:
                 entry.pins -= 1
-                # Nobody waits for a load any more that has not begun: leave the threads to those who wait.
+                # Cancel a load that has not started and that nobody waits for, to free its thread for others.
                 if not entry.pins and entry.future.cancel():
                     del self._entries[id]
             self._evict()
@@ -176,7 +176,7 @@ class AdapterCache:
     def _load(self, id: AdapterId, source: LedgerSource, row: Located) -> Loaded:
         try:
             factors, from_disk = self._read(id, source, row)
-        except Exception as error:  # whatever it is, it must neither fail a request nor stay as an entry
+        except Exception as error:  # no error may fail a request or leave an entry behind
             if not isinstance(error, AdapterError):
                 log.exception("adapter %s: loading failed", id.key)
                 error = AdapterError(f"adapter {id.key}: {type(error).__name__}: {error}")
@@ -209,7 +209,7 @@ class AdapterCache:
         return factors, False
 
     def _evict(self) -> None:
-        """Drop what was used longest ago, until the rest keeps to the budget; the lock is held."""
+        """Drop the least recently used entries until the rest is within the budget; call it with the lock held."""
         if self._size_bytes <= self._budget:
             return
         for id, entry in list(self._entries.items()):

@@ -1,4 +1,4 @@
-"""One thread that decodes for everybody: requests come from any thread, tokens go back as they are made."""
+"""The one thread that decodes all requests; they may come from any thread."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from prag_core.recipe import TrainRecipe
 
 log = logging.getLogger(__name__)
 
-# Steps that may fail one after the other before the thread counts as broken.
-_MOST_FAILURES = 3
+# After this many failed steps in a row the thread counts as broken.
+_MAX_FAILURES = 3
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A request under way. `on_token` and `on_end` are called in the decoding thread: they must be quick.
+class DecodeJob:
+    """A request to decode, and the functions that receive its tokens and its result.
 
-    After `on_end` comes nothing more. A cancelled request has no end.
+    `on_token` and `on_end` are called in the decoding thread, so they must be quick. `on_end` is called last, with the
+    result or an error; for a cancelled job it is never called.
     """
 
     request: DecodeRequest
@@ -40,24 +41,24 @@ class Ticket:
 
 
 @dataclass(eq=False)
-class _Lane:
-    """The decoder for adapters of one layout, its hooks, and the tickets of its requests by their ids."""
+class _Batch:
+    """The decoder for adapters of one layout, its hooks, and its jobs by the ids of their requests."""
 
     decoder: Decoder
     injector: Injector
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+    jobs: dict[int, DecodeJob] = field(default_factory=dict)
 
 
 class DecodeThread:
-    """Drives a decoder for each layout of adapters in use; all requests of one layout share one batch.
+    """Runs one decoder for each layout of adapters in use; all requests of a layout share a batch.
 
-    Hooks are put on the model and taken off by this thread alone, between steps.
+    Only this thread adds hooks to the model and removes them, between steps.
 
     Args:
         base: The frozen model.
         slots: The most requests of a layout that decode together.
-        prefill_chunk: The most prompt tokens that a step reads before the running requests go on.
-        max_tokens: The most tokens that the slots hold together; a request beyond it runs alone.
+        prefill_chunk: The most prompt tokens read between two decoding steps.
+        max_tokens: The most tokens in all slots together; a longer request runs alone.
         cores: The cores that it computes on; None stands for all that the process may use.
     """
 
@@ -71,10 +72,10 @@ class DecodeThread:
         self._cores = cores
         self._claimed = threading.Event()
         self._wake = threading.Condition()
-        self._inbox: deque[Ticket] = deque()
-        self._dropped: deque[Ticket] = deque()
+        self._inbox: deque[DecodeJob] = deque()
+        self._dropped: deque[DecodeJob] = deque()
         self._retired: deque[LoraLayout] = deque()
-        self._lanes: dict[LoraLayout, _Lane] = {}
+        self._batches: dict[LoraLayout, _Batch] = {}
         self._closing = False
         self._progress = time.monotonic()
         self._failures = 0
@@ -86,83 +87,84 @@ class DecodeThread:
         self._thread.start()
         self._claimed.wait()  # a thread that starts meanwhile would compute on as many cores
 
-    def submit(self, ticket: Ticket) -> None:
-        """Queue a request; a failure of any kind comes to its `on_end`."""
+    def submit(self, job: DecodeJob) -> None:
+        """Queue a job; its `on_end` receives any error."""
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 ended = True
             else:
                 ended = False
                 if not self._busy():
-                    self._progress = time.monotonic()  # it was idle, not stuck
-                self._inbox.append(ticket)
+                    self._progress = time.monotonic()  # the thread was idle, not stuck
+                self._inbox.append(job)
                 self._wake.notify()
         if ended:
-            ticket.on_end(EngineStuckError("the decoding thread has ended", "ask another replica"))
+            job.on_end(EngineStuckError("the decoding thread has ended", "ask another replica"))
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Drop a request, whether it runs or waits: its slot is free before the next step."""
+    def cancel(self, job: DecodeJob) -> None:
+        """Drop a job, whether it runs or waits; its slot is free before the next step."""
         with self._wake:
-            ticket.cancelled = True
-            self._dropped.append(ticket)
+            job.cancelled = True
+            self._dropped.append(job)
             self._wake.notify()
 
     def retire(self, layout: LoraLayout) -> None:
-        """Let go of the decoder and the hooks of a layout, of which no request is under way or will come."""
+        """Remove the decoder and the hooks of a layout that has no jobs and will get no more."""
         with self._wake:
             self._retired.append(layout)
             self._wake.notify()
 
     def check(self, stuck_s: float) -> None:
-        """Check that the thread lives and makes progress.
+        """Check that the thread is alive and makes progress.
 
         Raises:
-            EngineStuckError: when it has died, keeps failing, or has made no step for `stuck_s` seconds with work
-                waiting.
+            EngineStuckError: when it has died, keeps failing, or has jobs but ended no step for `stuck_s` seconds.
         """
         with self._wake:
             idle_s = time.monotonic() - self._progress
             if not self._thread.is_alive():
                 raise EngineStuckError("the decoding thread has ended", "replace this replica")
-            if self._failures >= _MOST_FAILURES:
-                raise EngineStuckError(f"the last {self._failures} decoding steps failed", "see its log; replace it")
+            if self._failures >= _MAX_FAILURES:
+                raise EngineStuckError(
+                    f"the last {self._failures} decoding steps failed", "see the log, and replace this replica"
+                )
             if self._busy() and idle_s > stuck_s:
                 raise EngineStuckError(
-                    f"no decoding step has ended for {idle_s:.1f} s though work waits",
+                    f"no decoding step has ended for {idle_s:.1f} s although requests are waiting",
                     "replace this replica, or raise serve.stuck_s",
                 )
 
     def close(self) -> None:
-        """End the thread after its current step; what is under way fails."""
+        """End the thread after its current step; its jobs fail."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout=60.0)
 
     def _busy(self) -> bool:
-        return bool(self._inbox) or any(lane.tickets for lane in self._lanes.values())
+        return bool(self._inbox) or any(batch.jobs for batch in self._batches.values())
 
     def _run(self) -> None:
         compute_here(self._cores)
         self._claimed.set()
         try:
             while self._receive():
-                for lane in list(self._lanes.values()):
-                    if lane.decoder.busy:
-                        self._step(lane)
+                for batch in list(self._batches.values()):
+                    if batch.decoder.busy:
+                        self._step(batch)
         finally:
             with self._wake:
                 self._closing = True
-                left = [*self._inbox, *(ticket for lane in self._lanes.values() for ticket in lane.tickets.values())]
+                left = [*self._inbox, *(job for batch in self._batches.values() for job in batch.jobs.values())]
                 self._inbox.clear()
-            for lane in self._lanes.values():
-                lane.injector.close()
-            for ticket in left:
-                if not ticket.cancelled:
-                    ticket.on_end(EngineStuckError("the decoding thread has ended", "ask another replica"))
+            for batch in self._batches.values():
+                batch.injector.close()
+            for job in left:
+                if not job.cancelled:
+                    job.on_end(EngineStuckError("the decoding thread has ended", "ask another replica"))
 
     def _receive(self) -> bool:
-        """Take what came in, waiting for it when there is nothing to do; False when the thread is to end."""
+        """Accept new jobs and cancellations, and wait for them when idle; returns False when the thread should end."""
         with self._wake:
             while not (self._closing or self._inbox or self._dropped or self._retired or self._busy()):
                 self._wake.wait()
@@ -172,23 +174,23 @@ class DecodeThread:
             self._inbox.clear()
             self._dropped.clear()
             self._retired.clear()
-            for ticket in new:
-                if not ticket.cancelled:
-                    self._begin(ticket)
-            for ticket in dropped:
-                self._drop(ticket)
+            for job in new:
+                if not job.cancelled:
+                    self._begin(job)
+            for job in dropped:
+                self._drop(job)
             for layout in retired:
-                if (lane := self._lanes.get(layout)) is not None and not lane.tickets:
-                    del self._lanes[layout]
-                    lane.injector.close()
+                if (batch := self._batches.get(layout)) is not None and not batch.jobs:
+                    del self._batches[layout]
+                    batch.injector.close()
             self._count()
         return True
 
-    def _begin(self, ticket: Ticket) -> None:
+    def _begin(self, job: DecodeJob) -> None:
         try:
-            lane = self._lanes.get(ticket.layout)
-            if lane is None:
-                injector = Injector(self._base.model, ticket.recipe)
+            batch = self._batches.get(job.layout)
+            if batch is None:
+                injector = Injector(self._base.model, job.recipe)
                 decoder = Decoder(
                     self._base,
                     injector,
@@ -196,50 +198,50 @@ class DecodeThread:
                     prefill_chunk=self._prefill_chunk,
                     max_tokens=self._max_tokens,
                 )
-                lane = self._lanes[ticket.layout] = _Lane(decoder, injector)
-            lane.tickets[lane.decoder.submit(ticket.request)] = ticket
+                batch = self._batches[job.layout] = _Batch(decoder, injector)
+            batch.jobs[batch.decoder.submit(job.request)] = job
         except PragError as error:
-            ticket.on_end(error)
+            job.on_end(error)
 
-    def _drop(self, ticket: Ticket) -> None:
-        for lane in self._lanes.values():
-            for id, other in lane.tickets.items():
-                if other is ticket:
-                    lane.decoder.cancel(id)
-                    del lane.tickets[id]
+    def _drop(self, job: DecodeJob) -> None:
+        for batch in self._batches.values():
+            for id, other in batch.jobs.items():
+                if other is job:
+                    batch.decoder.cancel(id)
+                    del batch.jobs[id]
                     return
 
-    def _step(self, lane: _Lane) -> None:
+    def _step(self, batch: _Batch) -> None:
         begun = time.monotonic()
         try:
-            events = lane.decoder.step()
-        except Exception as error:  # out of memory, a broken kernel: these requests fail, the next ones may not
+            events = batch.decoder.step()
+        except Exception as error:  # such as out of memory: these jobs fail, later ones may work
             log.exception("a decoding step failed")
-            tickets, lane.tickets = list(lane.tickets.values()), {}
+            jobs, batch.jobs = list(batch.jobs.values()), {}
             self._failures += 1
             self._progress = time.monotonic()
             reason = GenerationError(f"decoding failed: {type(error).__name__}: {error}", "ask again; see the log")
-            for ticket in tickets:
-                if not ticket.cancelled:
-                    ticket.on_end(reason)
-            # After they were told: on a device that is gone this fails too, and ends the thread.
-            lane.decoder.reset()
+            for job in jobs:
+                if not job.cancelled:
+                    job.on_end(reason)
+            # Last, since on a lost device this fails too and ends the thread.
+            batch.decoder.reset()
             self._count()
             return
         self._failures = 0
         self._progress = time.monotonic()
         self.steps += 1
         self.step_s = self._progress - begun
-        tickets = [lane.tickets.pop(e.id) if e.result is not None else lane.tickets[e.id] for e in events]
-        self._count()  # before anyone is told: whoever has an answer finds its slot free
-        for event, ticket in zip(events, tickets, strict=True):
-            if ticket.cancelled:
+        jobs = [batch.jobs.pop(e.id) if e.result is not None else batch.jobs[e.id] for e in events]
+        self._count()  # before `on_end`, so that the counts no longer include a job whose caller has its result
+        for event, job in zip(events, jobs, strict=True):
+            if job.cancelled:
                 continue
-            if event.token is not None and ticket.on_token is not None:
-                ticket.on_token(event.token)
+            if event.token is not None and job.on_token is not None:
+                job.on_token(event.token)
             if event.result is not None:
-                ticket.on_end(event.result)
+                job.on_end(event.result)
 
     def _count(self) -> None:
-        self.running = sum(lane.decoder.running for lane in self._lanes.values())
-        self.waiting = sum(len(lane.tickets) for lane in self._lanes.values()) - self.running
+        self.running = sum(batch.decoder.running for batch in self._batches.values())
+        self.waiting = sum(len(batch.jobs) for batch in self._batches.values()) - self.running

@@ -1,4 +1,4 @@
-"""Text as it is generated: pieces that together are the answer's text, never one that would be taken back."""
+"""Streaming an answer's text in pieces while it is generated, without ever changing a piece that was sent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from prag_core.records import Template
 class StreamingDetokenizer:
     """Turns the growing tokens of one answer into pieces of its text.
 
-    What may still change is held back: half a character, white space and full stops at the end (an answer is trimmed
-    of them), and the beginning of a stop text. Where the model reasons first, what the answer is is known at the end.
+    Text that may still change is held back: an incomplete character, white space and full stops at the end (which the
+    answer does not keep), and the beginning of a stop text. Where the template lets the model reason first, all text
+    is held back until the end.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         stop: The texts that end the answer.
         template: How the question was asked.
     """
@@ -28,7 +29,7 @@ class StreamingDetokenizer:
         self._sent = ""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Return the text that is new and certain, given all tokens so far; may be empty."""
+        """Return the new text that will not change any more, given all tokens so far; it may be empty."""
         if self._template != "direct":
             return ""
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
@@ -38,7 +39,7 @@ class StreamingDetokenizer:
         return self._send(final_answer(text[: len(text) - held]))
 
     def end(self, text: str) -> str:
-        """Return what the pieces so far lack of the whole answer's text."""
+        """Return the last piece, given the whole answer's text."""
         return self._send(text)
 
     def _send(self, text: str) -> str:
@@ -50,5 +51,5 @@ class StreamingDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with, and is not the whole of it."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((length for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])), 0)

@@ -1,6 +1,6 @@
-"""Bytes on the local disk that can be had again elsewhere: bounded, and shared by the processes of a machine.
+"""A bounded cache of bytes on the local disk, shared by the processes of a machine.
 
-Nothing here vouches for the bytes: who reads them knows their checksum. Nothing is unpickled.
+It does not check the bytes: callers verify their checksum. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-# What is written before the folder is counted again, as a share of its budget.
+# The folder is trimmed each time a process has written this fraction of the budget: one part in 16.
 _SLACK = 16
 
 
 class DiskCache:
-    """A folder of files `<group>/<name>`, of which the ones used last are kept.
+    """A folder of files `<group>/<name>`, of which those used most recently are kept.
 
-    A file appears whole or not at all. The folder is trimmed when this process has written a sixteenth of the budget
-    since it was last counted: it exceeds the budget by no more than that for each process that writes. A disk that
-    is full or broken is no error: the bytes are then fetched elsewhere.
+    A file appears whole or not at all. Each process trims the folder after it has written a sixteenth of the budget, so
+    the folder exceeds the budget by at most that much per writing process. A full or broken disk is no error: nothing
+    is kept then.
 
     Args:
-        folder: Where; made when missing.
+        folder: The folder; created if missing.
         size_bytes: The budget.
     """
 
@@ -40,11 +40,11 @@ class DiskCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            log.warning("%s: nothing is kept there: %s", folder, error)
+            log.warning("%s: cannot be used as a cache: %s", folder, error)
         self._trim()
 
     def get(self, group: str, name: str) -> bytes | None:
-        """Return the bytes that were put under a name, or None; reading counts as a use."""
+        """Return the bytes stored under a name, or None; reading counts as a use."""
         path = self._folder / group / name
         try:
             data = path.read_bytes()
@@ -54,7 +54,7 @@ class DiskCache:
         return data
 
     def put(self, group: str, name: str, data: bytes) -> None:
-        """Keep bytes under a name, unless there is no room for them."""
+        """Store bytes under a name, unless they exceed the budget or the disk is full."""
         if len(data) > self._budget:
             return
         path = self._folder / group / name
@@ -76,12 +76,12 @@ class DiskCache:
             self._trim()
 
     def remove(self, group: str, name: str) -> None:
-        """Forget what lies under a name."""
+        """Remove the bytes stored under a name, if any."""
         with contextlib.suppress(OSError):
             (self._folder / group / name).unlink()
 
     def _trim(self) -> None:
-        """Count the folder, and remove what was used longest ago until the rest keeps to the budget."""
+        """Measure the folder, and remove the least recently used files until the rest is within the budget."""
         with self._lock:
             self._written = 0
         try:
@@ -97,7 +97,7 @@ class DiskCache:
                         log.warning("%s: cannot be removed: %s", path, error)
                     else:
                         size_bytes -= size
-        except Timeout:  # another process does it
+        except Timeout:  # another process is trimming
             return
         except OSError as error:
             log.warning("%s: cannot be trimmed: %s", self._folder, error)
@@ -106,7 +106,7 @@ class DiskCache:
             self.size_bytes = size_bytes
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """Return (last use, bytes, path) of each file; also of those that a killed process left half-written."""
+        """Return (last use, bytes, path) of each file, including incomplete ones that a killed process left."""
         found = []
         for path in self._folder.glob("*/*"):
             try:

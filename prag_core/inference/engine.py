@@ -1,8 +1,8 @@
-"""Retrieve, Update, Generate: answers questions from a snapshot, each with its own sum of adapters.
+"""Retrieve, update, generate: answers questions from a snapshot, each with its own sum of adapters.
 
-The engine holds the frozen model, the index and the way to the adapters; a request's adapters are arguments of
-its forward passes (`prag_core.llm.lora`), so that one batch mixes modes, passages and numbers of passages, and
-nothing of a request stays behind. It serves one caller at a time: for many users see `prag_core.inference.service`.
+A request's adapters are arguments of its forward passes (`prag_core.llm.lora`), so one batch can mix modes, passages
+and numbers of passages, and no request leaves a trace. The engine serves one caller at a time; for many users see
+`prag_core.inference.service`.
 """
 
 from __future__ import annotations
@@ -28,33 +28,35 @@ from prag_core.records import Answer
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import load_snapshot
 
-__all__ = ["AdapterSource", "Engine", "Request", "open_engine"]
-
 
 class AdapterSource(Protocol):
-    """Gives a passage's verified factors by its key."""
+    """Finds a passage's adapter by the passage's key."""
 
     def get(self, key: str) -> Mapping[str, Tensor]:
-        """Return the factors, or raise AdapterError when they are missing or broken."""
+        """Return the verified factors.
+
+        Raises:
+            AdapterError: when they are missing or damaged.
+        """
         ...
 
 
 class Engine:
-    """Answers questions on one machine, in batches.
+    """Answers questions in batches, for one caller.
 
     Args:
         base: The frozen base model.
-        recipe: The recipe that the adapters were trained by; gives their layout and scale.
-        preparation: Retrieves and writes prompts.
-        adapters: Gives adapters by key.
-        batch_size: How many questions are decoded at once.
+        recipe: The recipe of the adapters, which decides their layout and scale.
+        processor: Retrieves passages and writes prompts.
+        adapters: Finds adapters by key.
+        batch_size: How many questions are decoded together.
     """
 
     def __init__(
         self,
         base: BaseModel,
         recipe: TrainRecipe,
-        preparation: RequestProcessor,
+        processor: RequestProcessor,
         adapters: AdapterSource,
         *,
         batch_size: int = 16,
@@ -63,7 +65,7 @@ class Engine:
         self._injector = Injector(base.model, recipe)
         self._adapters = adapters
         self._batch_size = batch_size
-        self._preparation = preparation
+        self._processor = processor
 
     def answer(self, request: Request) -> Answer:
         """Answer one question; see `answer_batch`.
@@ -78,63 +80,63 @@ class Engine:
         return answers[0]
 
     def answer_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer questions together, in the order given.
+        """Answer questions together, and return the answers in order.
 
-        A passage whose adapter is missing or broken goes into the prompt instead, and the answer says so; all of a
-        question's passages do when the sum of their adapters is too large for the model. A question that cannot be
-        answered (too long for the model's context, output that is not finite) gets an empty answer with `finish` =
-        `error` and the reason in `error`; the others are not touched. The milliseconds are the question's own, but
-        for what is done for other questions meanwhile.
+        A passage whose adapter is missing or damaged goes into the prompt instead, and the answer says so. If the sum
+        of a question's adapters is too large for the model, all its passages go into the prompt. A question that cannot
+        be answered (too long for the model's context, or output that is not finite) gets an empty answer with `finish`
+        = `error` and the reason in `error`; the others are unaffected. An answer's milliseconds include work for other
+        questions in the same steps.
         """
         return [
-            self._preparation.failed(request, answer) if isinstance(answer, GenerationError) else answer
+            self._processor.failed(request, answer) if isinstance(answer, GenerationError) else answer
             for request, answer in zip(requests, self._answer_all(requests), strict=True)
         ]
 
     def close(self) -> None:
-        """Leave the base model as it was found."""
+        """Remove the hooks from the base model."""
         self._injector.close()
 
     def _answer_all(self, requests: Sequence[Request]) -> list[Answer | GenerationError]:
         prepared = [self._prepare(request) for request in requests]
         decoded = self._decode(prepared)
-        # Adapters whose sum is too large fall back as those do that are missing.
-        for place, found in enumerate(decoded):
-            if isinstance(found, Decoded) and prepared[place].overflowed(found):
-                prepared[place] = self._preparation.without_adapters(prepared[place])
-                decoded[place] = self._decode([prepared[place]])[0]
+        # Adapters whose sum is too large fall back to the prompt, as missing ones do.
+        for i, result in enumerate(decoded):
+            if isinstance(result, Decoded) and prepared[i].overflowed(result):
+                prepared[i] = self._processor.without_adapters(prepared[i])
+                decoded[i] = self._decode([prepared[i]])[0]
         answers: list[Answer | GenerationError] = []
-        for item, found in zip(prepared, decoded, strict=True):
+        for item, result in zip(prepared, decoded, strict=True):
             try:
-                answers.append(self._preparation.answer(item, found) if isinstance(found, Decoded) else found)
+                answers.append(self._processor.answer(item, result) if isinstance(result, Decoded) else result)
             except GenerationError as error:
                 answers.append(error)
         return answers
 
     def _decode(self, prepared: Sequence[PreparedRequest]) -> list[Decoded | GenerationError]:
-        # A decoder for each call: calls from several threads share nothing that changes.
+        # Each call has a decoder of its own, so that calls from several threads share no state.
         decoder = Decoder(self.base, self._injector, slots=self._batch_size)
         refused: dict[int, GenerationError] = {}
-        for place, item in enumerate(prepared):
+        for i, item in enumerate(prepared):
             try:
                 decoder.check(item.decode)
             except GenerationError as error:
-                refused[place] = error
-        decoded = iter(decoder.run([item.decode for place, item in enumerate(prepared) if place not in refused]))
-        return [refused.get(place) or next(decoded) for place in range(len(prepared))]
+                refused[i] = error
+        decoded = iter(decoder.run([item.decode for i, item in enumerate(prepared) if i not in refused]))
+        return [refused.get(i) or next(decoded) for i in range(len(prepared))]
 
     def _prepare(self, request: Request) -> PreparedRequest:
         begun = time.perf_counter()
-        hits = self._preparation.search(request)
-        found = time.perf_counter()
+        hits = self._processor.search(request)
+        searched = time.perf_counter()
         adapters: dict[str, Factors | AdapterError] = {}
         for hit in hits if request.updates else ():
             try:
                 adapters[hit.passage.key] = self._adapters.get(hit.passage.key)
             except AdapterError as error:
                 adapters[hit.passage.key] = error
-        spent = {"retrieve": (found - begun) * 1e3, "fetch": (time.perf_counter() - found) * 1e3}
-        return self._preparation.build(request, hits, adapters, spent)
+        spent = {"retrieve": (searched - begun) * 1e3, "fetch": (time.perf_counter() - searched) * 1e3}
+        return self._processor.build(request, hits, adapters, spent)
 
 
 def open_engine(store: Store, config: Config, snapshot_id: str | None = None) -> Engine:
@@ -150,4 +152,4 @@ def open_engine(store: Store, config: Config, snapshot_id: str | None = None) ->
     compute_here()
     base = load_base_model(config.model)
     opened = open_snapshot(base, config, store, load_snapshot(store, snapshot_id))
-    return Engine(base, opened.recipe, opened.preparation, opened.source, batch_size=config.answer.batch_size)
+    return Engine(base, opened.recipe, opened.processor, opened.source, batch_size=config.answer.batch_size)

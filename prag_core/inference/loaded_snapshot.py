@@ -1,4 +1,4 @@
-"""A snapshot opened on this machine: all that answering from it needs, beside the base model."""
+"""Opening a snapshot on this machine: its index, its adapters and its reader."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from prag_core.store.snapshot import Snapshot, check_base_model, forgotten_keys
 
 @dataclass(frozen=True, eq=False)
 class LoadedSnapshot:
-    """A snapshot's id, its searches and prompts, its adapters and their shape; `close` lets its files go."""
+    """An open snapshot; together with the base model it is all that answering needs.
+
+    `processor` searches its index and writes prompts, `source` finds its adapters, and `close` closes its files.
+    """
 
     id: str
-    preparation: RequestProcessor
+    processor: RequestProcessor
     source: LedgerSource
     recipe: TrainRecipe
     layout: LoraLayout
@@ -32,10 +35,10 @@ class LoadedSnapshot:
 
 
 def open_reader(store: Store, config: Config, layout: LoraLayout) -> tuple[Factors, float] | None:
-    """Return the configured reader's factors and weight, if there is one.
+    """Return the factors and the weight of the configured reader; None when none is configured.
 
     Raises:
-        ConfigError: when the store has none of that name, or not of this shape.
+        ConfigError: when the store has no such adapter, or it does not have this layout.
     """
     name = config.answer.reader
     if name is None:
@@ -45,18 +48,19 @@ def open_reader(store: Store, config: Config, layout: LoraLayout) -> tuple[Facto
         check_factors(layout, factors, name)
     except AdapterError as error:
         raise ConfigError(
-            f"answer.reader = {name!r}: {error.message}", "name what `prag warmup --reading` printed, or make it again"
+            f"answer.reader = {name!r}: {error.message}",
+            "use the name that `prag warmup --reading` printed, or train the reader again",
         ) from None
     return factors, config.answer.reader_strength
 
 
 def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snapshot) -> LoadedSnapshot:
-    """Open a snapshot. Its index is unpacked into the local cache on first use; adapters come when they are needed.
+    """Open a snapshot. Its index is unpacked into the local cache on first use; adapters are fetched when needed.
 
     Raises:
-        StoreError: when it was made with another base model, or what it names is missing.
-        ConfigError: when `answer.reader` names nothing of this shape.
-        ModelError: when the model has not the modules that the adapters are for.
+        StoreError: when it was made with another base model, or an object that it names is missing.
+        ConfigError: when `answer.reader` is no adapter of this layout in the store.
+        ModelError: when the model lacks modules that the adapters change.
         RetrievalError: when the index cannot be opened.
     """
     check_base_model(snapshot, store, config.model.name, base.fingerprint)
@@ -64,14 +68,14 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
     layout, _ = find_targets(base.model, recipe)
     if layout != adapters.layout:
         raise StoreError(
-            f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}; its recipe means {layout} here",
+            f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}, but its recipe makes {layout} here",
             "it was written by hand or by another version: run `prag run` again",
         )
     reader = open_reader(store, config, layout)
     hidden, source = forgotten_keys(store, snapshot), LedgerSource(adapters, snapshot.ledger_parts)
-    # The index last: nothing that fails before it leaves one open in the Java machine.
+    # The index is opened last, so that no other error leaves one open in the Java machine.
     retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
-    preparation = RequestProcessor(
+    processor = RequestProcessor(
         base,
         retriever,
         template=recipe.template,
@@ -81,4 +85,4 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         reader=reader,
         hidden=hidden,
     )
-    return LoadedSnapshot(snapshot.id, preparation, source, recipe, layout, retriever.close)
+    return LoadedSnapshot(snapshot.id, processor, source, recipe, layout, retriever.close)

@@ -1,7 +1,7 @@
-"""From a request to what the decoder takes, and from what the decoder gives to an answer.
+"""From a request to a decode request, and from the decoder's result to an answer.
 
-The engine (`prag ask`, the demo) and the service share it, so that both ask the same question in the same words.
-What differs is how they wait: for adapters, and for the decoder.
+The engine (`prag ask`, the demo) and the service share it, so that both write the same prompts. They differ in how they
+wait for adapters and for the decoder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from prag_core.prompts import final_answer, passage_text
 from prag_core.records import Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
 
-# Among so many of the best passages those that the asker may see are sought.
-_DEEPEST = 1024
+# The most passages to retrieve in search of some that the asker may read.
+_MAX_HITS = 1024
 _MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request made ready to generate: what the decoder takes, and what becomes of each passage."""
+    """A request that is ready to decode, with the use of each of its passages and the time spent so far."""
 
     request: Request
     hits: tuple[Hit, ...]
@@ -37,30 +37,29 @@ class PreparedRequest:
 
     @property
     def fallbacks(self) -> int:
-        """How many passages are in the prompt because their adapters could not be had."""
+        """How many passages are in the prompt because their adapters were not available."""
         return sum(bool(passage.note) for passage in self.passages)
 
     def overflowed(self, decoded: Decoded) -> bool:
-        """Whether the sum of its adapters, each of them finite, made the model's output something that is not."""
+        """Return whether the output is not finite because the sum of its (finite) adapters is too large."""
         return decoded.finish == "not_finite" and bool(self.decode.adapters)
 
 
 class RequestProcessor:
-    """Retrieves, writes prompts and reads answers for one snapshot.
+    """Retrieves passages, writes prompts and makes answers for one snapshot.
 
     Args:
         base: The frozen base model.
         retriever: Finds passages; never called in the mode `closed`.
-        template: How questions are asked: the recipe's, by which the adapters were trained.
-        snapshot: The id that answers carry.
-        max_new_tokens: The most tokens of an answer, when its request does not say; by default 32, and 128 where
-            the template lets the model reason.
-        combine_strength: What the adapters' weights are multiplied by in the mode `combine`, when its request does
-            not say. An adapter strong enough to answer without its passage may drown what the prompt says
-            (docs/quality.md).
-        reader: An adapter that is added to the passages' own, with its weight, in the mode `combine`: one that has
-            learned to answer from passages in the prompt.
-        hidden: Keys of passages that must not be used any more.
+        template: How questions are asked; it must be the template of the adapters' recipe.
+        snapshot: The snapshot's id, which answers carry.
+        max_new_tokens: The most tokens of an answer where its request does not say; by default 32, or 128 where the
+            template lets the model reason.
+        combine_strength: The factor of the adapters' weights in the mode `combine` where the request does not say. An
+            adapter strong enough to answer without its passage may outweigh the prompt (docs/quality.md).
+        reader: An adapter trained to answer from passages in the prompt, and its weight; it is added to the passages'
+            own in the mode `combine`.
+        hidden: Keys of passages that must not be used.
     """
 
     def __init__(
@@ -84,12 +83,12 @@ class RequestProcessor:
         self._combine_strength = combine_strength
         self._reader = reader
         self._hidden = frozenset(hidden)
-        # An answer is one line: a newline ends it as the end of turn does.
+        # An answer is one line: a newline ends it, as the end of turn does.
         newline = self._tokenizer.encode("\n", add_special_tokens=False)
         self._stop_ids = frozenset([self._tokenizer.eos_token_id, *newline[-1:]])
 
     def search(self, request: Request) -> tuple[Hit, ...]:
-        """Return the passages for a request, best first: those it brings, or the best that its asker may see.
+        """Return the passages for a request, best first: its own hits, or the best ones that its asker may read.
 
         Raises:
             RetrievalError: when the index cannot be searched.
@@ -101,11 +100,11 @@ class RequestProcessor:
         wanted = request.top_k
         while True:
             hits = self._retriever.search(request.question, wanted, request.min_score)
-            seen = [hit for hit in hits if self._may_use(hit.passage, request)]
-            # What must not be seen takes no place among the top k: look further down, though not without end.
-            if len(seen) >= request.top_k or len(hits) < wanted or wanted >= _DEEPEST:
-                return tuple(seen[: request.top_k])
-            wanted = min(4 * wanted, _DEEPEST)
+            allowed = [hit for hit in hits if self._may_use(hit.passage, request)]
+            # If passages of the top k must not be used, retrieve more, up to a limit.
+            if len(allowed) >= request.top_k or len(hits) < wanted or wanted >= _MAX_HITS:
+                return tuple(allowed[: request.top_k])
+            wanted = min(4 * wanted, _MAX_HITS)
 
     def build(
         self,
@@ -114,18 +113,18 @@ class RequestProcessor:
         adapters: Mapping[str, Factors | AdapterError],
         milliseconds: Mapping[str, float],
     ) -> PreparedRequest:
-        """Return a request made ready: a passage whose adapter is an error goes into the prompt instead.
+        """Make a request ready to decode. A passage whose adapter is an error goes into the prompt instead.
 
         Args:
             request: The request.
-            hits: What `search` found for it.
-            adapters: The factors of each hit, or why they cannot be had; not looked at unless it `updates`.
-            milliseconds: What was spent so far, by step.
+            hits: The result of `search` for it.
+            adapters: For each hit its factors, or the error instead of them; ignored unless the request `updates`.
+            milliseconds: The time spent so far, by step.
         """
-        # 1. Which passages go where. Who may read what is asked again, at the last moment.
+        # 1. Decide where each passage goes. Check again that it may be used, as late as possible.
         hits = [hit for hit in hits if self._may_use(hit.passage, request)]
         strength = request.strength or (self._combine_strength if request.mode == "combine" else 1.0)
-        summands: list[tuple[Factors, float]] = []
+        weighted: list[tuple[Factors, float]] = []
         used = []
         in_prompt: list[Passage] = []
         for hit, share in zip(hits, hit_weights(hits, request.weights), strict=True):
@@ -143,13 +142,13 @@ class RequestProcessor:
                 note=factors.message if isinstance(factors, AdapterError) else "",
             )
             if factors is not None and not isinstance(factors, AdapterError):
-                summands.append((factors, weight))
+                weighted.append((factors, weight))
             if entry.in_prompt:
                 in_prompt.append(passage)
             used.append(entry)
         if self._reader is not None and request.mode == "combine" and in_prompt:
-            summands.append(self._reader)
-        # 2. The prompt opens the answer with the words that every answer in training opens with.
+            weighted.append(self._reader)
+        # 2. Write the prompt. It ends with the words with which each answer in training begins.
         begun = time.perf_counter()
         texts = [passage_text(passage) for passage in in_prompt]
         prompt = question_ids(self._tokenizer, request.question, texts, history=request.history, template=self.template)
@@ -162,13 +161,13 @@ class RequestProcessor:
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            adapters=tuple(summands),
+            adapters=tuple(weighted),
         )
         spent = {**milliseconds, "prompt": (time.perf_counter() - begun) * 1e3}
         return PreparedRequest(request, tuple(hits), decode, tuple(used), spent)
 
     def without_adapters(self, prepared: PreparedRequest) -> PreparedRequest:
-        """Return a request made ready again with all of its passages in the prompt: it has `overflowed`."""
+        """Make a request that has `overflowed` ready again, with all its passages in the prompt and no adapters."""
         reasons = {
             passage.key: AdapterError(passage.note or "the sum of this question's adapters is too large")
             for passage in prepared.passages
@@ -177,7 +176,7 @@ class RequestProcessor:
         return replace(built, decode=replace(built.decode, adapters=()))
 
     def answer(self, prepared: PreparedRequest, decoded: Decoded) -> Answer:
-        """Return the answer that was decoded.
+        """Return the answer from the decoder's result.
 
         Raises:
             NotFiniteError: when the model's output was not finite.
@@ -208,7 +207,7 @@ class RequestProcessor:
         )
 
     def failed(self, request: Request, error: GenerationError) -> Answer:
-        """Return the empty answer that stands for a request which could not be answered, and says why."""
+        """Return an empty answer that carries the error."""
         return Answer(request.question, request.mode, "", snapshot=self.snapshot, finish="error", error=error.message)
 
     def _may_use(self, passage: Passage, request: Request) -> bool:
@@ -218,7 +217,7 @@ class RequestProcessor:
 
 
 def hit_weights(hits: Sequence[Hit], weights: MergeRule) -> list[float]:
-    """Return the weight of each hit's adapter: 1 (`sum`, the paper), 1/k (`mean`), or its share of the scores."""
+    """Return the weight of each hit's adapter: 1 (`sum`, as in the paper), 1/k (`mean`), or its score's share."""
     if weights == "sum":
         return [1.0] * len(hits)
     if weights == "mean":

@@ -1,4 +1,4 @@
-"""A question, and how it is to be answered."""
+"""A question with its settings, as the engine and the service take it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from prag_core.records import Hit, MergeRule, Mode
 
 @dataclass(frozen=True)
 class Request:
-    """One question and how it is to be answered.
+    """One question and how to answer it.
 
     Args:
-        question: Any text. What looks like a token of the chat template in it is text.
+        question: Any text. Special tokens of the chat template in it are plain text.
         mode: `closed`, `rag`, `prag` or `combine`.
         top_k: The most passages to use.
-        weights: How their adapters are added.
-        hits: The retrieved passages when the caller has them already (an oracle, an evaluation); otherwise they
-            are retrieved.
-        strength: What the adapters' weights are multiplied by; None stands for 1, and in the mode `combine` for the
-            configuration's `answer.combine_strength`.
-        max_new_tokens: The most tokens of the answer; None stands for the configuration's `answer.max_new_tokens`.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        seed: With the prompt it decides what is drawn.
-        stop: Texts that end the answer and are not part of it, besides the end of the turn and of the line.
-        ignore_eos: Go on to `max_new_tokens` whatever the model says; for measuring.
-        min_score: Passages that score less are not used: nothing relevant means no adapter.
+        weights: How to weigh the passages' adapters.
+        hits: The passages, if the caller already has them (an oracle, an evaluation); by default they are retrieved.
+        strength: The factor of the adapters' weights; None for 1, or in the mode `combine` for the configuration's
+            `answer.combine_strength`.
+        max_new_tokens: The most tokens of the answer; None for the configuration's `answer.max_new_tokens`.
+        temperature: 0 takes the most likely token each time.
+        top_p: Sample from the most likely tokens that together have this probability.
+        seed: Sampling depends on the seed and the prompt only.
+        stop: Texts that end the answer and are not part of it. The end of the turn or of the line always ends it.
+        ignore_eos: Generate `max_new_tokens` tokens in any case; for measurements.
+        min_score: Passages with lower scores are not used.
         history: The turns before the question, as (role, text); the roles are `system`, `user` and `assistant`.
-        access: The access tags that the asker holds: passages with other tags alone are not seen. None stands for
-            a caller who may read everything (the command line, an evaluation); the empty set sees what is public.
+        access: The asker's access tags. A passage with tags is used only if the asker has one of them. None means that
+            the asker may read everything (the command line, an evaluation); with an empty set, only public passages
+            are used.
 
     Raises:
-        ValueError: when a number is out of range, or a role is not one of these.
+        ValueError: when a number is out of range or a role is unknown.
     """
 
     question: str
@@ -55,7 +55,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode) or self.weights not in get_args(MergeRule):
-            raise ValueError(f"mode {self.mode!r}, weights {self.weights!r}: no such thing")
+            raise ValueError(f"mode {self.mode!r}, weights {self.weights!r}: unknown")
         if self.top_k < 1 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             raise ValueError(f"top_k {self.top_k}, max_new_tokens {self.max_new_tokens}: both must be positive")
         if self.temperature < 0 or not 0 < self.top_p <= 1:

@@ -1,8 +1,8 @@
-"""The serving core: answers for many users at once, from the snapshot in service, in one mixed batch.
+"""The serving core: answers many users at once from the snapshot in service, in one mixed batch.
 
-One replica holds one `Service`. It knows neither Ray nor HTTP: whoever serves it to the network calls `answer`,
-`stream` and `refresh` from an event loop (any, also several). Three kinds of threads work for it: one searches and
-writes prompts (the Java machine takes one caller at a time anyway), some fetch adapters, one decodes.
+Each replica has one `Service`. It does not depend on Ray or HTTP: a server calls `answer`, `stream` and `refresh` from
+any event loop, or from several. One thread searches and writes prompts, some threads fetch adapters, and one thread
+decodes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from prag_core.config import Config, ServeConfig, check_defaults
 from prag_core.errors import ConfigError, DeadlineError, OverloadedError, PragError, PromptTooLongError
 from prag_core.inference.adapter_cache import AdapterCache, AdapterLease
-from prag_core.inference.decode_thread import DecodeThread, Ticket
+from prag_core.inference.decode_thread import DecodeJob, DecodeThread
 from prag_core.inference.detokenizer import StreamingDetokenizer
 from prag_core.inference.disk_cache import DiskCache
 from prag_core.inference.loaded_snapshot import LoadedSnapshot, open_snapshot
 from prag_core.inference.processor import PreparedRequest
 from prag_core.inference.request import Request
+from prag_core.inference.snapshot_pool import SnapshotPool, close_snapshot
 from prag_core.inference.stats import ServiceStats
 from prag_core.inference.threads import SearchThread, thread_safe_put, wait_until
 from prag_core.llm.base_model import BaseModel, load_base_model
@@ -38,14 +39,15 @@ from prag_core.store.snapshot import current_id, load_snapshot
 
 log = logging.getLogger(__name__)
 
-_LONGEST_RETRY_S = 30.0
-# How long closing waits for a search under way.
+# The longest `Retry-After` of a refused request.
+_MAX_RETRY_S = 30.0
+# How long `close` waits for the search under way.
 _CLOSE_S = 10.0
 
 
 @dataclass(frozen=True)
 class _Retrieved:
-    """What the search gave, and the adapters that have begun to come."""
+    """The retrieved passages of a request, and the lease of their adapters, which are being fetched."""
 
     hits: tuple[Hit, ...]
     lease: AdapterLease
@@ -53,15 +55,15 @@ class _Retrieved:
 
 
 class Service:
-    """One replica's core: answers requests in one mixed batch, each with its own sum of adapters.
+    """Answers requests in one mixed batch, each with its own sum of adapters.
 
-    Made by `open_service`. Its methods may be called from any event loop and thread.
+    `open_service` makes one. Its methods may be called from any event loop and thread.
 
     Args:
-        base: The frozen base model; nothing else may put hooks on it.
-        opener: Opens a snapshot of the store by its id, or the one in service.
-        current: Gives the id of the snapshot in service.
-        cache: The adapters at hand.
+        base: The frozen base model; nothing else may add hooks to it.
+        opener: Opens a snapshot of the store by its id, or the one in service for None.
+        current: Returns the id of the snapshot in service.
+        cache: The cache of adapters.
         config: How the replica runs.
         cores: The cores that the decoding thread computes on; None stands for all that the process may use.
     """
@@ -75,23 +77,21 @@ class Service:
         config: ServeConfig,
         cores: int | None = None,
     ) -> None:
-        self._opener = opener
-        self._current = current
         self._cache = cache
         self._config = config
         self._tokenizer = base.tokenizer
+        self._snapshots = SnapshotPool(opener, current, lambda layout: self._decode_thread.retire(layout))
         self._lock = threading.Lock()
-        self._served = opener(None)
-        self._held: dict[LoadedSnapshot, int] = {self._served: 0}
         self._requests: Counter[tuple[str, str]] = Counter()
-        self._open = self._new_tokens = self._prompt_tokens = self._fallbacks = self._swaps = 0
+        self._open = self._new_tokens = self._prompt_tokens = self._fallbacks = 0
+        # Running mean of how long a request takes, in seconds.
         self._mean_s = 1.0
         self._draining = False
         self._idle = threading.Event()
         self._idle.set()
-        self._searching = SearchThread()
+        self._search_thread = SearchThread()
         self._refresh_pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
-        self._decoding = DecodeThread(
+        self._decode_thread = DecodeThread(
             base,
             slots=config.slots,
             prefill_chunk=config.prefill_chunk,
@@ -101,15 +101,15 @@ class Service:
 
     @property
     def snapshot(self) -> str:
-        """The id of the snapshot that new requests are answered from."""
-        return self._served.id
+        """The id of the snapshot from which new requests are answered."""
+        return self._snapshots.served_id
 
     async def answer(self, request: Request, *, deadline_s: float | None = None) -> Answer:
-        """Answer a request. A caller that is cancelled frees its slot.
+        """Answer a request. If the caller is cancelled, its slot is freed.
 
         Args:
-            request: The request; `hits` are not to be taken from users.
-            deadline_s: Seconds from now after which the answer is of no use.
+            request: The request; never take its `hits` from users.
+            deadline_s: Seconds from now after which the request is dropped.
 
         Raises:
             OverloadedError: when the queue is full or the service is shutting down.
@@ -127,44 +127,44 @@ class Service:
         raise AssertionError("a run ends with an answer or an error")
 
     async def stream(self, request: Request, *, deadline_s: float | None = None) -> AsyncGenerator[str | Answer]:
-        """Yield the pieces of an answer's text as they are made, and the whole answer last.
+        """Yield the pieces of an answer's text as they are generated, and the whole answer last.
 
         The pieces together are the answer's text. Closing the iterator (`aclose`) cancels the request and frees its
-        slot. It raises what `answer` raises.
+        slot. It raises the errors of `answer`.
         """
         async with contextlib.aclosing(self._run(request, deadline_s, stream=True)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def refresh(self) -> bool:
-        """Look at `CURRENT`, and put another snapshot into service here; True when it did.
+        """Read `CURRENT`, and use another snapshot from now on if it names one; returns whether it did.
 
-        The new one is opened beside the old one, then one reference is swapped: requests go on with the snapshot
-        that they began with, and the old one is closed when the last of them has ended.
+        The new snapshot is opened beside the old one, then one reference is swapped. Running requests keep their
+        snapshot, and the old one is closed after the last of them.
 
         Raises:
             StoreError, RetrievalError, ModelError: when the new one cannot be opened; the old one stays.
         """
-        # One thread: of two calls at once the second one finds the work done.
-        return await asyncio.wrap_future(self._refresh_pool.submit(self._swap))
+        # There is one thread, so of two calls at once the second finds the new snapshot in use.
+        return await asyncio.wrap_future(self._refresh_pool.submit(self._snapshots.swap))
 
     def stats(self) -> ServiceStats:
-        """Return what was done so far and what is under way."""
+        """Return counters since the service was opened, and its present state."""
         with self._lock:
             return ServiceStats(
-                snapshot=self._served.id,
-                snapshots_held=len(self._held),
+                snapshot=self._snapshots.served_id,
+                snapshots_held=len(self._snapshots),
                 requests=dict(self._requests),
                 open=self._open,
-                waiting=self._decoding.waiting,
-                running=self._decoding.running,
+                waiting=self._decode_thread.waiting,
+                running=self._decode_thread.running,
                 slots=self._config.slots,
                 new_tokens=self._new_tokens,
                 prompt_tokens=self._prompt_tokens,
                 fallbacks=self._fallbacks,
-                steps=self._decoding.steps,
-                step_s=self._decoding.step_s,
-                swaps=self._swaps,
+                steps=self._decode_thread.steps,
+                step_s=self._decode_thread.step_s,
+                swaps=self._snapshots.swaps,
                 cache=self._cache.stats(),
             )
 
@@ -172,61 +172,58 @@ class Service:
         """Check that the replica works.
 
         Raises:
-            EngineStuckError: when the decoding thread has died, keeps failing, or has made no step for
-                `serve.stuck_s` seconds though work waits, or when a search has not ended for so long.
+            EngineStuckError: when the decoding thread has died or keeps failing, or when a decoding step or a search
+                takes longer than `serve.stuck_s`.
         """
-        self._decoding.check(self._config.stuck_s)
-        self._searching.check(self._config.stuck_s)
+        self._decode_thread.check(self._config.stuck_s)
+        self._search_thread.check(self._config.stuck_s)
 
     async def drain(self) -> None:
-        """Accept nothing new (`OverloadedError`), and wait until what is under way has ended."""
+        """Refuse new requests (`OverloadedError`), and wait until the running ones have ended."""
         with self._lock:
             self._draining = True
         await asyncio.to_thread(self._idle.wait)
 
     def close(self) -> None:
-        """End at once: what is under way fails; threads and files are let go. Doing it again changes nothing."""
+        """Stop at once: running requests fail, threads end and files are closed. A second call does nothing."""
         with self._lock:
             self._draining = True
-        self._decoding.close()
-        # A search that is stuck in Java holds the lock that closing an index, and opening one, would wait for.
-        ended = self._searching.close(_CLOSE_S)
+        self._decode_thread.close()
+        # A search that is stuck in Java holds the lock that opening and closing an index need.
+        ended = self._search_thread.close(_CLOSE_S)
         self._refresh_pool.shutdown(wait=ended, cancel_futures=True)
         self._cache.close()
-        with self._lock:
-            held, self._held = list(self._held), {}
+        snapshots = self._snapshots.clear()
         if not ended:
-            log.error("a search has not ended: %d snapshots are left open", len(held))
+            log.error("a search has not ended: %d snapshots are left open", len(snapshots))
             return
-        for opened in held:
-            _close(opened)
-
-    # ---- a request
+        for snapshot in snapshots:
+            close_snapshot(snapshot)
 
     async def _run(
         self, request: Request, deadline_s: float | None, stream: bool
     ) -> AsyncGenerator[str | Answer, None]:
-        """Yield the pieces of the text as they are made, where `stream` asks for it, and the answer last."""
+        """Yield the answer, and before it, if `stream`, the pieces of its text as they are generated."""
         begun = time.monotonic()
         deadline = None if deadline_s is None else begun + deadline_s
-        opened = self._admit(request)
+        snapshot = self._admit(request)
         outcome = "cancelled"
         searching: Future[_Retrieved] | None = None
         try:
-            # 1. Search; the adapters begin to come as soon as it is known which.
-            searching = self._searching.submit(self._search, opened, request)
-            found = await wait_until(deadline, asyncio.wrap_future(searching))
-            # 2. Wait for them, but not long: what has not come goes into the prompt.
+            # 1. Search. The cache starts to fetch the adapters as soon as the passages are known.
+            searching = self._search_thread.submit(self._search, snapshot, request)
+            retrieved = await wait_until(deadline, asyncio.wrap_future(searching))
+            # 2. Wait for the adapters, up to a time limit. The passages of those that are late go into the prompt.
             fetching = time.monotonic()
-            prepared = await self._ready(opened, request, found, deadline)
+            prepared = await self._prepare(snapshot, request, retrieved, deadline)
             fetch_ms = (time.monotonic() - fetching) * 1e3 - prepared.milliseconds["prompt"]
             prepared.milliseconds["fetch"] = fetch_ms
-            # 3. Decode. When the sum of the adapters is too large for the model, their passages go into the prompt
-            # too, unless text of it was sent already: that is not taken back.
-            text, sent = StreamingDetokenizer(self._tokenizer, request.stop, opened.preparation.template), False
+            # 3. Decode. If the sum of the adapters is too large for the model, decode again with all passages in the
+            # prompt, unless a part of the text was already sent.
+            text, sent = StreamingDetokenizer(self._tokenizer, request.stop, snapshot.processor.template), False
             while True:
                 tokens: list[int] = []
-                async with contextlib.aclosing(self._decode(opened, prepared, deadline, stream)) as events:
+                async with contextlib.aclosing(self._decode(snapshot, prepared, deadline, stream)) as events:
                     while not isinstance(event := await anext(events), Decoded):
                         tokens.append(event)
                         if piece := text.add(tokens):
@@ -234,9 +231,9 @@ class Service:
                             yield piece
                 if sent or not prepared.overflowed(event):
                     break
-                rebuilding = self._searching.submit(opened.preparation.without_adapters, prepared)
+                rebuilding = self._search_thread.submit(snapshot.processor.without_adapters, prepared)
                 prepared = await wait_until(deadline, asyncio.wrap_future(rebuilding))
-            answer = opened.preparation.answer(prepared, event)
+            answer = snapshot.processor.answer(prepared, event)
             self._count(answer, prepared.fallbacks, time.monotonic() - begun)
             outcome = "ok"
             if stream and (piece := text.end(answer.text)):
@@ -252,10 +249,10 @@ class Service:
             outcome = "failed"
             raise
         finally:
-            self._end(opened, request, outcome, searching)
+            self._end(snapshot, request, outcome, searching)
 
     def _admit(self, request: Request) -> LoadedSnapshot:
-        """Count a request in and hold the snapshot in service for it, or turn it away."""
+        """Accept a request and return the snapshot to answer it from, or refuse it."""
         with self._lock:
             most = self._config.slots + self._config.max_queue
             if self._draining or self._open >= most:
@@ -265,38 +262,37 @@ class Service:
                 waits_s = self._mean_s * self._config.max_queue / self._config.slots
                 raise OverloadedError(
                     f"{self._open} requests are under way, and the service takes no more",
-                    min(max(1.0, waits_s), _LONGEST_RETRY_S),
+                    min(max(1.0, waits_s), _MAX_RETRY_S),
                 )
             self._open += 1
             self._idle.clear()
-            self._held[self._served] += 1
-            return self._served
+            return self._snapshots.acquire()
 
-    def _search(self, opened: LoadedSnapshot, request: Request) -> _Retrieved:
+    def _search(self, snapshot: LoadedSnapshot, request: Request) -> _Retrieved:
         begun = time.perf_counter()
-        hits = opened.preparation.search(request)
-        lease = self._cache.lease(opened.source, [hit.passage.key for hit in hits] if request.updates else [])
+        hits = snapshot.processor.search(request)
+        lease = self._cache.lease(snapshot.source, [hit.passage.key for hit in hits] if request.updates else [])
         return _Retrieved(hits, lease, (time.perf_counter() - begun) * 1e3)
 
-    async def _ready(
-        self, opened: LoadedSnapshot, request: Request, found: _Retrieved, deadline: float | None
+    async def _prepare(
+        self, snapshot: LoadedSnapshot, request: Request, retrieved: _Retrieved, deadline: float | None
     ) -> PreparedRequest:
-        pending = [asyncio.wrap_future(future) for future in found.lease.futures if not future.done()]
+        pending = [asyncio.wrap_future(future) for future in retrieved.lease.futures if not future.done()]
         if pending:
             await wait_until(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
-        factors = found.lease.factors(self._config.fetch_timeout_s)
-        spent = {"retrieve": found.retrieve_ms, "fetch": 0.0}
-        building = self._searching.submit(opened.preparation.build, request, found.hits, factors, spent)
+        factors = retrieved.lease.factors(self._config.fetch_timeout_s)
+        spent = {"retrieve": retrieved.retrieve_ms, "fetch": 0.0}
+        building = self._search_thread.submit(snapshot.processor.build, request, retrieved.hits, factors, spent)
         return await wait_until(deadline, asyncio.wrap_future(building))
 
     async def _decode(
-        self, opened: LoadedSnapshot, prepared: PreparedRequest, deadline: float | None, stream: bool
+        self, snapshot: LoadedSnapshot, prepared: PreparedRequest, deadline: float | None, stream: bool
     ) -> AsyncGenerator[int | Decoded, None]:
-        """Yield the tokens as they are made, where `stream` asks for it, and the result last; closed before, cancel."""
+        """Yield the result, and before it, if `stream`, each token; if closed before the result, cancel the job."""
         inbox: asyncio.Queue[int | Decoded | PragError] = asyncio.Queue()
         put = thread_safe_put(asyncio.get_running_loop(), inbox)
-        ticket = Ticket(prepared.decode, opened.recipe, opened.layout, put if stream else None, put)
-        self._decoding.submit(ticket)
+        job = DecodeJob(prepared.decode, snapshot.recipe, snapshot.layout, put if stream else None, put)
+        self._decode_thread.submit(job)
         ended = False
         try:
             while not ended:
@@ -307,7 +303,7 @@ class Service:
                 yield event
         finally:
             if not ended:
-                self._decoding.cancel(ticket)
+                self._decode_thread.cancel(job)
 
     def _count(self, answer: Answer, fallbacks: int, seconds: float) -> None:
         with self._lock:
@@ -317,62 +313,24 @@ class Service:
             self._mean_s += (seconds - self._mean_s) / 16
 
     def _end(
-        self, opened: LoadedSnapshot, request: Request, outcome: str, searching: Future[_Retrieved] | None
+        self, snapshot: LoadedSnapshot, request: Request, outcome: str, searching: Future[_Retrieved] | None
     ) -> None:
-        """Count a request out; what it holds is let go when its search, which nothing interrupts, has ended."""
+        """Count the end of a request, and release its lease and snapshot, if necessary after its running search."""
         with self._lock:
             self._requests[request.mode, outcome] += 1
             self._open -= 1
             if not self._open:
                 self._idle.set()
 
-        def let_go(search: Future[_Retrieved]) -> None:
+        def release(search: Future[_Retrieved]) -> None:
             if not search.cancelled() and search.exception() is None:
                 search.result().lease.release()
-            self._release(opened)
+            self._snapshots.release(snapshot)
 
         if searching is None or searching.cancel():
-            self._release(opened)
+            self._snapshots.release(snapshot)
         else:
-            searching.add_done_callback(let_go)
-
-    # ---- snapshots
-
-    def _swap(self) -> bool:
-        id = self._current()
-        if id is None or id == self._served.id:
-            return False
-        opened = self._opener(id)
-        with self._lock:
-            former, self._served = self._served, opened
-            self._held[opened] = 0
-            self._swaps += 1
-            self._held[former] += 1
-        log.info("snapshot %s came into service after %s", opened.id, former.id)
-        self._release(former)
-        return True
-
-    def _release(self, opened: LoadedSnapshot) -> None:
-        """Let go of a snapshot once; one that is not in service is closed with its last user."""
-        with self._lock:
-            if opened not in self._held:  # the service was closed meanwhile
-                return
-            self._held[opened] -= 1
-            if self._held[opened] or opened is self._served:
-                return
-            del self._held[opened]
-            retired = all(other.layout != opened.layout for other in self._held)
-        _close(opened)
-        if retired:
-            self._decoding.retire(opened.layout)
-
-
-def _close(opened: LoadedSnapshot) -> None:
-    """Close a snapshot that nobody uses any more; what goes wrong then is nobody's failure."""
-    try:
-        opened.close()
-    except Exception:
-        log.exception("snapshot %s: cannot be closed", opened.id)
+            searching.add_done_callback(release)
 
 
 def open_service(config: Config, store: Store, cores: int | None = None) -> Service:
@@ -382,7 +340,7 @@ def open_service(config: Config, store: Store, cores: int | None = None) -> Serv
     cores (None: all); the calling thread, and all that start later, on one each.
 
     Raises:
-        ConfigError: when what a question gets by default is beyond the server's limits.
+        ConfigError: when a default for questions is beyond the server's limits.
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
@@ -396,12 +354,12 @@ def open_service(config: Config, store: Store, cores: int | None = None) -> Serv
     )
 
     def opener(id: str | None) -> LoadedSnapshot:
-        opened = open_snapshot(base, config, store, load_snapshot(store, id))
+        snapshot = open_snapshot(base, config, store, load_snapshot(store, id))
         try:
-            check_defaults(config, opened.preparation.max_new_tokens)
+            check_defaults(config, snapshot.processor.max_new_tokens)
         except ConfigError:
-            _close(opened)
+            close_snapshot(snapshot)
             raise
-        return opened
+        return snapshot
 
     return Service(base, opener, lambda: current_id(store), cache, settings, cores)

@@ -1,4 +1,4 @@
-"""What a service counts."""
+"""Counters and gauges of a service and of its adapter cache."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What the adapter cache did since it was made, and what it holds now.
+    """Counters of the adapter cache since it was made, and its present content.
 
     Args:
-        hits: Adapters that were in memory, or on their way there.
+        hits: Requested adapters that were in memory or being loaded.
         disk_hits: Adapters that were read from the local disk.
         misses: Adapters that were read from the store.
         failures: Loads that failed.
-        evictions: Adapters that left the memory to make room.
+        evictions: Adapters that were dropped from memory to make room.
         entries: Adapters in memory.
-        size_bytes: Their bytes.
-        pinned_bytes: The bytes of those that requests use now; they may exceed the budget.
+        size_bytes: The size of all adapters in memory.
+        pinned_bytes: The size of those in use, which may exceed the budget.
         disk_bytes: Bytes on the local disk, as far as this process knows.
     """
 
@@ -34,23 +34,23 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class ServiceStats:
-    """Counters since the service was opened, and gauges of now.
+    """Counters of a service since it was opened, and its present state.
 
     Args:
-        snapshot: The snapshot in service.
-        snapshots_held: How many are open: more than one while requests of a former one are under way.
-        requests: Requests that ended, by (mode, outcome); an outcome is `ok`, `overloaded`, `deadline`,
-            `cancelled`, `too_long` or `failed`.
-        open: Requests that were accepted and have not ended.
-        waiting: Of these, the ones whose prompts are ready and that have no slot yet.
+        snapshot: The id of the snapshot in service.
+        snapshots_held: Open snapshots: more than one while requests still use a former one.
+        requests: Ended requests by (mode, outcome); an outcome is `ok`, `overloaded`, `deadline`, `cancelled`,
+            `too_long` or `failed`.
+        open: Accepted requests that have not ended.
+        waiting: Those of the open requests that are ready to decode and wait for a slot.
         running: Slots in use.
-        slots: Slots in all.
-        new_tokens: Tokens generated for requests that were answered.
-        prompt_tokens: Their prompt tokens.
-        fallbacks: Passages that went into a prompt because their adapters could not be had.
-        steps: Steps of the decoder.
-        step_s: Seconds that the last step took.
-        swaps: Times that another snapshot came into service.
+        slots: Slots in total.
+        new_tokens: Tokens generated for answered requests.
+        prompt_tokens: Prompt tokens of answered requests.
+        fallbacks: Passages that went into a prompt because their adapters were not available.
+        steps: Decoding steps.
+        step_s: Duration of the last step in seconds.
+        swaps: How often another snapshot came into service.
         cache: The adapter cache.
     """
 

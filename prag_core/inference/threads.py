@@ -1,7 +1,4 @@
-"""The thread that searches for everybody, and what passes between threads and an event loop.
-
-One thread searches and writes prompts: the Java machine takes one caller at a time anyway.
-"""
+"""The service's search thread, and helpers that connect threads with an event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +18,10 @@ P = ParamSpec("P")
 
 
 class SearchThread:
-    """Does jobs one after the other. Nothing interrupts one that is stuck in Java: `check` tells of it."""
+    """Runs functions that search or write prompts, one after the other; Lucene serves one caller at a time anyway.
+
+    A search that is stuck in Java cannot be interrupted; `check` reports it.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="search")
@@ -30,23 +30,23 @@ class SearchThread:
         self._idle.set()
 
     def submit(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue a job; a future that is cancelled before it runs takes no time of the thread."""
+        """Queue a function call; one that is cancelled before it starts never runs."""
         return self._pool.submit(self._run, partial(job, *args, **kwargs))
 
     def check(self, stuck_s: float) -> None:
-        """Check that no job takes too long.
+        """Check that the running call does not take too long.
 
         Raises:
-            EngineStuckError: when the one under way began more than `stuck_s` seconds ago.
+            EngineStuckError: when it started more than `stuck_s` seconds ago.
         """
         begun = self._begun
-        if begun is not None and (lasts_s := time.monotonic() - begun) > stuck_s:
+        if begun is not None and (elapsed_s := time.monotonic() - begun) > stuck_s:
             raise EngineStuckError(
-                f"a search has not ended for {lasts_s:.1f} s", "replace this replica, or raise serve.stuck_s"
+                f"a search has not ended for {elapsed_s:.1f} s", "replace this replica, or raise serve.stuck_s"
             )
 
     def close(self, wait_s: float) -> bool:
-        """Take no more jobs; returns whether the one under way ended within `wait_s` seconds."""
+        """Accept no more calls; returns whether the running one ended within `wait_s` seconds."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self._idle.wait(wait_s)
 
@@ -61,10 +61,10 @@ class SearchThread:
 
 
 async def wait_until(deadline: float | None, awaited: Awaitable[T]) -> T:
-    """Await something until a deadline on the monotonic clock.
+    """Await something until a deadline, in seconds of `time.monotonic`; None for no deadline.
 
     Raises:
-        DeadlineError: when it has passed.
+        DeadlineError: when the deadline has passed.
     """
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
@@ -76,10 +76,10 @@ async def wait_until(deadline: float | None, awaited: Awaitable[T]) -> T:
 
 
 def thread_safe_put(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[T]) -> Callable[[T], None]:
-    """Return what puts an event into an inbox from another thread."""
+    """Return a function that puts an event into the queue of an event loop from another thread."""
 
     def put(event: T) -> None:
-        # A loop that was closed has nobody left who waits.
+        # On a closed loop nobody waits for the event.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(inbox.put_nowait, event)
 

@@ -101,11 +101,11 @@ class World:
         snapshot = load_snapshot(self.store, id)
         adapters, recipe = open_adapters(self.store, snapshot.recipe)
         layout, _ = find_targets(self.base.model, recipe)
-        preparation = RequestProcessor(
+        processor = RequestProcessor(
             self.base, self.retriever, snapshot=snapshot.id, max_new_tokens=4, hidden=snapshot.tombstones
         )
         source = LedgerSource(adapters, snapshot.ledger_parts)
-        return LoadedSnapshot(snapshot.id, preparation, source, recipe, layout, self.on_close)
+        return LoadedSnapshot(snapshot.id, processor, source, recipe, layout, self.on_close)
 
     @contextmanager
     def service(self, *, disk: DiskCache | None = None, **settings: Any) -> Iterator[Service]:

@@ -327,7 +327,7 @@ class Oracle:
             base = load_base_model(self._config.model)
             self._opened[id] = base, open_snapshot(base, self._config, open_store(self._config), self._snapshots[id])
         base, opened = self._opened[id]
-        return Engine(base, opened.recipe, opened.preparation, Without(opened.source, missing))
+        return Engine(base, opened.recipe, opened.processor, Without(opened.source, missing))
 
 
 def test_faults_under_load_give_no_wrong_answer(world: World) -> None:

@@ -111,7 +111,7 @@ def test_who_gives_up_leaves_no_load_behind(source: Counting) -> None:
     cache = AdapterCache(10**9, threads=1)
     source.let_go.clear()
     first, second, third = (cache.lease(source, [key]) for key in KEYS[:3])
-    assert "has not come within 2 s" in str(second.factors(2.0)[KEYS[1]])
+    assert "was not loaded within 2 s" in str(second.factors(2.0)[KEYS[1]])
     second.release()
     third.release()
     source.let_go.set()

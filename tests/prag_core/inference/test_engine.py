@@ -106,8 +106,8 @@ def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
             return {name: f / 2 if name.endswith(".B") else f for name, f in super().get(key).items()}
 
     def answers(adapters: Adapters, strength: float, *requests: Request):
-        preparation = RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=strength)
-        engine = Engine(tiny_session, RECIPE, preparation, adapters)
+        processor = RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=strength)
+        engine = Engine(tiny_session, RECIPE, processor, adapters)
         found = engine.answer_batch(requests)
         engine.close()
         return found
@@ -133,8 +133,8 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     )
     requests = [Request("Who?", mode, 2) for mode in MODES]
     texts = []
-    for preparation in (plain, reading):
-        engine = Engine(tiny_session, RECIPE, preparation, source)
+    for processor in (plain, reading):
+        engine = Engine(tiny_session, RECIPE, processor, source)
         texts.append([answer.text for answer in engine.answer_batch(requests)])
         engine.close()
     assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["combine"]
@@ -164,8 +164,8 @@ def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
 
 def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None:
     recipe = replace(RECIPE, template="chain_of_thought")
-    preparation = RequestProcessor(tiny_session, KnownHits(), template=recipe.template, max_new_tokens=4)
-    engine = Engine(tiny_session, recipe, preparation, Adapters(tiny_session))
+    processor = RequestProcessor(tiny_session, KnownHits(), template=recipe.template, max_new_tokens=4)
+    engine = Engine(tiny_session, recipe, processor, Adapters(tiny_session))
     answer = engine.answer(Request("Who?", "combine", 2))
     engine.close()
     tokenizer, template = tiny_session.tokenizer, recipe.template

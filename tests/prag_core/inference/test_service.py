@@ -111,10 +111,10 @@ class Weak:
     def __init__(self, injector: Injector) -> None:
         self.layout = injector.layout
 
-    def prepared(self, preparation: RequestProcessor, request: Request) -> PreparedRequest:
-        hits = preparation.search(request)
+    def prepared(self, processor: RequestProcessor, request: Request) -> PreparedRequest:
+        hits = processor.search(request)
         numbers = {passage.key: n for n, passage in enumerate(PASSAGES)}
-        return preparation.build(
+        return processor.build(
             request, hits, {h.passage.key: random_adapter(self.layout, numbers[h.passage.key]) for h in hits}, {}
         )
 
@@ -135,9 +135,9 @@ def logits_of(base: BaseModel, injector: Injector, prepared: list[PreparedReques
 
 def test_each_row_of_a_mixed_batch_has_the_logits_that_it_has_alone(tiny_session: BaseModel) -> None:
     injector = Injector(tiny_session.model, RECIPE)
-    preparation = RequestProcessor(tiny_session, ByNumber())
+    processor = RequestProcessor(tiny_session, ByNumber())
     weak = Weak(injector)
-    prepared = [weak.prepared(preparation, replace(r, temperature=0.0, stop=())) for r in random_requests(24, seed=1)]
+    prepared = [weak.prepared(processor, replace(r, temperature=0.0, stop=())) for r in random_requests(24, seed=1)]
     together = logits_of(tiny_session, injector, prepared, slots=7)
     for item, logits in zip(prepared, together, strict=True):
         alone = logits_of(tiny_session, injector, [item], slots=1)[0]
@@ -150,7 +150,7 @@ def test_a_served_answer_is_the_engines(world: World, service: Service) -> None:
     opened = world.open()
     requests = random_requests(60, seed=2)
     served = asyncio.run(answers(service, requests))
-    engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+    engine = Engine(world.base, opened.recipe, opened.processor, opened.source)
     alone = [engine.answer(request) for request in requests]
     engine.close()
     assert [same(answer) for answer in served] == [same(answer) for answer in alone]
@@ -207,7 +207,7 @@ def test_a_late_adapter_leaves_its_passage_in_the_prompt(world: World, monkeypat
         late = asyncio.run(service.answer(Request(named([0, 1]), "prag", 2)))
         let_go.set()
         assert [(p.in_weights, p.in_prompt) for p in late.passages] == [(True, False), (False, True)]
-        assert late.passages[1].note == f"adapter {PASSAGES[1].key}: has not come within 0.05 s"
+        assert late.passages[1].note == f"adapter {PASSAGES[1].key}: was not loaded within 0.05 s"
         assert service.stats().fallbacks == 1
         asyncio.run(until(lambda: service.stats().cache.entries == 2))
         there = asyncio.run(service.answer(Request(named([0, 1]), "prag", 2)))
@@ -253,8 +253,8 @@ def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
             hits = super().search(question, top_k, min_score)
             return [Hit(replace(h.passage, access=tags[PASSAGES.index(h.passage)]), h.score) for h in hits]
 
-    preparation = RequestProcessor(world.base, Tagged(), max_new_tokens=4)
-    engine = Engine(world.base, RECIPE, preparation, world.open().source)
+    processor = RequestProcessor(world.base, Tagged(), max_new_tokens=4)
+    engine = Engine(world.base, RECIPE, processor, world.open().source)
     seen = {None: [0, 1], frozenset(): [2], frozenset({"it"}): [2, 3], frozenset({"board", "x"}): [1, 2]}
     for access, numbers in seen.items():
         for mode in ("rag", "prag", "combine"):
@@ -266,7 +266,7 @@ def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
                 access is None or not held or not access.isdisjoint(held) for held in tags.values()
             )
     handed = tuple(Tagged().search(named([0, 1, 2]), 3))
-    built = preparation.build(Request("Who?", "rag", access=frozenset()), handed, {}, {})
+    built = processor.build(Request("Who?", "rag", access=frozenset()), handed, {}, {})
     assert [p.title for p in built.passages] == [PASSAGES[2].title]
     engine.close()
 
@@ -414,7 +414,7 @@ def test_a_prompt_too_long_fails_alone(world: World, service: Service) -> None:
         asyncio.run(service.answer(long))
     assert service.stats().requests == {("closed", "too_long"): 1}
     opened = world.open()
-    engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+    engine = Engine(world.base, opened.recipe, opened.processor, opened.source)
     first, second = engine.answer_batch([long, Request(named([1]), "prag", 1)])
     with pytest.raises(PromptTooLongError):
         engine.answer(long)
@@ -445,7 +445,7 @@ def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
         expected = asyncio.run(service.answer(Request(named([0, 2]), "rag", 2)))
         assert service.stats().fallbacks == 4
     opened = world.open()
-    engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+    engine = Engine(world.base, opened.recipe, opened.processor, opened.source)
     assert [same(answer) for answer in engine.answer_batch(requests)] == [same(answer) for answer in served]
     engine.close()
     assert [answer.text for answer in served] == ["bbbb", expected.text, "dddd"]
@@ -478,7 +478,7 @@ def test_output_that_is_not_finite_is_an_error(world: World) -> None:
         with pytest.raises(NotFiniteError, match="not finite with the adapters of no passage"):
             asyncio.run(service.answer(Request(named([1]), "prag", 1)))
         opened = world.open()
-        engine = Engine(world.base, opened.recipe, opened.preparation, opened.source)
+        engine = Engine(world.base, opened.recipe, opened.processor, opened.source)
         broken = engine.answer_batch([Request("Who?", "closed")])[0]
         engine.close()
     handle.remove()
@@ -533,7 +533,7 @@ def test_a_dead_decoding_thread_is_noticed(world: World) -> None:
         handle.remove()
         with pytest.raises(EngineStuckError):
             asyncio.run(service.answer(Request(named([1]), "prag", 1)))
-        asyncio.run(until(lambda: not service._decoding._thread.is_alive()))
+        asyncio.run(until(lambda: not service._decode_thread._thread.is_alive()))
         with pytest.raises(EngineStuckError):
             service.check()
 
@@ -554,7 +554,7 @@ def test_who_waits_is_told_before_a_decoder_that_cannot_begin_anew_ends(
         handle = world.base.model.register_forward_hook(fail)
         hold.let_go()
         found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
-        await until(lambda: not service._decoding._thread.is_alive())
+        await until(lambda: not service._decode_thread._thread.is_alive())
         handle.remove()
         return found
 
@@ -624,7 +624,7 @@ def test_snapshots_change_while_requests_run(tiny_session: BaseModel, tmp_path) 
         stop.set()
         await asyncio.gather(*users)
         assert not await service.refresh()
-        await until(lambda: service.stats().snapshots_held == 1 and len(service._decoding._lanes) == 1)
+        await until(lambda: service.stats().snapshots_held == 1 and len(service._decode_thread._batches) == 1)
 
     with world.service(slots=8) as service:
         asyncio.run(run(service))
@@ -676,7 +676,7 @@ def test_a_snapshot_that_cannot_be_closed_fails_nobody(tiny_session: BaseModel, 
 
     with held(world.base) as hold, world.service() as service:
         assert asyncio.run(run(service, hold)) == "aaaa"
-        asyncio.run(until(lambda: len(service._decoding._lanes) == 0))  # the old one's hooks were taken off
+        asyncio.run(until(lambda: len(service._decode_thread._batches) == 0))  # the old one's hooks were taken off
         assert len(closed) == 1
         service.close()
         service.close()
