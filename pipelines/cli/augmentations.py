@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipelines.cli import options
-from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from pipelines.cli.terminal import out, print_result, progress_to, result_only
 
 app = typer.Typer()
 
@@ -36,10 +36,8 @@ def import_augmentations(
         given["corpus.path"] = str(passages_to)
     with result_only():
         counts = import_into_store(options.settings_of(config, set_, given), progress_to)
-    if as_json:
-        print_json(counts)
-    else:
-        out.print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()))
+    text = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())
+    print_result(counts, text, as_json)
 
 
 @app.command("export-augmentations")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli import options
-from pipelines.cli.terminal import out, print_json
+from pipelines.cli.terminal import out, print_json, print_result
 
 app = typer.Typer()
 
@@ -60,10 +60,7 @@ def retry(
     if not (reason or stage or everything):
         raise typer.BadParameter("give a --reason, a --stage, or --all", param_hint="prag retry")
     count = operations.retry(options.settings_of(config, set_), stage=stage, reason=reason, take_over=take_over)
-    if as_json:
-        print_json({"retried": count})
-    else:
-        out.print(f"{count:,} rejects cleared" + ("; run `prag run`" if count else ""))
+    print_result({"retried": count}, f"{count:,} rejects cleared" + ("; run `prag run`" if count else ""), as_json)
 
 
 @app.command()
@@ -108,10 +105,7 @@ def export(
     from pipelines.maintenance import adapters
 
     key = adapters.export(options.settings_of(config, set_), passage, to, snapshot)
-    if as_json:
-        print_json({"key": key, "folder": str(to)})
-    else:
-        out.print(f"the adapter of {key} is in {to}", highlight=False)
+    print_result({"key": key, "folder": str(to)}, f"the adapter of {key} is in {to}", as_json)
 
 
 @app.command("import")
@@ -133,7 +127,5 @@ def import_(
     if (key is None) == (id is None):
         raise typer.BadParameter("name the passage by --key or by --id", param_hint="prag import")
     found, snapshot = adapters.import_adapter(options.settings_of(config, set_), key or id or "", folder, take_over)
-    if as_json:
-        print_json({"key": found, "snapshot": snapshot})
-    else:
-        out.print(f"{found} has the adapter of {folder}; snapshot {snapshot} is in service", highlight=False)
+    text = f"{found} has the adapter of {folder}; snapshot {snapshot} is in service"
+    print_result({"key": found, "snapshot": snapshot}, text, as_json)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli import options
-from pipelines.cli.terminal import out, print_json, print_table
+from pipelines.cli.terminal import print_json, print_result, print_table
 from prag_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def rollback(
 
     store = options.store_of(config, set_)
     serving = rollback(store, _whole_id(store, snapshot)).id
-    _show(as_json, {"serving": serving}, f"snapshot {serving} is in service")
+    print_result({"serving": serving}, f"snapshot {serving} is in service", as_json)
 
 
 @app.command()
@@ -96,7 +96,7 @@ def pin(
     store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
     pin(store, id)
-    _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is pinned")
+    print_result({"pinned": list(pinned(store))}, f"snapshot {id} is pinned", as_json)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def unpin(
     store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
     unpin(store, id)
-    _show(as_json, {"pinned": list(pinned(store))}, f"snapshot {id} is no longer pinned")
+    print_result({"pinned": list(pinned(store))}, f"snapshot {id} is no longer pinned", as_json)
 
 
 def _whole_id(store: Store, beginning: str) -> str:
@@ -123,13 +123,6 @@ def _whole_id(store: Store, beginning: str) -> str:
     if found:
         raise InputError(f"{len(found)} snapshots begin with {beginning!r}", "write more of the id")
     raise InputError(f"store = {store.url!r} has no snapshot {beginning!r}", "see `prag snapshots list`")
-
-
-def _show(as_json: bool, document: dict[str, Any], text: str) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        out.print(text, highlight=False)
 
 
 def _cut(names: Sequence[str]) -> list[str]:

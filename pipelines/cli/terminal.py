@@ -40,6 +40,14 @@ def print_table(
     out.print(table)
 
 
+def print_result(document: Any, text: str, as_json: bool) -> None:
+    """Print a JSON document, or instead of it a text for people."""
+    if as_json:
+        print_json(document)
+    else:
+        out.print(text, highlight=False)
+
+
 def print_json(document: Any) -> None:
     """Print a JSON document on one line."""
     print_raw(json.dumps(document, ensure_ascii=False) + "\n")

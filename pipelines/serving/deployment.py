@@ -68,7 +68,7 @@ def application(config: Config) -> Application:
     Raises:
         ConfigError: when `serve.host` is public and there are no keys, or a default is above a limit.
     """
-    open_keys(config.serve, config.serve.host)
+    open_keys(config.serve)
     check_defaults(config)
     actors = profile_of(config).model_actors
     cores = share_of_cores(config.serve.max_replicas) if actors.threads is None else actors.threads
@@ -121,7 +121,7 @@ class AnswerQuestions:
     async def __init__(self, settings: dict[str, Any], cores: int | None) -> None:  # type: ignore[misc]
         compute_elsewhere()
         self._config = parse_config(settings)
-        self._keys = open_keys(self._config.serve, self._config.serve.host)
+        self._keys = open_keys(self._config.serve)
         self._service: Service = await asyncio.to_thread(open_service, self._config, open_store(self._config), cores)
         self._metrics = Metrics(self._service.stats)
         self._limiter = RateLimiter()

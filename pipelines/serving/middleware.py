@@ -51,17 +51,17 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def open_keys(config: ServeConfig, host: str) -> KeyRing | None:
+def open_keys(config: ServeConfig) -> KeyRing | None:
     """Return the keys that callers must present, or None for a loopback address without keys.
 
     Raises:
         ConfigError: when the address is public and there are no keys, or the file of keys cannot be read.
     """
     if config.api_keys is None:
-        if is_loopback(host):
+        if is_loopback(config.host):
             return None
         raise ConfigError(
-            f"serve.host = {host!r} is open to other machines, and serve.api_keys names no file of keys",
+            f"serve.host = {config.host!r} is open to other machines, and serve.api_keys names no file of keys",
             "make one with `prag keys add NAME --file keys.json` and set serve.api_keys, or listen on 127.0.0.1",
         )
     keys = KeyRing(Path(config.api_keys))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from pipelines.serving.errors import ErrorBody, check_limit, invalid_field
@@ -15,6 +16,16 @@ from prag_core.records import MAX_STRENGTH, Answer, Finish, MergeRule, Mode, Use
 
 QUESTION = "Who built the Cazambra Lighthouse?"
 MAX_SEED = 2**63 - 1
+# Examples for the OpenAPI document.
+_PASSAGE: JsonDict = {
+    "id": "p1", "ids": ["p1"], "key": "5ba1c3f0a2b84f6d", "title": "Cazambra Lighthouse", "score": 6.2,
+    "used": ["weights", "prompt"], "weight": 1.0, "fallback": False,
+}  # fmt: skip
+_ANSWER: JsonDict = {
+    "answer": "Ilvane Dost", "mode": "combine", "finish": "stop", "passages": [_PASSAGE],
+    "snapshot": "20261101T020000-9b1f4c2d", "tokens": {"prompt": 171, "new": 6},
+    "timings_ms": {"retrieve": 2.0, "fetch": 4.1, "inject": 1.2, "prefill": 180.0, "decode": 310.0},
+}  # fmt: skip
 
 
 def _is_text(value: str) -> str:
@@ -104,32 +115,7 @@ class TokenCounts(BaseModel):
 class AnswerResponse(BaseModel):
     """An answer, the passages that it used, and where its time went."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "answer": "Ilvane Dost",
-                    "mode": "combine",
-                    "finish": "stop",
-                    "passages": [
-                        {
-                            "id": "p1",
-                            "ids": ["p1"],
-                            "key": "5ba1c3f0a2b84f6d",
-                            "title": "Cazambra Lighthouse",
-                            "score": 6.2,
-                            "used": ["weights", "prompt"],
-                            "weight": 1.0,
-                            "fallback": False,
-                        }
-                    ],
-                    "snapshot": "20261101T020000-9b1f4c2d",
-                    "timings_ms": {"retrieve": 2.0, "fetch": 4.1, "inject": 1.2, "prefill": 180.0, "decode": 310.0},
-                    "tokens": {"prompt": 171, "new": 6},
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER]})
 
     answer: str
     mode: Mode

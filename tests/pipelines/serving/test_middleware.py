@@ -65,17 +65,17 @@ def test_a_damaged_file_lets_nobody_in(file: Path, text: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8", "::ffff:127.0.0.1"])
 def test_loopback_needs_no_keys(host: str) -> None:
     assert is_loopback(host)
-    assert open_keys(ServeConfig(), host) is None
+    assert open_keys(ServeConfig(host=host)) is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.5", "example.org", "localhost.example.org", "127.1.x"])
 def test_a_public_address_without_keys_is_refused(host: str, file: Path) -> None:
     with pytest.raises(ConfigError, match="open to other machines"):
-        open_keys(ServeConfig(), host)
+        open_keys(ServeConfig(host=host))
     with pytest.raises(ConfigError, match="no valid key"):
-        open_keys(ServeConfig(api_keys=str(file)), host)
+        open_keys(ServeConfig(host=host, api_keys=str(file)))
     KeyFile(file).add("anna")
-    assert open_keys(ServeConfig(api_keys=str(file)), host) is not None
+    assert open_keys(ServeConfig(host=host, api_keys=str(file))) is not None
 
 
 def test_a_rate_holds_over_time_and_over_replicas() -> None:
