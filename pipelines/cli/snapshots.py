@@ -27,7 +27,8 @@ _SHOWN = 50
 @app.command("list")
 def list_(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """List the snapshots, the oldest first: which one serves, which are pinned, which `prag gc` keeps."""
-    from prag_core.store.snapshot import current_id, kept_snapshots, list_snapshots, pinned
+    from prag_core.store.pins import kept_snapshots, pinned
+    from prag_core.store.snapshot import current_id, list_snapshots
 
     store = options.store_of(config, set_)
     serving, pins = current_id(store), pinned(store)
@@ -91,7 +92,7 @@ def pin(
     as_json: options.Json = False,
 ) -> None:
     """Keep a snapshot and everything it names, whatever its age."""
-    from prag_core.store.snapshot import pin, pinned
+    from prag_core.store.pins import pin, pinned
 
     store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
@@ -107,7 +108,7 @@ def unpin(
     as_json: options.Json = False,
 ) -> None:
     """Let `prag gc` remove a snapshot once it is old."""
-    from prag_core.store.snapshot import pinned, unpin
+    from prag_core.store.pins import pinned, unpin
 
     store = options.store_of(config, set_)
     id = _whole_id(store, snapshot)
@@ -116,8 +117,9 @@ def unpin(
 
 
 def _whole_id(store: Store, beginning: str) -> str:
-    ids = [name.removeprefix("snapshots/").removesuffix(".json") for name in store.list("snapshots", ".json")]
-    found = [id for id in ids if id.startswith(beginning)]
+    from prag_core.store.snapshot import snapshot_ids
+
+    found = [id for id in snapshot_ids(store) if id.startswith(beginning)]
     if beginning in found or len(found) == 1:
         return beginning if beginning in found else found[0]
     if found:

@@ -1,4 +1,4 @@
-"""One passage's adapter: export to and import from a PEFT folder."""
+"""Export of one passage's adapter to a PEFT folder, and import from one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prag_core.store.tables import find_passages
 
 
 def one_key(store: Store, corpus_version: str, name: str) -> str:
-    """Return the key of the one passage that a name gives, by key or source id.
+    """Return the key of the one passage with this key or source id.
 
     Raises:
-        InputError: when there is none, or a source's text became several passages.
+        InputError: if there is none, or the source's text was cut into several passages.
     """
     passages = find_passages(store, corpus_version, [name])
     if len(passages) > 1:
@@ -27,11 +27,17 @@ def one_key(store: Store, corpus_version: str, name: str) -> str:
 
 
 def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> str:
-    """Write a passage's adapter as a PEFT folder and return the passage's key.
+    """Write a passage's adapter as a PEFT folder, and return the passage's key.
+
+    Args:
+        config: Names the store and the base model.
+        name: The passage's key or a source id.
+        folder: A new or empty folder.
+        snapshot_id: The snapshot to take the adapter from; None for the one in service.
 
     Raises:
-        InputError: when there is no such passage, it was forgotten, or the folder holds something.
-        AdapterError: when the passage has no adapter, or it is damaged.
+        InputError: if there is no such passage, it was forgotten, or the folder is not empty.
+        AdapterError: if the passage has no adapter, or it is damaged.
     """
     from prag_core.llm.checkpoint import PACKAGED, resolve_model
     from prag_core.llm.peft import export_peft
@@ -54,14 +60,14 @@ def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> 
 
 
 def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> tuple[str, str]:
-    """Make a PEFT folder the adapter of a passage, and return the passage's key and the snapshot that names it.
+    """Publish the adapter of a PEFT folder as a passage's adapter; return the passage's key and the snapshot's id.
 
-    It takes the place of what was trained, until the passage's augmentation changes.
+    It replaces the trained adapter until the passage's augmentation changes.
 
     Raises:
-        InputError: when the corpus in service has no such passage, or no run has augmented it.
-        AdapterError: when the folder holds no adapter of the recipe's shape.
-        LeaseError: when a run works on the store.
+        InputError: if the corpus in service has no such passage, or no run has augmented it.
+        AdapterError: if the folder holds no adapter of the recipe's shape.
+        LeaseError: if a run works on the store.
     """
     from prag_core.llm.lora import TrainedAdapter
     from prag_core.llm.peft import import_peft
@@ -77,22 +83,24 @@ def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> 
         adapters = AdapterStore(store, found.recipe, found.layout, config.storage.adapter_dtype)
         trained = TrainedAdapter(key, import_peft(adapters.layout, folder), 0, 0, 0.0, 0.0, 0.0)
         rows = adapters.commit([(trained, _augmentation(store, adapters.recipe.augment.fingerprint, key))])
-        part = store.put_table(f"{adapters.folder}/ledger", to_table(LedgerRow, rows))  # the same again: its name
-        had = any(key in store.get_columns(p, ["key"])["key"].to_pylist() for p in snapshot.ledger_parts)
-        new = with_ledger(snapshot, {*snapshot.ledger_parts, part}, snapshot.adapters + (not had))
+        part = store.put_table(
+            f"{adapters.folder}/ledger", to_table(LedgerRow, rows)
+        )  # `commit` wrote it: get its name
+        has_adapter = any(key in store.get_columns(p, ["key"])["key"].to_pylist() for p in snapshot.ledger_parts)
+        new = with_ledger(snapshot, {*snapshot.ledger_parts, part}, snapshot.adapters + (not has_adapter))
         publish(store, new, replaces=snapshot.id)
     return key, new.id
 
 
 def _augmentation(store: Store, recipe: str, key: str) -> str:
-    """The digest of a passage's augmentation: of several, the smallest counts, as for a run."""
+    """Return the digest of a passage's augmentation. Of several, a run uses the smallest, and so does this."""
     digests = []
     for part in store.list(f"augmentations/{recipe}", ".parquet"):
         table = store.get_columns(part, ["key", "digest"])
         digests += [d for k, d in zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True) if k == key]
     if not digests:
         raise InputError(
-            f"passage {key} has no augmentation, so the next run would train it anew",
+            f"passage {key} has no augmentation, so the next run would replace the imported adapter",
             "run `prag run` with an augmentation for it first, then import",
         )
     return min(digests)

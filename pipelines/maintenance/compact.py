@@ -1,4 +1,4 @@
-"""Compacting the ledger on Ray: few full parts in place of many small ones."""
+"""Compaction of a store's ledger on Ray: few large parts replace many small ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipelines.execution.tables import group_by_columns, partitions_for, spread_
 from prag_core.maintenance.compaction import (
     MARKED,
     ROWS_PER_PART,
+    compact_shards,
     corpus_keys,
     mark_live,
     put_rows,
     record_compaction,
-    settle,
 )
-from prag_core.maintenance.inventory import kind_of
+from prag_core.maintenance.inventory import object_kind
 from prag_core.records import LedgerRow, schema
 from prag_core.store.ledger import Compaction
 from prag_core.store.objects import Store
@@ -32,9 +32,13 @@ from prag_core.store.tables import corpus_parts
 class CompactionReport:
     """What a compaction did, or would do.
 
-    `rows` are those of the snapshot in service, `superseded` and `forgotten` those of them that no longer count (a
-    row is superseded by a later one, or by corpora that have its passage no more); `parts` the ledger parts before,
-    `new_parts` after (0: it was not worth it, or only looked at); `snapshot` the one in service after it.
+    Attributes:
+        rows: The ledger rows of the snapshot in service.
+        superseded: The rows that no longer count because of a later row, or because no needed corpus has the passage.
+        forgotten: The rows of forgotten passages.
+        parts: The number of ledger parts before.
+        new_parts: The number of ledger parts written; 0 after a dry run, or if nothing had to be done.
+        snapshot: The id of the snapshot in service afterwards.
     """
 
     rows: int
@@ -54,27 +58,28 @@ def compact(
     since: float,
     dry_run: bool = False,
 ) -> CompactionReport:
-    """Put few ledger parts and full shards in the place of the snapshot's, and publish a snapshot that names them.
+    """Replace the ledger parts and shards of a snapshot by fewer, fuller ones, and publish a snapshot with them.
 
-    Nothing is done when the parts are few, all rows count, and no shard holds a forgotten passage.
+    Nothing is done if the parts are few, all rows count, and no passage is forgotten.
 
     Args:
         store: The store.
-        snapshot: The one in service.
-        profile: On what it runs.
+        snapshot: The snapshot in service.
+        profile: The resources to use.
         corpora: The versions of the corpora, besides the snapshot's, whose passages keep their adapters.
-        since: Adapters that were made later, in seconds since the epoch, are kept whosesoever they are.
-        dry_run: Only look.
+        since: Adapters that were committed later (seconds since the epoch) are kept, whether or not a corpus has
+            their passage.
+        dry_run: Count, but change nothing.
 
     Raises:
-        ConflictError: when somebody published meanwhile; nothing is lost, and the old parts stay in service.
-        StoreError: when the store cannot be read or written.
+        ConflictError: if somebody published meanwhile. Nothing is lost, and the old parts stay in service.
+        StoreError: if the store cannot be read or written.
     """
     forgotten = sorted(snapshot.tombstones)
     if not snapshot.ledger_parts:
         return CompactionReport(0, 0, 0, 0, 0, snapshot.id)
     with ray_session(profile):
-        # 1. Which rows count: all rows of a key meet.
+        # 1. Which rows count? Group all rows by key.
         versions = sorted({snapshot.corpus_version, *corpora})
         parts = [*snapshot.ledger_parts, *(part for version in versions for part in corpus_parts(store, version))]
         rows = spread_names(parts, profile).map_batches(_plain_rows, **whole_blocks(), fn_kwargs={"store": store})
@@ -90,17 +95,17 @@ def compact(
         nothing = CompactionReport(total, total - live - erased, erased, before, 0, snapshot.id)
         if dry_run or (before < 2 * wanted and live == total and not forgotten):
             return nothing
-        # 2. Where they lie: all rows of a shard meet, and each group of shards becomes one part.
+        # 2. Move live adapters. Group the rows by shard; each group of shards becomes one ledger part.
         arguments = {"store": store, "recipe": snapshot.recipe, "forgotten": forgotten}
         written = (
             group_by_columns(marked, ["shard"], wanted)
-            .map_batches(_settle, **whole_blocks(), fn_kwargs=arguments)
+            .map_batches(_compact_shards, **whole_blocks(), fn_kwargs=arguments)
             .take_all()
         )
     made = tuple(sorted({row["part"] for row in written if row["part"]}))
     if {*made} == {*snapshot.ledger_parts}:
         return nothing
-    # 3. The commit, and the snapshot that shows it.
+    # 3. Commit, and publish a snapshot that names the new parts.
     replaced = tuple(part for part in snapshot.ledger_parts if part not in made)
     record_compaction(store, snapshot.recipe, Compaction(made, replaced))
     new = with_ledger(snapshot, made, min(live, max(snapshot.adapters - erased, 0)))
@@ -110,7 +115,7 @@ def compact(
 
 def _plain_rows(table: pa.Table, store: Store) -> Iterator[pa.Table]:
     for name in table["name"].to_pylist():
-        yield store.get_table(LedgerRow, [name]) if kind_of(name) == "ledger" else corpus_keys(store, name)
+        yield store.get_table(LedgerRow, [name]) if object_kind(name) == "ledger" else corpus_keys(store, name)
 
 
 def _mark(table: pa.Table, forgotten: list[str], since: float) -> pa.Table:
@@ -126,6 +131,6 @@ def _count(table: pa.Table, forgotten: list[str]) -> pa.Table:
     return pa.table({"rows": [table.num_rows], "live": [live], "erased": [erased]})
 
 
-def _settle(table: pa.Table, store: Store, recipe: str, forgotten: list[str]) -> pa.Table:
-    rows = settle(store, table.select(MARKED.names), forgotten) if table.num_rows else []
+def _compact_shards(table: pa.Table, store: Store, recipe: str, forgotten: list[str]) -> pa.Table:
+    rows = compact_shards(store, table.select(MARKED.names), forgotten) if table.num_rows else []
     return pa.table({"part": pa.array([put_rows(store, recipe, rows) if rows else ""], pa.string())})

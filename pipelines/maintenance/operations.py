@@ -1,4 +1,4 @@
-"""What an operator does to a store. What changes it holds the run's lease; what is one conditional write needs none."""
+"""The operator's commands on a store. Those that need more than one conditional write hold the run lease."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from pipelines.maintenance.verify import VerifyReport, verify_store
 from pipelines.settings import profile_of
 from prag_core.config import Config
 from prag_core.errors import InputError
+from prag_core.identity import is_checksum
 from prag_core.maintenance.erasure import erase_rows, snapshots_to_keep
 from prag_core.maintenance.garbage import Garbage, collect, find_garbage, needed_corpora
-from prag_core.maintenance.inventory import StoreUsage, usage
-from prag_core.maintenance.repair import Repaired, forget_rejects, repair
+from prag_core.maintenance.inventory import StoreUsage, count_usage
+from prag_core.maintenance.repair import RepairResult, repair
 from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
+from prag_core.store.pins import kept_snapshots
 from prag_core.store.runs import RunLease, hold_lease, new_run_id
-from prag_core.store.snapshot import (
-    current_id,
-    kept_snapshots,
-    load_snapshot,
-    publish,
-    with_tombstones,
-    without_tombstones,
-)
-from prag_core.store.tables import KnownPassage, find_passages, is_key
+from prag_core.store.snapshot import current_id, load_snapshot, publish, with_tombstones, without_tombstones
+from prag_core.store.tables import PassageRef, clear_rejects, find_passages
 
 
 def verify(config: Config, console: Console, *, full: bool) -> VerifyReport:
@@ -39,29 +34,36 @@ def verify(config: Config, console: Console, *, full: bool) -> VerifyReport:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What `prag repair` found, took out, and made again (`run` is that run's report, None when none was needed)."""
+    """What `prag repair` found, removed, and made again. `run` is the report of the run, None if there was none."""
 
     verified: VerifyReport
-    repaired: Repaired | None
+    repaired: RepairResult | None
     run: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the report as plain values."""
         repaired = asdict(self.repaired) if self.repaired else None
         return {"verified": self.verified.to_json(), "repaired": repaired, "run": self.run}
 
 
 def repair_store(config: Config, console: Console, *, full: bool, run: bool, take_over: bool) -> RepairReport:
-    """Check the store, take out what is damaged, and make it again by a run of this configuration.
+    """Check the store, remove damaged objects, and run the job of the configuration, which makes them again.
+
+    Args:
+        config: Names the store, and says how to make again what is removed.
+        console: Shows progress.
+        full: Whether to read every byte.
+        run: Whether to run the job.
+        take_over: Take the lease even if another run holds it.
 
     Raises:
-        LeaseError: when a run works on the store.
-        PragError: see `run_job`; what was taken out by then stays out, and the same command goes on.
+        LeaseError: if a run works on the store.
+        PragError: see `run_job`. Removed objects stay removed, and the same command continues.
     """
     from pipelines.jobs.run import run_job
 
     store = open_store(config)
-    # Under the lease from the first look on: nobody compacts or collects what is found meanwhile.
+    # The check needs the lease too, so that nobody compacts or removes what it finds.
     with hold_lease(store, new_run_id("repair"), take_over=take_over) as lease:
         verified = verify(config, console, full=full)
         if not verified.findings:
@@ -76,7 +78,13 @@ def repair_store(config: Config, console: Console, *, full: bool, run: bool, tak
 class GarbageReport:
     """What `prag gc` compacted, erased and removed, or would.
 
-    `held` are forgotten passages' bytes that stay, by the kept snapshot that names them.
+    Attributes:
+        dry_run: Whether nothing was changed.
+        compacted: The compaction; None if nothing is published yet.
+        erased: The parts of augmentations and rejects that were replaced to erase forgotten passages.
+        garbage: The objects that were removed.
+        held: The parts in which kept snapshots still hold forgotten passages, by snapshot id.
+        serving: The id of the snapshot in service.
     """
 
     dry_run: bool
@@ -87,7 +95,7 @@ class GarbageReport:
     serving: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the report as plain values."""
         return {
             "dry_run": self.dry_run,
             "compacted": asdict(self.compacted) if self.compacted else None,
@@ -101,12 +109,20 @@ class GarbageReport:
 def collect_garbage(
     config: Config, console: Console, *, keep: int | None, grace_s: float, dry_run: bool, take_over: bool
 ) -> GarbageReport:
-    """Compact the ledger, erase what was forgotten, and remove what nobody needs; with `dry_run`, only look.
+    """Compact the ledger, erase forgotten passages, and remove what nobody needs.
+
+    Args:
+        config: Names the store.
+        console: Shows progress.
+        keep: How many of the newest snapshots to keep; None for `storage.keep_snapshots`.
+        grace_s: The least age of what is removed.
+        dry_run: Count, but change nothing.
+        take_over: Take the lease even if another run holds it.
 
     Raises:
-        LeaseError: when a run works on the store, or has taken it over meanwhile.
-        ConflictError: when a snapshot that was to go was put into service or pinned meanwhile; run it again.
-        StoreError: when the store is damaged: nobody knows then what is needed.
+        LeaseError: if a run works on the store, or has taken the lease over meanwhile.
+        ConflictError: if a snapshot of the garbage was put into service or pinned meanwhile; run it again.
+        StoreError: if the store is damaged, because it is then unknown what is needed.
     """
     store = open_store(config)
     newest = keep or config.storage.keep_snapshots
@@ -119,8 +135,8 @@ def collect_garbage(
 
 
 def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: RunLease | None) -> GarbageReport:
-    """Do all but the removal of garbage; without a lease, only look."""
-    # 1. Few parts, full shards, and nothing in them of what was forgotten or has left every corpus.
+    """Do everything but remove the garbage. Without a lease, change nothing."""
+    # 1. Compact ledger parts and shards, and erase forgotten passages.
     compacted, erased, dry_run = None, [], lease is None
     if current_id(store):
         snapshot = load_snapshot(store)
@@ -129,7 +145,7 @@ def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: Run
         compacted = compact(store, snapshot, profile_of(config), corpora, since=since, dry_run=dry_run)
         if snapshot.tombstones and lease is not None:
             erased = erase_rows(store, snapshot.tombstones, lease.check)
-    # 2. What is left over.
+    # 2. Find what nobody needs now.
     kept, held = snapshots_to_keep(store, newest)
     garbage = find_garbage(store, store.objects(), kept, grace_s=grace_s)
     return GarbageReport(dry_run, compacted, tuple(erased), garbage, held, current_id(store))
@@ -137,37 +153,42 @@ def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: Run
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """The passages that a command forgot or remembers again, and the snapshot that says so."""
+    """The passages that `prag forget` or `prag forget --undo` named, and the id of the snapshot that it published."""
 
     keys: tuple[str, ...]
-    passages: tuple[KnownPassage, ...]
+    passages: tuple[PassageRef, ...]
     snapshot: str
 
 
 def forget(store: Store, names: Sequence[str], *, undo: bool) -> ForgetReport:
-    """Publish a snapshot in which passages, by key or source id, must not be used any more; or may again.
+    """Publish a snapshot in which passages are forgotten; with `undo`, one in which they are not forgotten any more.
 
-    One conditional write: a run that is at work meanwhile does not publish over it, but says that it lost.
+    This is one conditional write. A run that is at work does not publish over it, but ends with a `ConflictError`.
+
+    Args:
+        store: The store.
+        names: Keys or source ids.
+        undo: Whether to undo the forgetting.
 
     Raises:
-        InputError: when the corpus in service has no passage of such an id.
-        ConflictError: when somebody published at the same time.
+        InputError: if the corpus in service has no passage with a source id, or a passage to undo was not forgotten.
+        ConflictError: if somebody published at the same time.
     """
     snapshot = load_snapshot(store)
     passages = find_passages(store, snapshot.corpus_version, names)
-    keys = tuple(sorted({*(passage.key for passage in passages), *filter(is_key, names)}))
-    if undo and (strange := sorted({*keys} - {*snapshot.tombstones})):
-        raise InputError(f"{strange[0]} was not forgotten", "see `prag snapshots show` for what was")
+    keys = tuple(sorted({*(passage.key for passage in passages), *filter(is_checksum, names)}))
+    if undo and (remembered := sorted({*keys} - {*snapshot.tombstones})):
+        raise InputError(f"{remembered[0]} was not forgotten", "see `prag snapshots show` for what was")
     new = without_tombstones(snapshot, keys) if undo else with_tombstones(snapshot, keys)
     publish(store, new, replaces=snapshot.id)
     return ForgetReport(keys, tuple(passages), current_id(store) or "")
 
 
 def list_rejects(store: Store, stage: str | None) -> list[Reject]:
-    """Return the rejects of all runs, each once, by stage, reason and source; with `stage`, only those of one stage.
+    """Return the different rejects of all runs, sorted by stage, reason and source; with `stage`, only those of one.
 
     Raises:
-        StoreError: when they cannot be read.
+        StoreError: if they cannot be read.
     """
     parts = store.list(f"rejects/{stage}" if stage else "rejects", ".parquet")
     rows = from_table(Reject, store.get_table(Reject, parts))
@@ -176,22 +197,22 @@ def list_rejects(store: Store, stage: str | None) -> list[Reject]:
 
 
 def retry(config: Config, *, stage: str | None, reason: str | None, take_over: bool) -> int:
-    """Forget rejects, so that the next run tries these inputs again, and return how many.
+    """Clear rejects, so that the next run tries their inputs again, and return how many; see `clear_rejects`.
 
     Raises:
-        LeaseError: when a run works on the store.
+        LeaseError: if a run works on the store.
     """
     store = open_store(config)
     with hold_lease(store, new_run_id("retry"), take_over=take_over):
-        return forget_rejects(store, stage, reason)
+        return clear_rejects(store, stage, reason)
 
 
 def measure_usage(store: Store, keep: int) -> StoreUsage:
-    """Count what a store holds, and what of it `prag gc` could remove now.
+    """Count the objects of a store, and the bytes that `prag gc` could remove now.
 
     Raises:
-        StoreError: when the store is damaged.
+        StoreError: if the store is damaged.
     """
     objects = store.objects()
     garbage = find_garbage(store, objects, snapshots_to_keep(store, keep)[0], grace_s=0.0)
-    return usage(store, objects, garbage.size_bytes)
+    return count_usage(store, objects, garbage.size_bytes)

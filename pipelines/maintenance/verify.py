@@ -1,4 +1,4 @@
-"""Checking and compacting a store on Ray: what has to read all of it, in parallel."""
+"""Checking a store on Ray: every object of it, in parallel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.execution.progress import stage_progress
 from pipelines.execution.tables import group_by_columns, partitions_for, spread_names, whole_blocks
-from prag_core.maintenance.inventory import Finding, kind_of, list_snapshots, serving_id
+from prag_core.maintenance.inventory import Finding, check_snapshots, object_kind, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
     check_object,
+    check_pins_and_lease,
     check_references,
     check_shards,
-    check_singles,
     is_checkable,
     ledger_rows,
 )
@@ -40,7 +40,7 @@ _FINDING = pa.schema(
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a check of a store found, and how much it looked at; `size_bytes` is the whole store's."""
+    """The findings of a check, and the number of objects and bytes of the whole store."""
 
     full: bool
     objects: int
@@ -49,25 +49,25 @@ class VerifyReport:
     findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the check as plain values."""
+        """Return the report as plain values."""
         return {**asdict(self), "seconds": round(self.seconds, 2), "damaged": len(self.findings)}
 
 
 def verify_store(store: Store, profile: Profile, console: Console, *, full: bool) -> VerifyReport:
-    """Check a store on Ray: each object once, each shard with all ledger rows that name it. Changes nothing.
+    """Check each object of a store, and each shard against all ledger rows that name it. Nothing is changed.
 
     Raises:
-        UnreachableError: when the store does not answer: that is no damage.
+        UnreachableError: if the store does not answer, which is not damage.
     """
     begun = time.perf_counter()
-    # What names something is looked at before it: a run at work stores that first.
+    # Read a document before listing the objects that it names: a run at work stores the objects first.
     serving = serving_id(store)
-    snapshots, findings = list_snapshots(store)
+    snapshots, findings = check_snapshots(store)
     objects = store.objects()
     names = [item.name for item in objects]
-    findings += check_references(names, snapshots, serving) + check_singles(store, snapshots)
+    findings += check_references(names, snapshots, serving) + check_pins_and_lease(store, snapshots)
     checkable = [name for name in names if is_checkable(name)]
-    shards = sum(kind_of(name) == "shards" for name in names)
+    shards = sum(object_kind(name) == "shards" for name in names)
     how = {"store": store, "full": full}
     with ray_session(profile), stage_progress(console, "verify", len(checkable) + shards, "objects") as advance:
         checked = 0
@@ -85,7 +85,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
             follow(spread_names(checkable, profile).map_batches(_check_objects, **whole_blocks(), fn_kwargs=how))
         # 2. Shards, against the ledger parts that can be read.
         broken = {finding.name for finding in findings}
-        parts = [name for name in names if kind_of(name) == "ledger" and name not in broken]
+        parts = [name for name in names if object_kind(name) == "ledger" and name not in broken]
         if parts:
             rows = spread_names(parts, profile).map_batches(_rows, **whole_blocks(), fn_kwargs={"store": store})
             groups = group_by_columns(rows, ["shard"], partitions_for(max(len(parts), shards), profile))
@@ -96,7 +96,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
 
 def _found(findings: Sequence[Finding], checked: int) -> pa.Table:
     rows = [{**asdict(finding), "checked": 0} for finding in findings]
-    # The last row says how much was looked at: also a block without damage has a row.
+    # The last row holds the number of checked objects, so a block without damage has a row too.
     return pa.Table.from_pylist([*rows, {"kind": "", "checked": checked}], schema=_FINDING)
 
 

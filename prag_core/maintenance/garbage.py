@@ -1,10 +1,10 @@
-"""What nobody needs any more, and taking it away.
+"""Garbage: the objects of a store that nobody needs, and their removal.
 
-Needed is what a kept snapshot names, all ledger parts that count of the recipes of these snapshots, and what the
-newest run would resume from, as well as each run that has shown itself within the grace period. Never taken are
-augmentations, rejects and the folders of runs: they are small, and augmentations are the dearest thing to make again.
-Ledger rows and adapters that no longer count are taken out by a compaction first (`prag_core.maintenance.compaction`), which
-leaves whole parts and shards to go.
+Needed are the objects that a kept snapshot names, all ledger parts of the recipes of these snapshots that have not
+been replaced, and everything from which the newest run, or a run that has written within the grace period, would
+resume. Augmentations, rejects and the folders of runs are never garbage: they are small, and augmentations cost the
+most to make again. A compaction (`prag_core.maintenance.compaction`) comes first. It takes out single ledger rows and
+adapters that nobody needs, and leaves whole parts and shards for the collection.
 """
 
 from __future__ import annotations
@@ -19,57 +19,62 @@ import pyarrow as pa
 
 from prag_core.errors import ConflictError, StoreError, UnreachableError
 from prag_core.identity import is_intact
-from prag_core.maintenance.inventory import Finding, Kind, kind_of, list_snapshots, names_of, serving_id
+from prag_core.maintenance.inventory import Finding, FindingKind, check_snapshots, names_of, object_kind, serving_id
 from prag_core.records import from_dict
 from prag_core.store.backend import StoredObject
 from prag_core.store.ledger import compactions, replaced_parts
 from prag_core.store.objects import Store
+from prag_core.store.pins import pinned
 from prag_core.store.runs import RunInputs
-from prag_core.store.snapshot import Snapshot, current_id, load_snapshot, pinned
+from prag_core.store.snapshot import Snapshot, current_id, document_name, load_snapshot, snapshot_id
 
-# Documents go before what they name, so that a kill leaves nothing that names what is gone; but a compaction goes
-# after the parts that it replaced, which would count again without it.
+# The order of removal. A document goes before the objects that it names, so that after a kill no document names an
+# object that is gone. But the record of a compaction goes after the parts that it replaced: without it they would
+# count again.
 _ORDER = ("snapshots", "corpus", "indexes", "ledger", "compactions", "recipes", "starts", "shards", "scratch")
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What can go: `objects`, in the order in which they must go."""
+    """The objects to remove, in the order of removal."""
 
     objects: tuple[Finding, ...]
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of `objects`."""
+        """The size of all `objects`."""
         return sum(finding.size_bytes for finding in self.objects)
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Return how many objects, and how many bytes, by kind of object."""
+        """Return the number of objects and their bytes, by kind of object."""
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         for finding in self.objects:
-            counts[kind_of(finding.name)] += 1
-            sizes[kind_of(finding.name)] += finding.size_bytes
+            counts[object_kind(finding.name)] += 1
+            sizes[object_kind(finding.name)] += finding.size_bytes
         return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}
 
 
 def recent_inputs(store: Store, objects: Sequence[StoredObject], since: float) -> list[RunInputs]:
-    """Return what runs work on that got as far as their corpus: the newest, and all that wrote anything after `since`.
+    """Return the inputs of the newest run, and of each run that has written anything after `since`.
+
+    A run has inputs once it has stored its corpus.
 
     Raises:
-        StoreError: when the note of one cannot be read.
+        StoreError: if the inputs of a run cannot be read.
     """
-    seen: dict[str, float] = {}
+    last_written: dict[str, float] = {}
     for item in objects:
-        folder, _, file = item.name.removeprefix("runs/").partition("/")
-        if kind_of(item.name) == "runs" and file:
-            seen[folder] = max(seen.get(folder, 0.0), item.modified)
-    there = {item.name for item in objects}
-    runs = [run for run in sorted(seen) if f"runs/{run}/inputs.json" in there]
-    return [_inputs(store, f"runs/{run}/inputs.json") for run in runs if run == runs[-1] or seen[run] > since]
+        run, _, file = item.name.removeprefix("runs/").partition("/")
+        if object_kind(item.name) == "runs" and file:
+            last_written[run] = max(last_written.get(run, 0.0), item.modified)
+    names = {item.name for item in objects}
+    runs = [run for run in sorted(last_written) if f"runs/{run}/inputs.json" in names]
+    recent = [run for run in runs if run == runs[-1] or last_written[run] > since]
+    return [_read_inputs(store, f"runs/{run}/inputs.json") for run in recent]
 
 
-def _inputs(store: Store, name: str) -> RunInputs:
+def _read_inputs(store: Store, name: str) -> RunInputs:
     try:
         document = store.get_json(name)
         if is_intact(document):
@@ -84,21 +89,21 @@ def _inputs(store: Store, name: str) -> RunInputs:
 def needed_corpora(
     store: Store, objects: Sequence[StoredObject], kept: Collection[str], *, grace_s: float
 ) -> list[str]:
-    """Return the versions of the corpora whose passages' adapters are needed: those of kept snapshots and recent runs.
+    """Return the versions of the corpora whose passages keep their adapters: those of kept snapshots and recent runs.
 
     Raises:
-        StoreError: when a snapshot or the note of a run cannot be read.
+        StoreError: if a snapshot or the inputs of a run cannot be read.
     """
     versions = {snapshot.corpus_version for snapshot in _snapshots(store) if snapshot.id in kept}
-    there = {item.name for item in objects}
+    names = {item.name for item in objects}
     for inputs in recent_inputs(store, objects, time.time() - grace_s):
-        if f"corpus/{inputs.corpus_version}/manifest.json" in there:  # it may have been damaged, and await the next run
+        if f"corpus/{inputs.corpus_version}/manifest.json" in names:  # else a repair removed it: the next run makes it
             versions.add(inputs.corpus_version)
     return sorted(versions)
 
 
 def _snapshots(store: Store) -> list[Snapshot]:
-    snapshots, unreadable = list_snapshots(store)
+    snapshots, unreadable = check_snapshots(store)
     if unreadable:
         raise StoreError(f"{store.url}/{unreadable[0].name}: {unreadable[0].detail}", "run `prag repair` first")
     return snapshots
@@ -112,17 +117,17 @@ def find_garbage(
     grace_s: float,
     now: float | None = None,
 ) -> Garbage:
-    """Find what can go: nothing that a kept snapshot or a recent run needs, and nothing younger than `grace_s`.
+    """Find the objects that no kept snapshot and no recent run needs, and that are older than `grace_s`.
 
     Args:
         store: The store.
         objects: All its objects (`Store.objects`).
         kept: The ids of the snapshots to keep; the one in service is always kept.
-        grace_s: The least age by time of modification, so that a run's unfinished work is left alone.
+        grace_s: The least age of garbage since its last write, so that unfinished work stays.
         now: The time, in seconds since the epoch.
 
     Raises:
-        StoreError: when a snapshot or a ledger part cannot be read: then nobody knows what it names.
+        StoreError: if a snapshot or a ledger part cannot be read, because the objects that it names are then unknown.
     """
     snapshots = _snapshots(store)
     serving = serving_id(store)
@@ -130,23 +135,23 @@ def find_garbage(
         raise StoreError(f"{store.url}/CURRENT: names {serving}, which is no snapshot", "run `prag repair` first")
     since = (time.time() if now is None else now) - grace_s
     old = {item.name for item in objects if item.modified <= since}
-    # A young one stays, and then what it names must stay too.
-    keep = [s for s in snapshots if s.id in {*kept, serving} or f"snapshots/{s.id}.json" not in old]
+    # A young snapshot stays, and so must all that it names.
+    keep = [s for s in snapshots if s.id in {*kept, serving} or document_name(s.id) not in old]
     runs = recent_inputs(store, objects, since)
     alive = {snapshot.recipe for snapshot in keep} | {inputs.recipe for inputs in runs}
     named = {name for snapshot in keep for name in names_of(snapshot)}
-    parts = [item.name for item in objects if kind_of(item.name) == "ledger"]
+    parts = [item.name for item in objects if object_kind(item.name) == "ledger"]
 
-    # 1. Ledger parts: those of recipes that nobody works with, and those that a compaction has replaced.
-    free = {part for part in parts if part not in named and part in old}
-    replaced = {part for r in {part.split("/")[1] for part in free} for part in replaced_parts(store, r, parts)}
-    foreign = {part for part in free if runs and part.split("/")[1] not in alive}
-    gone = foreign | free & replaced
-    # 2. Shards: those that no part names which stays.
-    stay = [part for part in parts if part not in gone]
-    shards = {shard for part in stay for shard in _shards(store, part).unique().to_pylist()}
-    # 3. Everything else, by the folder that makes it one thing.
-    recipes = {part.split("/")[1] for part in stay} | alive
+    # 1. Ledger parts of recipes that nobody uses, and those that a compaction has replaced.
+    unnamed = {part for part in parts if part not in named and part in old}
+    replaced = {part for r in {part.split("/")[1] for part in unnamed} for part in replaced_parts(store, r, parts)}
+    unused = {part for part in unnamed if runs and part.split("/")[1] not in alive}
+    gone = unused | unnamed & replaced
+    # 2. Shards that no remaining part names.
+    remaining = [part for part in parts if part not in gone]
+    shards = {shard for part in remaining for shard in _shards(store, part).unique().to_pylist()}
+    # 3. Everything else, by its folder.
+    recipes = {part.split("/")[1] for part in remaining} | alive
     corpora = {snapshot.corpus_version for snapshot in keep} | {inputs.corpus_version for inputs in runs}
     needed = _Needed(
         {snapshot.id for snapshot in keep},
@@ -155,37 +160,40 @@ def find_garbage(
         recipes,
         _starts(store, recipes, objects),
         _indexes(store, keep, corpora, objects),
-        _at_work(store, recipes, stay),
+        _effective_compactions(store, recipes, remaining),
     )
     chosen = []
     for item in objects:
-        kind = kind_of(item.name)
-        found: Kind | None = None
+        kind = object_kind(item.name)
+        found: FindingKind | None = None
         if kind == "scratch" or (kind == "shards" and item.name not in shards):
             found = "orphan"
         elif item.name in gone or (item.name not in named and not needed.has(kind, item.name)):
             found = "unreferenced"
         if found and item.name in old:
-            chosen.append(Finding(item.name, found, _why(kind, item.name, replaced), size_bytes=item.size_bytes))
-    chosen.sort(key=lambda finding: (_ORDER.index(kind_of(finding.name)), _is_data(finding.name), finding.name))
+            chosen.append(Finding(item.name, found, _reason(kind, item.name, replaced), size_bytes=item.size_bytes))
+    chosen.sort(key=lambda finding: (_ORDER.index(object_kind(finding.name)), _is_data(finding.name), finding.name))
     return Garbage(tuple(chosen))
 
 
 def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: None) -> None:
-    """Take garbage away; killed in between, the next collection finds the rest.
+    """Remove garbage. After a kill, the next collection finds the rest.
 
-    Somebody may put a snapshot into service or pin it meanwhile, which needs no lease. So the documents of snapshots
-    go first, and what they name only when neither is so; `rollback` and `pin`, for their part, look for the document
-    after their write.
+    Meanwhile somebody may put a snapshot into service, or pin it, which needs no lease. So the documents of snapshots
+    go first, and the objects that they name only if nobody did so. `rollback` and `pin` check after their write that
+    the document still exists.
 
-    `check` is called before these and before each other removal, and raises when the store's lease is lost.
+    Args:
+        store: The store.
+        garbage: The objects to remove.
+        check: Called before the documents of snapshots and before each other object; raises if the lease is lost.
 
     Raises:
-        ConflictError: when a snapshot that was to go is in service or pinned by now; it stays, with all that it names.
-        StoreError: when an object cannot be removed.
+        ConflictError: if a snapshot of the garbage was put into service or pinned; it stays, with all that it names.
+        StoreError: if an object cannot be removed.
     """
     names = [finding.name for finding in garbage.objects]
-    documents = {name: store.get_if_exists(name) for name in names if kind_of(name) == "snapshots"}
+    documents = {name: store.get_if_exists(name) for name in names if object_kind(name) == "snapshots"}
     _check_unused(store, names)
     check()
     try:
@@ -205,19 +213,22 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
 
 def _check_unused(store: Store, names: Collection[str]) -> None:
     going = {*names}
-    for id in {*pinned(store), current_id(store)} - {None}:
-        document = f"snapshots/{id}.json"
-        # Rolling back over tombstones makes a new snapshot, which names what the old one did.
+    for id in filter(None, {*pinned(store), current_id(store)}):
+        document = document_name(id)
+        # A rollback over tombstones makes a new snapshot, which names the same objects as the old one.
         if document in going or (store.exists(document) and going & {*names_of(load_snapshot(store, id))}):
             raise ConflictError(
-                f"store = {store.url!r}: the snapshot {id}, which was to go, was put into service or pinned meanwhile",
+                f"store = {store.url!r}: the snapshot {id} was garbage, but was put into service or pinned meanwhile",
                 "nothing that it names was removed; run `prag gc` again",
             )
 
 
 @dataclass(frozen=True)
 class _Needed:
-    """What is needed beside what kept snapshots name themselves; `everything`: no run says what it works on."""
+    """What is needed besides the objects that kept snapshots name directly.
+
+    `everything`: no run has inputs, so no corpus, index or recipe may go. `starts` None: no start may go.
+    """
 
     snapshots: Collection[str]
     everything: bool
@@ -229,8 +240,7 @@ class _Needed:
 
     def has(self, kind: str, name: str) -> bool:
         if kind == "snapshots":
-            id = posixpath.basename(name).removesuffix(".json").removesuffix(".candidate")
-            return "/" not in name or id in self.snapshots
+            return "/" not in name or snapshot_id(name) in self.snapshots
         folder = name.split("/")[1] if "/" in name else name
         if kind == "corpus":
             return self.everything or folder in self.corpora
@@ -249,14 +259,14 @@ def _is_data(name: str) -> bool:
     return not name.endswith(".json")
 
 
-def _why(kind: str, name: str, replaced: Collection[str]) -> str:
+def _reason(kind: str, name: str, replaced: Collection[str]) -> str:
     if kind == "scratch":
         return "left by a writer that was killed"
     if kind == "shards":
         return "no ledger part names it"
     if kind == "compactions":
         return "the parts that it replaced are gone"
-    return "its rows stand in another part" if name in replaced else "no kept snapshot and no recent run needs it"
+    return "its rows are in another part" if name in replaced else "no kept snapshot and no recent run needs it"
 
 
 def _shards(store: Store, part: str) -> pa.ChunkedArray:
@@ -265,26 +275,29 @@ def _shards(store: Store, part: str) -> pa.ChunkedArray:
     except UnreachableError:
         raise
     except StoreError as error:
-        raise StoreError(error.message, "run `prag repair` first: nobody knows which shards it names") from None
+        raise StoreError(error.message, "run `prag repair` first: the shards that it names are unknown") from None
 
 
-def _at_work(store: Store, recipes: Collection[str], stay: Collection[str]) -> set[str]:
-    """The compactions that hide a part which stays."""
+def _effective_compactions(store: Store, recipes: Collection[str], remaining: Collection[str]) -> set[str]:
+    """Return the names of the compaction records that replace a remaining part."""
     return {
         name
         for recipe in recipes
         for name, compaction in compactions(store, recipe).items()
-        if {*compaction.replaces} & {*stay}
+        if {*compaction.replaces} & {*remaining}
     }
 
 
 def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObject]) -> set[str] | None:
-    """The starts of the recipes, and the readers, which configurations name; None (all) when one cannot be read."""
-    there = {item.name for item in objects}
-    notes = [name for name in there if kind_of(name) == "starts" and name.endswith(".json")]
+    """Return the needed starts: those of the recipes, and the readers, which only configurations name.
+
+    None if a document cannot be read; then all starts are needed.
+    """
+    names = {item.name for item in objects}
+    notes = [name for name in names if object_kind(name) == "starts" and name.endswith(".json")]
     try:
         documents = [
-            store.get_json(f"adapters/{r}/recipe.json") for r in recipes if f"adapters/{r}/recipe.json" in there
+            store.get_json(f"adapters/{r}/recipe.json") for r in recipes if f"adapters/{r}/recipe.json" in names
         ]
         starts = {str(document["recipe"]["train"]["start"]) for document in documents}
         readers = [name for name in notes if store.get_json(name).get("settings", {}).get("reading")]
@@ -298,15 +311,15 @@ def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObje
 def _indexes(
     store: Store, keep: Sequence[Snapshot], corpora: Collection[str], objects: Sequence[StoredObject]
 ) -> set[str]:
-    """The indexes of kept snapshots and of these corpora, by their `index.json`."""
+    """Return the ids of the indexes of kept snapshots and of these corpora."""
     indexes = {snapshot.index for snapshot in keep}
     for item in objects:
-        if kind_of(item.name) == "indexes" and item.name.endswith("/index.json"):
+        if object_kind(item.name) == "indexes" and item.name.endswith("/index.json"):
             try:
                 if store.get_json(item.name)["corpus_version"] in corpora:
                     indexes.add(item.name.split("/")[1])
             except UnreachableError:
                 raise
             except (StoreError, KeyError, TypeError):
-                continue  # `repair` removes it; an archive without it is nobody's
+                continue  # `prag repair` removes it, and its archive is then garbage
     return indexes

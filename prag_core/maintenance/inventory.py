@@ -1,12 +1,11 @@
-"""What a store holds, and whether it is as it was written.
+"""What a store holds: its objects by kind, its snapshots, its size, and the record of a finding.
 
-Checks are functions over a `Store` that give back findings and change nothing; `prag_core.maintenance.repair` and
-`prag_core.maintenance.garbage` act on them. Shards are the business of `prag_core.store.shards`.
+Nothing here changes a store. `verify` finds damage and `repair` removes it; `garbage` finds and removes what nobody
+needs.
 """
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,10 @@ from prag_core.errors import PragError, StoreError, UnreachableError
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject
 from prag_core.store.backend import StoredObject
 from prag_core.store.objects import Store
-from prag_core.store.snapshot import CURRENT, PINS, Snapshot, load_snapshot
+from prag_core.store.pins import PINS
+from prag_core.store.snapshot import CURRENT, Snapshot, current_id, document_name, load_snapshot, snapshot_ids
 
-Kind = Literal[
+FindingKind = Literal[
     "missing", "size", "checksum", "not_readable", "not_finite", "shape", "swapped", "orphan", "unreferenced"
 ]
 
@@ -36,14 +36,14 @@ RECORDS: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One object that is not as it should be, or that nothing names.
+    """One object that is damaged, or that nobody needs.
 
-    `keys` are the passages whose adapters it concerns, `parts` the ledger parts whose rows name it. `repairable`:
-    the next run makes again what `repair` takes away; otherwise it is gone.
+    `keys` are the passages whose adapters are damaged, `parts` the ledger parts whose rows name the object. If
+    `repairable`, the next run makes again what `repair` removes; otherwise it is lost for good.
     """
 
     name: str
-    kind: Kind
+    kind: FindingKind
     detail: str = ""
     keys: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
@@ -52,15 +52,15 @@ class Finding:
 
     @property
     def is_damage(self) -> bool:
-        """Whether this is damage, not just something that nobody needs."""
+        """Whether the object is damaged, not merely unneeded."""
         return self.kind not in ("orphan", "unreferenced")
 
 
-def kind_of(name: str) -> str:
-    """Return what an object is, by its name.
+def object_kind(name: str) -> str:
+    """Return the kind of an object, by its name.
 
-    One of corpus, augmentations, shards, ledger, compactions, recipes, starts, indexes, snapshots (CURRENT and PINS
-    too), rejects, runs, scratch (what a killed writer left) and other.
+    The kinds are corpus, augmentations, shards, ledger, compactions, recipes, starts, indexes, snapshots (CURRENT and
+    PINS too), rejects, runs, scratch (left by a killed writer) and other.
     """
     top, base = name.split("/")[0], posixpath.basename(name)
     if base.endswith(".tmp") or base.startswith(".probe-"):
@@ -72,42 +72,39 @@ def kind_of(name: str) -> str:
     return top if top in (*RECORDS, "starts", "indexes", "snapshots", "runs") else "other"
 
 
-# ---- snapshots
-
-
-def list_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
-    """Return the readable snapshots, oldest first, and a finding for each one that is not as it was published.
+def check_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
+    """Return the readable snapshots, oldest first, and a finding for each damaged one.
 
     Raises:
-        UnreachableError: when the store cannot be asked.
+        UnreachableError: if the store does not answer.
     """
     snapshots, findings = [], []
-    for name in store.list("snapshots", ".json"):
+    for id in snapshot_ids(store):
         try:
-            snapshots.append(load_snapshot(store, name.removeprefix("snapshots/").removesuffix(".json")))
+            snapshots.append(load_snapshot(store, id))
         except UnreachableError:
             raise
         except StoreError as error:
-            findings.append(Finding(name, "not_readable", error_text(error), repairable=False))
+            findings.append(Finding(document_name(id), "not_readable", error_text(error), repairable=False))
     return sorted(snapshots, key=lambda snapshot: (snapshot.created, snapshot.id)), findings
 
 
 def serving_id(store: Store) -> str | None:
-    """Return the id that `CURRENT` names, or None when there is no `CURRENT` or it names none.
+    """Return the id of the snapshot in service, or None if `CURRENT` is missing or damaged.
 
     Raises:
-        UnreachableError: when the store cannot be asked.
+        UnreachableError: if the store does not answer.
     """
     try:
-        return str(json.loads(store.get(CURRENT))["snapshot"])
+        return current_id(store)
     except UnreachableError:
         raise
-    except (StoreError, ValueError, TypeError, KeyError):
+    except StoreError:
         return None
 
 
 def names_of(snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the objects that a snapshot names itself; what these name in turn is theirs."""
+    """Return the names of the objects that a snapshot names directly."""
     return (
         f"corpus/{snapshot.corpus_version}/manifest.json",
         f"indexes/{snapshot.index}/index.json",
@@ -122,12 +119,9 @@ def error_text(error: Exception) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-# ---- sizes
-
-
 @dataclass(frozen=True)
 class StoreUsage:
-    """Bytes and objects of a store by kind (see `kind_of`), and how many adapters its ledger names."""
+    """The bytes and the number of objects of a store by kind (see `object_kind`), and of the adapters in its ledger."""
 
     size_bytes: Mapping[str, int]
     objects: Mapping[str, int]
@@ -136,7 +130,7 @@ class StoreUsage:
 
     @property
     def bytes_per_adapter(self) -> float:
-        """Shards and ledger, by the adapters that the ledger names."""
+        """The bytes of shards and ledger for each adapter that the ledger names."""
         return (self.size_bytes.get("shards", 0) + self.size_bytes.get("ledger", 0)) / max(self.adapters, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,17 +138,17 @@ class StoreUsage:
         return {**asdict(self), "bytes_per_adapter": round(self.bytes_per_adapter, 1)}
 
 
-def usage(store: Store, objects: Sequence[StoredObject], unreferenced_bytes: int) -> StoreUsage:
-    """Count a store's bytes; of the ledger only footers are read.
+def count_usage(store: Store, objects: Sequence[StoredObject], unreferenced_bytes: int) -> StoreUsage:
+    """Count a store's bytes and objects. Of the ledger, only the Parquet footers are read.
 
     Raises:
-        StoreError: when a ledger part cannot be read.
+        StoreError: if a ledger part cannot be read.
     """
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     adapters = 0
     for item in objects:
-        kind = kind_of(item.name)
+        kind = object_kind(item.name)
         sizes[kind] += item.size_bytes
         counts[kind] += 1
         if kind == "ledger":

@@ -1,4 +1,4 @@
-"""Checking a store: whether each object is there, and is what it was when it was written."""
+"""Verification: check that each object of a store exists and is unaltered. Nothing here changes the store."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ import pyarrow.parquet as pq
 
 from prag_core.errors import AdapterError, NotFiniteAdapterError, PragError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
-from prag_core.maintenance.inventory import RECORDS, Finding, Kind, error_text, kind_of, names_of
+from prag_core.maintenance.inventory import RECORDS, Finding, FindingKind, error_text, names_of, object_kind
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow, from_dict, from_table, schema
 from prag_core.retrieval.archive import StoredIndex, checksum_stream
 from prag_core.store.objects import Store
+from prag_core.store.pins import PINS, pinned
 from prag_core.store.runs import LEASE, read_lease
-from prag_core.store.snapshot import CURRENT, PINS, Snapshot, pinned
+from prag_core.store.snapshot import CURRENT, Snapshot, document_name
 
 if TYPE_CHECKING:
     from prag_core.store.adapters import AdapterStore
 
-
-# A ledger row and the ledger part that it stands in.
+# A ledger row, and the ledger part that holds it.
 ROWS = pa.schema([*schema(LedgerRow), pa.field("part", pa.string())])
 
 
 def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serving: str | None) -> list[Finding]:
-    """Find what the snapshots name and the store lacks. `objects` are the names of all that there are."""
-    there = set(objects)
+    """Return a finding for each object that a snapshot names and the store lacks.
+
+    Args:
+        objects: The names of all objects of the store.
+        snapshots: The readable snapshots.
+        serving: The id that `CURRENT` names, or None.
+    """
+    existing = set(objects)
     named: dict[str, list[str]] = {}
     for snapshot in snapshots:
         for name in names_of(snapshot):
@@ -37,31 +43,30 @@ def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serv
     findings = [
         Finding(name, "missing", f"snapshot {ids[-1]} names it")
         for name, ids in sorted(named.items())
-        if name not in there
+        if name not in existing
     ]
-    if (snapshots or CURRENT in there) and serving not in {snapshot.id for snapshot in snapshots}:
-        # Either may be the damaged one: what CURRENT says, or the snapshot that it names.
-        kind: Kind = "not_readable" if CURRENT in there else "missing"
+    if (snapshots or CURRENT in existing) and serving not in {snapshot.id for snapshot in snapshots}:
+        # Either may be damaged: CURRENT, or the snapshot that it names.
+        kind: FindingKind = "not_readable" if CURRENT in existing else "missing"
         findings.append(Finding(CURRENT, kind, f"names {serving}, which is no readable snapshot" if serving else ""))
-        document = f"snapshots/{serving}.json"
-        if serving and document not in there:
-            findings.append(Finding(document, "missing", f"{CURRENT} names it", repairable=False))
+        if serving and document_name(serving) not in existing:
+            findings.append(Finding(document_name(serving), "missing", f"{CURRENT} names it", repairable=False))
     return findings
 
 
-def check_singles(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
-    """Check the objects of which there is one: `PINS`, and the lease.
+def check_pins_and_lease(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
+    """Return findings for `PINS` and the lease. `snapshots` are the readable ones.
 
     Raises:
-        UnreachableError: when the store cannot be asked.
+        UnreachableError: if the store does not answer.
     """
     findings = []
     try:
         unknown = sorted({*pinned(store)} - {snapshot.id for snapshot in snapshots})
-        if unknown:  # either may be the damaged one: what PINS says, or the snapshot that it names
+        if unknown:  # either may be damaged: PINS, or the snapshot that it names
             findings.append(Finding(PINS, "not_readable", f"names {unknown[0]}, which is no readable snapshot"))
-            gone = [f"snapshots/{id}.json" for id in unknown if not store.exists(f"snapshots/{id}.json")]
-            findings += [Finding(name, "missing", f"{PINS} names it", repairable=False) for name in gone]
+            absent = [name for name in map(document_name, unknown) if not store.exists(name)]
+            findings += [Finding(name, "missing", f"{PINS} names it", repairable=False) for name in absent]
     except UnreachableError:
         raise
     except (StoreError, TypeError) as error:
@@ -75,29 +80,26 @@ def check_singles(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
     return findings
 
 
-# ---- everything but shards
-
-
 def is_checkable(name: str) -> bool:
-    """Whether `check_object` knows what an object should hold."""
-    kind, base = kind_of(name), posixpath.basename(name)
+    """Return whether `check_object` can check an object of this name."""
+    kind, base = object_kind(name), posixpath.basename(name)
     if kind in RECORDS:
         return name.endswith((".parquet", "manifest.json"))
-    if kind == "starts":  # beside one may lie a note of the warm-up that made it, which nothing reads
+    if kind == "starts":  # the JSON note of a warm-up beside it has nothing to check against
         return name.endswith(".safetensors")
     return kind == "compactions" or base in ("index.json", "recipe.json", "inputs.json")
 
 
 def check_object(store: Store, name: str, full: bool) -> list[Finding]:
-    """Check one Parquet part, or one of the documents and starts that `is_checkable` knows.
+    """Return findings for one object for which `is_checkable` is true.
 
-    `full` reads every byte of it; otherwise a part's footer and an archive's size. A ledger part is always read in
-    full: all else depends on it.
+    With `full`, every byte is read. Otherwise only the footer of a Parquet part and the size of an archive are
+    checked. A ledger part is always read in full, because everything else depends on it.
 
     Raises:
-        UnreachableError: when the store cannot be asked.
+        UnreachableError: if the store does not answer.
     """
-    kind = kind_of(name)
+    kind = object_kind(name)
     try:
         if name.endswith(".parquet"):
             return _check_part(store, name, full or kind == "ledger")
@@ -108,9 +110,9 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
         if kind == "recipes":
             _check_recipe(store, name)
         elif kind in ("compactions", "runs"):
-            _intact(store, name)
+            _read_sealed(store, name)
         elif full:
-            from prag_core.store.adapters import get_start  # torch, which workers that check parts do without
+            from prag_core.store.adapters import get_start  # imports torch, which the other checks do not need
 
             get_start(store, posixpath.basename(name).removesuffix(".safetensors"))
     except UnreachableError:
@@ -132,21 +134,21 @@ def _check_part(store: Store, name: str, full: bool) -> list[Finding]:
         return [
             Finding(name, "swapped", f"holds {found}", size_bytes=len(data))
             if swapped
-            else Finding(name, "checksum", f"{len(data)} bytes that are not those it was named by")
+            else Finding(name, "checksum", f"its {len(data)} bytes do not match its name")
         ]
-    columns = schema(RECORDS[kind_of(name)]).names
+    columns = schema(RECORDS[object_kind(name)]).names
     pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False).select(columns)
     return []
 
 
 def _check_manifest(store: Store, name: str) -> list[Finding]:
-    document = _intact(store, name)
+    document = _read_sealed(store, name)
     missing = [part for part in document["parts"] if not store.exists(part)]
     return [Finding(part, "missing", f"{name} names it") for part in missing]
 
 
 def _check_index(store: Store, name: str, full: bool) -> list[Finding]:
-    stored = from_dict(StoredIndex, _intact(store, name))
+    stored = from_dict(StoredIndex, _read_sealed(store, name))
     archive = f"{posixpath.dirname(name)}/{stored.archive_name}"
     size = store.size(archive)
     if size is None:
@@ -156,42 +158,47 @@ def _check_index(store: Store, name: str, full: bool) -> list[Finding]:
     if full:
         with store.open(archive) as stream:
             if checksum_stream(stream) != stored.checksum:
-                return [Finding(archive, "checksum", f"not the bytes that {name} names", size_bytes=size)]
+                return [Finding(archive, "checksum", f"its bytes do not match the checksum in {name}", size_bytes=size)]
     return []
 
 
 def _check_recipe(store: Store, name: str) -> None:
-    recipe = Recipe.from_json(_intact(store, name)["recipe"])
+    recipe = Recipe.from_json(_read_sealed(store, name)["recipe"])
     if recipe.fingerprint != name.split("/")[1]:
         raise ValueError(f"says it is {recipe.fingerprint}")
 
 
-def _intact(store: Store, name: str) -> dict[str, Any]:
+def _read_sealed(store: Store, name: str) -> dict[str, Any]:
     document = store.get_json(name)
     if "seal" not in document or not is_intact(document):
-        raise ValueError("altered: its seal does not fit")
+        raise ValueError("altered: its seal does not match")
     return dict(document)
 
 
 def ledger_rows(store: Store, part: str) -> pa.Table:
-    """Return the rows of one ledger part, each with the part's name.
+    """Return the rows of one ledger part with the columns of `ROWS`.
 
     Raises:
-        StoreError: when the part is missing or damaged.
+        StoreError: if the part is missing or damaged.
     """
     table = store.get_table(LedgerRow, [part])
     return table.append_column(ROWS.field("part"), pa.repeat(pa.scalar(part), table.num_rows))
 
 
 def check_shards(store: Store, rows: pa.Table, full: bool) -> list[Finding]:
-    """Check the shards that ledger rows (with the columns of `ROWS`) name; all rows of a shard must be among them.
+    """Return findings for the shards that ledger rows name.
 
-    Without `full`, a shard must be there and as long as its rows say. With it, every byte is read: the shard is what
-    its name says, and each adapter has its checksum, the layout's shapes, and only finite values. Shapes are not
-    checked where the recipe beside the shards is itself damaged.
+    Without `full`, a shard must exist and be as long as its rows say. With it, every byte is read: the shard must
+    match the checksum in its name, and each adapter its own checksum, the layout's shapes, and hold only finite
+    values. Shapes and values are not checked if the recipe beside the shards is damaged.
+
+    Args:
+        store: The store.
+        rows: Ledger rows with the columns of `ROWS`. All rows of a shard must be among them.
+        full: Whether to read every byte.
 
     Raises:
-        StoreError: when a shard cannot be read.
+        StoreError: if a shard cannot be read.
     """
     groups: dict[str, list[LedgerRow]] = {}
     parts_of: dict[str, set[str]] = {}
@@ -201,20 +208,20 @@ def check_shards(store: Store, rows: pa.Table, full: bool) -> list[Finding]:
     findings = []
     opened: dict[str, AdapterStore | None] = {}
     for shard in sorted(groups):
-        of_shard, parts = groups[shard], tuple(sorted(parts_of[shard]))
-        expected = max(row.offset + row.length for row in of_shard)
+        shard_rows, parts = groups[shard], tuple(sorted(parts_of[shard]))
+        expected = max(row.offset + row.length for row in shard_rows)
         size = store.size(shard)
         if size is None:
-            findings.append(Finding(shard, "missing", f"{parts[0]} names it", _keys(of_shard), parts))
+            findings.append(Finding(shard, "missing", f"{parts[0]} names it", _keys(shard_rows), parts))
         elif size < expected:
-            cut = _keys([row for row in of_shard if row.offset + row.length > size])
+            cut = _keys([row for row in shard_rows if row.offset + row.length > size])
             detail = f"{size} bytes, its rows need {expected}"
             findings.append(Finding(shard, "size", detail, cut, parts, size_bytes=size))
         elif full:
             recipe = shard.split("/")[1]
             if recipe not in opened:
                 opened[recipe] = _open(store, recipe)
-            findings += _check_bytes(store, shard, of_shard, parts, opened[recipe])
+            findings += _check_bytes(store, shard, shard_rows, parts, opened[recipe])
     return findings
 
 
@@ -237,19 +244,19 @@ def _check_bytes(
     store: Store, shard: str, rows: Sequence[LedgerRow], parts: tuple[str, ...], adapters: AdapterStore | None
 ) -> list[Finding]:
     data = store.get(shard)
-    # 1. Each adapter's bytes are those that were committed.
+    # 1. Are the bytes of each adapter those that were committed?
     altered = [row for row in rows if checksum(data[row.offset : row.offset + row.length]) != row.checksum]
     found = f"{posixpath.dirname(shard)}/{checksum(data)}.safetensors"
     if found != shard or altered:
-        kind: Kind = "swapped" if found != shard and store.exists(found) else "checksum"
-        where = f"of {len(altered)} of {len(rows)} adapters" if altered else "outside of its adapters"
+        kind: FindingKind = "swapped" if found != shard and store.exists(found) else "checksum"
+        where = f"in {len(altered)} of {len(rows)} adapters" if altered else "outside its adapters"
         detail = f"holds {posixpath.basename(found)}" if kind == "swapped" else f"bytes {where} were altered"
         return [Finding(shard, kind, detail, _keys(altered), parts, size_bytes=len(data))]
-    # 2. What was committed is an adapter of this recipe.
+    # 2. Are these bytes adapters of this recipe?
     if adapters is None:
         return []
-    findings: dict[Kind, list[LedgerRow]] = {}
-    details: dict[Kind, str] = {}
+    findings: dict[FindingKind, list[LedgerRow]] = {}
+    details: dict[FindingKind, str] = {}
     for row in rows:
         try:
             _unpack(adapters, data, row)

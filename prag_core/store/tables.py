@@ -1,9 +1,9 @@
-"""Records as Parquet parts of the store: augmentations, rejects and passages."""
+"""Augmentations, rejects and passages as Parquet parts of the store."""
 
 from __future__ import annotations
 
 import json
-import re
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,40 +11,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prag_core.errors import InputError, StoreError
-from prag_core.identity import KEY_BYTES, is_intact
-from prag_core.records import Augmentation, Reject, to_table
+from prag_core.identity import is_checksum, is_intact
+from prag_core.records import Augmentation, Reject, from_table, to_table
 from prag_core.store.objects import Store
-
-_KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 
 @dataclass(frozen=True)
-class KnownPassage:
-    """A passage of a corpus version, without its text."""
+class PassageRef:
+    """A passage of a corpus version: its key, its title, and the ids under which the corpus has it."""
 
     key: str
     title: str
     sources: tuple[str, ...]
 
 
-def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> list[KnownPassage]:
-    """Return the passages of a corpus version that `names` give, by key or by the id under which a source has them.
+def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> list[PassageRef]:
+    """Return the passages of a corpus version with these names, which are keys or source ids.
+
+    A key that the corpus does not have is left out: it may belong to an earlier corpus version.
 
     Raises:
-        InputError: when a name is the id of none. A key of none is none of the corpus any more, and left out.
-        StoreError: when the corpus cannot be read.
+        InputError: if no passage has a source id.
+        StoreError: if the corpus cannot be read.
     """
-    found: list[KnownPassage] = []
+    found: list[PassageRef] = []
     wanted = pa.array(sorted(set(names)), pa.string())
     for part in corpus_parts(store, corpus_version):
         table = store.get_columns(part, ["key", "title", "sources"])
         sources = table["sources"].combine_chunks()
         rows = pc.list_parent_indices(sources).filter(pc.is_in(pc.list_flatten(sources), value_set=wanted))
-        places = pa.array(range(table.num_rows), rows.type)
-        chosen = table.filter(pc.or_(pc.is_in(places, value_set=rows), pc.is_in(table["key"], value_set=wanted)))
-        found += [KnownPassage(row["key"], row["title"], tuple(row["sources"])) for row in chosen.to_pylist()]
+        row_numbers = pa.array(range(table.num_rows), rows.type)
+        chosen = table.filter(pc.or_(pc.is_in(row_numbers, value_set=rows), pc.is_in(table["key"], value_set=wanted)))
+        found += [PassageRef(row["key"], row["title"], tuple(row["sources"])) for row in chosen.to_pylist()]
     known = {name for passage in found for name in (passage.key, *passage.sources)}
-    unknown = sorted(name for name in {*names} - known if not is_key(name))
+    unknown = sorted(name for name in {*names} - known if not is_checksum(name))
     if unknown:
         raise InputError(
             f"store = {store.url!r}: the corpus {corpus_version} has no passage {', '.join(unknown[:5])}",
@@ -53,16 +53,11 @@ def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> li
     return sorted(found, key=lambda passage: passage.key)
 
 
-def is_key(name: str) -> bool:
-    """Whether a name has the form of a passage's key."""
-    return _KEY.fullmatch(name) is not None
-
-
 def corpus_parts(store: Store, version: str) -> list[str]:
-    """Return the parts of a corpus version.
+    """Return the names of the Parquet parts of a corpus version.
 
     Raises:
-        StoreError: when it has no readable manifest.
+        StoreError: if it has no readable manifest.
     """
     name = f"corpus/{version}/manifest.json"
     try:
@@ -71,13 +66,13 @@ def corpus_parts(store: Store, version: str) -> list[str]:
             return [str(part) for part in document["parts"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise StoreError(f"{store.url}/{name}: missing, altered, or names no parts", "run `prag repair`")
+    raise StoreError(f"{store.url}/{name}: missing, altered, or without parts", "run `prag repair`")
 
 
 def put_augmentations(store: Store, recipe: str, rows: Iterable[Augmentation]) -> str:
-    """Store augmentations of one augment recipe as they are made, each with its digest in a column of its own.
+    """Store augmentations of one augment recipe, and return the part's name.
 
-    Who asks what is done reads the digests alone, not the texts.
+    Each row has its digest in a column of its own, so that a survey of what is done need not read the texts.
     """
     rows = list(rows)
     digests = pa.array([row.digest for row in rows], pa.string())
@@ -86,6 +81,35 @@ def put_augmentations(store: Store, recipe: str, rows: Iterable[Augmentation]) -
 
 
 def put_rejects(store: Store, run: str, rows: Sequence[Reject]) -> None:
-    """Store rejects, by the stage that gave them up."""
+    """Store rejects, in a part for each stage."""
     for stage in sorted({row.stage for row in rows}):
         store.put_table(f"rejects/{stage}/{run}", to_table(Reject, [row for row in rows if row.stage == stage]))
+
+
+def clear_rejects(store: Store, stage: str | None, reason: str | None) -> int:
+    """Remove rejects, so that the next run tries their inputs again.
+
+    Args:
+        store: The store.
+        stage: Only rejects of this stage; None for all stages.
+        reason: Only rejects with this reason; None for all reasons.
+
+    Returns:
+        The number of different inputs whose rejects were removed.
+
+    Raises:
+        StoreError: if a part of the rejects cannot be read.
+    """
+    cleared: set[tuple[str, str, str]] = set()
+    for part in store.list(f"rejects/{stage}" if stage else "rejects", ".parquet"):
+        table = store.get_table(Reject, [part])
+        matches = pc.equal(table["reason"], reason) if reason else pc.is_valid(table["reason"])
+        chosen = table.filter(matches)
+        if not chosen.num_rows:
+            continue
+        cleared |= {(row.stage, row.key or row.source, row.recipe) for row in from_table(Reject, chosen)}
+        rest = table.filter(pc.invert(matches))
+        if rest.num_rows:
+            store.put_table(posixpath.dirname(part), rest)
+        store.remove(part)
+    return len(cleared)

@@ -13,13 +13,13 @@ from prag_core.errors import AdapterError
 from prag_core.identity import checksum, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import TrainedAdapter
-from prag_core.maintenance.inventory import Finding, kind_of, list_snapshots, serving_id
+from prag_core.maintenance.inventory import Finding, check_snapshots, object_kind, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
     check_object,
+    check_pins_and_lease,
     check_references,
     check_shards,
-    check_singles,
     is_checkable,
     ledger_rows,
 )
@@ -28,12 +28,7 @@ from prag_core.records import LedgerRow, Passage, Reject, to_table
 from prag_core.retrieval.archive import StoredIndex
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
 from prag_core.store.objects import Store
-from prag_core.store.snapshot import (
-    current_id,
-    load_snapshot,
-    make_snapshot,
-    publish,
-)
+from prag_core.store.snapshot import current_id, load_snapshot, make_snapshot, publish
 from prag_core.store.tables import put_augmentations, put_rejects
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_augmentation, make_passage
@@ -47,12 +42,12 @@ VERSION, INDEX = "c0ffee", "1d"
 def verify(store: Store, full: bool = True) -> list[Finding]:
     """All checks in one process, in the order in which the pipeline does them on Ray."""
     objects = [item.name for item in store.objects()]
-    snapshots, findings = list_snapshots(store)
-    findings += check_references(objects, snapshots, serving_id(store)) + check_singles(store, snapshots)
+    snapshots, findings = check_snapshots(store)
+    findings += check_references(objects, snapshots, serving_id(store)) + check_pins_and_lease(store, snapshots)
     for name in filter(is_checkable, objects):
         findings += check_object(store, name, full)
     broken = {finding.name for finding in findings}
-    parts = [name for name in objects if kind_of(name) == "ledger" and name not in broken]
+    parts = [name for name in objects if object_kind(name) == "ledger" and name not in broken]
     tables = [ledger_rows(store, part) for part in parts]
     return findings + check_shards(store, pa.concat_tables([ROWS.empty_table(), *tables]), full)
 
@@ -129,7 +124,7 @@ def served(store: Store) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def all_snapshots(store: Store) -> set[str]:
-    return {snapshot.id for snapshot in list_snapshots(store)[0]}
+    return {snapshot.id for snapshot in check_snapshots(store)[0]}
 
 
 def is_trained(layout: LoraLayout, key: str, factors: dict[str, torch.Tensor], seed: int = 0) -> bool:

@@ -27,7 +27,7 @@ from prag_core.identity import passage_key
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.lora import Injector, stack_rows
 from prag_core.maintenance.inventory import Finding
-from prag_core.maintenance.repair import Repaired
+from prag_core.maintenance.repair import RepairResult
 from prag_core.records import LedgerRow, from_table
 from prag_core.store.adapters import LedgerSource, open_adapters
 from prag_core.store.objects import Store
@@ -176,7 +176,7 @@ def test_what_was_mended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = Finding("adapters/r/shards/s.safetensors", "checksum", "bytes of 1 of 3 adapters were altered", ("k",))
     verified = VerifyReport(True, 20, 1000, 1.0, (finding,))
     stages = [{"stage": "corpus", "done": 7, "earlier": 0}, {"stage": "train", "done": 6, "earlier": 5}]
-    repaired = Repaired(("k",), ("part",), ("a", "b"), {}, "old")
+    repaired = RepairResult(("k",), ("part",), ("a", "b"), {}, "old")
     cli_store._show_repair(RepairReport(verified, repaired, {"snapshot": "new", "stages": stages}))
     cli_store._show_repair(RepairReport(verified, repaired, None))
     cli_store._show_repair(RepairReport(replace(verified, findings=()), None, None))

@@ -20,8 +20,9 @@ from prag_core.inference.request import Request
 from prag_core.inference.service import Service, open_service
 from prag_core.records import Answer, Passage, to_table
 from prag_core.store.objects import Store
+from prag_core.store.pins import kept_snapshots
 from prag_core.store.runs import hold_lease
-from prag_core.store.snapshot import kept_snapshots, list_snapshots, load_snapshot
+from prag_core.store.snapshot import list_snapshots, load_snapshot
 from tests.helpers.passages import make_augmentation, make_passage
 from tests.helpers.workspace import Workspace, stage
 
@@ -155,8 +156,8 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     removed = {p.sources for p in old[10:15]}
     added = [make_passage(n, words=4) for n in range(300, 310)]
     kept = [p for p in old[10:] if p.sources not in removed]
-    renamed = Passage(kept[50].key, kept[50].title, kept[50].text, ("another",))
-    tonight = [*changed, *reversed(kept[:20]), *kept[20:50], renamed, *kept[51:], *added]
+    with_id = Passage(kept[50].key, kept[50].title, kept[50].text, ("another",))
+    tonight = [*changed, *reversed(kept[:20]), *kept[20:50], with_id, *kept[51:], *added]
     lines = [json.dumps({"id": p.sources[0], "title": p.title, "text": p.text}) for p in tonight]
     (tmp_path / "tonight.jsonl").write_text("\n".join(lines))
     augmentations = tmp_path / "tonight_augmentations.jsonl"

@@ -17,26 +17,24 @@ from prag_core.errors import AdapterError, InputError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import find_targets
-from prag_core.maintenance.compaction import corpus_keys, mark_live, put_rows, record_compaction, settle
-from prag_core.maintenance.erasure import erase_rows, holding, snapshots_to_keep
+from prag_core.maintenance.compaction import compact_shards, corpus_keys, mark_live, put_rows, record_compaction
+from prag_core.maintenance.erasure import erase_rows, parts_holding, snapshots_to_keep
 from prag_core.maintenance.garbage import collect, find_garbage, needed_corpora
-from prag_core.maintenance.inventory import kind_of
+from prag_core.maintenance.inventory import object_kind
 from prag_core.maintenance.repair import repair
 from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.store.adapters import AdapterStore, LedgerSource, find_row, open_adapters
 from prag_core.store.ledger import Compaction, compactions, replaced_parts, visible_parts
 from prag_core.store.objects import Store
+from prag_core.store.pins import kept_snapshots, pin, unpin
 from prag_core.store.runs import RunInputs, put_inputs
 from prag_core.store.shards import keys_in
 from prag_core.store.snapshot import (
     current_id,
     forgotten_keys,
-    kept_snapshots,
     load_snapshot,
-    pin,
     publish,
     rollback,
-    unpin,
     with_ledger,
     with_tombstones,
     without_tombstones,
@@ -99,7 +97,7 @@ def compact(store: Store, corpora: Sequence[str] = (), since: float = math.inf) 
     snapshot = load_snapshot(store)
     forgotten = snapshot.tombstones
     marked = mark(store, snapshot.ledger_parts, {snapshot.corpus_version, *corpora}, since)
-    rows = settle(store, marked, forgotten)
+    rows = compact_shards(store, marked, forgotten)
     part = put_rows(store, snapshot.recipe, rows)
     record_compaction(store, snapshot.recipe, Compaction((part,), tuple({*snapshot.ledger_parts} - {part})))
     publish(store, with_ledger(snapshot, [part], len(rows)), replaces=snapshot.id)
@@ -121,9 +119,9 @@ def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, l
     assert [row.key for row in rows] == sorted(KEYS)
     assert visible_parts(store, RECIPE.fingerprint) == [part]
     # The shard of 8 with 3 live ones was written anew, the one of 5 stays, of the oldest only the untouched stay.
-    assert {kind_of(name) for name in clean(store, keep=3)} == set()
+    assert {object_kind(name) for name in clean(store, keep=3)} == set()
     gone = clean(store)
-    assert {kind_of(name) for name in gone} == {"snapshots", "ledger", "compactions", "shards"}
+    assert {object_kind(name) for name in gone} == {"snapshots", "ledger", "compactions", "shards"}
     assert set(old.ledger_parts) <= gone
     assert store.list("adapters", ".parquet") == [part]
     assert compactions(store, RECIPE.fingerprint) == {}
@@ -136,7 +134,7 @@ def test_a_compaction_leaves_one_row_a_key_and_gc_takes_the_rest(store: Store, l
     # There is nothing left to compact or to collect, and the next run finds everything done.
     before = {item.name for item in store.objects()}
     marked = mark(store, [part], {VERSION})
-    assert put_rows(store, RECIPE.fingerprint, settle(store, marked, ())) == part
+    assert put_rows(store, RECIPE.fingerprint, compact_shards(store, marked, ())) == part
     assert clean(store) == set()
     assert {item.name for item in store.objects()} == before
 
@@ -308,7 +306,7 @@ def test_checked_mended_compacted_and_collected_on_s3(s3_server: S3Server, layou
     assert verify(store) == []
     run_again(store, layout)
     compact(store)
-    assert {kind_of(name) for name in clean(store)} >= {"snapshots", "ledger", "shards"}
+    assert {object_kind(name) for name in clean(store)} >= {"snapshots", "ledger", "shards"}
     assert verify(store) == []
     assert all(is_trained(layout, key, factors, seed_of(key)) for key, factors in served(store).items())
     assert len(served(store)) == len(KEYS)
@@ -335,7 +333,7 @@ def holders(store: Store, key: str) -> set[str]:
             with pa.BufferReader(data) as stream:
                 data = str(pa.parquet.read_table(stream).to_pylist()).encode()
         if key.encode() in data:
-            found.add(kind_of(item.name))
+            found.add(object_kind(item.name))
     return found
 
 
@@ -391,7 +389,7 @@ def test_a_pinned_snapshot_holds_what_was_forgotten_and_it_is_said(store: Store,
     assert set(kept) == {first.id, str(current_id(store))}
     clean(store, keep=5)
     assert load_snapshot(store, first.id) == first
-    assert holding(store, [first], [KEYS[1]]) == held
+    assert parts_holding(store, [first], [KEYS[1]]) == held
     unpin(store, first.id)
     clean(store, keep=5)
     assert "shards" not in holders(store, KEYS[1])

@@ -25,31 +25,29 @@ from prag_core.llm.lora import find_targets
 from prag_core.maintenance.compaction import put_rows, record_compaction
 from prag_core.maintenance.erasure import erase_rows
 from prag_core.maintenance.garbage import collect, find_garbage, recent_inputs
-from prag_core.maintenance.inventory import Finding, kind_of, serving_id, usage
-from prag_core.maintenance.repair import forget_rejects, repair
+from prag_core.maintenance.inventory import Finding, count_usage, object_kind, serving_id
+from prag_core.maintenance.repair import repair
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow, Passage, Reject, from_dict, from_table, to_table
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters, put_start
 from prag_core.store.ledger import Compaction
 from prag_core.store.objects import Store
+from prag_core.store.pins import PINS, pin, pinned
 from prag_core.store.runs import LEASE, LeaseRecord, RunInputs, acquire_lease, put_inputs
 from prag_core.store.shard_codec import pack_shard
 from prag_core.store.shards import move_adapters
 from prag_core.store.snapshot import (
-    PINS,
     current_id,
     forgotten_keys,
     forgotten_now,
     load_snapshot,
-    pin,
-    pinned,
     publish,
     put_snapshot,
-    renamed,
     rollback,
+    with_id,
     with_tombstones,
 )
-from prag_core.store.tables import put_rejects
+from prag_core.store.tables import clear_rejects, put_rejects
 from tests.helpers.adapters import random_adapter
 from tests.helpers.stores import (
     INDEX,
@@ -136,17 +134,17 @@ def damage(store: Store, seed: int) -> list[str]:
     how = choice.choice(["flip", "flip", "cut", "remove", "swap"])
     if how == "swap":
         kind = choice.choice(["shards", "ledger"])
-        first, second = choice.sample([name for name in names if kind_of(name) == kind], 2)
+        first, second = choice.sample([name for name in names if object_kind(name) == kind], 2)
         one, other = store.get(first), store.get(second)
         store.put(first, other)
         store.put(second, one)
         return [first, second]
     if how == "remove":
         # Nothing names these: the next run finds their passages without an augmentation, or not given up.
-        names = [name for name in names if kind_of(name) not in NOBODY_NAMES and name != PINS]
+        names = [name for name in names if object_kind(name) not in NOBODY_NAMES and name != PINS]
     # Every kind of object as often as any other.
-    kind = choice.choice(sorted({kind_of(name) for name in names}))
-    name = choice.choice([name for name in names if kind_of(name) == kind])
+    kind = choice.choice(sorted({object_kind(name) for name in names}))
+    name = choice.choice([name for name in names if object_kind(name) == kind])
     data = store.get(name)
     if how == "remove":
         store.remove(name)
@@ -184,7 +182,7 @@ def test_200_random_damages_are_found_never_used_and_mended(
         try:
             assert all(is_sound(key, factors) for key, factors in served(store).items()), (seed, damaged)
         except (StoreError, TypeError, KeyError, ValueError):
-            assert kind_of(damaged[0]) in ("ledger", "recipes", "snapshots"), (seed, damaged)
+            assert object_kind(damaged[0]) in ("ledger", "recipes", "snapshots"), (seed, damaged)
         # 3. Mended: what is left can be served, and after a run everything is there again.
         acquire_lease(store, "repair", take_over=damaged == [LEASE]).release()
         mended = repair(store, findings)
@@ -225,7 +223,7 @@ def test_good_neighbours_of_a_damaged_adapter_are_kept_as_they_are(store: Store,
 
 
 def test_bytes_too_many_are_found_and_a_whole_shard_comes_out(store: Store) -> None:
-    shard = next(item.name for item in store.objects() if kind_of(item.name) == "shards")
+    shard = next(item.name for item in store.objects() if object_kind(item.name) == "shards")
     store.put(shard, store.get(shard) + b"more")
     findings = verify(store)
     assert [(finding.name, finding.kind, finding.keys) for finding in findings] == [(shard, "checksum", ())]
@@ -282,7 +280,7 @@ def test_a_repair_that_is_killed_loses_nothing(
 
 
 def test_a_fast_check_finds_what_is_missing_or_cut_short(store: Store) -> None:
-    shards = [item.name for item in store.objects() if kind_of(item.name) == "shards"]
+    shards = [item.name for item in store.objects() if object_kind(item.name) == "shards"]
     store.remove(shards[0])
     data = store.get(shards[1])
     store.put(shards[1], data[:-10])
@@ -351,7 +349,7 @@ def test_what_was_forgotten_outlives_the_snapshot_that_said_so(store: Store, lay
     once = with_tombstones(first, keys[:1])
     publish(store, once)
     write_index(store, "other", VERSION)
-    lost = renamed(replace(with_tombstones(first, []), index="other"))
+    lost = with_id(replace(with_tombstones(first, []), index="other"))
     put_snapshot(store, lost)
     last = with_tombstones(once, keys[1:2])
     publish(store, last)
@@ -383,7 +381,7 @@ def test_a_repair_does_not_remove_what_was_missing_and_is_there(store: Store) ->
     findings = [Finding("CURRENT", "not_readable"), Finding(document, "missing", repairable=False)]
     assert repair(store, findings).removed == ()
     assert load_snapshot(store) == snapshot
-    shard = next(item.name for item in store.objects() if kind_of(item.name) == "shards")
+    shard = next(item.name for item in store.objects() if object_kind(item.name) == "shards")
     store.remove(shard)
     mended = repair(store, verify(store))
     assert shard not in mended.removed
@@ -462,7 +460,7 @@ def test_what_only_a_dropped_snapshot_named_goes_with_it(store: Store, layout: L
     new = snapshot_now(store, adapters, "v2", "2d")
     assert take(store, {str(old), new}) == set()
     gone = take(store, {new})
-    assert {kind_of(name) for name in gone} == {"corpus", "indexes", "ledger", "recipes", "shards", "snapshots"}
+    assert {object_kind(name) for name in gone} == {"corpus", "indexes", "ledger", "recipes", "shards", "snapshots"}
     assert all(VERSION in n or INDEX in n.split("/") or RECIPE.fingerprint in n or str(old) in n for n in gone)
     assert verify(store) == []
     assert set(served(store)) == set(SEEDS)
@@ -489,7 +487,7 @@ def test_what_recent_runs_and_kept_snapshots_work_with_stays(store: Store, layou
     assert take(store, {*kept, other}, grace_s=3600) == set()
     # 3. Nobody needs it any more.
     gone = take(store, kept, grace_s=3600)
-    assert {kind_of(name) for name in gone} == {"corpus", "ledger", "recipes", "shards", "snapshots"}
+    assert {object_kind(name) for name in gone} == {"corpus", "ledger", "recipes", "shards", "snapshots"}
     assert verify(store) == []
 
 
@@ -552,7 +550,7 @@ def test_a_snapshot_that_was_just_collected_is_not_chosen(
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "swap", swap)
-        with pytest.raises(ConflictError, match="taking the snapshot"):
+        with pytest.raises(ConflictError, match="removing the snapshot"):
             choose(store, old)
     assert (current_id(store), pinned(store)) == (new.id, ())
     assert all_snapshots(store) == snapshots - {old}
@@ -642,14 +640,14 @@ def test_gc_refuses_a_store_it_cannot_read(store: Store, layout: LoraLayout) -> 
 
 def test_usage_counts_every_byte(store: Store) -> None:
     objects = store.objects()
-    counted = usage(store, objects, 7)
+    counted = count_usage(store, objects, 7)
     on_disk = sum(
         path.stat().st_size for path in Path(store.url).rglob("*") if path.suffix != ".lock" and path.is_file()
     )
     assert sum(counted.size_bytes.values()) == on_disk
     assert counted.adapters == len(PASSAGES)
     assert counted.objects["shards"] == 4
-    shards = sum(item.size_bytes for item in objects if kind_of(item.name) in ("shards", "ledger"))
+    shards = sum(item.size_bytes for item in objects if object_kind(item.name) in ("shards", "ledger"))
     assert counted.bytes_per_adapter == shards / len(PASSAGES)
 
 
@@ -661,12 +659,12 @@ def test_rejects_are_forgotten_by_stage_and_reason(store: Store) -> None:
     rows = [Reject("augment", reason, "", f"p{n}", f"k{n}") for n, reason in enumerate(["no_pairs", "other"])]
     put_rejects(store, "run1", [*rows, Reject("train", "loss_not_finite", "", "p7", "k7")])
     put_rejects(store, "run2", rows)  # the same again, by another run
-    assert forget_rejects(store, "augment", "nothing like it") == 0
-    assert forget_rejects(store, "train", "no_pairs") == 0
-    assert forget_rejects(store, "augment", "no_pairs") == 2  # k0, and k99 of the first run
+    assert clear_rejects(store, "augment", "nothing like it") == 0
+    assert clear_rejects(store, "train", "no_pairs") == 0
+    assert clear_rejects(store, "augment", "no_pairs") == 2  # k0, and k99 of the first run
     assert set(reasons()) == {"augment/other/k1", "train/loss_not_finite/k7"}
     assert verify(store) == []
-    assert forget_rejects(store, None, None) == 2
+    assert clear_rejects(store, None, None) == 2
     assert reasons() == []
 
 

@@ -12,7 +12,7 @@ from pipelines.serving.periodic_task import PeriodicTask
 from prag_core.errors import EngineStuckError
 from prag_core.identity import seal
 from prag_core.llm.base_model import BaseModel
-from prag_core.store.snapshot import load_snapshot, publish, renamed
+from prag_core.store.snapshot import load_snapshot, publish, with_id
 from tests.helpers.serving import World
 
 
@@ -32,7 +32,7 @@ def test_a_failed_check_is_repeated_whatever_the_error(tiny_session: BaseModel, 
         task = PeriodicTask(refresh, 0.001, lambda: failures.append(service.snapshot))
         # A recipe that this version does not know: the job raises something other than a PragError.
         world.store.put_json("adapters/newer/recipe.json", seal({"recipe": {}, "layout": {}}))
-        publish(world.store, renamed(replace(load_snapshot(world.store), recipe="newer")))
+        publish(world.store, with_id(replace(load_snapshot(world.store), recipe="newer")))
         await until(lambda: len(failures) > 1)
         task.check()
         repaired = world.publish(shift=1, count=2)

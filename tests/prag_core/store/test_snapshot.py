@@ -12,20 +12,18 @@ import pytest
 from prag_core.errors import ConflictError, StoreError
 from prag_core.maintenance.garbage import find_garbage
 from prag_core.store.objects import Store
+from prag_core.store.pins import kept_snapshots, pin, pinned, unpin
 from prag_core.store.snapshot import (
     Snapshot,
     current_id,
-    kept_snapshots,
+    document_name,
     list_snapshots,
     load_snapshot,
     make_snapshot,
-    pin,
-    pinned,
     publish,
     put_candidate,
-    renamed,
     rollback,
-    unpin,
+    with_id,
     with_tombstones,
 )
 
@@ -40,7 +38,7 @@ def publish_dated(store: Store, count: int) -> list[str]:
     """Publish snapshots of as many days."""
     ids = []
     for day in range(count):
-        dated = renamed(replace(snapshot_of(f"p{day}"), created=f"2026-01-{day + 1:02}T00:00:00+00:00"))
+        dated = with_id(replace(snapshot_of(f"p{day}"), created=f"2026-01-{day + 1:02}T00:00:00+00:00"))
         publish(store, dated)
         ids.append(dated.id)
     return ids
@@ -124,7 +122,7 @@ def test_the_newest_the_pinned_and_the_one_in_service_are_kept(store: Store) -> 
 
 def test_candidates_that_never_served_push_nothing_out(store: Store) -> None:
     ids = publish_dated(store, 3)
-    failed = [renamed(replace(snapshot_of(f"c{n}"), created=f"2099-01-0{n + 1}T00:00:00+00:00")) for n in range(3)]
+    failed = [with_id(replace(snapshot_of(f"c{n}"), created=f"2099-01-0{n + 1}T00:00:00+00:00")) for n in range(3)]
     for candidate in failed:
         put_candidate(store, candidate)
     assert kept_snapshots(store, 2) == [*ids[1:], failed[2].id]
@@ -168,11 +166,11 @@ def test_tombstones_add_up_and_make_another_snapshot(store: Store) -> None:
 @pytest.mark.parametrize("text", ["[]", "not json", '{"other": 1}'])
 def test_documents_that_were_damaged_are_named(store: Store, text: str) -> None:
     (id,) = publish_dated(store, 1)
-    store.put(f"snapshots/{id}.json", text.encode())
+    store.put(document_name(id), text.encode())
     with pytest.raises(StoreError, match=rf"snapshots/{id}\.json: not (a snapshot|JSON)"):
         load_snapshot(store)
     store.put("CURRENT", text.encode())
-    with pytest.raises(StoreError, match="CURRENT: does not say 'snapshot'"):
+    with pytest.raises(StoreError, match="CURRENT: has no field 'snapshot'"):
         load_snapshot(store)
 
 
@@ -184,8 +182,6 @@ def test_a_snapshot_that_was_altered_is_none(store: Store, field: str, value: ob
     """Least of all may a passage be taken off the list of what was forgotten."""
     snapshot = with_tombstones(snapshot_of("p1"), ["a", "b"])
     publish(store, snapshot)
-    store.put_json(
-        f"snapshots/{snapshot.id}.json", {**json.loads(store.get(f"snapshots/{snapshot.id}.json")), field: value}
-    )
+    store.put_json(document_name(snapshot.id), {**store.get_json(document_name(snapshot.id)), field: value})
     with pytest.raises(StoreError, match=rf"snapshots/{snapshot.id}\.json: not a snapshot"):
         load_snapshot(store)
