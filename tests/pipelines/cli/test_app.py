@@ -1,4 +1,4 @@
-"""What a user gets wrong is an error that names the file, the field and the remedy, before anything starts."""
+"""A user's mistake is reported before anything starts, with the file, the field and the remedy."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_an_empty_corpus_file_is_named(folder: Path, prag: Prag) -> None:
     assert "empty" in output
 
 
-def test_what_is_wrong_is_said_before_seconds_of_imports(folder: Path) -> None:
-    # Whoever imports torch or Ray from here on finds a package that cannot be imported.
+def test_a_wrong_setting_is_reported_before_torch_and_ray_are_imported(folder: Path) -> None:
+    # From here on, importing torch or Ray fails.
     (folder / "hidden").mkdir()
     for name in ("torch", "ray"):
         (folder / "hidden" / f"{name}.py").write_text("raise RuntimeError('hidden by the test')\n")
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said_before_seconds_of_imports(folder: Path) -> None:
         assert (code, "did you mean small?" in output) == (2, True), output
 
 
-def test_a_process_says_what_is_wrong_and_how_it_ended(folder: Path) -> None:
+def test_a_process_ends_with_the_message_and_the_exit_code(folder: Path) -> None:
     code, output = prag_process(folder, "run", "-c", "config.yaml", "--set", "train.epoch=1")
     assert (code, "did you mean train.epochs?" in output) == (2, True), output
 
@@ -135,7 +135,7 @@ def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, s
     assert (found, message in " ".join(output.replace("│", " ").split())) == (code, True), output
 
 
-def test_nothing_published_is_said(prag: Prag) -> None:
+def test_a_store_without_a_snapshot_is_reported(prag: Prag) -> None:
     code, output = prag("ask", "-c", "config.yaml", "Why?")
     assert code == 5
     assert "run `prag run` first" in output
@@ -144,10 +144,10 @@ def test_nothing_published_is_said(prag: Prag) -> None:
     assert json.loads(output)["snapshot"] is None
 
 
-def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
+def test_an_answer_is_shown_with_its_reasoning_and_without_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a model or a passage wrote is no markup of the terminal's."""
+    """Text of a model or a passage is not read as the terminal's markup."""
     monkeypatch.setattr(terminal.out, "file", sys.stdout)
     used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]")
     _show_answers(
@@ -164,7 +164,7 @@ def test_an_answer_is_shown_with_its_reasoning_and_as_it_is(
     assert "Nobody" in shown
 
 
-def test_help_teaches(prag: Prag) -> None:
+def test_help_names_exit_codes_and_options(prag: Prag) -> None:
     code, output = prag("--help")
     assert code == 0
     words = " ".join(output.replace("│", " ").split())

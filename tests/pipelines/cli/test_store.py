@@ -1,4 +1,4 @@
-"""The operator's verbs on a real small store: run, damage, repair, forget, collect, and everything between."""
+"""The operator's commands on a small real store: verify, repair, forget, gc, export, import, snapshots."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def served(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {passage.key: source.get(passage.key) for passage in PASSAGES if passage.key in source}
 
 
-def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> None:
+def test_damage_is_repaired_and_a_passage_forgotten_meanwhile_is_removed(folder: Path) -> None:
     before, store, victim = served(folder), store_of(folder), PASSAGES[2]
     rows = rows_of(folder)
     assert len(before) == 6
@@ -122,18 +122,18 @@ def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> 
     assert {(f["name"], f["kind"]) for f in found["findings"]} == {(flipped.shard, "checksum"), (part, "checksum")}
     assert [f["keys"] for f in found["findings"] if f["name"] == flipped.shard] == [[flipped.key]]
 
-    # 2. Mended by one command; a passage that is forgotten while it works is not published over.
+    # 2. One command repairs it. A passage that is forgotten meanwhile is not published over.
     earlier = set(store.list("runs", "inputs.json"))
-    mending = start("repair")
+    repairing = start("repair")
     deadline = time.monotonic() + 240
     while set(store.list("runs", "inputs.json")) == earlier:
-        assert mending.poll() is None, mending.communicate()[1][-3000:]
+        assert repairing.poll() is None, repairing.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     code, printed = call("forget", victim.sources[0])
     assert (code, victim.key in printed) == (0, True)
-    message = mending.communicate(timeout=240)[1]
-    assert (mending.returncode, "another publisher" in message) == (ConflictError.exit_code, True), message[-3000:]
+    message = repairing.communicate(timeout=240)[1]
+    assert (repairing.returncode, "another publisher" in message) == (ConflictError.exit_code, True), message[-3000:]
 
     # 3. The run after it publishes what was made again; the corpus file has the forgotten one, the corpus has not. A
     # passage has another text now, and so is another one.
@@ -171,7 +171,7 @@ def test_damage_is_mended_and_what_is_forgotten_meanwhile_goes(folder: Path) -> 
     assert check(store) == []
 
 
-def test_what_was_mended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal.out, "file", io.StringIO())
     finding = Finding("adapters/r/shards/s.safetensors", "checksum", "bytes of 1 of 3 adapters were altered", ("k",))
     verified = VerifyReport(True, 20, 1000, 1.0, (finding,))
@@ -248,7 +248,7 @@ def test_snapshots_are_listed_pinned_and_rolled_back_to(folder: Path) -> None:
     assert (code, "in service" in printed, "pinned" in printed) == (0, True, True)
     assert json.loads(call("snapshots", "show", "--json")[1])["tombstones"] == [PASSAGES[3].key]
     assert PASSAGES[3].key in call("snapshots", "show", second)[1]
-    # Rolled back, and yet nothing that was forgotten comes back.
+    # A rollback does not bring back a forgotten passage.
     code, printed = call("snapshots", "rollback", first, "--json")
     serving = json.loads(printed)["serving"]
     assert (code, serving) == (0, current_id(store))

@@ -1,4 +1,4 @@
-"""The HTTP API on a real service with a tiny model, in this process: what goes in, what comes out, what is refused."""
+"""The HTTP API on a real service with a tiny model, in this process: requests, responses and errors."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_stream_is_the_answer_in_pieces(api: Api) -> None:
     assert {**told, "timings_ms": 0} == {**whole, "timings_ms": 0}
 
 
-def test_a_batch_answers_each_in_its_place(api: Api) -> None:
+def test_a_batch_keeps_the_order_of_its_questions(api: Api) -> None:
     asked = [{"question": f"What is Quorl {n}?", "mode": mode} for n in range(3) for mode in MODES]
     asked.insert(5, {"question": "  "})
     together = api.post("/v1/batch", {"requests": asked}).json()["answers"]
@@ -173,7 +173,7 @@ def test_a_batch_answers_each_in_its_place(api: Api) -> None:
         (b'"question"', 422, "invalid_request"),
     ],
 )
-def test_what_is_wrong_is_named(api: Api, body: bytes, status: int, code: str) -> None:
+def test_a_wrong_body_gets_a_status_and_a_code(api: Api, body: bytes, status: int, code: str) -> None:
     response = api.post("/v1/answer", content=body, headers={"content-type": "application/json"})
     assert error_of(response) == (status, code)
 
@@ -216,7 +216,7 @@ def test_only_the_modes_that_are_served(service: Service, config: Config) -> Non
     assert [m["id"] for m in narrow.get("/v1/models").json()["data"]] == ["tiny-model0:prag", "tiny-model0:closed"]
 
 
-def test_keys_rates_and_who_sees_what(service: Service, config: Config, tmp_path: Path) -> None:
+def test_keys_and_their_rates(service: Service, config: Config, tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     key = file.add("anna", rate_per_minute=6)
     guarded = Api(service, config, KeyRing(file.path))
@@ -233,7 +233,7 @@ def test_keys_rates_and_who_sees_what(service: Service, config: Config, tmp_path
     assert error_of(guarded.get("/v1/models", headers=bearer)) == (401, "unauthorized")
 
 
-def test_too_much_is_turned_away_and_the_rest_is_answered(config: Config) -> None:
+def test_overload_is_refused_and_accepted_questions_are_answered(config: Config) -> None:
     small = limited(config, slots=1, max_queue=1)
     service = open_service(small, open_store(small))
     api = Api(service, small)
@@ -252,12 +252,12 @@ def test_too_much_is_turned_away_and_the_rest_is_answered(config: Config) -> Non
     assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
 
 
-def test_a_deadline_that_passed_is_said(api: Api) -> None:
+def test_a_missed_deadline_is_an_error(api: Api) -> None:
     response = api.post("/v1/answer", {"question": QUESTION, "deadline_s": 1e-6})
     assert error_of(response) == (504, "deadline_exceeded")
 
 
-def test_metrics_count_what_happened(service: Service, config: Config) -> None:
+def test_metrics_count_questions_by_outcome(service: Service, config: Config) -> None:
     api = Api(service, config)
     api.post("/v1/answer", {"question": QUESTION, "mode": "prag", "top_k": 2})
     api.post("/v1/answer", {"question": QUESTION, "mode": "rag", "top_k": 1, "stream": True})
@@ -279,7 +279,7 @@ def test_metrics_count_what_happened(service: Service, config: Config) -> None:
     assert merged_twice.count('prag_open_requests{replica="') == 2
 
 
-def test_every_metric_is_explained_and_shown(api: Api) -> None:
+def test_every_metric_is_in_the_documents_and_the_dashboard(api: Api) -> None:
     names = {line.split()[2] for line in api.get("/metrics").text.splitlines() if line.startswith("# TYPE prag_")}
     docs = Path(__file__).parents[3] / "docs"
     explained, shown = (docs / "serving.md").read_text(), (docs / "grafana.json").read_text()
@@ -298,7 +298,7 @@ def test_the_openapi_document_has_examples_that_work(api: Api) -> None:
     assert schemas["AnswerResponse"]["examples"]
 
 
-def test_a_client_that_goes_away_is_counted_and_leaves_nothing(service: Service, config: Config) -> None:
+def test_a_disconnected_client_is_counted_and_frees_its_slot(service: Service, config: Config) -> None:
     api = Api(service, config)
     body = json.dumps({"question": QUESTION, "max_tokens": 256, "mode": "prag"}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]

@@ -1,4 +1,4 @@
-"""`prag serve` as users run it: Ray Serve, the store on S3, faults under load, more replicas and fewer."""
+"""`prag serve` as users run it: Ray Serve, the store on S3, faults under load, autoscaling."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def until(holds: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
-def test_it_says_how_to_ask_and_answers_as_prag_ask(world: World) -> None:
+def test_the_welcome_shows_a_request_and_answers_equal_prag_ask(world: World) -> None:
     assert f"curl {world.server.url}/v1/answer" in world.server.welcome
     engine = open_engine(open_store(world.config), world.config)
     for mode in MODES:
@@ -115,7 +115,7 @@ def test_it_says_how_to_ask_and_answers_as_prag_ask(world: World) -> None:
     assert world.http.get("/readyz").json() == {"snapshot": world.snapshots[-1].id}
 
 
-def test_an_openai_client_works_by_its_base_url(world: World) -> None:
+def test_an_openai_client_works_with_another_base_url(world: World) -> None:
     client = openai.OpenAI(base_url=f"{world.server.url}/v1", api_key="none", max_retries=0)
     ids = [model.id for model in client.models.list()]
     assert {id.partition(":")[2] for id in ids} == {*MODES, ""}
@@ -394,7 +394,7 @@ def test_faults_under_load_give_no_wrong_answer(world: World) -> None:
     assert not psutil.pid_exists(killed.pid) or killed.status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_is_under_way_at_the_end_is_answered(world: World) -> None:
+def test_requests_under_way_are_answered_when_the_server_stops(world: World) -> None:
     """The last of this server: a batch of some seconds and a stream are under way when it is told to end."""
     asked = {"mode": "prag", "max_tokens": 256, "temperature": 1.5}
     questions = [{**asked, "question": f"What is Quorl {n % len(PASSAGES)}?", "seed": n} for n in range(32)]
@@ -412,7 +412,7 @@ def test_what_is_under_way_at_the_end_is_answered(world: World) -> None:
     assert world.server.process.wait(WAIT_S) == 0
 
 
-def test_the_config_file_for_a_cluster_is_one_that_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_serve_accepts_the_config_file_for_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     document = yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(document)

@@ -1,4 +1,4 @@
-"""What a configuration means for the server, and what is refused before anything starts."""
+"""The server's settings: what they become, and which ones are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_port_that_another_server_has_is_named() -> None:
             serve_here(config(serve={"port": port}), print)
 
 
-def test_a_replica_takes_what_the_configuration_gives_it() -> None:
+def test_a_replica_has_the_resources_of_the_configuration() -> None:
     plain = deployment(run={"profile": "gpu"})
     assert (plain.ray_actor_options["num_cpus"], plain.ray_actor_options["num_gpus"]) == (2, 1)
     tuned = deployment(run={"profile": "gpu", "actor_cpus": 6, "actor_gpus": 0})

@@ -1,4 +1,4 @@
-"""Keys, rates and limits: who is let in, and who is not."""
+"""API keys, rate limits and the limit of the body's size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_key_is_found_until_it_is_revoked(file: Path) -> None:
     found = ring.find(key)
     assert found is not None
     assert (found.name, found.access, found.rate_per_minute) == ("anna", ("hr", "staff"), 7)
-    # What was nearly right, or is right for another one, is wrong.
+    # An almost right secret, or that of another key, is wrong.
     swapped = "_".join([*other.split("_")[:2], key.split("_", 2)[2]])
     for wrong in ("", "prag", key[:-1], key + "x", key.upper(), f"x{key}", swapped, "prag__", f"prag_{found.id}_", "é"):
         assert ring.find(wrong) is None
@@ -41,7 +41,7 @@ def test_a_key_is_found_until_it_is_revoked(file: Path) -> None:
         KeyFile(file).revoke("anna")
 
 
-def test_the_file_holds_no_key_and_is_its_owners_alone(file: Path) -> None:
+def test_the_file_holds_no_secret_and_only_its_owner_may_read_it(file: Path) -> None:
     key = KeyFile(file).add("anna")
     assert key.split("_", 2)[2] not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -51,7 +51,7 @@ def test_the_file_holds_no_key_and_is_its_owners_alone(file: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no", "[]", '{"keys": 1}', '{"keys": [1]}', '{"keys": [{"id": "a"}]}'])
-def test_a_damaged_file_lets_nobody_in(file: Path, text: str) -> None:
+def test_a_damaged_key_file_refuses_every_key(file: Path, text: str) -> None:
     key = KeyFile(file).add("anna")
     ring = KeyRing(file)
     assert ring.find(key) is not None
@@ -140,11 +140,11 @@ class Asked:
         return json.loads(self.sent[1]["body"])["error"]["code"]
 
 
-def test_a_body_is_counted_while_it_comes_in() -> None:
+def test_a_body_is_counted_as_it_arrives() -> None:
     asked = Asked(ServeConfig(max_body_bytes=1000))
     assert asked(b"x" * 600, b"y" * 400) == 0
     assert asked.body == b"x" * 600 + b"y" * 400
-    # The header is not believed: what matters is what comes.
+    # The header does not count, only the bytes that arrive.
     lying = Asked(ServeConfig(max_body_bytes=1000), headers=[(b"host", b"localhost"), (b"content-length", b"5")])
     assert lying(b"x" * 600, b"y" * 401, *[b"z" * 1000] * 50) == 413
     assert (lying.error, lying.read, lying.body) == ("body_too_large", 2, None)
@@ -161,7 +161,7 @@ def test_without_keys_only_this_machine_is_served_under_its_own_name() -> None:
         assert (asked(b"{}"), asked.error, asked.body) == (401, "unauthorized", None)
 
 
-def test_with_keys_a_caller_is_who_its_key_says(file: Path) -> None:
+def test_a_key_decides_access_and_rate_of_the_caller(file: Path) -> None:
     key = KeyFile(file).add("anna", ["hr"])
     ring = KeyRing(file)
     config = ServeConfig(rate_per_minute=30)
@@ -174,12 +174,12 @@ def test_with_keys_a_caller_is_who_its_key_says(file: Path) -> None:
     assert asked(b"{}") == 0
     assert asked.caller is not None
     assert (asked.caller.access, asked.caller.rate_per_minute) == (frozenset({"hr"}), 30)
-    # What a load balancer asks needs none; what Prometheus asks does.
+    # Load balancers need no key; Prometheus does.
     assert Asked(config, ring, path="/readyz", headers=[])(b"") == 0
     assert Asked(config, ring, path="/metrics", headers=[])(b"") == 401
 
 
-def test_what_is_null_is_left_out() -> None:
+def test_null_means_absent() -> None:
     """OpenAI's clients send null for what they leave out; a limit of a list has nothing to count then."""
     question = {"model": "m", "messages": [{"role": "user", "content": "Why?"}]}
     optional = [name for name, field in ChatRequest.model_fields.items() if field.default is None]

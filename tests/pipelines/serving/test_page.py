@@ -1,4 +1,4 @@
-"""The page of `prag serve` in a real browser: asked, stopped, refused, attacked, looked at."""
+"""The page of `prag serve` in a real browser: questions, stops, errors, injected HTML, accessibility."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
     assert page.browser.complaints() == []
 
 
-def test_what_others_wrote_is_text_and_nothing_else(page: Page, world: World) -> None:
+def test_text_of_users_and_passages_is_never_run_as_html(page: Page, world: World) -> None:
     page.let_in(world.key)
     question = f"{EVIL} What is Quorl 77?"
     page.ask(question)
@@ -198,7 +198,7 @@ def test_what_others_wrote_is_text_and_nothing_else(page: Page, world: World) ->
     assert broken == "connect-src"
 
 
-def test_who_is_refused_is_told_what_to_do(page: Page, world: World) -> None:
+def test_a_refused_user_sees_what_to_do(page: Page, world: World) -> None:
     # A wrong key leaves the form, and asks again.
     page.find("#key").send_keys("prag_wrong_key", Keys.ENTER)
     page.until(lambda: page.text("#status") == "The server does not accept this key.", "the key was refused")
@@ -225,7 +225,7 @@ def test_who_is_refused_is_told_what_to_do(page: Page, world: World) -> None:
     page.until(lambda: page.find("#key-form").is_displayed(), "a reload forgot the key")
 
 
-def test_faults_on_the_way_are_told_and_mended(browser: Browser, world: World) -> None:
+def test_connection_faults_are_shown_and_asking_again_works(browser: Browser, world: World) -> None:
     question, column = "What is Quorl 2?", "[aria-labelledby=mode-prag]"
     expected = world.answer(question, "prag")["answer"]
     with FaultyProxy(world.url) as proxy:
@@ -258,7 +258,7 @@ def test_faults_on_the_way_are_told_and_mended(browser: Browser, world: World) -
         assert page.text("#status") == "Answered."
 
 
-def test_it_is_readable_everywhere_and_needs_nobody_but_its_server(
+def test_it_is_accessible_at_every_width_and_uses_only_its_server(
     page: Page, browser: Browser, world: World, tmp_path: Path
 ) -> None:
     for state in ("before", "after"):
