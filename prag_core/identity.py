@@ -1,7 +1,7 @@
-"""What makes two things the same: passage keys, canonical JSON and fingerprints.
+"""Identity: keys of passages, canonical JSON, fingerprints and checksums.
 
-Identity is content, never position: a passage keeps its key when its file is shuffled, and a recipe keeps its
-fingerprint when a machine, a batch size or a path changes.
+What decides identity is content, never position. A passage keeps its key when its file is shuffled, and a recipe
+keeps its fingerprint when a machine, a batch size or a path changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FINGERPRINT_BYTES = 8
 
 
 def normalize(text: str) -> str:
-    """NFC-normalize `text` and fold every run of white space into one space.
+    """Return `text` in Unicode's normal form C, with each run of white space replaced by one space.
 
     Passage keys depend on it. `prag_core.data.questions.normalize_answer` names the other rules for comparing texts.
     """
@@ -28,18 +28,19 @@ def normalize(text: str) -> str:
 
 
 def passage_key(title: str, text: str) -> str:
-    """Return the key of a passage: 32 hexadecimal digits of its normalized title and text."""
-    # The separator cannot survive `normalize`, so no title can run into a text.
+    """Return the key of a passage: a hash of its normalized title and text, as 32 hexadecimal digits."""
+    # Normalized text holds no line feed, so it separates title and text without ambiguity.
     joined = f"{normalize(title)}\n{normalize(text)}"
     return hashlib.blake2b(joined.encode(), digest_size=KEY_BYTES).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of `value`: sorted keys, no spaces.
+    """Return the canonical JSON text of `value`: with sorted keys and without spaces.
 
     Raises:
-        TypeError: for anything whose text could differ between runs (sets, objects, non-string keys).
-        ValueError: for a float that JSON has no word for (NaN, infinities).
+        TypeError: if `value` holds anything whose text could differ between runs (a set, an object, a key that is no
+            string).
+        ValueError: if `value` holds a float that JSON cannot express (NaN, an infinity).
     """
     return json.dumps(_stable(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -65,26 +66,26 @@ def _stable(value: Any, path: str) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """Return 16 hexadecimal digits that name `value` by its canonical JSON."""
+    """Return the hash of the canonical JSON of `value`, as 16 hexadecimal digits."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """Return the checksum of stored bytes: 32 hexadecimal digits of BLAKE2b."""
+    """Return the checksum of stored bytes: their BLAKE2b hash, as 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
 
 
 def is_checksum(text: str) -> bool:
-    """Whether a text has the form of a checksum or a key: 32 hexadecimal digits, so that it is no path either."""
+    """Return whether a text has the form of a checksum or a key: 32 hexadecimal digits."""
     return re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", text) is not None
 
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON document with its own fingerprint in `seal`, so that any later change of it shows."""
+    """Return a JSON document with its own fingerprint in `seal`; `is_intact` then finds any later change."""
     return {**document, "seal": fingerprint(document)}
 
 
 def is_intact(document: Mapping[str, Any]) -> bool:
-    """Whether a document is as it was sealed; one without a seal (made by an older version) counts as intact."""
+    """Return whether a document is unchanged since `seal`. One without a seal is from an older version: intact."""
     content = {name: value for name, value in document.items() if name != "seal"}
     return document.get("seal", None) in (None, fingerprint(content))

@@ -1,7 +1,7 @@
 """The records that flow between stages: frozen dataclasses, each with its Arrow schema.
 
-A stage takes records and gives records; nothing else crosses a stage boundary. `schema`, `to_table` and
-`from_table` translate them to Arrow, the form in which Ray Data moves them and Parquet keeps them.
+A stage takes records and returns records. `schema`, `to_table` and `from_table` convert them to Arrow tables, the form
+in which Ray Data moves them and Parquet keeps them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 MergeRule = Literal["sum", "mean", "score"]
-# The most that an adapter's weight may be multiplied by.
+# The largest factor by which the weights of a question's adapters may be multiplied.
 MAX_STRENGTH = 4.0
 Template = Literal["direct", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
@@ -30,9 +30,9 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One unit of text. `key` is its content hash; `sources` are all the ids it came under, sorted.
+    """One unit of text. `key` is the hash of title and text; `sources` are all ids under which it came, sorted.
 
-    `access` are the tags of which a reader must hold one, sorted; without any the passage is public.
+    `access` are tags, sorted: a reader must hold one of them. Without any tag the passage is public.
     """
 
     key: str
@@ -43,13 +43,13 @@ class Passage:
 
     @property
     def digest(self) -> str:
-        """Name all of it: two passages of one key differ if their white space, ids or tags do."""
+        """The hash of all fields. Passages with the same key may differ in white space, ids or tags."""
         return fingerprint(self)
 
 
 @dataclass(frozen=True, slots=True)
 class QAPair:
-    """A question about a passage, its short answer, and a full sentence that gives the answer."""
+    """A question about a passage, its short answer, and a full sentence that holds the answer."""
 
     question: str
     answer: str
@@ -58,10 +58,10 @@ class QAPair:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What a language model made of a passage: rewrites and question-answer pairs.
+    """The rewrites and question-answer pairs that a language model made of a passage.
 
-    `origin` says where it came from (`generated` or `imported`); `refused` counts the pairs that the filter
-    turned away, as `reason=count` strings; `attempts` and `seconds` are what it took.
+    `origin` is `generated` or `imported`. `refused` counts the pairs that the filter rejected, as `reason=count`
+    strings. `attempts` and `seconds` say how many calls of the model it took, and how long.
     """
 
     key: str
@@ -74,17 +74,17 @@ class Augmentation:
 
     @property
     def digest(self) -> str:
-        """Name the content alone: two augmentations that train the same adapter have the same digest."""
+        """The hash of rewrites and pairs. Augmentations that train the same adapter have the same digest."""
         return fingerprint([self.rewrites, [dataclasses.asdict(pair) for pair in self.pairs]])
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One adapter that exists: where its bytes lie, what they are, and how its training went.
+    """One adapter that exists: where its bytes lie, and how its training went.
 
-    `augmentation` is the digest of the text it was trained on: another text, another adapter. `offset` and
-    `length` are the bytes of the adapter within `shard`; `checksum` is over those bytes. `created` is in seconds
-    since the epoch: of two rows of one key, the later one counts.
+    `augmentation` is the digest of the augmentation it was trained on. `offset` and `length` give its bytes within
+    `shard`, and `checksum` is of those bytes. `created` is in seconds since the epoch: of several rows with one key,
+    the latest counts.
     """
 
     key: str
@@ -107,7 +107,7 @@ class LedgerRow:
 class Reject:
     """An input that a stage gave up on, and why. `source` is a file and line, or the passage's ids.
 
-    `recipe` is the fingerprint for which it was given up: another recipe tries again.
+    `recipe` is the fingerprint of the recipe in use: a run with another recipe tries the input again.
     """
 
     stage: str
@@ -129,9 +129,9 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class UsedPassage:
-    """How one retrieved passage was used for an answer: in the `weights`, in the `prompt`, or both.
+    """How one retrieved passage was used for an answer: as an adapter, in the prompt, or both.
 
-    `note` says why a passage that was meant for the weights went into the prompt instead.
+    `note` says why a passage went into the prompt although its adapter was wanted.
     """
 
     key: str
@@ -146,11 +146,11 @@ class UsedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with everything that led to it.
+    """An answer, and how it came about.
 
-    `reasoning` is all that the model wrote, where the template lets it reason before `text`. `finish` says why it
-    ended: `stop` (the model's end of turn, a line end, a stop text), `length`, or `error`: it is empty then, and
-    `error` says why. `milliseconds` are by step: retrieve, fetch, inject, …
+    `reasoning` is all that the model wrote, if the template lets it reason before the answer in `text`. `finish` says
+    why generation ended: `stop` (end of turn, line end or stop string), `length`, or `error`. With `error`, `text` is
+    empty and `error` gives the reason. `milliseconds` are the times of the steps: retrieve, fetch, inject, …
     """
 
     question: str
@@ -200,19 +200,19 @@ def to_table(record: type[T], rows: Iterable[T]) -> pa.Table:
 
 
 def passage_table(passages: Iterable[Passage]) -> pa.Table:
-    """Return passages as a stored corpus keeps them: with a column `digest`, which tells what changed of them."""
+    """Return passages as a stored corpus keeps them: with their digests in a column, by which changes are found."""
     rows = list(passages)
     return to_table(Passage, rows).append_column("digest", pa.array([row.digest for row in rows], pa.string()))
 
 
 def from_table(record: type[T], table: pa.Table) -> list[T]:
-    """Return the rows of `table` as records; columns that the record does not know are ignored."""
+    """Return the rows of `table` as records, ignoring columns that are no fields of the record."""
     names = [f.name for f in dataclasses.fields(cast(Any, record))]
     return [from_dict(record, row) for row in table.select(names).to_pylist()]
 
 
 def from_dict(record: type[T], row: dict[str, Any]) -> T:
-    """Build a record from the plain values that Arrow or JSON give."""
+    """Return a record from the plain values that Arrow or JSON give, ignoring names that are no fields of it."""
     return record(**{name: _revive(hint, row[name]) for name, hint in _hints(cast(Any, record)).items() if name in row})
 
 

@@ -23,7 +23,7 @@ from prag_core.inference.disk_cache import DiskCache
 from prag_core.inference.stats import CacheStats
 from prag_core.llm.lora import Factors
 from prag_core.store.adapters import LedgerSource
-from prag_core.store.ledger import Located
+from prag_core.store.ledger import AdapterLocation
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class AdapterCache:
 
     def lease(self, source: LedgerSource, keys: Iterable[str]) -> AdapterLease:
         """Start to load those adapters of `keys` that are not in memory, and return without waiting for them."""
-        rows: list[Located] = []
+        rows: list[AdapterLocation] = []
         failed: dict[str, AdapterError] = {}
         for key in dict.fromkeys(keys):
             try:
@@ -153,7 +153,7 @@ class AdapterCache:
         """Fetch nothing more; loads that have not started are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pin(self, id: AdapterId, source: LedgerSource, row: Located) -> _Entry:
+    def _pin(self, id: AdapterId, source: LedgerSource, row: AdapterLocation) -> _Entry:
         """Return the entry of an adapter and pin it; call it with the lock held."""
         entry = self._entries.get(id)
         if entry is None:
@@ -173,7 +173,7 @@ class AdapterCache:
                     del self._entries[id]
             self._evict()
 
-    def _load(self, id: AdapterId, source: LedgerSource, row: Located) -> Loaded:
+    def _load(self, id: AdapterId, source: LedgerSource, row: AdapterLocation) -> Loaded:
         try:
             factors, from_disk = self._read(id, source, row)
         except Exception as error:  # no error may fail a request or leave an entry behind
@@ -194,7 +194,7 @@ class AdapterCache:
             self._evict()
         return factors
 
-    def _read(self, id: AdapterId, source: LedgerSource, row: Located) -> tuple[Factors, bool]:
+    def _read(self, id: AdapterId, source: LedgerSource, row: AdapterLocation) -> tuple[Factors, bool]:
         """Return verified factors, and whether they came from the local disk."""
         if self._disk is not None and (data := self._disk.get(id.recipe, id.checksum)) is not None:
             try:

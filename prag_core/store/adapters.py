@@ -1,6 +1,6 @@
 """The adapters of one recipe in the store: shards, and the ledger that makes them exist.
 
-Whoever reads the ledger alone needs no torch; it is imported where tensors are packed and unpacked.
+Reading the ledger needs no torch. It is imported only where tensors are packed and unpacked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prag_core.identity import checksum, is_intact, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_table, to_table
-from prag_core.store.ledger import LedgerColumns, Located, visible_parts
+from prag_core.store.ledger import AdapterLocation, LedgerColumns, visible_parts
 from prag_core.store.objects import Store
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 
 class AdapterStore:
-    """The adapters of one recipe: shards, and the ledger that makes them exist.
+    """The adapters of one recipe. An adapter exists when a ledger part names it.
 
     Args:
-        store: Where they lie.
-        recipe: Which made them.
-        layout: Their shapes.
-        dtype: How new ones are stored: `bfloat16`, `float32` or `int8`. Old ones are read as their rows say.
+        store: The store.
+        recipe: The recipe.
+        layout: The shapes of the recipe's adapters.
+        dtype: How new adapters are stored: `bfloat16`, `float32` or `int8`. Existing adapters are read with the
+            dtype in their ledger rows.
     """
 
     def __init__(self, store: Store, recipe: Recipe, layout: LoraLayout, dtype: str = "bfloat16") -> None:
@@ -45,27 +46,33 @@ class AdapterStore:
         self.folder = f"adapters/{recipe.fingerprint}"
 
     def describe(self) -> None:
-        """Write the recipe and the layout in full beside what they make."""
+        """Store the recipe and the layout in full beside the adapters."""
         name = f"{self.folder}/recipe.json"
         if not self.store.exists(name):
             self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
     def committed(self, task: str) -> list[LedgerRow]:
-        """Return what was committed for a task so far; mostly nothing, unless it is tried again.
+        """Return the rows that a task has committed; none, unless an earlier attempt of the task was lost.
 
         Raises:
-            StoreError: when the store cannot be read.
+            StoreError: if the store cannot be read.
         """
         parts = self.store.list(f"{self.folder}/ledger/{task}", ".parquet")
         return from_table(LedgerRow, self.store.get_table(LedgerRow, parts))
 
     def commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str = "") -> list[LedgerRow]:
-        """Store adapters, each with the digest of its augmentation: first their shard, then the ledger part.
+        """Store adapters: first their shard, then the ledger part, which makes them exist.
 
-        `task` names what they were trained for; under it, `committed` finds them.
+        Args:
+            adapters: Adapters, each with the digest of its augmentation.
+            task: The training task, under whose name `committed` finds the rows.
+
+        Returns:
+            The rows of the ledger part.
 
         Raises:
-            AdapterError: when one does not fit the layout; nothing is stored then.
+            AdapterError: if an adapter does not fit the layout; nothing is stored then.
+            StoreError: if the store cannot be written.
         """
         from prag_core.store.shard_codec import pack_shard
 
@@ -75,7 +82,7 @@ class AdapterStore:
             "recipe": self.recipe.fingerprint,
             "modules": str(len(self.layout.layers) * len(self.layout.targets)),
         }
-        data, placed = pack_shard(self.layout, factors, self.dtype, metadata)
+        data, packed = pack_shard(self.layout, factors, self.dtype, metadata)
         shard = f"{self.folder}/shards/{checksum(data)}.safetensors"
         created = time.time()
         rows = [
@@ -95,29 +102,30 @@ class AdapterStore:
                 seconds=adapter.seconds,
                 created=created,
             )
-            for place, (adapter, digest) in zip(placed, adapters, strict=True)
+            for place, (adapter, digest) in zip(packed, adapters, strict=True)
         ]
         self.store.put(shard, data)
         self.store.put_table(posixpath.join(self.folder, "ledger", task).rstrip("/"), to_table(LedgerRow, rows))
         return rows
 
     def ledger_parts(self) -> list[str]:
-        """Return the names of the ledger parts that count now: none that a compaction has replaced."""
+        """Return the names of the ledger parts that count now: all that no compaction has replaced."""
         return visible_parts(self.store, self.recipe.fingerprint)
 
-    def fetch(self, row: LedgerRow | Located) -> dict[str, Tensor]:
-        """Return one adapter's factors by one ranged read, verified.
+    def fetch(self, row: LedgerRow | AdapterLocation) -> dict[str, Tensor]:
+        """Read one adapter by one ranged read, and return its verified factors.
 
         Raises:
-            AdapterError: when the shard is missing, cut short, altered, or not of this layout.
+            AdapterError: if its bytes are missing, cut short or altered, do not fit the layout, or the store does
+                not answer.
         """
         return self.unpack(row, self.read(row))
 
-    def read(self, row: LedgerRow | Located) -> bytes:
-        """Return the bytes of one adapter by one ranged read, as they are.
+    def read(self, row: LedgerRow | AdapterLocation) -> bytes:
+        """Return the bytes of one adapter by one ranged read, unverified.
 
         Raises:
-            AdapterError: when the shard is missing or cut short, or the store cannot be asked.
+            AdapterError: if the shard is missing or cut short, or the store does not answer.
         """
         try:
             return self.store.get(row.shard, row.offset, row.offset + row.length)
@@ -126,11 +134,11 @@ class AdapterStore:
         except StoreError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
 
-    def unpack(self, row: LedgerRow | Located, data: bytes) -> dict[str, Tensor]:
-        """Return the factors that an adapter's bytes hold, verified.
+    def unpack(self, row: LedgerRow | AdapterLocation, data: bytes) -> dict[str, Tensor]:
+        """Return the verified factors of an adapter's bytes.
 
         Raises:
-            AdapterError: when they are altered, or not of this layout.
+            AdapterError: if the bytes are altered, or do not fit the layout.
         """
         from prag_core.store.shard_codec import unpack_adapter
 
@@ -138,7 +146,7 @@ class AdapterStore:
 
 
 def start_fingerprint(factors: Factors) -> str:
-    """Name the factors that a recipe's adapters start from: the hash of their bytes."""
+    """Return the fingerprint of the factors that a recipe's adapters start from: the checksum of their fp32 bytes."""
     return checksum(b"".join(factors[name].float().contiguous().numpy().tobytes() for name in sorted(factors)))
 
 
@@ -154,11 +162,11 @@ def put_start(store: Store, layout: LoraLayout, factors: Factors) -> str:
 
 
 def get_start(store: Store, name: str) -> dict[str, Tensor]:
-    """Return the factors that `put_start` stored under a name.
+    """Return the factors that `put_start` stored under a fingerprint.
 
     Raises:
-        AdapterError: when they are missing or altered.
-        UnreachableError: when the store cannot be asked.
+        AdapterError: if they are missing or altered.
+        UnreachableError: if the store does not answer.
     """
     import safetensors.torch
 
@@ -177,7 +185,7 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
 
 
 class LedgerSource:
-    """Adapters by key, as the ledger parts of a snapshot name them; see `LedgerColumns`."""
+    """The adapters that the ledger parts of a snapshot name, by key; see `LedgerColumns`."""
 
     def __init__(self, adapters: AdapterStore, parts: Sequence[str]) -> None:
         self._adapters = adapters
@@ -192,39 +200,39 @@ class LedgerSource:
         return self._ledger.find(key) is not None
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """Return the verified factors of a passage.
+        """Return the verified factors of a passage's adapter.
 
         Raises:
-            AdapterError: when the snapshot has none for it, or its bytes are missing or broken.
+            AdapterError: if the snapshot has no adapter for it, or `AdapterStore.fetch` fails.
         """
         return self._adapters.fetch(self.row(key))
 
-    def row(self, key: str) -> Located:
-        """Return what the ledger says about where a passage's adapter lies.
+    def row(self, key: str) -> AdapterLocation:
+        """Return where the bytes of a passage's adapter lie.
 
         Raises:
-            AdapterError: when the snapshot has none for it.
+            AdapterError: if the snapshot has no adapter for it.
         """
         located = self._ledger.find(key)
         if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
         return located
 
-    def read(self, row: Located) -> bytes:
-        """Return an adapter's bytes as they are in the store; see `AdapterStore.read`."""
+    def read(self, row: AdapterLocation) -> bytes:
+        """Return the unverified bytes of an adapter; see `AdapterStore.read`."""
         return self._adapters.read(row)
 
-    def unpack(self, row: Located, data: bytes) -> dict[str, Tensor]:
+    def unpack(self, row: AdapterLocation, data: bytes) -> dict[str, Tensor]:
         """Return the verified factors of an adapter's bytes; see `AdapterStore.unpack`."""
         return self._adapters.unpack(row, data)
 
 
 def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
-    """Return the row of a passage's adapter, as the ledger parts of a snapshot name it; reads one part at a time.
+    """Return the ledger row of a passage's adapter from the ledger parts of a snapshot, reading one part at a time.
 
     Raises:
-        AdapterError: when they name none.
-        StoreError: when a part cannot be read.
+        AdapterError: if no part names the passage.
+        StoreError: if a part cannot be read.
     """
     found: list[LedgerRow] = []
     for part in parts:
@@ -236,17 +244,20 @@ def find_row(store: Store, parts: Sequence[str], key: str) -> LedgerRow:
 
 
 def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRecipe]:
-    """Return the adapters of a recipe by its fingerprint, and how they were trained.
+    """Return the adapters of the recipe with this fingerprint, and how they were trained.
 
     Raises:
-        StoreError: when the recipe that must lie beside them is missing, altered or another one.
+        StoreError: if the recipe beside them is missing, altered or a different one.
     """
     document = store.get_json(f"adapters/{fingerprint}/recipe.json")
     if not is_intact(document):
         raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
     recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
     if recipe.fingerprint != fingerprint:
-        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: says it is {recipe.fingerprint}")
+        raise StoreError(
+            f"{store.url}/adapters/{fingerprint}/recipe.json: holds the recipe {recipe.fingerprint}",
+            "run `prag repair`",
+        )
     layout = LoraLayout(
         rank=shape["rank"],
         scale=shape["scale"],

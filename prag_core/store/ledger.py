@@ -1,7 +1,8 @@
-"""The ledger of a snapshot as columns: where the adapter of a passage lies, for millions of passages at once."""
+"""The ledger: where the adapter of each passage lies, for millions of passages, and which parts of it count."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Collection, Sequence
@@ -21,7 +22,7 @@ from prag_core.store.objects import Store
 READERS = 8
 
 _COLUMNS = ["key", "checksum", "shard", "dtype", "offset", "length", "created"]
-# Keys and checksums as bytes, which are half of their hexadecimal digits and have the same order; shard and dtype as
+# Keys and checksums are bytes: half as long as their hexadecimal digits, and in the same order. Shard and dtype are
 # positions in a list of names.
 _ROW = np.dtype(
     [
@@ -37,8 +38,8 @@ _ROW = np.dtype(
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """Where one adapter lies: what of its ledger row is needed to read it."""
+class AdapterLocation:
+    """The fields of a ledger row that are needed to read its adapter."""
 
     key: str
     shard: str
@@ -49,20 +50,20 @@ class Located:
 
 
 class LedgerColumns:
-    """The rows of some ledger parts, sorted by key: 80 bytes an adapter and no Python object.
+    """The rows of some ledger parts as a numpy array sorted by key, which takes 80 bytes for each adapter.
 
-    Of several rows of a key the one that was created last counts: a changed augmentation adds a row, it edits none.
+    Of several rows with one key, the one that was created last counts: a changed augmentation adds a row.
 
     Raises:
-        StoreError: when a part is missing or damaged.
+        StoreError: if a part is missing or damaged.
     """
 
     def __init__(self, store: Store, parts: Sequence[str]) -> None:
         self._names: dict[str, int] = {}
-        self._naming = threading.Lock()
-        # A store far away answers late, and several parts can be asked for at once.
+        self._names_lock = threading.Lock()
+        # A remote store takes long to answer, so several parts are read at the same time.
         with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda part: self._rows_of(part, store.get_part(part, _COLUMNS)), parts)
+            read = pool.map(lambda part: self._encode_rows(part, store.get_part(part, _COLUMNS)), parts)
             rows = np.concatenate([np.empty(0, _ROW), *read])
         order = np.argsort(rows["created"], kind="stable")
         order = order[np.argsort(rows["key"][order], kind="stable")]
@@ -76,16 +77,16 @@ class LedgerColumns:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def find(self, key: str) -> Located | None:
-        """Return where the adapter of a key lies, or None when there is none."""
+    def find(self, key: str) -> AdapterLocation | None:
+        """Return where the adapter of a passage lies, or None if there is none."""
         if not is_checksum(key):
             return None
-        wanted = bytes.fromhex(key).rstrip(b"\0")  # as numpy gives a value back: without zeros at its end
+        wanted = bytes.fromhex(key).rstrip(b"\0")  # numpy drops zeros at the end of a value
         position = int(np.searchsorted(self._keys, np.bytes_(wanted)))
         if position == len(self._keys) or self._keys[position] != wanted:
             return None
         row = self._rows[position]
-        return Located(
+        return AdapterLocation(
             key=key,
             shard=self._list[row["shard"]],
             offset=int(row["offset"]),
@@ -94,13 +95,13 @@ class LedgerColumns:
             dtype=self._list[row["dtype"]],
         )
 
-    def _rows_of(self, part: str, table: pa.Table) -> npt.NDArray[Any]:
+    def _encode_rows(self, part: str, table: pa.Table) -> npt.NDArray[Any]:
         rows = np.empty(table.num_rows, _ROW)
         for name in ("key", "checksum"):
-            rows[name] = _bytes_of(table[name], f"{part}: {name}")
+            rows[name] = _decode_hex(table[name], f"{part}: {name}")
         for name in ("shard", "dtype"):
             coded = table[name].combine_chunks().dictionary_encode()
-            with self._naming:
+            with self._names_lock:
                 codes = [self._names.setdefault(value, len(self._names)) for value in coded.dictionary.to_pylist()]
             rows[name] = np.array(codes, np.int32)[coded.indices.to_numpy()]
         for name in ("offset", "length", "created"):
@@ -108,34 +109,34 @@ class LedgerColumns:
         return rows
 
 
-def _bytes_of(column: pa.ChunkedArray, what: str) -> npt.NDArray[np.bytes_]:
-    """Return the bytes that the digits of keys or checksums stand for."""
+def _decode_hex(column: pa.ChunkedArray, what: str) -> npt.NDArray[np.bytes_]:
+    """Return the bytes of a column of hexadecimal keys or checksums; `what` names the column in the error."""
     digits = 2 * KEY_BYTES
     values = column.combine_chunks()
     try:
         if not pc.all(pc.equal(pc.binary_length(values), digits), min_count=0).as_py():
             raise ValueError
-        # Padded by nothing: a new array, in which the first value begins at the first byte.
+        # The padding adds nothing, but makes a new array, whose first value begins at the first byte of its buffer.
         text = pc.ascii_rpad(values, digits).buffers()[2] if len(values) else b""
         found = bytes.fromhex(str(text, "ascii"))
         return np.frombuffer(found, f"S{KEY_BYTES}", len(values))
     except ValueError:
-        raise StoreError(f"{what} is not {digits} hexadecimal digits", "it is no ledger part of ours") from None
+        raise StoreError(f"{what} is not {digits} hexadecimal digits", "this is not a ledger part") from None
 
 
 @dataclass(frozen=True)
 class Compaction:
-    """Which ledger parts of a recipe took the place of which."""
+    """The ledger parts that a compaction wrote, and the parts that they replace."""
 
     parts: tuple[str, ...]
     replaces: tuple[str, ...]
 
 
 def visible_parts(store: Store, recipe: str) -> list[str]:
-    """Return the ledger parts of a recipe that count now: all that there are, but for those that were replaced.
+    """Return the ledger parts of a recipe that count now: all that no compaction has replaced.
 
     Raises:
-        StoreError: when the store cannot be read.
+        StoreError: if the store cannot be read.
     """
     parts = store.list(f"adapters/{recipe}/ledger", ".parquet")
     replaced = replaced_parts(store, recipe, parts)
@@ -143,10 +144,10 @@ def visible_parts(store: Store, recipe: str) -> list[str]:
 
 
 def replaced_parts(store: Store, recipe: str, parts: Collection[str]) -> set[str]:
-    """Return which of a recipe's ledger parts others have replaced.
+    """Return those of a recipe's ledger parts that compactions have replaced.
 
-    A compaction whose own parts are not all there (one was damaged and repaired) replaces nothing: reading a row
-    twice does no harm, and losing one would.
+    If a part that a compaction wrote is missing from `parts` (it was damaged, and removed by a repair), the compaction
+    replaces nothing: to read a row twice does no harm, but to lose one would.
     """
     found: set[str] = set()
     for compaction in compactions(store, recipe).values():
@@ -156,25 +157,15 @@ def replaced_parts(store: Store, recipe: str, parts: Collection[str]) -> set[str
 
 
 def compactions(store: Store, recipe: str) -> dict[str, Compaction]:
-    """Return a recipe's compactions by the names of their records; damaged records are left out.
+    """Return a recipe's compactions by the names of their records, without the damaged ones.
 
     Raises:
-        StoreError: when the store cannot be read.
+        StoreError: if the store cannot be read.
     """
     found = {}
     for name in store.list(f"adapters/{recipe}/compactions", ".json"):
-        compaction = parse_compaction(store.get(name))
-        if compaction is not None:
-            found[name] = compaction
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            document = json.loads(store.get(name))
+            if is_intact(document):
+                found[name] = Compaction(tuple(document["parts"]), tuple(document["replaces"]))
     return found
-
-
-def parse_compaction(data: bytes) -> Compaction | None:
-    """Return what a record says, or None when it is damaged."""
-    try:
-        document = json.loads(data)
-        if is_intact(document):
-            return Compaction(tuple(document["parts"]), tuple(document["replaces"]))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return None

@@ -9,7 +9,7 @@ import pytest
 
 from prag_core.errors import StoreError
 from prag_core.records import LedgerRow, to_table
-from prag_core.store.ledger import LedgerColumns, Located
+from prag_core.store.ledger import AdapterLocation, LedgerColumns
 from prag_core.store.objects import Store
 
 
@@ -47,7 +47,7 @@ def test_it_says_what_a_dictionary_would(store: Store) -> None:
     assert len(ledger) == len(latest)
     for key in keys:
         expected = latest.get(key)
-        located = expected and Located(
+        located = expected and AdapterLocation(
             key=key,
             shard=expected.shard,
             offset=expected.offset,
