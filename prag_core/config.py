@@ -50,8 +50,8 @@ class Columns(_Strict):
     text: str = "text"
     access: str | None = Field(
         None,
-        description="Access tags: a list, or a text with commas between them. A reader must hold one of them. When "
-        "this column is named, each record must have it; an empty value means public.",
+        description="Access tags: a list, or a text with commas between them. An asker needs one of them to see the "
+        "passage. When this column is named, each record must have it; an empty value means public.",
     )
 
 
@@ -109,14 +109,14 @@ class AugmentConfig(_Strict):
     seed: int = 0
 
 
-def _one_of(what: str, known: Collection[str]) -> AfterValidator:
-    """Return the check that a setting is one of the `known` names; `what` is the kind of thing they name."""
+def _one_of(noun: str, known: Collection[str]) -> AfterValidator:
+    """Return a validator that accepts the `known` names only; `noun` says in its message what they name."""
 
     def check(name: str) -> str:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise PydanticCustomError("unknown_name", f"no such {what}\n  → {hint}{what}s: {', '.join(sorted(known))}")
+            raise PydanticCustomError("unknown_name", f"no such {noun}\n  → {hint}{noun}s: {', '.join(sorted(known))}")
         return name
 
     return AfterValidator(check)

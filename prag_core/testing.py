@@ -1,6 +1,6 @@
-"""What tests and first trials need, as a product: a tiny model made in code, and a scripted generator.
+"""Helpers for tests and first trials: tiny random models, and a generator with scripted replies.
 
-Nothing here downloads anything; a tiny model trains and answers in milliseconds, and is wrong about everything.
+Nothing is downloaded. A tiny model trains and answers in milliseconds, but its answers mean nothing.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ _CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
-# Architectures of gated feed-forward decoders: name → the classes of transformers, and what else they must be told.
+# Decoders with gated feed-forward layers: name → (prefix of their classes in transformers, further settings). Where the
+# prefixes of the configuration and the model differ, they are "configuration:model".
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 64}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
-    "gemma2": (
-        "Gemma2",
-        {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
-    ),
-    "gemma3": ("Gemma3Text:Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}),
+    "gemma2": ("Gemma2", {**_GEMMA, "final_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text:Gemma3", _GEMMA),
     "phi3": ("Phi3", {}),
 }
 
@@ -40,7 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def write_tiny_model(
     folder: Path, *, family: str = "llama", layers: int = 3, hidden: int = 32, feed_forward: int = 48, seed: int = 0
 ) -> Path:
-    """Write a random decoder of some ten thousand parameters, with a byte-level tokenizer, and return its folder."""
+    """Write a decoder with some ten thousand random weights and a byte-level tokenizer; returns its folder."""
     import torch
     import transformers
 
@@ -63,7 +59,7 @@ def write_tiny_model(
         **settings,
     )
     model = getattr(transformers, f"{model_name or config_name}ForCausalLM")(config)
-    # The library's small random weights give almost uniform logits; larger ones make differences visible.
+    # The library's small random weights give almost uniform logits, which would hide differences.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -74,7 +70,7 @@ def write_tiny_model(
 
 
 def tiny_base_model(folder: Path, **options: Any) -> BaseModel:
-    """Write a tiny model to `folder` (`options` as `write_tiny_model` takes them) and load it in fp32 on the CPU."""
+    """Write a tiny model to `folder` and load it in fp32 on the CPU; `options` are those of `write_tiny_model`."""
     write_tiny_model(folder, **options)
     return load_base_model(ModelConfig(name=str(folder), dtype="float32", device="cpu"))
 
@@ -97,9 +93,10 @@ def _byte_tokenizer() -> Any:
 
 
 class ScriptedGenerator:
-    """A generator that answers each prompt by a function of its text, and remembers the prompts it saw.
+    """A generator whose replies are a function of the prompt's text, and which records the prompts in `prompts`.
 
-    It is a `Scorer` too: by `score` of two texts, or 0 (certain) for all. A reply may be an error.
+    A reply may be an error. It is also a `Scorer`, by the function `score` of two texts; without it all scores are 0,
+    which means certain.
     """
 
     def __init__(
@@ -121,7 +118,7 @@ class ScriptedGenerator:
         top_k: int = 0,
         seed: int = 0,
     ) -> list[str | GenerationError]:
-        """Return the scripted reply to each prompt; the other arguments are accepted and ignored."""
+        """Return the scripted reply to each prompt; all other arguments are ignored."""
         self.prompts.extend(prompt.text for prompt in prompts)
         return [self._reply(prompt.text) for prompt in prompts]
 
