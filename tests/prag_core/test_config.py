@@ -1,4 +1,4 @@
-"""One strict configuration: what is wrong in it is said with its path and the nearest right name."""
+"""The strict configuration: errors name the path of the setting and the most similar known name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_defaults_and_overrides(write) -> None:
         (MINIMAL, ["train.without=qa"], r"unknown key train\.without\n.*called train\.ablation now"),
     ],
 )
-def test_what_is_wrong_is_named(write, text: str, overrides: list[str], message: str) -> None:
+def test_errors_name_the_wrong_setting(write, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(text), overrides)
 
@@ -69,7 +69,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(write, key: str, url:
 @pytest.mark.parametrize(
     "url", ["s3://bucket/a@b", "s3://arn:aws:s3:eu:1:accesspoint/x", "http://host:8333/a@b", "abfs://box@account/x"]
 )
-def test_a_url_without_credentials_is_none_of_those(write, url: str) -> None:
+def test_a_url_without_credentials_is_accepted(write, url: str) -> None:
     assert load_config(write(MINIMAL), [f"store={url}"]).store == url
 
 
@@ -120,7 +120,7 @@ def test_machine_facts_never_enter_a_fingerprint(write) -> None:
         "augment.import_file=a.jsonl",
     ],
 )
-def test_whatever_decides_an_adapter_does(write, override: str) -> None:
+def test_settings_that_decide_an_adapter_enter_its_fingerprint(write, override: str) -> None:
     before, after = (recipe_of(load_config(write(MINIMAL), overrides)) for overrides in ([], [override]))
     assert before.fingerprint != after.fingerprint
 
@@ -131,26 +131,26 @@ def test_the_recipe_records_the_ablation_but_not_the_path_of_the_initial_adapter
     assert (recipe.without, recipe.start) == ("qa", "")
 
 
-def test_a_recipe_comes_back_from_its_document(write) -> None:
+def test_a_recipe_can_be_read_from_its_document(write) -> None:
     recipe = recipe_of(load_config(write(MINIMAL)))
     assert Recipe.from_json(recipe.to_json()) == recipe
     assert isinstance(recipe.augment, AugmentRecipe)
 
 
-def test_an_unknown_recipe_lists_the_known(write) -> None:
+def test_the_error_for_an_unknown_recipe_lists_the_known_ones(write) -> None:
     with pytest.raises(
         ConfigError, match=r"train\.recipe = 'smal'.*\n.*did you mean small\?.*closed_book, paper, small"
     ):
         load_config(write(MINIMAL), ["train.recipe=smal"])
 
 
-def test_the_papers_recipe_is_the_papers() -> None:
+def test_the_recipe_paper_has_the_papers_settings() -> None:
     paper = RECIPES["paper"]
     assert (paper.rank, paper.alpha, paper.scale, paper.learning_rate, paper.epochs) == (2, 32, 16, 3e-4, 1)
     assert not paper.eos
 
 
-def test_an_option_that_came_later_leaves_older_names_as_they_were(write) -> None:
+def test_settings_that_were_added_later_leave_older_fingerprints_as_they_were(write) -> None:
     recipe = recipe_of(load_config(write(MINIMAL)))
     older = recipe.to_json()
     for name in ("template", "without"):

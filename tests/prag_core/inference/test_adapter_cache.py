@@ -1,4 +1,4 @@
-"""The adapter cache: bounded, each adapter loaded once, never another's, in memory and on the disk."""
+"""The adapter cache is bounded, loads each adapter once, and never returns a wrong one, in memory or on the disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def loaded(cache: AdapterCache, source: Counting, *keys: str):
     return lease, lease.factors(0.0)
 
 
-def test_what_is_used_is_kept_and_the_rest_keeps_to_the_budget(source: Counting, size_bytes: int) -> None:
+def test_adapters_in_use_are_kept_and_the_others_are_within_the_budget(source: Counting, size_bytes: int) -> None:
     rng = random.Random(0)
     cache = AdapterCache(5 * size_bytes, threads=3)
     held = []
@@ -92,7 +92,7 @@ def test_what_is_used_is_kept_and_the_rest_keeps_to_the_budget(source: Counting,
     cache.close()
 
 
-def test_many_who_want_the_same_make_one_read(source: Counting) -> None:
+def test_an_adapter_that_many_need_is_read_once(source: Counting) -> None:
     cache = AdapterCache(10**9, threads=4)
     source.let_go.clear()
     with ThreadPoolExecutor(8) as pool:
@@ -106,8 +106,8 @@ def test_many_who_want_the_same_make_one_read(source: Counting) -> None:
     cache.close()
 
 
-def test_who_gives_up_leaves_no_load_behind(source: Counting) -> None:
-    """One thread is busy; what waits behind it and is wanted by nobody any more is never read."""
+def test_a_released_lease_cancels_loads_that_have_not_started(source: Counting) -> None:
+    """While the only thread is busy, a queued load that nobody needs any more is cancelled."""
     cache = AdapterCache(10**9, threads=1)
     source.let_go.clear()
     first, second, third = (cache.lease(source, [key]) for key in KEYS[:3])
@@ -142,7 +142,7 @@ def test_a_failure_is_remembered_for_a_while(source: Counting) -> None:
     cache.close()
 
 
-def test_a_late_release_frees_nothing_of_a_later_lease(source: Counting) -> None:
+def test_a_late_release_does_not_unpin_a_later_lease(source: Counting) -> None:
     now = [0.0]
     cache = AdapterCache(0, negative_ttl_s=1.0, clock=lambda: now[0])
     source.fail = True
@@ -157,7 +157,7 @@ def test_a_late_release_frees_nothing_of_a_later_lease(source: Counting) -> None
     cache.close()
 
 
-def test_a_key_that_the_snapshot_lacks_is_no_load(source: Counting) -> None:
+def test_a_key_that_the_snapshot_lacks_is_not_loaded(source: Counting) -> None:
     cache = AdapterCache(10**9)
     lease, factors = loaded(cache, source, "0" * 32, KEYS[0])
     assert "the snapshot has none" in str(factors["0" * 32])
@@ -167,7 +167,7 @@ def test_a_key_that_the_snapshot_lacks_is_no_load(source: Counting) -> None:
     cache.close()
 
 
-def test_another_training_of_a_passage_is_another_entry(tiny_session: BaseModel, tmp_path: Path) -> None:
+def test_a_passage_trained_again_is_another_entry(tiny_session: BaseModel, tmp_path: Path) -> None:
     world = World(tiny_session, tmp_path)
     sources = [Counting(world.open(world.publish(shift, count=3).id).source) for shift in (0, 1)]
     sources.append(Counting(world.open(world.publish(1, RECIPES["paper"], count=3).id).source))
@@ -209,7 +209,7 @@ def test_a_damaged_copy_is_fetched_again(source: Counting, tmp_path: Path) -> No
         cache.close()
 
 
-def test_the_disk_keeps_what_was_used_last_within_its_budget(tmp_path: Path) -> None:
+def test_the_disk_keeps_the_most_recently_used_files_within_its_budget(tmp_path: Path) -> None:
     disk = DiskCache(tmp_path, 1000)
     for n in range(10):
         disk.put("g", f"old{n}", bytes(100))
@@ -226,7 +226,7 @@ def test_the_disk_keeps_what_was_used_last_within_its_budget(tmp_path: Path) -> 
     assert disk.get("g", "larger than all") is None
 
 
-def test_what_cannot_be_removed_is_left_and_the_rest_is_trimmed(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_removed_is_left_and_the_others_are_trimmed(tmp_path: Path) -> None:
     (tmp_path / "g" / "a folder of somebody").mkdir(parents=True)
     os.utime(tmp_path / "g" / "a folder of somebody", (0, 0))
     size_bytes = (tmp_path / "g" / "a folder of somebody").stat().st_size

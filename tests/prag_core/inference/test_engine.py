@@ -1,4 +1,4 @@
-"""The engine: each answer as if it were alone, and a broken adapter never fails a request."""
+"""The engine answers each question as if it were alone, and a damaged adapter never fails a request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSAGES = [make_passage(n, words=4) for n in range(6)]
 
 
 class KnownHits:
-    """A retriever that answers each question with the same passages."""
+    """A retriever that returns the same passages for each question."""
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         return [Hit(passage, 3.0 - i) for i, passage in enumerate(PASSAGES[:top_k])]
@@ -51,7 +51,7 @@ def engine(tiny_session: BaseModel):
     made.close()
 
 
-def test_a_mixed_batch_answers_as_each_alone(engine: Engine) -> None:
+def test_a_mixed_batch_answers_each_question_as_it_does_alone(engine: Engine) -> None:
     rng = random.Random(0)
     requests = [
         Request(
@@ -69,7 +69,7 @@ def test_a_mixed_batch_answers_as_each_alone(engine: Engine) -> None:
         assert answer.question == request.question
 
 
-def test_the_modes_put_passages_where_they_say(engine: Engine) -> None:
+def test_the_modes_put_passages_into_the_prompt_or_the_weights(engine: Engine) -> None:
     answers = {mode: engine.answer(Request("Who?", mode, 2)) for mode in MODES}
     places = {mode: {(p.in_weights, p.in_prompt) for p in answer.passages} for mode, answer in answers.items()}
     assert places == {"closed": set(), "rag": {(False, True)}, "prag": {(True, False)}, "combine": {(True, True)}}
@@ -78,7 +78,7 @@ def test_the_modes_put_passages_where_they_say(engine: Engine) -> None:
     assert set(answers["prag"].milliseconds) == {"retrieve", "fetch", "prompt", "wait", "inject", "prefill", "decode"}
 
 
-def test_a_broken_adapter_puts_its_passage_into_the_prompt(tiny_session: BaseModel) -> None:
+def test_the_passage_of_a_damaged_adapter_goes_into_the_prompt(tiny_session: BaseModel) -> None:
     adapters = Adapters(tiny_session)
     adapters.broken = {PASSAGES[1].key}
     engine = Engine(tiny_session, RECIPE, RequestProcessor(tiny_session, KnownHits(), max_new_tokens=4), adapters)
@@ -149,7 +149,7 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     assert reading.build(combine, [], {}, {}).decode.adapters == ()
 
 
-def test_nothing_retrieved_is_the_bare_model(tiny_session: BaseModel) -> None:
+def test_without_hits_the_bare_model_answers(tiny_session: BaseModel) -> None:
     class Nothing:
         def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
             return []

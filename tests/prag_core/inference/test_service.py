@@ -1,4 +1,4 @@
-"""The service: each answer as if its request were alone, from one snapshot, whatever else goes on."""
+"""The service answers each request as if it were alone, from one snapshot, whatever else happens."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def random_requests(count: int, seed: int) -> list[Request]:
 
 
 async def answers(service: Service, requests: list[Request], at_once: int = 16) -> list[Answer]:
-    """Answer requests as so many users would who each wait for an answer before they ask again."""
+    """Answer the requests of this many users, each of whom waits for an answer before the next question."""
     gate = asyncio.Semaphore(at_once)
 
     async def ask(request: Request) -> Answer:
@@ -106,7 +106,7 @@ async def until(condition) -> None:
 
 
 class Weak:
-    """Adapters that change the model a little, so that all logits count."""
+    """Adapters that change the model only a little, so that all logits matter."""
 
     def __init__(self, injector: Injector) -> None:
         self.layout = injector.layout
@@ -146,7 +146,7 @@ def test_each_row_of_a_mixed_batch_has_the_logits_that_it_has_alone(tiny_session
     injector.close()
 
 
-def test_a_served_answer_is_the_engines(world: World, service: Service) -> None:
+def test_a_served_answer_equals_the_engines(world: World, service: Service) -> None:
     opened = world.open()
     requests = random_requests(60, seed=2)
     served = asyncio.run(answers(service, requests))
@@ -158,8 +158,8 @@ def test_a_served_answer_is_the_engines(world: World, service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_no_answer_is_made_with_anothers_adapters(world: World) -> None:
-    """Slots are reused, adapters evicted and loaded again all the time: each answer says its own passage's letter."""
+def test_no_answer_uses_the_adapters_of_another_request(world: World) -> None:
+    """While slots are reused and adapters are evicted and loaded again, each answer is its own passage's letter."""
     rng = random.Random(3)
     asked = [(rng.randrange(62), rng.choice(["prag", "prag", "combine", "closed"])) for _ in range(1000)]
     requests = [Request(named([n]), mode, 1, max_new_tokens=rng.randint(1, 5)) for n, mode in asked]
@@ -178,7 +178,7 @@ def test_no_answer_is_made_with_anothers_adapters(world: World) -> None:
     assert (stats.open, stats.waiting, stats.running, stats.cache.pinned_bytes) == (0, 0, 0, 0)
 
 
-def test_an_adapter_that_was_evicted_and_loaded_again_answers_alike(world: World) -> None:
+def test_an_adapter_that_was_evicted_and_loaded_again_gives_the_same_answer(world: World) -> None:
     requests = [Request(named([n, n + 1]), "prag", 2) for n in (1, 20, 40, 1, 20, 40)]
     with world.service(cache_bytes=0) as small, world.service() as large:
         first = asyncio.run(answers(large, requests))
@@ -234,7 +234,7 @@ def test_a_damaged_adapter_fails_no_request(tiny_session: BaseModel, tmp_path) -
         assert service.stats().cache.failures == failures == 1  # it is remembered
 
 
-def test_hidden_passages_are_not_seen(tiny_session: BaseModel, tmp_path) -> None:
+def test_hidden_passages_are_not_used(tiny_session: BaseModel, tmp_path) -> None:
     world = World(tiny_session, tmp_path)
     publish(world.store, with_tombstones(world.publish(count=4), [PASSAGES[0].key]))
     with world.service() as service:
@@ -244,8 +244,8 @@ def test_hidden_passages_are_not_seen(tiny_session: BaseModel, tmp_path) -> None
         assert asyncio.run(service.answer(given)).passages == ()
 
 
-def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
-    """Of four passages the best two are for others: they take no place among the top k, in any mode."""
+def test_passages_that_the_asker_may_not_read_are_not_used(world: World) -> None:
+    """The best two of four passages are for other askers; they do not count among the top k, in any mode."""
     tags = {0: ("hr",), 1: ("board", "hr"), 2: (), 3: ("it",)}
 
     class Tagged(ByNumber):
@@ -271,7 +271,7 @@ def test_what_the_asker_may_not_read_is_not_seen(world: World) -> None:
     engine.close()
 
 
-def test_nothing_relevant_means_no_adapter(service: Service) -> None:
+def test_without_relevant_passages_no_adapter_is_used(service: Service) -> None:
     answer = asyncio.run(service.answer(Request(named([3, 4]), "prag", 2, min_score=9.5)))
     assert [p.title for p in answer.passages] == [PASSAGES[3].title]
     nothing = asyncio.run(service.answer(Request(named([3, 4]), "prag", 2, min_score=99.0)))
@@ -300,7 +300,7 @@ def test_the_pieces_of_a_stream_are_the_answer(world: World, service: Service) -
 
 
 @pytest.mark.parametrize("template", ["direct", "chain_of_thought"])
-def test_no_piece_is_ever_taken_back(tiny_session: BaseModel, template: str) -> None:
+def test_no_piece_ever_has_to_be_changed(tiny_session: BaseModel, template: str) -> None:
     for text in ("One. Two is é 東. And 3.5", " so. The answer is x. So the answer is Mora STOP no", "STSTOP", "a ST"):
         ids = tiny_session.tokenizer.encode(text, add_special_tokens=False)
         stream = StreamingDetokenizer(tiny_session.tokenizer, ("STOP", "no"), template)
@@ -324,7 +324,7 @@ def test_closing_a_stream_frees_its_slot(world: World) -> None:
         assert asyncio.run(service.answer(Request(named([6]), "prag", 1))).text == "gggg"
 
 
-def test_a_caller_who_leaves_frees_the_slot(world: World) -> None:
+def test_a_cancelled_caller_frees_the_slot(world: World) -> None:
     async def run(service: Service, hold: Hold) -> Answer:
         tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in (1, 2, 3)]
         await until(lambda: hold.entered.is_set() and service.stats().open == 3)
@@ -351,7 +351,7 @@ def test_a_deadline_drops_the_request(world: World) -> None:
         assert service.stats().requests == {("prag", "deadline"): 2, ("prag", "ok"): 1}
 
 
-def test_a_full_queue_turns_away_and_says_when_to_come_back(world: World) -> None:
+def test_a_full_queue_refuses_requests_and_says_when_to_retry(world: World) -> None:
     async def run(service: Service, hold: Hold) -> list[Answer]:
         tasks = [asyncio.create_task(service.answer(Request(named([n]), "prag", 1))) for n in range(3)]
         await until(lambda: service.stats().open == 3)
@@ -366,8 +366,8 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(world: World) -> Non
         assert service.stats().requests == {("prag", "overloaded"): 1, ("prag", "ok"): 3}
 
 
-def test_in_overload_what_is_accepted_takes_no_more_than_twice_as_long(world: World) -> None:
-    """Counted in steps of the decoder, which do not depend on the machine: 16 users, then ten times as many."""
+def test_in_overload_accepted_requests_take_at_most_twice_as_long(world: World) -> None:
+    """Compare 16 users with 160, in decoding steps, which do not depend on the machine."""
 
     async def user(service: Service, n: int) -> int:
         while True:
@@ -388,7 +388,7 @@ def test_in_overload_what_is_accepted_takes_no_more_than_twice_as_long(world: Wo
         assert service.stats().requests["prag", "overloaded"] > 0
 
 
-def test_draining_finishes_what_is_under_way_and_takes_nothing_new(world: World) -> None:
+def test_draining_finishes_running_requests_and_refuses_new_ones(world: World) -> None:
     async def run(service: Service, hold: Hold) -> str:
         task = asyncio.create_task(service.answer(Request(named([1]), "prag", 1)))
         await until(hold.entered.is_set)
@@ -427,7 +427,7 @@ def test_a_prompt_too_long_fails_alone(world: World, service: Service) -> None:
 def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
     tiny_session: BaseModel, tmp_path, monkeypatch
 ) -> None:
-    """Each is finite, and so is what the other rows of the batch say."""
+    """Each adapter is finite, and the other rows of the batch are unaffected."""
     marker = marker_adapter
 
     def huge(base, layout, letter):
@@ -456,7 +456,7 @@ def test_adapters_whose_sum_is_too_large_leave_their_passages_in_the_prompt(
 
 
 def test_output_that_is_not_finite_is_an_error(world: World) -> None:
-    """Of a model that is broken, and of a stream of which something was read already."""
+    """For a broken model, and for a stream of which a part was already sent."""
 
     breaks = threading.Event()
 
@@ -486,7 +486,7 @@ def test_output_that_is_not_finite_is_an_error(world: World) -> None:
     assert "not finite" in broken.error
 
 
-def test_a_failing_step_fails_its_requests_and_no_more(world: World, service: Service) -> None:
+def test_a_failing_step_fails_its_own_requests_only(world: World, service: Service) -> None:
     fails = iter([True])
 
     def fail(*_) -> None:
@@ -539,10 +539,10 @@ def test_a_dead_decoding_thread_is_noticed(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_who_waits_is_told_before_a_decoder_that_cannot_begin_anew_ends(
+def test_requests_get_an_error_before_a_decoder_that_cannot_be_reset_ends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a device is gone: the step fails, and so does all that comes after."""
+    """As on a lost device, the step fails and so does everything after it."""
 
     def fail(*_) -> None:
         raise RuntimeError("device lost")
@@ -564,7 +564,7 @@ def test_who_waits_is_told_before_a_decoder_that_cannot_begin_anew_ends(
             service.check()
 
 
-def test_a_stuck_search_is_noticed_and_holds_nobody_up(
+def test_a_stuck_search_is_noticed_and_delays_no_other_request(
     tiny_session: BaseModel, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_go = threading.Event()
@@ -598,7 +598,7 @@ def test_a_stuck_search_is_noticed_and_holds_nobody_up(
 
 @pytest.mark.slow
 def test_snapshots_change_while_requests_run(tiny_session: BaseModel, tmp_path) -> None:
-    """Other adapters under the same keys, by the same recipe and by others: each answer is its snapshot's."""
+    """Snapshots with different adapters for the same keys, some by other recipes: each answer is its snapshot's."""
     world = World(tiny_session, tmp_path)
     world.publish()
     recipes = [RECIPE, replace(RECIPE, rank=3), replace(RECIPE, learning_rate=1.0), replace(RECIPE, alpha=64.0)]
@@ -647,15 +647,15 @@ def test_a_snapshot_that_cannot_be_opened_leaves_the_old_one(tiny_session: BaseM
         assert service.stats().snapshots_held == 1
 
 
-def test_an_index_is_opened_after_all_else(world: World, tmp_path) -> None:
-    """So that what is missing leaves no index open; here both are, and the ledger is named."""
+def test_the_index_is_opened_last(world: World, tmp_path) -> None:
+    """So that no other error leaves an index open. Here both are missing; the error names the ledger part."""
     config = parse_config({"store": world.store.url, "corpus": {"path": "none.jsonl"}})
     snapshot = replace(load_snapshot(world.store), ledger_parts=("adapters/none.parquet",))
     with pytest.raises(StoreError, match=r"none\.parquet: no such object"):
         open_snapshot(world.base, config, world.store, snapshot)
 
 
-def test_a_snapshot_that_cannot_be_closed_fails_nobody(tiny_session: BaseModel, tmp_path) -> None:
+def test_a_snapshot_that_cannot_be_closed_fails_no_request(tiny_session: BaseModel, tmp_path) -> None:
     closed: list[bool] = []
 
     def fail() -> None:
@@ -683,7 +683,7 @@ def test_a_snapshot_that_cannot_be_closed_fails_nobody(tiny_session: BaseModel, 
         assert len(closed) == 2
 
 
-def test_requests_are_checked() -> None:
+def test_invalid_requests_are_refused() -> None:
     for wrong in (
         {"mode": "open"},
         {"top_k": 0},

@@ -1,4 +1,4 @@
-"""Continuous batching: each row as if it were alone, whatever joins, leaves or was there before."""
+"""Continuous batching: each row decodes as it does alone, whichever rows join, leave or came before."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def random_prompt(rng: random.Random, length: int) -> list[int]:
 
 
 def random_requests(base: BaseModel, count: int, seed: int = 0, longest: int = 60) -> list[DecodeRequest]:
-    """Requests of all kinds: lengths, limits, 0 to 3 adapters, likeliest and drawn tokens."""
+    """Return requests that differ in length, limit, number of adapters (0 to 3) and sampling."""
     rng = random.Random(seed)
     layout, _ = find_targets(base.model, RECIPE)
     return [
@@ -65,8 +65,8 @@ def alone(base: BaseModel, injector: Injector | None, request: DecodeRequest) ->
     return Decoder(base, injector, slots=1).run([request])[0].tokens
 
 
-def likeliest(base: BaseModel, injector: Injector, request: DecodeRequest) -> list[int]:
-    """The oracle: the whole sequence is read anew for each token, without a cache."""
+def greedy(base: BaseModel, injector: Injector, request: DecodeRequest) -> list[int]:
+    """The oracle: read the whole sequence again for each token, without a cache."""
     ids = list(request.prompt)
     rows = stack_rows(injector.layout, [request.adapters], dtype=torch.float32)
     for _ in range(request.max_new_tokens):
@@ -85,11 +85,11 @@ def tokens_read(base: BaseModel) -> Iterator[list[int]]:
     handle.remove()
 
 
-# --- a row is its own -------------------------------------------------------------------------------------------
+# --- independent rows -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [8, 128])
-def test_rows_that_join_and_leave_get_what_each_gets_alone(
+def test_rows_that_join_and_leave_decode_as_they_do_alone(
     tiny_session: BaseModel, injector: Injector, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_BLOCK", block)
@@ -116,7 +116,7 @@ def test_rows_that_join_and_leave_get_what_each_gets_alone(
     for place, request in enumerate(requests):
         assert results[place].tokens == streamed[place] == alone(tiny_session, injector, request)
         if request.temperature == 0:
-            assert results[place].tokens == likeliest(tiny_session, injector, request)
+            assert results[place].tokens == greedy(tiny_session, injector, request)
 
 
 def test_results_come_in_the_order_of_the_requests(tiny_session: BaseModel, injector: Injector) -> None:
@@ -129,7 +129,7 @@ def test_results_come_in_the_order_of_the_requests(tiny_session: BaseModel, inje
 
 
 def test_a_slot_keeps_nothing_of_its_former_row(tiny_session: BaseModel, injector: Injector) -> None:
-    """The former row's keys, values and adapters are not finite: whatever is left of them shows."""
+    """The former row's keys, values and adapters are not finite, so that any of them left behind would show."""
     layout = injector.layout
     broken = {name: torch.full(shape, float("nan")) for name, shape in layout.tensor_shapes.items()}
     rng = random.Random(0)
@@ -156,7 +156,7 @@ def test_a_slot_keeps_nothing_of_its_former_row(tiny_session: BaseModel, injecto
     assert decoder.cancel(stays)
 
 
-def test_tensors_for_adapters_stay_until_another_rank_comes(injector: Injector) -> None:
+def test_tensors_for_adapters_are_kept_until_the_rank_changes(injector: Injector) -> None:
     def stack(count: int) -> AdapterStack:
         one = random_adapter(injector.layout, 1)
         stacked = stack_adapters(injector.layout, [[(one, 1.0)] * count], dtype=torch.float32)
@@ -191,7 +191,7 @@ def test_a_neighbour_that_is_not_finite_changes_nothing(tiny_session: BaseModel,
     assert [result.tokens for result in results] == [alone(tiny_session, injector, each) for each in requests]
 
 
-# --- what ends a row --------------------------------------------------------------------------------------------
+# --- the end of a row --------------------------------------------------------------------------------------------
 
 
 def test_a_row_ends_at_a_stop_token_a_stop_string_or_its_limit(tiny_session: BaseModel) -> None:
@@ -238,7 +238,7 @@ def test_a_cancelled_row_leaves_the_others_alone(tiny_session: BaseModel, inject
     assert not decoder.cancel(ids[0]), "it has ended"
 
 
-def test_a_prompt_is_cancelled_beside_what_is_read_with_it(tiny_session: BaseModel) -> None:
+def test_a_prompt_is_cancelled_while_others_of_its_group_are_read(tiny_session: BaseModel) -> None:
     rng = random.Random(1)
     long, *short = [DecodeRequest(random_prompt(rng, length), 3, temperature=1.0) for length in (90, 9, 9)]
     decoder = Decoder(tiny_session, prefill_chunk=30)
@@ -256,7 +256,7 @@ def test_a_prompt_is_cancelled_beside_what_is_read_with_it(tiny_session: BaseMod
     assert not decoder.busy
 
 
-def test_without_adapters_the_bare_model_runs_as_it_is(
+def test_without_adapters_the_bare_model_runs(
     tiny_session: BaseModel, injector: Injector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare: list[bool] = []
@@ -270,7 +270,7 @@ def test_without_adapters_the_bare_model_runs_as_it_is(
     assert bare == [False] * 3 + [True] * 3
 
 
-def test_requests_that_make_no_sense_are_refused(tiny_session: BaseModel) -> None:
+def test_invalid_requests_are_refused(tiny_session: BaseModel) -> None:
     for wrong in ({"prompt": []}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}):
         with pytest.raises(ValueError, match=r"positive|out of range"):
             DecodeRequest(**{"prompt": [5], "max_new_tokens": 1, **wrong})
@@ -286,7 +286,7 @@ def test_requests_that_make_no_sense_are_refused(tiny_session: BaseModel) -> Non
         decoder.run([DecodeRequest([6], 3)])
 
 
-def test_after_an_error_nothing_is_left(tiny_session: BaseModel, injector: Injector) -> None:
+def test_an_error_leaves_no_request_behind(tiny_session: BaseModel, injector: Injector) -> None:
     requests = random_requests(tiny_session, 6, seed=4)
     decoder = Decoder(tiny_session, injector, slots=3, prefill_chunk=32)
     expected = [result.tokens for result in decoder.run(requests)]
@@ -306,7 +306,7 @@ def test_after_an_error_nothing_is_left(tiny_session: BaseModel, injector: Injec
         assert [result.tokens for result in decoder.run(requests)] == expected
 
 
-def test_what_is_drawn_is_decided_by_the_seed_and_bounded_by_top_p(tiny_session: BaseModel) -> None:
+def test_sampling_depends_on_the_seed_and_is_bounded_by_top_p(tiny_session: BaseModel) -> None:
     request = DecodeRequest(random_prompt(random.Random(5), 9), 10, temperature=2.0)
     decoder = Decoder(tiny_session)
     drawn = [decoder.run([replace(request, seed=seed)])[0].tokens for seed in (1, 1, 2)]
@@ -317,10 +317,10 @@ def test_what_is_drawn_is_decided_by_the_seed_and_bounded_by_top_p(tiny_session:
     assert decoder.run([replace(request, temperature=1e-300)])[0].tokens == greedy.tokens
 
 
-# --- who waits for whom -----------------------------------------------------------------------------------------
+# --- scheduling -----------------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_stops_nobody(tiny_session: BaseModel) -> None:
+def test_a_long_prompt_does_not_stop_running_rows(tiny_session: BaseModel) -> None:
     rng = random.Random(0)
     decoder = Decoder(tiny_session, slots=3, prefill_chunk=10)
     running = decoder.submit(DecodeRequest(random_prompt(rng, 5), 100))
@@ -337,7 +337,7 @@ def test_a_long_prompt_stops_nobody(tiny_session: BaseModel) -> None:
     assert max(counts) <= 10
 
 
-def test_prompts_of_like_length_are_read_together(tiny_session: BaseModel) -> None:
+def test_prompts_of_similar_length_are_read_together(tiny_session: BaseModel) -> None:
     rng = random.Random(0)
     decoder = Decoder(tiny_session, slots=8, prefill_chunk=512)
     for length in (101, 101, 20, 101, 95):
@@ -384,10 +384,10 @@ def test_each_result_has_its_own_times(tiny_session: BaseModel) -> None:
     assert first.wait_ms > second.wait_ms + second.prefill_ms
 
 
-# --- a beginning that prompts share -----------------------------------------------------------------------------
+# --- shared prefixes -----------------------------------------------------------------------------
 
 
-def test_a_shared_beginning_is_read_once_and_kept_between_calls(tiny_session: BaseModel) -> None:
+def test_a_shared_prefix_is_read_once_and_kept_between_calls(tiny_session: BaseModel) -> None:
     rng = random.Random(0)
     text = "".join(rng.choice("abcdefgh ") for _ in range(300))
 
@@ -410,7 +410,7 @@ def test_a_shared_beginning_is_read_once_and_kept_between_calls(tiny_session: Ba
     assert 40 < read[3] < 100
 
 
-def test_prompts_that_share_more_and_less_are_read_together(tiny_session: BaseModel) -> None:
+def test_prompts_that_share_prefixes_of_different_length_are_read_together(tiny_session: BaseModel) -> None:
     rng = random.Random(0)
     first, second = random_prompt(rng, 100), random_prompt(rng, 100)
     beginnings = [first, first[:90], first[:93], second, second[:40], random_prompt(rng, 9)]
@@ -424,7 +424,7 @@ def test_prompts_that_share_more_and_less_are_read_together(tiny_session: BaseMo
     assert counts[0] == 3 * 15, "the first three at once, behind their common 90 tokens"
 
 
-def test_the_beginnings_used_last_are_kept(tiny_session: BaseModel) -> None:
+def test_the_most_recently_used_prefixes_are_kept(tiny_session: BaseModel) -> None:
     beginnings = [[10 + i] * 40 for i in range(5)]
     prefixes = PrefixCache(tiny_session.model)
     for i in (0, 1, 2, 3, 0, 4):
@@ -432,7 +432,7 @@ def test_the_beginnings_used_last_are_kept(tiny_session: BaseModel) -> None:
     assert [prefixes.match(each)[1] for each in beginnings] == [40, 0, 40, 40, 40]
 
 
-def test_rows_with_adapters_never_use_the_bare_models_beginning(tiny_session: BaseModel, injector: Injector) -> None:
+def test_rows_with_adapters_never_use_the_bare_models_prefix(tiny_session: BaseModel, injector: Injector) -> None:
     rng = random.Random(0)
     beginning = random_prompt(rng, 100)
     adapter = random_adapter(injector.layout, 7)
@@ -488,8 +488,8 @@ def generated(base: BaseModel, prompts: Sequence[list[int]], count: int) -> list
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_each_architecture_equals_the_librarys(tiny_session: BaseModel, architecture: str) -> None:
-    """Prompts shorter and longer than the window, read in pieces, behind a shared beginning, in reused slots."""
+def test_each_architecture_decodes_as_in_transformers(tiny_session: BaseModel, architecture: str) -> None:
+    """Prompts shorter and longer than the window, read in chunks, after a shared prefix, in reused slots."""
     base = model_of(architecture, tiny_session)
     rng = random.Random(0)
     beginning = random_prompt(rng, 40)
@@ -505,7 +505,7 @@ def test_each_architecture_equals_the_librarys(tiny_session: BaseModel, architec
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention"])
-def test_layers_of_another_kind_are_refused(tiny_session: BaseModel, kind: str) -> None:
+def test_unsupported_layers_are_refused(tiny_session: BaseModel, kind: str) -> None:
     config = transformers.LlamaConfig(**_SHAPE)
     config.layer_types = ["full_attention", kind, "full_attention", kind]
     config.attention_chunk_size = 8
@@ -516,7 +516,7 @@ def test_layers_of_another_kind_are_refused(tiny_session: BaseModel, kind: str) 
         attention_layers(model)
 
 
-def test_frequencies_that_depend_on_the_longest_row_bound_the_context() -> None:
+def test_longrope_limits_the_context_to_the_original_one() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.Phi3Config(**_SHAPE, rope_parameters=rope, original_max_position_embeddings=64)
     assert context_length(config) == 64

@@ -34,7 +34,9 @@ def plain(*texts: str) -> list[Prompt]:
 
 @pytest.mark.parametrize("beginning", ["", SHARED])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_batch_gives_what_each_prompt_gives_alone(tiny: BaseModel, beginning: str, temperature: float) -> None:
+def test_a_batch_gives_the_texts_that_each_prompt_gives_alone(
+    tiny: BaseModel, beginning: str, temperature: float
+) -> None:
     generator = TransformersGenerator(tiny, max_batch=3)
     prompts = [Prompt(beginning + text, chat=i % 2 == 0) for i, text in enumerate(ENDINGS)]
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "top_k": 20, "seed": 3}
@@ -44,7 +46,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny: BaseModel, beginning: 
     assert len(set(map(str, together))) > 1
 
 
-def test_greedy_decoding_equals_the_librarys(tiny: BaseModel) -> None:
+def test_greedy_decoding_equals_that_of_transformers(tiny: BaseModel) -> None:
     import torch
 
     text = SHARED + "x"
@@ -56,7 +58,7 @@ def test_greedy_decoding_equals_the_librarys(tiny: BaseModel) -> None:
     assert got == expected
 
 
-def test_the_seed_decides_what_is_drawn(tiny: BaseModel) -> None:
+def test_the_seed_decides_the_sample(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
 
     def draw(seed: int) -> list[str | GenerationError]:
@@ -121,7 +123,7 @@ def test_scores_with_a_shared_prefix_equal_those_without(tiny: BaseModel) -> Non
     assert scores[1] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
-def test_what_cannot_be_scored_scores_minus_infinity(tiny: BaseModel) -> None:
+def test_a_pair_that_cannot_be_scored_scores_minus_infinity(tiny: BaseModel) -> None:
     scores = TransformersGenerator(tiny).score([("a", "b"), ("a", ""), ("a" * 5000, "b")])
     assert scores[0] > scores[1] == scores[2] == float("-inf")
 
@@ -133,7 +135,7 @@ def test_no_prompts_give_no_results(tiny: BaseModel) -> None:
     assert OpenAIGenerator(EndpointConfig()).generate([], max_new_tokens=4) == []
 
 
-def test_generators_keep_the_protocols(tiny: BaseModel) -> None:
+def test_generators_implement_the_protocols(tiny: BaseModel) -> None:
     local: Generator = TransformersGenerator(tiny)
     scripted: Generator = ScriptedGenerator(lambda text: text)
     remote: Generator = OpenAIGenerator(EndpointConfig(model="m", url="http://elsewhere/v1"))
@@ -149,7 +151,7 @@ def test_generators_keep_the_protocols(tiny: BaseModel) -> None:
 
 @dataclass
 class Endpoint:
-    """What the server was asked, and the address to ask it at."""
+    """The requests that the server received, and its address."""
 
     url: str
     requests: list[tuple[str, dict[str, Any], str]] = field(default_factory=list)
@@ -163,7 +165,7 @@ Reply = Callable[[str, int], tuple[int, Any]]
 
 @contextmanager
 def serve(reply: Reply) -> Iterator[Endpoint]:
-    """Run a server whose reply is a function of the prompt and of how often it was asked."""
+    """Run a server whose reply is a function of the prompt and of how often it was sent."""
     asked: dict[str, int] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -243,13 +245,13 @@ def test_no_more_requests_at_once_than_configured() -> None:
     assert most == 2
 
 
-def test_a_busy_endpoint_is_asked_again() -> None:
+def test_a_request_to_a_busy_endpoint_is_repeated() -> None:
     with serve(lambda text, n: (429, error("slow down")) if n == 1 else (200, text)) as endpoint:
         assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["a"]
     assert len(endpoint.requests) == 2
 
 
-def test_retries_are_bounded_and_the_error_says_where_what_and_what_to_do() -> None:
+def test_retries_are_bounded_and_the_error_has_the_address_the_cause_and_a_remedy() -> None:
     with serve(lambda text, _: (500, error("kaputt")) if text == "bad" else (200, text)) as endpoint:
         good, bad = endpoint.generator().generate([Prompt("good"), Prompt("bad")], max_new_tokens=4)
     assert good == "good"
@@ -292,7 +294,7 @@ def test_one_bad_prompt_does_not_lose_the_others() -> None:
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "model")])
-def test_what_no_prompt_can_survive_is_raised_at_once(status: int, hint: str) -> None:
+def test_an_error_of_the_whole_endpoint_is_raised_at_once(status: int, hint: str) -> None:
     with serve(lambda *_: (status, error(f"no: {KEY}"))) as endpoint, pytest.raises(GenerationError) as caught:
         endpoint.generator().generate([Prompt("a"), Prompt("b")], max_new_tokens=4)
     assert hint in str(caught.value)

@@ -1,4 +1,4 @@
-"""Injection row by row: the sum of adapters, and nothing of a neighbour's."""
+"""Injection: each row gets the sum of its own adapters, and nothing from its neighbours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPE = RECIPES["small"]
 
 
 def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Tensor) -> torch.Tensor:
-    """The oracle: Σ w·scale·B·A added to the weights themselves, and taken off again."""
+    """The oracle: add Σ w·scale·B·A to the weights themselves, and remove it again."""
     _, modules = find_targets(base.model, RECIPE)
     before = {place: module.weight.clone() for place, module in modules.items()}
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_each_row_of_a_mixed_batch_has_its_own_sum(tiny_session: BaseModel, plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_takes_its_rows_adapters(tmp_path: Path, family: str) -> None:
+def test_adapters_work_in_each_model_family(tmp_path: Path, family: str) -> None:
     check_mixed_batch(tiny_base_model(tmp_path, family=family), [[(1, 1.0), (2, 0.5)], [], [(3, 1.0)]])
 
 
@@ -86,12 +86,12 @@ def test_modules_are_counted(tiny: BaseModel) -> None:
     injector.close()
 
 
-def test_a_missing_target_names_what_there_is(tiny: BaseModel) -> None:
+def test_an_error_about_a_missing_target_names_the_modules_that_exist(tiny: BaseModel) -> None:
     with pytest.raises(ModelError, match=r"no linear module gate_up_proj.*gate_proj.*up_proj"):
         find_targets(tiny.model, replace(RECIPE, targets=("gate_up_proj", "down_proj")))
 
 
-def test_every_adapter_starts_alike_and_as_nothing(tiny: BaseModel) -> None:
+def test_all_adapters_start_from_the_same_factors_and_change_nothing(tiny: BaseModel) -> None:
     layout, _ = find_targets(tiny.model, RECIPE)
     one, same, other = initial_factors(layout, 0), initial_factors(layout, 0), initial_factors(layout, 1)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -127,7 +127,7 @@ def test_one_value_that_is_not_finite_is_found(tiny_session: BaseModel, value: f
             check_factors(layout, factors, "k")
 
 
-def test_a_layer_computed_again_elsewhere_has_the_same_adapters(tiny_session: BaseModel) -> None:
+def test_a_recomputed_layer_has_the_same_adapters_in_another_thread(tiny_session: BaseModel) -> None:
     injector = Injector(tiny_session.model, RECIPE)
     ids = torch.tensor([[5, 6, 7]])
     rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]], dtype=torch.float32)

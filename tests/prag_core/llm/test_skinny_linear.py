@@ -1,4 +1,4 @@
-"""Products of few rows: the same numbers either way round, for every shape that a model gives."""
+"""FewRowsLinear computes the same products as a plain linear module, for each shape that occurs in a model."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from prag_core.llm.skinny_linear import FEW_ROWS, FewRowsLinear, use_few_rows
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (1, 5), (4, 16), (2, 33), (64,), (65,), (2, 3, 4)])
-def test_products_are_those_of_a_plain_linear_module(shape: tuple[int, ...]) -> None:
+def test_products_equal_those_of_a_plain_linear_module(shape: tuple[int, ...]) -> None:
     plain = nn.Linear(24, 40, bias=False)
     turned = nn.Linear(24, 40, bias=False)
     turned.load_state_dict(plain.state_dict())
@@ -19,13 +19,13 @@ def test_products_are_those_of_a_plain_linear_module(shape: tuple[int, ...]) -> 
     torch.testing.assert_close(turned(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
-def test_no_rows_at_all_give_none() -> None:
+def test_no_rows_give_no_rows() -> None:
     module = nn.Linear(4, 6, bias=False)
     use_few_rows(module)
     assert module(torch.zeros(0, 4)).shape == (0, 6)
 
 
-def test_gradients_are_those_of_a_plain_linear_module() -> None:
+def test_gradients_equal_those_of_a_plain_linear_module() -> None:
     plain = nn.Linear(8, 12, bias=False)
     turned = nn.Linear(8, 12, bias=False)
     turned.load_state_dict(plain.state_dict())
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_a_plain_linear_module() -> None:
     torch.testing.assert_close(turned.weight.grad, plain.weight.grad)
 
 
-def test_modules_with_a_bias_in_another_type_or_of_another_kind_stay() -> None:
+def test_modules_with_a_bias_or_another_dtype_or_class_are_left_as_they_are() -> None:
     class Special(nn.Linear):
         """A module that somebody's model brings along."""
 
@@ -49,7 +49,7 @@ def test_modules_with_a_bias_in_another_type_or_of_another_kind_stay() -> None:
     assert [type(module) for module in modules] == before
 
 
-def test_a_loaded_model_has_them_and_decodes_one_row_as_many(tiny_session: BaseModel) -> None:
+def test_a_loaded_model_uses_them_and_decodes_one_row_as_it_does_many(tiny_session: BaseModel) -> None:
     kinds = {type(module) for module in tiny_session.model.modules() if isinstance(module, nn.Linear)}
     assert kinds == {FewRowsLinear}
     ids = torch.arange(5, 5 + max(FEW_ROWS))

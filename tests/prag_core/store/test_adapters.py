@@ -16,7 +16,14 @@ from prag_core.llm.lora import Injector, TrainedAdapter, find_targets, stack_row
 from prag_core.llm.peft import export_peft
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow
-from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
+from prag_core.store.adapters import (
+    AdapterStore,
+    LedgerSource,
+    get_start,
+    open_adapters,
+    put_start,
+    start_fingerprint,
+)
 from prag_core.store.objects import Store
 from tests.helpers.adapters import random_adapter
 
@@ -119,3 +126,21 @@ def test_ledger_rows_name_what_they_hold(adapters: AdapterStore) -> None:
                 )
             ]
         )
+
+
+def test_an_initial_adapter_is_kept_under_its_fingerprint(tiny_session: BaseModel, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    layout, _ = find_targets(tiny_session.model, RECIPE.train)
+    factors = random_adapter(layout, 1)
+    name = put_start(store, layout, factors)
+    assert name == start_fingerprint(factors) == put_start(store, layout, factors)
+    again = get_start(store, name)
+    assert all(torch.equal(again[key], factors[key]) for key in factors)
+    path = tmp_path / "store" / "starts" / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AdapterError, match=r"start \w+: was altered in the store"):
+        get_start(store, name)
+    with pytest.raises(AdapterError, match=r"no such object"):
+        get_start(store, "nothing")

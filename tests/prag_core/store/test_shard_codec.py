@@ -1,88 +1,136 @@
-"""PEFT folders, and the factors that a recipe's adapters start from."""
+"""Adapters as bytes: the precision of each storage dtype, and one contiguous range for each adapter."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from prag_core.errors import AdapterError
-from prag_core.llm.base_model import BaseModel
-from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import find_targets
-from prag_core.llm.peft import export_peft, import_peft
-from prag_core.recipe import RECIPES
-from prag_core.store.adapters import get_start, put_start, start_fingerprint
-from prag_core.store.objects import Store
+from prag_core.llm.layout import INT8, LoraLayout, adapter_size_bytes
+from prag_core.store.shard_codec import DTYPES, pack_shard, unpack_adapter
 
-RECIPE = replace(RECIPES["small"], last_layers=2)
+# 576, 1536 are the small model's; 10 and 33 make groups that do not come out even.
+SMALL = LoraLayout(2, 16.0, (0, 1, 2), ("gate_proj", "up_proj", "down_proj"), ((576, 1536), (576, 1536), (1536, 576)))
+UNEVEN = LoraLayout(3, 4.0, (0, 5), ("up_proj", "down_proj"), ((10, 33), (33, 10)))
 
 
-@pytest.fixture
-def layout(tiny_session: BaseModel) -> LoraLayout:
-    return find_targets(tiny_session.model, RECIPE)[0]
+def random_factors(layout: LoraLayout, seed: int, size_a: float = 1.0, size_b: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) * (size_a if name.endswith(".A") else size_b)
+        for name, shape in layout.tensor_shapes.items()
+    }
 
 
-@pytest.fixture
-def factors(layout: LoraLayout) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator) for name, shape in layout.tensor_shapes.items()}
+def worst_delta_error(layout: LoraLayout, left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Return the largest relative Frobenius error of ΔW = scale · B A over the modules."""
+    worst = 0.0
+    for target in layout.targets:
+        for layer in range(len(layout.layers)):
+            true, got = (
+                layout.scale * f[f"{target}.B"][layer].double() @ f[f"{target}.A"][layer].double()
+                for f in (left, right)
+            )
+            worst = max(worst, float((true - got).norm() / true.norm()))
+    return worst
 
 
-def test_what_is_exported_can_be_imported(layout: LoraLayout, factors: dict, tmp_path: Path) -> None:
-    export_peft(layout, factors, tmp_path / "peft", "base")
-    again = import_peft(layout, tmp_path / "peft")
-    assert again.keys() == factors.keys()
-    assert all(torch.equal(again[name], factors[name]) for name in factors)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("layout", [SMALL, UNEVEN], ids=["small", "uneven"])
+def test_each_adapter_is_one_range_and_comes_back(layout: LoraLayout, dtype: str) -> None:
+    made = {key: random_factors(layout, seed) for seed, key in enumerate(["k3", "k1", "k2"])}
+    data, placed = pack_shard(layout, list(made.items()), dtype, {"base_model": "b"})
+    assert [place.key for place in placed] == list(made)
+    for place in placed:
+        assert place.length == adapter_size_bytes(layout, dtype)
+        part = data[place.offset : place.offset + place.length]
+        got = unpack_adapter(layout, part, dtype, place.key, place.checksum)
+        if dtype == INT8:
+            assert {tensor.dtype for tensor in got.values()} == {torch.float32}
+            assert worst_delta_error(layout, made[place.key], got) < 0.02
+        else:
+            assert all(torch.equal(got[name], made[place.key][name].to(DTYPES[dtype])) for name in got)
+    covered = sorted((place.offset, place.offset + place.length) for place in placed)
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(covered))
+    assert covered[-1][1] == len(data)
 
 
-def test_what_peft_saves_can_be_imported(tiny: BaseModel, layout: LoraLayout, tmp_path: Path) -> None:
-    config = LoraConfig(r=2, lora_alpha=32, target_modules=list(layout.targets), layers_to_transform=[1, 2])
-    model = get_peft_model(tiny.model, config)
-    torch.nn.init.normal_(model.base_model.model.model.layers[2].mlp.up_proj.lora_B["default"].weight)
-    model.save_pretrained(tmp_path / "peft")
-    factors = import_peft(layout, tmp_path / "peft")
-    up = model.base_model.model.model.layers[2].mlp.up_proj
-    assert torch.equal(factors["up_proj.B"][1], up.lora_B["default"].weight)
-    assert torch.equal(factors["up_proj.A"][1], up.lora_A["default"].weight)
+@pytest.mark.parametrize(("size_a", "size_b"), [(1.0, 1.0), (0.02, 1e-3), (0.02, 1e-5), (10.0, 10.0)])
+def test_int8_keeps_delta_w_within_one_percent(size_a: float, size_b: float) -> None:
+    factors = random_factors(SMALL, 1, size_a, size_b)
+    data, (place,) = pack_shard(SMALL, [("key", factors)], INT8, {})
+    got = unpack_adapter(SMALL, data[place.offset :], INT8, "key", place.checksum)
+    assert worst_delta_error(SMALL, factors, got) < 0.01
+    assert place.length < 0.27 * SMALL.parameters * 4
 
 
-def test_an_adapter_that_does_not_fit_is_refused(layout: LoraLayout, factors: dict, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"nothing: not a readable PEFT adapter"):
-        import_peft(layout, tmp_path / "nothing")
-    folder = tmp_path / "peft"
-    export_peft(layout, factors, folder, "base")
-    with pytest.raises(AdapterError, match=r"rank 2, alpha / rank 16; the recipe has rank 2, 8"):
-        import_peft(replace(layout, scale=8.0), folder)
-    with pytest.raises(AdapterError, match=r"holds .*layers.1.mlp.*adapts gate_proj, .* of layers 2 to 2"):
-        import_peft(replace(layout, layers=(2,)), folder)
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    del tensors["base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"]
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"lacks layer 2 up_proj.A and 0 more"):
-        import_peft(layout, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
-    with pytest.raises(AdapterError, match=r"rank 2, alpha / rank 16"):
-        import_peft(layout, folder)
+def test_int8_keeps_zeros_and_very_small_values() -> None:
+    factors = random_factors(UNEVEN, 1)
+    factors["up_proj.B"].zero_()
+    factors["down_proj.B"].fill_(1e-30)
+    data, (place,) = pack_shard(UNEVEN, [("key", factors)], INT8, {})
+    got = unpack_adapter(UNEVEN, data[place.offset :], INT8, "key", place.checksum)
+    assert not got["up_proj.B"].any()
+    assert not got["down_proj.B"].any()
 
 
-def test_a_start_is_kept_under_its_fingerprint(layout: LoraLayout, factors: dict, tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store"))
-    name = put_start(store, layout, factors)
-    assert name == start_fingerprint(factors) == put_start(store, layout, factors)
-    again = get_start(store, name)
-    assert all(torch.equal(again[key], factors[key]) for key in factors)
-    path = tmp_path / "store" / "starts" / f"{name}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(AdapterError, match=r"start \w+: was altered in the store"):
-        get_start(store, name)
-    with pytest.raises(AdapterError, match=r"no such object"):
-        get_start(store, "nothing")
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1e-9, 400), st.integers(0, 10))
+def test_int8_is_never_off_by_more_than_half_a_step(size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: (torch.rand(shape, generator=generator) * 2 - 1) * size for name, shape in UNEVEN.tensor_shapes.items()
+    }
+    data, (place,) = pack_shard(UNEVEN, [("key", factors)], INT8, {})
+    got = unpack_adapter(UNEVEN, data[place.offset :], INT8, "key", place.checksum)
+    for name, tensor in factors.items():
+        # Half a step of the largest value's, the scale's own rounding (2^-11, more where fp16 thins out) besides.
+        allowed = size / 127 * (0.5 + 127 * 2**-11) + 2.0**-14 * 2.0**-25 * 127
+        assert float((got[name] - tensor).abs().max()) <= allowed
+
+
+def test_the_shards_header_describes_its_layout() -> None:
+    data, _ = pack_shard(UNEVEN, [("key", random_factors(UNEVEN, 1))], INT8, {"base_model": "b"})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    described = header["__metadata__"]
+    assert header["key"]["dtype"] == "U8"
+    assert (described["base_model"], described["dtype"], described["group"]) == ("b", "int8", "64")
+    assert json.loads(described["tensors"]) == {name: list(shape) for name, shape in UNEVEN.tensor_shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_values_that_cannot_be_stored_are_refused(dtype: str) -> None:
+    factors = random_factors(UNEVEN, 1)
+    for bad in (float("nan"), float("inf")):
+        broken = {**factors, "up_proj.A": factors["up_proj.A"] * bad}
+        with pytest.raises(AdapterError, match=r"adapter key: up_proj\.A holds values that are not finite"):
+            pack_shard(UNEVEN, [("key", broken)], dtype, {})
+    with pytest.raises(AdapterError, match="adapter key: has tensors"):
+        pack_shard(UNEVEN, [("key", {})], dtype, {})
+
+
+def test_an_error_names_values_too_large_for_int8_and_unknown_dtypes() -> None:
+    big = {name: tensor * 1e4 for name, tensor in random_factors(UNEVEN, 1).items()}
+    with pytest.raises(AdapterError, match=r"adapter key: .* too large for int8\n.*bfloat16"):
+        pack_shard(UNEVEN, [("key", big)], INT8, {})
+    with pytest.raises(AdapterError, match="cannot be stored as 'int4'"):
+        pack_shard(UNEVEN, [], "int4", {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_altered_bytes_are_refused(dtype: str) -> None:
+    data, (place,) = pack_shard(UNEVEN, [("key", random_factors(UNEVEN, 1))], dtype, {})
+    part = data[place.offset :]
+    for wrong in (part[:-1], part + b"0", bytes([part[0] ^ 1]) + part[1:], b""):
+        with pytest.raises(AdapterError, match="the ledger says"):
+            unpack_adapter(UNEVEN, wrong, dtype, "key", place.checksum)
+    with pytest.raises(AdapterError, match=rf"adapter key: \d+ bytes, as {dtype} the layout wants \d+"):
+        unpack_adapter(SMALL, part, dtype, "key", place.checksum)
+    with pytest.raises(AdapterError, match="cannot be stored as 'int4'"):
+        unpack_adapter(UNEVEN, part, "int4", "key", place.checksum)

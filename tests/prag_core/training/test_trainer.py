@@ -38,7 +38,7 @@ def jobs_of(base: BaseModel, count: int, recipe: TrainRecipe, *, first: int = 0)
 
 
 def in_fp64(base: BaseModel) -> BaseModel:
-    """The same model in fp64, where AdamW does not turn rounding into whole steps: parity can be asked to 1e-6."""
+    """Return the model in fp64, where AdamW does not turn rounding into whole steps, so that parity holds to 1e-6."""
     return replace(base, model=copy.deepcopy(base.model).double())
 
 
@@ -47,7 +47,7 @@ def job_of_ids(key: str, *examples: tuple[int, ...]) -> TrainingJob:
 
 
 def random_factors(layout: LoraLayout, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Factors of which no two are alike, B not zero either: a swap of gate, up and down shows."""
+    """Return factors that all differ, with B not zero, so that a swap of gate, up and down would show."""
     generator = torch.Generator().manual_seed(seed)
     return {n: 0.02 * torch.randn(shape, generator=generator) for n, shape in layout.tensor_shapes.items()}
 
@@ -55,7 +55,7 @@ def random_factors(layout: LoraLayout, seed: int = 7) -> dict[str, torch.Tensor]
 def train_alone_with_peft(
     base: BaseModel, job: TrainingJob, recipe: TrainRecipe, start: Factors | None = None
 ) -> dict[str, torch.Tensor]:
-    """The plain loop: PEFT's modules, torch's AdamW, one example a step. Returns ΔW by `layer.target`."""
+    """Train in a plain loop with PEFT and torch's AdamW, one example per step. Return ΔW by `layer.target`."""
     layout, _ = find_targets(base.model, recipe)
     start = initial_factors(layout, recipe.seed) if start is None else start
     config = LoraConfig(
@@ -114,7 +114,7 @@ def train(
 
 
 @pytest.mark.parametrize("name", ["paper", "small"])
-def test_a_stack_equals_peft_alone(tiny: BaseModel, name: str) -> None:
+def test_a_stack_equals_separate_training_with_peft(tiny: BaseModel, name: str) -> None:
     recipe = replace(RECIPES[name], epochs=2)
     jobs = jobs_of(tiny, 4, recipe)
     stacked = train(tiny, jobs, recipe, budget=100_000)
@@ -140,7 +140,7 @@ def test_the_base_model_is_untouched(tiny: BaseModel) -> None:
     assert not any(module._forward_hooks for module in tiny.model.modules())
 
 
-def test_a_passage_whose_loss_breaks_is_quarantined_alone(tiny: BaseModel) -> None:
+def test_a_loss_that_is_not_finite_fails_its_own_passage_only(tiny: BaseModel) -> None:
     # Token 5 is made a poison: whoever reads it gets infinite hidden states.
     good = jobs_of(tiny, 2, RECIPE)
     unused = 5
@@ -175,7 +175,7 @@ def test_losses_fall_and_are_reported(tiny: BaseModel) -> None:
     assert seen[-1] == (30, 30)
 
 
-def test_stacks_hold_the_budget_and_everyone() -> None:
+def test_stacks_are_within_the_budget_and_hold_all_jobs() -> None:
     jobs = [job_of_ids(str(n), tuple(range(10 + n % 50))) for n in range(200)]
     stacks = make_stacks(jobs, 300)
     assert sorted(j.key for s in stacks for j in s) == sorted(j.key for j in jobs)
@@ -198,7 +198,7 @@ def test_a_mixture_of_experts_is_refused(tiny: BaseModel) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_recipe_equals_peft_alone(tiny_session: BaseModel, data: st.DataObject) -> None:
+def test_any_recipe_equals_peft(tiny_session: BaseModel, data: st.DataObject) -> None:
     layout_free = replace(
         RECIPES["paper"],
         rank=data.draw(st.integers(1, 4)),
@@ -229,7 +229,7 @@ def test_any_recipe_equals_peft_alone(tiny_session: BaseModel, data: st.DataObje
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_equals_peft_alone(tmp_path: Path, family: str) -> None:
+def test_each_model_family_equals_peft(tmp_path: Path, family: str) -> None:
     base = in_fp64(tiny_base_model(tmp_path, family=family))
     layout, _ = find_targets(base.model, RECIPE)
     start = random_factors(layout)
@@ -241,7 +241,7 @@ def test_each_family_equals_peft_alone(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_computing_layers_again_saves_their_activations_and_changes_nothing(tmp_path: Path, family: str) -> None:
+def test_activation_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path, family: str) -> None:
     base = in_fp64(tiny_base_model(tmp_path, family=family))
     recipe = replace(RECIPE, last_layers=2)
     jobs = jobs_of(base, 3, recipe)
@@ -261,7 +261,7 @@ def test_computing_layers_again_saves_their_activations_and_changes_nothing(tmp_
     )
 
 
-def test_short_memory_halves_the_stacks_and_loses_nothing(tiny: BaseModel) -> None:
+def test_running_out_of_memory_halves_the_stacks_and_loses_nothing(tiny: BaseModel) -> None:
     jobs = jobs_of(tiny, 6, RECIPE)
     reference = train(tiny, jobs, RECIPE, budget=100_000)
     limit = max(job.longest for job in jobs) + 10
@@ -283,7 +283,7 @@ def test_short_memory_halves_the_stacks_and_loses_nothing(tiny: BaseModel) -> No
         assert worst_difference(delta_weights(factors, trainer.layout), reference[job.key]) < 1e-4
 
 
-def test_the_start_must_fit(tiny: BaseModel) -> None:
+def test_a_start_that_does_not_fit_is_refused(tiny: BaseModel) -> None:
     start = random_factors(find_targets(tiny.model, replace(RECIPE, rank=3))[0])
     with pytest.raises(AdapterError, match=r"adapter start: down_proj.A has shape"):
         Trainer(tiny, RECIPE, start)

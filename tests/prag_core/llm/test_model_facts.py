@@ -1,4 +1,4 @@
-"""What a base model is, said without loading it."""
+"""Facts about a base model: its fingerprint and linear modules, without loading its weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from prag_core.recipe import RECIPES
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model of the test's own, and an empty cache."""
+    """Return a tiny model that the test may change, with an empty cache."""
     monkeypatch.setenv("PRAG_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
-def test_facts_are_those_of_the_loaded_model(folder: Path, tiny_session: BaseModel) -> None:
+def test_facts_equal_those_of_the_loaded_model(folder: Path, tiny_session: BaseModel) -> None:
     facts = model_facts(folder)
     assert facts.fingerprint == tiny_session.fingerprint
     assert find_layout(facts.linear, RECIPES["paper"]) == find_targets(tiny_session.model, RECIPES["paper"])[0]
     assert find_layout(facts.linear, RECIPES["paper"]) == find_targets(model_skeleton(folder), RECIPES["paper"])[0]
 
 
-def test_facts_known_before_need_no_model_library(folder: Path) -> None:
+def test_cached_facts_need_no_model_library(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from prag_core.llm.model_facts import model_facts\n"
         f"loaded = {{'torch', 'transformers'}}; print(model_facts(Path({str(folder)!r})).fingerprint, end=' ')\n"
@@ -48,7 +48,7 @@ def test_facts_known_before_need_no_model_library(folder: Path) -> None:
     assert again == first[:1]
 
 
-def test_facts_follow_each_file_that_says_what_the_model_is(folder: Path) -> None:
+def test_facts_change_with_each_file_that_describes_the_model(folder: Path) -> None:
     seen = [model_facts(folder)]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
@@ -62,7 +62,7 @@ def test_facts_follow_each_file_that_says_what_the_model_is(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"fingerprint": "x"}', '{"fingerprint": "x", "linear": {"a": [1]}}'])
-def test_a_broken_file_in_the_cache_is_made_anew(folder: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_in_the_cache_is_written_again(folder: Path, tmp_path: Path, text: str) -> None:
     facts = model_facts(folder)
     (cached,) = (tmp_path / "cache" / "facts").iterdir()
     cached.write_text(text)
