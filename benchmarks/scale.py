@@ -122,7 +122,7 @@ class Sleeper:
         self._adapters = AdapterStore(Store(url), recipe(), layout)
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
-    def __call__(self, table: pa.Table, alive: Callable[[], None]) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, heartbeat: Callable[[], None]) -> Iterator[pa.Table]:
         from pipelines.execution.outcomes import TASK, Outcome, outcome_table
         from prag_core.llm.lora import TrainedAdapter
 
@@ -163,10 +163,9 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
         surveyed = time.perf_counter()
         missing = with_augmentations(store, found, "to_train", corpus, recipe().augment.fingerprint, profile)
         batch = passages // (actors * TASKS_AN_ACTOR)
-        desk, limits = StageRun(store, "run", "train", recipe().fingerprint), RunConfig()
-        outcomes = run_actors(
-            Sleeper, (store.url,), missing, batch, profile.train, desk, limits, silence_s=limits.passage_timeout_s
-        )
+        limits = RunConfig()
+        stage_run = StageRun(store, "run", "train", recipe().fingerprint, limits, limits.passage_timeout_s)
+        outcomes = run_actors(Sleeper, (store.url,), missing, batch, profile.train, stage_run)
         times: list[tuple[float, int]] = []
         done = 0
         for block in outcome_blocks(outcomes):

@@ -1,4 +1,4 @@
-"""Submitting to the job server of a Ray cluster, and following what was submitted. Knows nothing of passages."""
+"""Submit jobs to the job server of a Ray cluster and follow their output. Knows nothing of passages."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 
-# How long the job server may be away while a job is followed: a head that is restarted takes a minute.
-PATIENCE_S = 180.0
-_PAUSE_S = 1.0
+# How long the job server may be unreachable while a job is followed: restarting a head takes a minute.
+SERVER_TIMEOUT_S = 180.0
+_POLL_S = 1.0
 
 
 class JobServerError(Exception):
-    """The job server cannot be reached, or refused what it was asked."""
+    """The job server cannot be reached, or refused a request."""
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job on the cluster; `new` tells whether this call started it, or found it there."""
+    """A job on the cluster; `new` says whether this call started it or found it running."""
 
     id: str
     new: bool
@@ -35,7 +35,7 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended: Ray's word for it, its message, and the exit code of the job's own process."""
+    """How a job ended: Ray's status and message, and the exit code of the job's own process."""
 
     status: str
     message: str
@@ -43,21 +43,21 @@ class JobEnd:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Return a client of the job server at an URL such as http://127.0.0.1:8265.
+    """Return a client of the job server at a URL such as http://127.0.0.1:8265.
 
     Raises:
-        JobServerError: when nobody answers there, or does not take the token.
+        JobServerError: when no server answers there, or it refuses the token.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    # The client takes these before its argument.
+    # The client prefers these variables to its argument.
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise JobServerError(f"the job server at {address} takes no such token: {_first_line(error)}") from None
+        raise JobServerError(f"the job server at {address} refuses the token: {_first_line(error)}") from None
     except (ConnectionError, RuntimeError, OSError) as error:
         raise JobServerError(f"no job server answers at {address}: {_first_line(error)}") from None
 
@@ -65,26 +65,26 @@ def connect(address: str) -> JobSubmissionClient:
 def submit(
     client: JobSubmissionClient, name: str, entrypoint: str, folder: Path, environment: Mapping[str, str]
 ) -> SubmittedJob:
-    """Start a job, unless one of this name is under way: then return that.
+    """Start a job, or return the running job of this name.
 
-    The first job has the id `name`, and each that follows an ended one `name-2`, `name-3`, …: ids are never used
-    again, so of two callers at once one starts the job and the other one finds it.
+    The first job has the id `name`; each later one, after the last has ended, has `name-2`, `name-3`, … Ids are never
+    reused, so if two callers submit at once, one starts the job and the other finds it.
 
     Args:
         client: From `connect`.
-        name: What the job is, in letters, digits and dashes: whoever wants the same gives the same name.
+        name: The name of the work, of letters, digits and dashes; the same work must have the same name.
         entrypoint: The command line.
-        folder: Becomes the job's working directory, on each of its nodes.
+        folder: The job's working directory; it is copied to each node.
         environment: Variables for the job and its workers.
 
     Raises:
         JobServerError: when the server cannot be reached or refuses the job.
     """
-    of_this_name = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
     try:
         attempts = {}
         for job in client.list_jobs():
-            if found := of_this_name.fullmatch(job.submission_id or ""):
+            if found := pattern.fullmatch(job.submission_id or ""):
                 attempts[int(found[1] or 1)] = job
         last = max(attempts, default=0)
         if last and not attempts[last].status.is_terminal():
@@ -103,13 +103,13 @@ def submit(
 
 
 def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -> JobEnd:
-    """Write a job's output as it comes, from its beginning, until it ends; return how.
+    """Write a job's output from its beginning as it comes, and return how the job ended.
 
-    A job may be silent for as long as the job server says that it runs, and a server that is away is waited for:
-    `PATIENCE_S` at most without a word from it.
+    A job may be silent as long as the job server says that it runs. If the server does not answer, it is tried again
+    for `SERVER_TIMEOUT_S`.
 
     Raises:
-        JobServerError: when it stays away, or knows the job no more.
+        JobServerError: when the server does not answer for that long, or no longer knows the job.
     """
     import aiohttp
 
@@ -117,7 +117,7 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
 
     async def tail() -> None:
         nonlocal shown, heard
-        seen = 0  # the server begins anew with each connection
+        seen = 0  # each connection starts again at the beginning of the output
         async for text in client.tail_job_logs(id):
             heard = time.monotonic()
             fresh = text[max(0, shown - seen) :]
@@ -127,27 +127,27 @@ def follow(client: JobSubmissionClient, id: str, write: Callable[[str], None]) -
                 shown = seen
 
     while True:
-        whole = False
-        # A stream in which nothing is said may be cut by whatever lies between: the job is asked for below.
+        complete = False
+        # A proxy may cut a silent stream, so the end of the stream does not mean the end of the job.
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
             asyncio.run(tail())
-            whole = True
+            complete = True
         try:
             job = client.get_job_info(id)
             heard = time.monotonic()
         except (RuntimeError, OSError) as error:
-            if "does not exist" in str(error) or time.monotonic() - heard > PATIENCE_S:
+            if "does not exist" in str(error) or time.monotonic() - heard > SERVER_TIMEOUT_S:
                 raise JobServerError(f"job {id}: {_first_line(error)}") from None
         else:
             if job.status.is_terminal():
                 with contextlib.suppress(RuntimeError, OSError):
-                    # Its last words, when every stream was cut before them.
-                    if rest := "" if whole else client.get_job_logs(id)[shown:]:
+                    # The end of the output, if the stream was cut before it.
+                    if rest := "" if complete else client.get_job_logs(id)[shown:]:
                         write(rest)
                 failed = 0 if job.status.name == "SUCCEEDED" else 1
                 code = job.driver_exit_code if job.driver_exit_code is not None else failed
                 return JobEnd(job.status.name, str(job.message or ""), code if code > 0 else failed)
-        time.sleep(_PAUSE_S)
+        time.sleep(_POLL_S)
 
 
 def _first_line(error: BaseException) -> str:

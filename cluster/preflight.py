@@ -1,6 +1,6 @@
-"""Looking at machines before work is given to them: what each has, and where they differ. Knows nothing of passages.
+"""Preflight checks of machines: what each node has, and where nodes differ. Knows nothing of passages.
 
-A check never raises: it comes back as a `Finding`, so that one look says everything that is wrong.
+A check never raises; it returns a `CheckResult`, so that one preflight names everything that is wrong.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.resources import list_nodes
+
 MIB = 1024 * 1024
-# How long a node may take to start a process and look: starting Python and importing Ray takes seconds.
+# How long a node may take to start a process and answer: starting Python and importing Ray takes seconds.
 NODE_TIMEOUT_S = 60.0
 
-Outcome = Literal["ok", "failed", "warning", "skipped"]
+CheckOutcome = Literal["ok", "failed", "warning", "skipped"]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found. `where` is a node, or empty for the machine that asks; `remedy` says what to do."""
+    """The result of one check. `where` is a node, or empty for this machine; `remedy` says what to do."""
 
     check: str
-    outcome: Outcome
+    outcome: CheckOutcome
     detail: str
     remedy: str = ""
     where: str = ""
+    duration_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its driver sees it."""
+    """A GPU as its driver reports it."""
 
     name: str
     total_bytes: int
@@ -43,7 +46,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node says of itself. `cuda` is the CUDA that its torch was built for, empty for a CPU build."""
+    """What one node reports. `cuda` is the CUDA version that its torch was built for, empty for a CPU build."""
 
     name: str
     versions: Mapping[str, str]
@@ -55,12 +58,12 @@ class NodeReport:
 
 
 def on_cluster() -> bool:
-    """Whether a job would connect to a cluster that others started."""
+    """Whether a job would join a running cluster (RAY_ADDRESS is set)."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the version of Python and of each package, without importing any; `missing` where it is not there."""
+    """Return the version of Python and of each package, `missing` if it is not installed; imports none of them."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -71,7 +74,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Return this machine's GPUs, also those that Ray hides from this process; none without a working driver."""
+    """Return this machine's GPUs, including those that Ray hides from this process; none without a working driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
@@ -93,23 +96,21 @@ def torch_cuda() -> str:
     return torch.version.cuda or ""
 
 
-def look_at_nodes(
-    packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S
-) -> list[NodeReport]:
-    """Return what each node of the connected cluster says of itself, with what `ask` returned there.
+def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S) -> list[NodeReport]:
+    """Return a report of each node of the connected cluster, with what `ask` returned there as its `answer`.
 
-    `ask` is called in a process on the node that takes none of its CPUs. A node that does not answer in time, or on
-    which `ask` raises, has a failed finding instead of an answer.
+    `ask` runs in a process on the node that takes none of its CPUs. A node that does not answer in time, or on which
+    `ask` raises, has a failed finding instead of an answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def look() -> tuple[dict[str, str], tuple[Gpu, ...], str, Any]:
+    def report() -> tuple[dict[str, str], tuple[Gpu, ...], str, Any]:
         found = gpus()
         return versions(packages), found, torch_cuda() if found else "", ask()
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    remote = ray.remote(look)
+    alive = [node for node in list_nodes() if node["Alive"]]
+    remote = ray.remote(report)
     asked = {}
     for node in alive:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -122,28 +123,26 @@ def look_at_nodes(
             name = f"{name} ({node['NodeID'][:8]})"
         if reference not in done:
             ray.cancel(reference, force=True)
-            late = CheckResult(
-                "node", "failed", f"no answer in {timeout_s:.0f} s", "see its logs in the dashboard", name
-            )
-            nodes.append(NodeReport(name, {}, (), "", resources, (late,)))
+            detail = f"no answer in {timeout_s:.0f} s"
+            finding = CheckResult("node", "failed", detail, "see its logs in the dashboard", name)
+            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
             continue
         try:
             found, cards, cuda, answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
-            broken = CheckResult("node", "failed", detail, "use the same image on every node", name)
-            nodes.append(NodeReport(name, {}, (), "", resources, (broken,)))
-            continue
+            finding = CheckResult("node", "failed", detail, "use the same image on every node", name)
+            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
         except ray.exceptions.RayError as error:
-            lost = CheckResult("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
-            nodes.append(NodeReport(name, {}, (), "", resources, (lost,)))
-            continue
-        nodes.append(NodeReport(name, found, cards, cuda, resources, answer=answer))
+            finding = CheckResult("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
+            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
+        else:
+            nodes.append(NodeReport(name, found, cards, cuda, resources, answer=answer))
     return nodes
 
 
 def compare_versions(here: Mapping[str, str], nodes: Sequence[NodeReport]) -> list[CheckResult]:
-    """Find the packages of which a node has another version than this machine."""
+    """Find the packages whose version on a node differs from the version on this machine."""
     findings = []
     for node in nodes:
         wrong = [
@@ -155,8 +154,8 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[NodeReport]) -> li
             remedy = "use the same image, or environment, on every node and where the job starts"
             findings.append(CheckResult("versions", "failed", "; ".join(wrong), remedy, node.name))
     if not findings:
-        said = ", ".join(f"{package} {version}" for package, version in here.items())
-        findings.append(CheckResult("versions", "ok", f"{said} on {len(nodes)} nodes"))
+        listed = ", ".join(f"{package} {version}" for package, version in here.items())
+        findings.append(CheckResult("versions", "ok", f"{listed} on {len(nodes)} nodes"))
     return findings
 
 
@@ -168,40 +167,43 @@ def _release(version: str) -> str:
     return version.partition("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one release, built for two machines
 
 
-def check_room(cpus: float, gpus_each: float, what: str, nodes: Sequence[NodeReport]) -> CheckResult:
-    """Find out whether any node that is up could hold what takes so many CPUs and GPUs."""
-    fit = [n for n in nodes if n.resources.get("CPU", 0) >= cpus and n.resources.get("GPU", 0) >= gpus_each]
-    need = f"{what} takes {cpus:g} CPUs and {gpus_each:g} GPUs"
+def check_resources(cpus: float, gpus: float, user: str, nodes: Sequence[NodeReport]) -> CheckResult:
+    """Check that a running node has the CPUs and GPUs that `user` (say, "a training actor") takes."""
+    fit = [n for n in nodes if n.resources.get("CPU", 0) >= cpus and n.resources.get("GPU", 0) >= gpus]
+    need = f"{user} takes {cpus:g} CPUs and {gpus:g} GPUs"
     if fit:
         return CheckResult("resources", "ok", f"{need}; {len(fit)} of {len(nodes)} nodes can hold one")
     return CheckResult(
         "resources",
         "warning",
-        f"{need}; none of the {len(nodes)} nodes that are up can hold one",
-        "right where an autoscaler adds such nodes; else the job waits for ever: lower run.actor_cpus, run.actor_gpus",
+        f"{need}; none of the {len(nodes)} running nodes can hold one",
+        "fine if an autoscaler adds such nodes; else the job waits for ever: lower run.actor_cpus, run.actor_gpus",
     )
 
 
-def check_gpu_memory(needed_bytes: int, of_it: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
-    """Find the nodes whose GPUs, as Ray counts them, are not there or have too little memory."""
+def check_gpu_memory(needed_bytes: int, breakdown: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
+    """Find the nodes to which Ray assigns GPUs that are missing or have too little memory.
+
+    `breakdown` says what `needed_bytes` are for.
+    """
     with_gpus = [node for node in nodes if node.resources.get("GPU", 0) and not node.findings]
     if not with_gpus:
-        return [CheckResult("GPU memory", "skipped", "no node with a GPU is up")]
+        return [CheckResult("GPU memory", "skipped", "no node with a GPU is running")]
     findings = []
     for node in with_gpus:
         if not node.gpus:
             detail = f"Ray counts {node.resources['GPU']:g} GPUs, the driver shows none"
             findings.append(
-                CheckResult("GPU memory", "failed", detail, "mend its driver, or set run.actor_gpus=0", node.name)
+                CheckResult("GPU memory", "failed", detail, "fix its driver, or set run.actor_gpus=0", node.name)
             )
         elif not node.cuda:
             findings.append(
                 CheckResult("GPU memory", "failed", "its torch has no CUDA", "use the image's CUDA target", node.name)
             )
-        elif (least := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
-            detail = f"{least / 1e9:.1f} GB, of {needed_bytes / 1e9:.1f} GB needed at least: {of_it}"
+        elif (smallest := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
+            detail = f"{smallest / 1e9:.1f} GB, at least {needed_bytes / 1e9:.1f} GB needed: {breakdown}"
             findings.append(CheckResult("GPU memory", "failed", detail, remedy, node.name))
     if not findings:
-        detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({of_it}); there on {len(with_gpus)} nodes"
+        detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({breakdown}); {len(with_gpus)} nodes have it"
         findings.append(CheckResult("GPU memory", "ok", detail))
     return findings

@@ -1,4 +1,4 @@
-"""Profiles: what a machine or a cluster gives to a job."""
+"""Profiles: the resources that a job gets on a machine or a cluster."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ from typing import Any
 MB = 1024 * 1024
 
 
+def list_nodes() -> list[dict[str, Any]]:
+    """Return the nodes of the Ray cluster that this process is connected to, as Ray describes them."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
 @dataclass(frozen=True)
 class Actors:
-    """A pool of model-holding actors: from `least` to `most` of them, and what each may use.
+    """A pool of actors that hold a model: from `min_size` to `max_size` actors, and the resources of each.
 
-    Ray Data begins with `least` and adds actors while batches wait for one and the cluster has room; `threads` is
-    how many each computes with (None: all cores of its node).
+    Ray Data starts `min_size` actors, and adds more while batches wait and the cluster has room. `threads` is the
+    number of threads with which an actor computes; None means all cores of its node.
     """
 
     cpus: float
     gpus: float
-    least: int
-    most: int
+    min_size: int
+    max_size: int
     threads: int | None
 
     def memory_bytes(self) -> float:
-        """Return the share of an actor in what Ray counts as the memory of the node on which this is called."""
+        """Return an actor's share of the memory of the node on which this is called, as Ray counts it."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
-        (node,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        (node,) = (node["Resources"] for node in list_nodes() if node["NodeID"] == here)
         room = [node.get("CPU", 0) // self.cpus, *([node.get("GPU", 0) // self.gpus] if self.gpus else [])]
-        return float(node["memory"]) / max(1, min(self.most, *room))
+        return float(node["memory"] / max(1, min(self.max_size, *room)))
 
     def pool(self) -> dict[str, Any]:
         """Return the arguments of `Dataset.map_batches` for a pool of these actors."""
         import ray.data
 
-        # One batch ahead, so that no actor waits for its next; more would be lost with it.
-        compute = ray.data.ActorPoolStrategy(min_size=self.least, max_size=self.most, max_tasks_in_flight_per_actor=2)
+        # One batch ahead, so that no actor waits for its next one; more would be lost with the actor.
+        compute = ray.data.ActorPoolStrategy(
+            min_size=self.min_size, max_size=self.max_size, max_tasks_in_flight_per_actor=2
+        )
         resources: dict[str, Any] = {"compute": compute, "num_cpus": self.cpus}
         if self.gpus:
             resources["num_gpus"] = self.gpus
@@ -46,12 +56,12 @@ class Actors:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a job may use.
+    """The resources of a job.
 
-    `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself and None where Ray finds out;
-    `partitions` is the number of blocks that a shuffle makes of more than `rows_per_task` passages; `augment` and
-    `train` are the pools of the two stages that hold a model, and `index_cpus` is what the one process of the index
-    takes; `tokens_per_step` is what a training actor takes at once.
+    `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself; with None Ray finds them out.
+    `partitions` is the number of blocks of a shuffle of more than `rows_per_task` passages. `augment` and `train` are
+    the actor pools of the two stages that hold a model. `index_cpus` are the CPUs of the process that builds the
+    index. `tokens_per_step` is the number of tokens that a training actor processes at once.
     """
 
     name: str
@@ -62,19 +72,19 @@ class Profile:
     train: Actors
     index_cpus: float
     tokens_per_step: int
-    # What one task holds with all texts: some tens of megabytes.
+    # The passages that one task can hold with their texts: some tens of megabytes.
     rows_per_task: int = 20_000
 
     def blocks(self, passages: int) -> int:
-        """Return into how many blocks so many passages, or what is known of each, are shuffled.
+        """Return the number of blocks into which `passages` rows are shuffled.
 
-        A shuffle into several takes actors, each a process that takes seconds to start; into one it takes a task.
+        A shuffle into several blocks needs actors, each a process that takes seconds to start; one block is a task.
         """
         return 1 if passages <= self.rows_per_task else self.partitions
 
     @property
     def model_actors(self) -> Actors:
-        """What a process that holds a model takes, outside of the stages: a replica that answers."""
+        """The resources of a process outside the stages that holds a model, such as a serving replica."""
         return self.train
 
     def tuned(
@@ -87,18 +97,18 @@ class Profile:
         partitions: int | None = None,
         tokens_per_step: int | None = None,
     ) -> Profile:
-        """Return this profile with what is given in place of its own."""
+        """Return this profile with the given numbers in place of its own."""
 
         def actors(pool: Actors) -> Actors:
-            most = pool.most if actors_max is None else actors_max
-            least = min(pool.least if actors_min is None else actors_min, most)
+            max_size = pool.max_size if actors_max is None else actors_max
+            min_size = min(pool.min_size if actors_min is None else actors_min, max_size)
             cpus = pool.cpus if actor_cpus is None else actor_cpus
             gpus = pool.gpus if actor_gpus is None else actor_gpus
-            # An actor computes on the cores that it takes, where the profile counts them at all.
+            # An actor computes with as many threads as it takes CPUs, unless the profile gives it all cores.
             threads = pool.threads if actor_cpus is None else max(1, int(actor_cpus))
             if pool.threads is None:
-                threads = None if most == 1 else share_of_cores(most)
-            return Actors(cpus, gpus, least, most, threads)
+                threads = None if max_size == 1 else share_of_cores(max_size)
+            return Actors(cpus, gpus, min_size, max_size, threads)
 
         return replace(
             self,
@@ -112,45 +122,47 @@ class Profile:
 
 
 def share_of_cores(processes: int) -> int:
-    """Return on how many cores of this machine each of some processes computes, so that none waits for another's."""
+    """Return this machine's cores divided by `processes`, at least 1: no process then waits for another's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
-def _same(actors: Actors) -> dict[str, Actors]:
-    return {"augment": actors, "train": actors}
-
+_LAPTOP = Actors(cpus=1, gpus=0, min_size=1, max_size=1, threads=None)
+_GPU = Actors(cpus=2, gpus=1, min_size=1, max_size=8, threads=2)
+_CLUSTER = Actors(cpus=4, gpus=1, min_size=1, max_size=1000, threads=4)
 
 PROFILES: dict[str, Profile] = {
-    # Two cores or so. One logical CPU more than readers need, for the one actor that computes; each worker process
-    # costs seconds to start, so there are few. A thousand tokens keep two cores as busy as more would, and in small
-    # steps less is padding.
+    # About two cores. One logical CPU is for tasks that read, one for the actor that computes; worker processes take
+    # seconds to start, so there are few. A thousand tokens keep two cores busy, and small steps have less padding.
     "laptop": Profile(
         name="laptop",
         logical_cpus=2,
         object_store_bytes=400 * MB,
         partitions=2,
-        **_same(Actors(cpus=1, gpus=0, least=1, most=1, threads=None)),
+        augment=_LAPTOP,
+        train=_LAPTOP,
         index_cpus=1,
         tokens_per_step=1024,
     ),
-    # One machine with one GPU or some.
+    # One machine with one or more GPUs.
     "gpu": Profile(
         name="gpu",
         logical_cpus=None,
         object_store_bytes=None,
         partitions=16,
-        **_same(Actors(cpus=2, gpus=1, least=1, most=8, threads=2)),
+        augment=_GPU,
+        train=_GPU,
         index_cpus=2,
         tokens_per_step=32_768,
     ),
-    # Whatever the cluster has, and grows to.
+    # A cluster that may grow.
     "cluster": Profile(
         name="cluster",
         logical_cpus=None,
         object_store_bytes=None,
         partitions=256,
-        **_same(Actors(cpus=4, gpus=1, least=1, most=1000, threads=4)),
+        augment=_CLUSTER,
+        train=_CLUSTER,
         index_cpus=4,
         tokens_per_step=32_768,
     ),

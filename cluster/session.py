@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from cluster.resources import Profile
 
-# For the driver and its workers. Nothing tells anybody anything.
+# For the driver and its workers: no usage statistics are sent to anybody.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -18,28 +18,28 @@ ENVIRONMENT = {
 
 
 class JoinError(Exception):
-    """The cluster that RAY_ADDRESS names is out of reach, or runs another version of Ray or Python."""
+    """The cluster that RAY_ADDRESS names cannot be reached, or runs another version of Ray or Python."""
 
-    remedy = "check RAY_ADDRESS, that the cluster runs, and that Ray and Python are of the same versions there and here"
+    remedy = "check RAY_ADDRESS, that the cluster runs, and that Ray and Python have the same versions there and here"
 
 
 def is_passed_on(name: str) -> bool:
-    """Whether the workers of a cluster that is joined get a variable of the driver's environment.
+    """Whether the workers of a joined cluster get this variable of the driver's environment.
 
-    Secrets they do not get: Ray writes what it passes on into its logs. A cluster's nodes have their own.
+    Secrets are not passed on: Ray writes the variables into its logs. The nodes of a cluster have their own.
     """
     return name.startswith(("HF_", "PRAG_", "AWS_")) and not any(word in name for word in ("KEY", "SECRET", "TOKEN"))
 
 
 @contextlib.contextmanager
 def ray_session(profile: Profile) -> Iterator[None]:
-    """Within this context Ray runs: the cluster that RAY_ADDRESS names, or one started here and stopped after.
+    """Join the cluster that RAY_ADDRESS names, or start Ray here, and leave or stop it at the end of the context.
 
-    An error that a worker raised leaves this context as it was raised there. Ray's own progress bars and start-up
-    messages are off: the job reports its progress itself.
+    An error that a worker raised leaves this context as the worker raised it. Ray's progress bars and start-up
+    messages are off, because the job reports its own progress.
 
     Raises:
-        JoinError: when there is a cluster to join, and it cannot be joined.
+        JoinError: when RAY_ADDRESS names a cluster that cannot be joined.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     import ray
@@ -48,19 +48,19 @@ def ray_session(profile: Profile) -> Iterator[None]:
 
     if os.environ.get("RAY_ADDRESS"):
         passed_on = {name: value for name, value in os.environ.items() if is_passed_on(name)}
-        # A job of the job server has an environment already; where both name a variable, Ray refuses by default.
+        # A job of the job server already has an environment; by default Ray refuses a variable that is in both.
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         environment = {"env_vars": {**passed_on, **{name: os.environ[name] for name in ENVIRONMENT}}}
         try:
             ray.init(runtime_env=environment, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
-            ray.shutdown()  # of what was begun
+            ray.shutdown()  # what had started
             raise JoinError(" ".join(str(error).split())) from None
     else:
-        # An idle worker is ended after a second by default, and starting the next one takes several.
+        # By default an idle worker ends after a second, and starting the next one takes several seconds.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-        # Workers inherit this process's environment. A runtime_env would make Ray start each of them anew.
-        # `local`: without it Ray would join whatever cluster was started last on this machine.
+        # Workers inherit this process's environment; with a runtime_env Ray would have to start new workers for it.
+        # `local`: without it Ray would join the cluster that was started last on this machine.
         ray.init(
             "local",
             num_cpus=profile.logical_cpus,
@@ -74,12 +74,12 @@ def ray_session(profile: Profile) -> Iterator[None]:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.default_hash_shuffle_parallelism = profile.partitions
-        # A step of training may take long, and no block moves meanwhile.
+        # A training step may take long, and no block moves meanwhile.
         context.execution_no_progress_timeout_s = 4 * 3600
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         yield
     except ray.exceptions.RayTaskError as error:
-        # What a worker raised is raised here as it was, without the frames of Ray between.
+        # Raise the worker's own error, without the frames of Ray.
         cause = error.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause

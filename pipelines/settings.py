@@ -1,8 +1,8 @@
-"""From a configuration to the recipe that it means."""
+"""What a configuration means: the recipe, the layout of the adapters, the machine profile, the store."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.resources import PROFILES, Profile
@@ -13,14 +13,42 @@ from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import model_facts, model_fingerprint
 from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
+from prag_core.store.objects import Store, open_store
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all stages of a run share; it is made once and passed on.
+
+    `run` is the id of the run, and empty where none is recorded (a plan, an evaluation).
+    """
+
+    config: Config
+    store: Store
+    profile: Profile
+    recipe: Recipe
+    layout: LoraLayout
+    run: str = ""
+
+
+def make_context(config: Config, run: str = "") -> RunContext:
+    """Open the configured store and find out the recipe; loads no weights.
+
+    Raises:
+        StoreError: when the store cannot be opened.
+        ModelError: see `describe`.
+        AdapterError: see `describe`.
+    """
+    recipe, layout = describe(config)
+    return RunContext(config, open_store(config), profile_of(config), recipe, layout, run)
 
 
 def describe(config: Config) -> tuple[Recipe, LoraLayout]:
-    """Return the recipe that a configuration means and the layout of its adapters; loads no weights.
+    """Return the recipe of a configuration and the layout of its adapters; loads no weights.
 
     Raises:
-        ModelError: when the model is missing or does not fit.
-        AdapterError: when `train.initial_adapter` is no adapter of the recipe's shape.
+        ModelError: when the model is missing or does not fit the recipe.
+        AdapterError: when `train.initial_adapter` names no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)
     folder = resolve_model(config.model.name)
@@ -39,9 +67,9 @@ def _fingerprint_of(layout: LoraLayout, start: Path) -> str:
 
 
 def generator_fingerprint(config: Config, base_model: str) -> str:
-    """Return the name of the model that augments: its weights' fingerprint, or an endpoint's model name.
+    """Return the name of the model that augments: the fingerprint of its weights, or an endpoint's model name.
 
-    `base_model` is the fingerprint of the base model, which augments where no other is named.
+    `base_model` is the fingerprint of the base model, which augments when the configuration names no other model.
     """
     settings = config.augment
     if settings.generator == "none":
@@ -52,7 +80,7 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
 
 
 def profile_of(config: Config) -> Profile:
-    """Return the profile that a configuration names, with what its section `run` says in place of the profile's."""
+    """Return the profile that a configuration names, changed by the numbers in its section `run`."""
     run = config.run
     return PROFILES[run.profile].tuned(
         actors_min=run.actors_min,

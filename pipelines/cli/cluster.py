@@ -102,13 +102,14 @@ def preflight(
     else:
         print_table("Preflight", map(_finding_row, found.findings), ("check", "", "node", "detail"))
         out.print(f"{seconds['check']:.2f} s, after {seconds['load']:.2f} s to load the libraries")
-    found.described()
+    found.raise_errors()
 
 
 def _finding_row(finding: CheckResult) -> tuple[str, ...]:
     outcome = f"[{_STYLES[finding.outcome]}]{finding.outcome}[/]"
     remedy = f"\n→ {finding.remedy}" if finding.remedy else ""
-    return finding.check, outcome, finding.where, f"{finding.detail}{remedy}"
+    duration = "" if finding.duration_ms is None else f" ({finding.duration_ms:.0f} ms)"
+    return finding.check, outcome, finding.where, f"{finding.detail}{duration}{remedy}"
 
 
 @app.command()

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from pipelines.execution.lookup import batches, iter_records
-from pipelines.execution.tables import read_columns
+from pipelines.execution.lookup import iter_records
+from pipelines.execution.tables import iter_blocks, map_blocks, read_columns
 from prag_core.config import Config
 from prag_core.data.questions import Question
 from prag_core.llm.checkpoint import cache_dir
@@ -47,8 +47,8 @@ def trained_keys(
         return frozenset(), []
     wanted, gone = sorted(set(asked)), set(snapshot.tombstones)
     rows = read_columns(store, snapshot.ledger_parts, ["key"], partitions)
-    kept = rows.map_batches(_wanted_or_small, batch_format="pyarrow", fn_kwargs={"wanted": wanted, "size": size})
-    keys = sorted({key for batch in batches(kept) for key in batch["key"].to_pylist()} - gone)
+    kept = map_blocks(rows, _wanted_or_small, wanted=wanted, size=size)
+    keys = sorted({key for block in iter_blocks(kept) for key in block["key"].to_pylist()} - gone)
     return frozenset(wanted) & frozenset(keys), keys[:size]
 
 
@@ -95,7 +95,5 @@ class SearchIndex:
 
 
 def _wanted_or_small(table: pa.Table, wanted: list[str], size: int) -> pa.Table:
-    if not table.num_columns:
-        return pa.table({"key": pa.array([], pa.string())})
     named = table.filter(pc.is_in(table["key"], value_set=pa.array(wanted, pa.string())))
     return pa.concat_tables([named, table.sort_by("key").slice(0, size)])

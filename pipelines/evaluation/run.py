@@ -14,7 +14,6 @@ import pyarrow as pa
 import ray.data
 from rich.console import Console
 
-from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.evaluation.retrieve import retrieve, trained_keys
 from pipelines.evaluation.stored import evaluation_folder, read_task_adapter, stored_replies
@@ -22,7 +21,7 @@ from pipelines.evaluation.task_adapters import train_task_adapters
 from pipelines.execution.lookup import find_augmentations, find_gold
 from pipelines.execution.outcomes import Outcome, outcome_table
 from pipelines.execution.progress import run_pool
-from pipelines.settings import profile_of
+from pipelines.settings import RunContext, profile_of
 from prag_core.config import Config
 from prag_core.data.gold import match_gold
 from prag_core.data.questions import Question
@@ -46,7 +45,7 @@ from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Augmentation, Hit, MergeRule, Passage, from_table, to_table
 from prag_core.store.adapters import LedgerSource, open_adapters
-from prag_core.store.objects import Store, open_store
+from prag_core.store.objects import open_store
 from prag_core.store.snapshot import Snapshot, check_base_model, forgotten_keys, load_snapshot
 
 # Keys from which wrong and task adapters are drawn.
@@ -79,6 +78,7 @@ def run_evaluation(
     snapshot = load_snapshot(store, snapshot_id)
     adapters, _ = open_adapters(store, snapshot.recipe)
     profile = profile_of(config)
+    run_context = RunContext(config, store, profile, adapters.recipe, adapters.layout)
     if open_reader(store, config, adapters.layout) is not None:
         plan = replace(plan, reader=f"{config.answer.reader} x{config.answer.reader_strength:g}")
     wanted = columns(plan)
@@ -88,12 +88,12 @@ def run_evaluation(
         gold = match_gold(questions, find_gold(store, snapshot, questions, profile.partitions))
         asked, left_out = _choose(questions, gold, plan, limit)
         # 2. Retrieval; with the gold passages given it serves the control `wrong`.
-        found = retrieve(config, store, snapshot, asked, plan.depth, min(profile.model_actors.most, _SEARCHERS))
+        found = retrieve(config, store, snapshot, asked, plan.depth, min(profile.model_actors.max_size, _SEARCHERS))
         contexts = [
             QuestionContext(ranked=row.hits, gold=gold[q.id], trained=frozenset(), pool=(), augmentations={}, tasks=())
             for row, q in zip(found, asked, strict=True)
         ]
-        contexts = _complete(config, store, snapshot, adapters.recipe, plan, contexts, profile, console)
+        contexts = _complete(run_context, snapshot, plan, contexts, console)
         # 3. Ask.
         folder = evaluation_folder(config, store, snapshot)
         asks: dict[str, list[list[str]]] = {}
@@ -106,7 +106,7 @@ def run_evaluation(
                 asks[column.name].append([ask.id for ask in made])
                 pending.update({ask.id: ask for ask in made if ask.id not in replies})
             if len(pending) >= _ASKS_AT_ONCE or column is wanted[-1]:
-                _answer_missing(config, store, snapshot, folder, list(pending.values()), profile, console)
+                _answer_missing(run_context, snapshot, folder, list(pending.values()), console)
                 pending = {}
                 replies = stored_replies(store, folder)
     return Evaluation(
@@ -150,30 +150,28 @@ def _choose(
 
 
 def _complete(
-    config: Config,
-    store: Store,
+    run_context: RunContext,
     snapshot: Snapshot,
-    recipe: Recipe,
     plan: EvaluationPlan,
     contexts: list[QuestionContext],
-    profile: Profile,
     console: Console,
 ) -> list[QuestionContext]:
     """Add to each question's context what the controls need, and make the task adapters."""
     if not plan.controls:
         return contexts
+    store, partitions = run_context.store, run_context.profile.partitions
     k = max(plan.top_k)
     asked = {hit.passage.key for context in contexts for hit in context.ranked}
     asked |= {passage.key for context in contexts for passage in context.gold}
-    trained, pool = trained_keys(store, snapshot, asked, _POOL, profile.partitions)
+    trained, pool = trained_keys(store, snapshot, asked, _POOL, partitions)
     used = {hit.passage.key for context in contexts for hit in context.ranked[:k]}
     used |= {passage.key for context in contexts for passage in context.gold}
     augmentations: dict[str, Augmentation] = {}
     if "da" in plan.controls:
-        augmentations = find_augmentations(store, recipe.augment.fingerprint, used, profile.partitions)
+        augmentations = find_augmentations(store, run_context.recipe.augment.fingerprint, used, partitions)
     tasks: list[tuple[str, ...]] = [() for _ in contexts]
     if "task" in plan.controls:
-        tasks = train_task_adapters(config, store, snapshot, recipe, plan, contexts, pool, profile, console)
+        tasks = train_task_adapters(run_context, snapshot, plan, contexts, pool, console)
     return [
         replace(context, trained=trained, pool=pool, augmentations=augmentations, tasks=of)
         for context, of in zip(contexts, tasks, strict=True)
@@ -184,19 +182,20 @@ def _complete(
 
 
 def _answer_missing(
-    config: Config,
-    store: Store,
-    snapshot: Snapshot,
-    folder: str,
-    asks: list[EvaluationRequest],
-    profile: Profile,
-    console: Console,
+    run_context: RunContext, snapshot: Snapshot, folder: str, asks: list[EvaluationRequest], console: Console
 ) -> None:
     if not asks:
         return
-    arguments = (config, store, snapshot, folder, profile)
-    rows = ray.data.from_arrow(to_table(EvaluationRequest, asks))
-    run_pool(AnswerEvaluation, arguments, rows, len(asks), 2 * config.answer.batch_size, "ask", profile, console)
+    run_pool(
+        AnswerEvaluation,
+        (run_context, snapshot, folder),
+        ray.data.from_arrow(to_table(EvaluationRequest, asks)),
+        total=len(asks),
+        batch=2 * run_context.config.answer.batch_size,
+        stage="ask",
+        actors=run_context.profile.model_actors,
+        console=console,
+    )
 
 
 class _NoRetriever:
@@ -209,8 +208,9 @@ class _NoRetriever:
 class AnswerEvaluation:
     """The actor that answers: holds the engine, and stores what it answered before it reports it."""
 
-    def __init__(self, config: Config, store: Store, snapshot: Snapshot, folder: str, profile: Profile) -> None:
-        compute_here(profile.model_actors.threads)
+    def __init__(self, run_context: RunContext, snapshot: Snapshot, folder: str) -> None:
+        config, store = run_context.config, run_context.store
+        compute_here(run_context.profile.model_actors.threads)
         base = load_base_model(config.model)
         check_base_model(snapshot, store, config.model.name, base.fingerprint)
         adapters, train = open_adapters(store, snapshot.recipe)

@@ -6,12 +6,11 @@ import pyarrow as pa
 import ray.data
 from rich.console import Console
 
-from cluster.resources import Profile
 from pipelines.evaluation.stored import evaluation_folder, task_adapter_name
 from pipelines.execution.lookup import find_augmentations, find_passages
 from pipelines.execution.outcomes import Outcome, outcome_table
 from pipelines.execution.progress import run_pool
-from prag_core.config import Config
+from pipelines.settings import RunContext
 from prag_core.errors import AdapterError, StoreError
 from prag_core.evaluation.controls import task_job, task_sets
 from prag_core.evaluation.plan import EvaluationPlan
@@ -19,10 +18,8 @@ from prag_core.evaluation.requests import QuestionContext
 from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here
-from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage
 from prag_core.store.adapters import get_start
-from prag_core.store.objects import Store
 from prag_core.store.shard_codec import pack_shard
 from prag_core.store.snapshot import Snapshot
 from prag_core.training.examples import training_examples
@@ -30,17 +27,15 @@ from prag_core.training.trainer import Trainer
 
 
 def train_task_adapters(
-    config: Config,
-    store: Store,
+    run_context: RunContext,
     snapshot: Snapshot,
-    recipe: Recipe,
     plan: EvaluationPlan,
     contexts: list[QuestionContext],
     pool: list[str],
-    profile: Profile,
     console: Console,
 ) -> list[tuple[str, ...]]:
     """Train the task adapters that are not there; return for each question the name of its own of each seed."""
+    config, store, partitions = run_context.config, run_context.store, run_context.profile.partitions
     # 1. Which passages, of each seed.
     k = max(plan.top_k)
     related = [
@@ -51,8 +46,8 @@ def train_task_adapters(
     used = {of[i] for of, numbers in chosen for i in numbers}
     # 2. Their texts.
     keys = {key for keys in used for key in keys}
-    passages = {p.key: p for p in find_passages(store, snapshot, keys, profile.partitions)}
-    augmentations = find_augmentations(store, recipe.augment.fingerprint, keys, profile.partitions)
+    passages = {p.key: p for p in find_passages(store, snapshot, keys, partitions)}
+    augmentations = find_augmentations(store, run_context.recipe.augment.fingerprint, keys, partitions)
     lost = keys - (passages.keys() & augmentations.keys())
     if lost:
         raise StoreError(
@@ -66,9 +61,16 @@ def train_task_adapters(
     if missing:
         rows = [{"name": names[of], "keys": list(of)} for of in missing]
         texts = {key: (passages[key], augmentations[key]) for of in missing for key in of}
-        arguments = (config, store, recipe, folder, texts, plan.task_rounds, profile)
-        made = ray.data.from_items(rows)
-        tally = run_pool(TrainTasks, arguments, made, len(rows), config.run.train_batch, "task", profile, console)
+        tally = run_pool(
+            TrainTasks,
+            (run_context, folder, texts, plan.task_rounds),
+            ray.data.from_items(rows),
+            total=len(rows),
+            batch=config.run.train_batch,
+            stage="task",
+            actors=run_context.profile.model_actors,
+            console=console,
+        )
         if tally.rejected:
             raise AdapterError(f"task adapters: {dict(tally.rejected)}", "see what training says of these passages")
     return [tuple(names[of[numbers[i]]] for of, numbers in chosen) for i in range(len(contexts))]
@@ -79,14 +81,12 @@ class TrainTasks:
 
     def __init__(
         self,
-        config: Config,
-        store: Store,
-        recipe: Recipe,
+        run_context: RunContext,
         folder: str,
         texts: dict[str, tuple[Passage, Augmentation]],
         rounds: int,
-        profile: Profile,
     ) -> None:
+        config, store, recipe, profile = run_context.config, run_context.store, run_context.recipe, run_context.profile
         compute_here(profile.model_actors.threads)
         base = load_base_model(config.model, expected=recipe.base_model)
         start = get_start(store, recipe.train.start) if recipe.train.start else None

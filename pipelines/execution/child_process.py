@@ -1,7 +1,7 @@
-"""A process that may die: it holds an actor, gets tables of passages through a pipe, and answers each with outcomes.
+"""A child process holds an actor: it gets tables of passages through a pipe and answers each with outcomes.
 
-Its parent sees how it ends and can end it. It is forked from a process that has imported what it needs, so that
-another one stands ready in a fraction of a second.
+Its parent sees how it ends, and can kill it. Children are forked from a process that has imported their modules, so
+that the next one is ready in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ import pyarrow as pa
 
 from prag_core.errors import PragError
 
-# A look at the child's memory; what it grows by meanwhile goes beyond the limit.
+# Between two checks of the child's memory; it may grow beyond its limit for as long.
 _POLL_S = 0.1
-# A process whose pipe is closed is gone in a moment: the kernel frees its memory first.
-_DYING_S = 30.0
+# A process whose pipe is closed ends soon: the kernel frees its memory first.
+_EXIT_TIMEOUT_S = 30.0
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-# Called by an actor at work whenever it got on: who is slow is not taken for one that hangs.
-Alive = Callable[[], None]
+# An actor calls this whenever it has made progress, so that a slow actor is not taken for one that hangs.
+Heartbeat = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a child may work without a sign of life (outcomes, or `Alive`), and how much memory it may hold."""
+    """How long a child may work without a sign of life (outcomes, or a heartbeat), and how much memory it may hold."""
 
     silence_s: float
     memory_bytes: float
 
 
 class ChildLostError(Exception):
-    """A child died, was killed for exceeding a limit, or raised what nobody expected; it is of no use any more.
+    """A child died, was killed for exceeding a limit, or raised an unexpected error; it cannot be used any more.
 
-    `reason` is `killed_worker`, `out_of_memory`, `timeout` or `failed`; `detail` says more.
+    `reason` is `killed_worker`, `out_of_memory`, `timeout` or `failed`. `starting` says that it had not yet begun to
+    work.
     """
 
     def __init__(self, reason: str, detail: str, *, starting: bool = False) -> None:
@@ -60,12 +61,12 @@ class Child:
     """A child process that holds `actor(*arguments)`, given as the pickled pair, and calls it with tables.
 
     Args:
-        work: The pickled pair; only the child unpickles it, so that its parent need not import what it means.
-            The actor is called with a table and an `Alive`.
+        work: The pickled pair; only the child unpickles it, so that its parent need not import the actor's module.
+            The actor is called with a table and a `Heartbeat`.
         preload: The modules that the process from which children are forked imports beforehand.
 
     Raises:
-        ChildLostError: when the system has no process or pipe for it.
+        ChildLostError: when the system has no process or pipe left for it.
     """
 
     def __init__(self, work: bytes, preload: Sequence[str]) -> None:
@@ -83,25 +84,25 @@ class Child:
         self._ready = False
 
     def call(self, table: pa.Table, limits: Limits) -> Iterator[pa.Table]:
-        """Yield the actor's outcomes for a table as it gives them.
+        """Yield the actor's outcomes for a table as they come.
 
         Raises:
             ChildLostError: when the child did not survive it.
-            PragError: what the actor raised on purpose; the child has ended with it.
+            PragError: when the actor raised one; the child has ended with it.
         """
         if not self._ready:
-            # Loading a model takes what it takes; Ray ends a stage in which nothing ever moves.
+            # Loading a model has no time limit; Ray ends a stage in which nothing ever moves.
             self._receive(replace(limits, silence_s=float("inf")), starting=True)
             self._ready = True
         try:
-            self._connection.send_bytes(_packed(table))
+            self._connection.send_bytes(_pack(table))
         except OSError as error:  # it died between two calls
             raise self._lost(*self._cause_of_death(error), starting=False) from None
         while data := self._receive(limits, starting=False):
-            yield _unpacked(data)
+            yield _unpack(data)
 
     def kill(self) -> None:
-        """End the child, whatever it does."""
+        """End the child at once."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -137,10 +138,10 @@ class Child:
         return ChildLostError(reason, detail, starting=starting)
 
     def _cause_of_death(self, error: Exception | None = None) -> tuple[str, str]:
-        self._process.join(_DYING_S)
+        self._process.join(_EXIT_TIMEOUT_S)
         code = self._process.exitcode
         if code is None:
-            return "failed", f"its process lives, and cannot be talked to: {error}"
+            return "failed", f"its process runs, but its pipe is broken: {error}"
         if code >= 0:
             return "killed_worker", f"its process ended with exit code {code}"
         name = signal.Signals(-code).name
@@ -151,11 +152,11 @@ class Child:
 
 def _serve(connection: Connection, work: bytes) -> None:
     _die_with_parent()
-    # The place of a crash goes to the worker's log. There is no JVM in this process, which would use the signal.
+    # A crash writes its stack to the worker's log. A JVM uses the same signals, but this process has none.
     faulthandler.enable()
 
-    def alive() -> None:
-        _send(connection, "alive", b"")
+    def heartbeat() -> None:
+        _send(connection, "heartbeat", b"")
 
     try:
         actor, arguments = pickle.loads(work)
@@ -163,12 +164,12 @@ def _serve(connection: Connection, work: bytes) -> None:
         _send(connection, "answer", b"")
         while True:
             try:
-                table = _unpacked(connection.recv_bytes())
+                table = _unpack(connection.recv_bytes())
             except EOFError:
                 return
-            result = call(table, alive)
+            result = call(table, heartbeat)
             for done in [result] if isinstance(result, pa.Table) else result:
-                _send(connection, "answer", _packed(done))
+                _send(connection, "answer", _pack(done))
             _send(connection, "answer", b"")
     except PragError as error:
         _send(connection, "raised", error)
@@ -180,27 +181,27 @@ def _serve(connection: Connection, work: bytes) -> None:
 def _explain(error: BaseException) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"[:300]
     # On the CPU torch raises a plain RuntimeError; on a device, an OutOfMemoryError.
-    short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text
-    return ("out_of_memory" if short else "failed"), text
+    no_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return ("out_of_memory" if no_memory or "can't allocate memory" in text else "failed"), text
 
 
 def _send(connection: Connection, kind: str, data: Any) -> None:
     connection.send_bytes(pickle.dumps((kind, data)))
 
 
-def _packed(table: pa.Table) -> bytes:
+def _pack(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
-def _unpacked(data: bytes) -> pa.Table:
+def _unpack(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
 def _die_with_parent() -> None:
-    """Let the kernel end this process with the one it was forked from, which ends with the worker."""
+    """Have the kernel kill this process when the one it was forked from ends, which ends with the worker."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -208,5 +209,5 @@ def _die_with_parent() -> None:
 def _resident_bytes(pid: int | None) -> int:
     try:
         return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # it has just ended, or this system has no such file: then there is no limit but its own
+    except OSError:  # the process has just ended, or this system has no such file
         return 0

@@ -1,10 +1,10 @@
-"""Bounded patience: a passage that kills, hangs or starves its worker is found, and given up with its reason.
+"""Isolation: find the passage that kills, hangs or starves its worker, and reject it alone.
 
-A stage's actor works in a child process (`pipelines.execution.child_process`). When that is lost, the batch is split until the culprit
-is alone, and tried `run.passage_attempts` times in all; its neighbours are done meanwhile. The attempts are counted
-by the parent, which outlives the child and knows how it died, and kept in the store (`pipelines.execution.attempts`), where
-whoever is started after a killed driver finds them. A lost node, which takes the parent too, is charged to no
-passage; Ray moves its batch elsewhere.
+A stage's actor works in a child process (`pipelines.execution.child_process`). When the child is lost, its batch is
+split until the culprit is alone; a passage gets `run.passage_attempts` attempts in all. The parent counts them: it
+outlives the child and knows how it died. The counts are in the store (`pipelines.execution.attempts`), where a run
+that is started after a killed driver finds them. When a node is lost, and the parent with it, no passage is charged;
+Ray moves the batch to another node.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Actors
 from pipelines.execution.attempts import AttemptLog
 from pipelines.execution.child_process import Child, ChildLostError, Limits
 from pipelines.execution.outcomes import TASK, Outcome, outcome_table
+from pipelines.execution.tables import drop_keys, keep_keys
 from prag_core.config import RunConfig
 from prag_core.errors import PragError
 from prag_core.identity import fingerprint
@@ -34,76 +34,72 @@ from prag_core.store.tables import put_rejects
 
 log = logging.getLogger(__name__)
 
-# A batch that lost its worker is split into so many parts at most: with two, a culprit among 64 would cost seven
-# workers until it is alone, and each loads the model anew.
+# The most parts into which a batch is split after it lost its worker. With two, a culprit among 64 would cost seven
+# workers until it is alone, and each of them loads the model again.
 _PARTS = 8
 _START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """Where a stage's rejects go: into the store, as of a run, a stage and the fingerprint of what it follows."""
+    """One stage of one run: under which names its rejects are stored, and what its workers may use.
+
+    `recipe` is the fingerprint of the recipe that the stage follows. Of `limits`, `passage_attempts` and
+    `worker_memory_gb` count here. `silence_s` is how long a worker may be silent while it works.
+    """
 
     store: Store
     run: str
     stage: str
     recipe: str
+    limits: RunConfig
+    silence_s: float
 
 
 class IsolatedWorker:
-    """What Ray runs as a stage's actor: it has a child do the work, and another child when that one is lost.
+    """The actor that Ray runs for a stage: a child process does the work, and is replaced when it is lost.
 
     Args:
-        work: The pickled class of the actor that the child holds, with its arguments. They stay pickled here, so that
-            this process need not import what they mean.
-        preload: The modules that a child needs, for the process from which children are forked.
-        desk: Where rejects go.
-        limits: `passage_attempts` and `worker_memory_gb` count here.
-        silence_s: How long the child may give no sign of life while it works.
-        share: Finds out what memory a child may hold where the limits do not say.
+        work: The pickled class of the child's actor, with its arguments. They stay pickled here, so that this process
+            need not import their modules.
+        preload: The modules that a child needs; the process from which children are forked imports them.
+        stage_run: The stage and the run.
+        memory_share: Returns the bytes that a child may hold if `limits` do not say.
     """
 
     def __init__(
-        self,
-        work: bytes,
-        preload: Sequence[str],
-        desk: StageRun,
-        limits: RunConfig,
-        silence_s: float,
-        share: Callable[[], float],
+        self, work: bytes, preload: Sequence[str], stage_run: StageRun, memory_share: Callable[[], float]
     ) -> None:
         self._work = work
         self._preload = preload
-        self._desk = desk
-        self._most_attempts = limits.passage_attempts
-        self._book = AttemptLog(desk.store, desk.run, desk.stage, desk.recipe)
-        memory_bytes = share() if limits.worker_memory_gb is None else limits.worker_memory_gb * 1e9
-        self._limits = Limits(silence_s, memory_bytes)
+        self._stage_run = stage_run
+        self._max_attempts = stage_run.limits.passage_attempts
+        self._attempt_log = AttemptLog(stage_run.store, stage_run.run, stage_run.stage, stage_run.recipe)
+        memory_gb = stage_run.limits.worker_memory_gb
+        self._limits = Limits(stage_run.silence_s, memory_share() if memory_gb is None else memory_gb * 1e9)
         self._child: Child | None = None
         with contextlib.suppress(ChildLostError):  # the first batch tries again
             self._child = Child(work, preload)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the outcomes of a batch, those of its rejects among them.
+        """Return the outcomes of a batch of passages, including those of its rejects.
 
         Raises:
-            PragError: what the actor raised on purpose, or when it cannot even be started.
+            PragError: when the actor raised one, or cannot even be started.
         """
-        # Ray tries a batch again as it was; here it may be tried again in parts. Both find what was done of it, and a
-        # later run does not: what is missing then, though it was done, was taken out of the store on purpose.
-        task = pa.scalar(fingerprint([self._desk.run, *sorted(table["key"].to_pylist())]))
+        # Ray retries a whole batch; after a loss this class retries parts of it. Both know the batch by this name,
+        # and skip what it has committed. A later run has another name: what is missing then was removed on purpose.
+        task = pa.scalar(fingerprint([self._stage_run.run, *sorted(table["key"].to_pylist())]))
         table = table.append_column(TASK, pa.repeat(task, table.num_rows))
         outcomes: list[pa.Table] = []
-        todo: deque[pa.Table] = deque()
-        earlier = self._book.read(table["key"].to_pylist())
-        # What lost a worker in another attempt, perhaps of a driver that was killed, is tried alone, after the others.
-        for batch in [_without(table, list(earlier)), *(_only(table, key) for key in earlier)]:
-            if batch.num_rows:
-                todo.append(batch)
+        earlier = self._attempt_log.read(table["key"].to_pylist())
+        # A passage that lost a worker in another attempt, perhaps of a killed driver, is tried alone, after the others.
+        batches = [drop_keys(table, list(earlier)), *(keep_keys(table, [key]) for key in earlier)]
+        pending = deque(batch for batch in batches if batch.num_rows)
         counts = {key: attempts.count for key, attempts in earlier.items()}
         given_up = {key: attempts.reason for key, attempts in earlier.items() if attempts.reason}
-        while todo:
-            batch = todo.popleft()
+        while pending:
+            batch = pending.popleft()
             key = batch["key"][0].as_py()
             if key in given_up:
                 outcomes.append(outcome_table([Outcome(key, rejected=given_up[key])]))
@@ -111,26 +107,28 @@ class IsolatedWorker:
             try:
                 for done in self._try(batch):
                     outcomes.append(done)
-                    batch = _without(batch, done["key"].to_pylist())
+                    batch = drop_keys(batch, done["key"].to_pylist())
             except ChildLostError as error:
-                left = {key: counts.get(key, 0) + 1 for key in batch["key"].to_pylist()}
-                counts |= left
-                log.warning("%s: a worker lost, %d passages left of its batch: %s", self._desk.stage, len(left), error)
-                key = next(iter(left), "")
-                if len(left) == 1 and left[key] >= self._most_attempts:
-                    outcomes.append(self._give_up(batch, left[key], error))
+                lost = {key: counts.get(key, 0) + 1 for key in batch["key"].to_pylist()}
+                counts |= lost
+                log.warning(
+                    "%s: lost a worker; %d passages of its batch are left: %s", self._stage_run.stage, len(lost), error
+                )
+                key = next(iter(lost), "")
+                if len(lost) == 1 and lost[key] >= self._max_attempts:
+                    outcomes.append(self._give_up(batch, lost[key], error))
                     given_up[key] = error.reason
-                elif left:
-                    self._book.lost(left)
-                    todo.extendleft(reversed(_split(batch)))
-        self._book.done(counts.keys() - given_up.keys())
+                elif lost:
+                    self._attempt_log.record_losses(lost)
+                    pending.extendleft(reversed(_split(batch)))
+        self._attempt_log.clear(counts.keys() - given_up.keys())
         return pa.concat_tables(outcomes)
 
     def _try(self, batch: pa.Table) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
             try:
                 child = self._child or Child(self._work, self._preload)
-                # Until the batch is done: whatever is raised, that child is of no use any more.
+                # Kept again only once the batch is done: after any error the child is of no more use.
                 self._child = None
                 yield from child.call(batch, self._limits)
                 self._child = child
@@ -140,17 +138,17 @@ class IsolatedWorker:
                     raise
                 if attempt == _START_ATTEMPTS - 1:
                     raise PragError(
-                        f"{self._desk.stage}: its worker dies as it starts: {error}",
-                        "look at the worker's log; give it more memory, or a smaller model",
+                        f"{self._stage_run.stage}: its worker dies as it starts: {error}",
+                        "read the worker's log; give it more memory, or a smaller model",
                     ) from None
 
     def _give_up(self, batch: pa.Table, attempts: int, lost: ChildLostError) -> pa.Table:
-        """Store the reject at once, so that nobody tries the passage again; return its outcome."""
+        """Store the reject at once, so that the passage is not tried again; return its outcome."""
         (row,) = batch.select(["key", "sources"]).to_pylist()
-        key, desk = row["key"], self._desk
-        reject = Reject(desk.stage, lost.reason, lost.detail, row["sources"][0], key, attempts, desk.recipe)
-        put_rejects(desk.store, desk.run, [reject])
-        self._book.given_up(key, attempts, lost.reason)
+        key, stage_run = row["key"], self._stage_run
+        reject = Reject(stage_run.stage, lost.reason, lost.detail, row["sources"][0], key, attempts, stage_run.recipe)
+        put_rejects(stage_run.store, stage_run.run, [reject])
+        self._attempt_log.record_reject(key, attempts, lost.reason)
         return outcome_table([Outcome(key, rejected=lost.reason)])
 
 
@@ -160,33 +158,24 @@ def run_actors(
     missing: ray.data.Dataset,
     batch: int,
     actors: Actors,
-    desk: StageRun,
-    limits: RunConfig,
-    *,
-    silence_s: float,
+    stage_run: StageRun,
     preload: Sequence[str] = (),
 ) -> ray.data.Dataset:
     """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
-    One block is one batch of `batch` passages: what a block gives is seen when the block is done. Each actor works in
-    a process that it may lose, and that may give no sign of life for `silence_s`. `preload` names the modules that
-    the actor's own imports when it is made.
+    One block is one batch of `batch` passages; its outcomes are seen when the whole block is done. Each actor works in
+    a child process. `preload` names modules that the actor imports only in its constructor.
     """
     work = pickle.dumps((actor, arguments))
-    patient = (work, (actor.__module__, *preload), desk, limits, silence_s, actors.memory_bytes)
-    # Ray shows a stage's workers by the name of their class.
-    named = type(actor.__name__, (IsolatedWorker,), {})
+    # Ray shows a stage's workers under the name of their class.
+    worker = type(actor.__name__, (IsolatedWorker,), {})
     return missing.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
-        named, batch_size=batch, batch_format="pyarrow", fn_constructor_args=patient, **actors.pool()
+        worker,
+        batch_size=batch,
+        batch_format="pyarrow",
+        fn_constructor_args=(work, (actor.__module__, *preload), stage_run, actors.memory_bytes),
+        **actors.pool(),
     )
-
-
-def _without(batch: pa.Table, keys: list[str]) -> pa.Table:
-    return batch.filter(pc.invert(pc.is_in(batch["key"], value_set=pa.array(keys, pa.string()))))
-
-
-def _only(batch: pa.Table, key: str) -> pa.Table:
-    return batch.filter(pc.equal(batch["key"], key))
 
 
 def _split(batch: pa.Table) -> list[pa.Table]:

@@ -1,4 +1,4 @@
-"""What the actors of a stage send back: one row a passage, and never the passage's bytes."""
+"""Outcomes: the rows that the actors of a stage return, one for each passage, and what is counted from them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
+from pipelines.execution.tables import iter_blocks
 from prag_core.errors import BudgetError
-from prag_core.records import schema, to_table
+from prag_core.records import from_table, to_table
 
-# A column of what an actor gets: the name of the batch that Ray gave out, also when this is a part of it.
+# A column that an actor gets: the name of the batch that Ray handed out. A part of a batch keeps its name.
 TASK = "task"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one passage in one stage; `rejected` is the reason, or empty when it is done.
+    """The outcome of one passage in one stage; `rejected` is the reason, or empty when the passage is done.
 
-    `pairs` and `refused` are of augmenting: the pairs kept, and those refused as `reason=count`; `bytes` and
-    `tokens` are of training. `seconds` is what the passage took its actor.
+    Augmenting sets `pairs` (the number kept) and `refused` (those refused, as `reason=count`); training sets `bytes`
+    and `tokens`. `seconds` is the time that the actor spent on the passage.
     """
 
     key: str
@@ -37,7 +38,7 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """The outcomes of a stage, counted as they stream in."""
+    """The counts of a stage's outcomes so far."""
 
     done: int = 0
     bytes: int = 0
@@ -67,30 +68,30 @@ class Tally:
 
 
 def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
-    """Return outcomes as the block that an actor gives back."""
+    """Return outcomes as the block that an actor returns."""
     return to_table(Outcome, outcomes)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a run may reject: a share of its passages, to which records that became none count as well.
+    """How many rejects a run may have: `share` of `passages`, including the records that gave no passage.
 
-    `earlier` are rejects that count, by `stage/reason`.
+    `earlier` are rejects that count already, by `stage/reason`.
     """
 
     passages: int
     share: float
     earlier: Mapping[str, int] = field(default_factory=dict)
 
-    def less(self, rejected: Mapping[str, int]) -> Budget:
-        """Return what is left of it after further rejects, by `stage/reason`."""
+    def after(self, rejected: Mapping[str, int]) -> Budget:
+        """Return this budget with more rejects counted, by `stage/reason`."""
         return replace(self, earlier=Counter(self.earlier) + Counter(rejected))
 
     def check(self, rejected: Mapping[str, int]) -> None:
-        """Do nothing while it suffices for what is rejected besides the earlier ones, by `stage/reason`.
+        """Raise if the budget is exceeded by these rejects (by `stage/reason`) and the earlier ones.
 
         Raises:
-            BudgetError: when it is spent, with the most frequent reasons.
+            BudgetError: naming the most frequent reasons.
         """
         counts = Counter(self.earlier) + Counter(rejected)
         if counts.total() > self.share * self.passages:
@@ -98,19 +99,19 @@ class Budget:
             raise BudgetError(
                 f"{counts.total()} of {self.passages} passages were rejected, more than run.max_reject_share = "
                 f"{self.share}: {reasons}; nothing was published",
-                "see `prag rejects`; mend the cause or raise run.max_reject_share",
+                "see `prag rejects`; fix the cause or raise run.max_reject_share",
             )
 
 
 def outcome_blocks(outcomes: ray.data.Dataset) -> Iterator[list[Outcome]]:
-    """Run a pipeline to its end, yielding the outcomes of each block as it is done."""
-    for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield [Outcome(**row) for row in block.select(schema(Outcome).names).to_pylist()]
+    """Run a pipeline to its end and yield the outcomes of each block when it is done."""
+    for block in iter_blocks(outcomes):
+        yield from_table(Outcome, block)
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """The counts of one stage: `taken` = `done` + Σ`rejected`. `earlier` of the done were so before this run."""
+    """The counts of one stage: `taken` = `done` + Σ`rejected`; `earlier` of the done were done before this run."""
 
     stage: str
     taken: int
@@ -123,12 +124,12 @@ class StageReport:
 
     @property
     def balanced(self) -> bool:
-        """Whether nothing vanished."""
+        """Whether every passage that was taken is done or rejected."""
         return self.taken == self.done + sum(self.rejected.values())
 
     @property
     def per_second(self) -> float:
-        """What this run itself finished a second."""
+        """The passages that this run finished a second."""
         new = self.done - self.earlier
         return new / self.seconds if new and self.seconds else 0.0
 

@@ -1,4 +1,4 @@
-"""Progress of a run: bars or lines for whoever watches the terminal, `progress.json` for everybody else."""
+"""Progress of a run: bars or lines on the terminal, `progress.json` in the store, counters for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ray.data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cluster.resources import Profile
+from cluster.resources import Actors
 from pipelines.execution.metrics import PipelineMetrics
 from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_blocks
 from prag_core.errors import PragError, StoreError
@@ -29,10 +29,10 @@ Advance = Callable[[Sequence[Outcome], Tally], None]
 
 
 class RunProgress:
-    """Where a run stands, told to the console, to `runs/<run>/progress.json` and to Prometheus.
+    """Writes the progress of a run to the console, to `runs/<run>/progress.json` and to Prometheus.
 
-    The document is written as each stage begins and ends, at most every five seconds between, and once more when
-    the run ends, well or not; a run that was killed says `running` for ever (see `pipelines.jobs.status`).
+    The document is written when a stage begins or ends, at most every five seconds in between, and when the run ends
+    or fails. A run that was killed leaves `running` in it (see `pipelines.jobs.status`).
     """
 
     def __init__(self, store: Store, run: str, console: Console) -> None:
@@ -47,16 +47,16 @@ class RunProgress:
 
     @cached_property
     def _metrics(self) -> PipelineMetrics:
-        return PipelineMetrics()  # not before Ray runs
+        return PipelineMetrics()  # only once Ray runs
 
     @property
     def stages(self) -> tuple[StageReport, ...]:
-        """The reports of the stages that are finished."""
+        """The reports of the finished stages."""
         return tuple(self._stages)
 
     @contextmanager
     def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Advance]:
-        """Yield a function to be called with each block of outcomes, and with the tally that has counted them."""
+        """Yield a function to call with each block of outcomes and the tally, which includes them already."""
         self._metrics.begin(stage, total)
         self._describe(stage, total, tally)
         self._write()
@@ -75,16 +75,16 @@ class RunProgress:
             self._metrics.end(stage)
 
     def recovered(self, stage: str, cause: BaseException) -> None:
-        """Say that a stage goes on with what is still missing, after it lost a node or a process."""
+        """Report that a stage lost a node or a process, and goes on with the passages that are missing."""
         self._recoveries += 1
         self._metrics.recovered(stage)
-        what = str(cause).strip().splitlines()
-        self.console.print(f"{stage}: lost a part of the cluster ({type(cause).__name__}: {what[0] if what else ''})")
-        self.console.print(f"{stage}: goes on with what the store lacks")
+        lines = str(cause).strip().splitlines()
+        self.console.print(f"{stage}: lost a part of the cluster ({type(cause).__name__}: {lines[0] if lines else ''})")
+        self.console.print(f"{stage}: goes on with the passages that the store lacks")
         self._write()
 
     def finish(self, report: StageReport) -> StageReport:
-        """Take a stage's report, say so, and return it.
+        """Record and print the report of a finished stage, and return it.
 
         Raises:
             PragError: when its counts do not add up.
@@ -104,8 +104,8 @@ class RunProgress:
         return report
 
     @contextmanager
-    def until_the_end(self) -> Iterator[None]:
-        """Within this context the run is running; leaving it writes how it ended."""
+    def running(self) -> Iterator[None]:
+        """Record that the run is running within this context, and how it ended."""
         self._write()
         try:
             yield
@@ -142,15 +142,15 @@ class RunProgress:
         self._written = time.monotonic()
         try:
             self._store.put_json(f"runs/{self.run}/progress.json", document)
-        except StoreError as problem:  # news of the work is not the work: that fails by itself if the store is gone
-            log.warning("progress is not written: %s", problem)
+        except StoreError as problem:  # the run itself fails elsewhere if the store is gone
+            log.warning("progress.json could not be written: %s", problem)
 
 
 @contextmanager
 def stage_progress(
     console: Console, stage: str, total: int, unit: str = "passages"
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to be called with (done, rejected) so far of the `total` of a stage."""
+    """Yield a function to call with the numbers (done, rejected) so far, of `total`."""
     if console.is_terminal:
         with _bar(console, unit) as progress:
             task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
@@ -201,19 +201,20 @@ def run_pool(
     actor: type,
     arguments: tuple[Any, ...],
     rows: ray.data.Dataset,
+    *,
     total: int,
     batch: int,
     stage: str,
-    profile: Profile,
+    actors: Actors,
     console: Console,
 ) -> Tally:
-    """Have a pool of actors work on `rows`, a block of `batch` at a time, and show how it goes."""
+    """Run a pool of actors on `rows`, in blocks of `batch`, and show the progress; they are not isolated."""
     outcomes = rows.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
         actor,
         batch_size=batch,
         batch_format="pyarrow",
         fn_constructor_args=arguments,
-        **profile.model_actors.pool(),
+        **actors.pool(),
     )
     tally = Tally()
     with stage_progress(console, stage, total, "rows") as advance:
@@ -225,10 +226,10 @@ def run_pool(
 
 
 def follow_outcomes(outcomes: ray.data.Dataset, total: int, stage: str, progress: RunProgress, budget: Budget) -> Tally:
-    """Run a stage's pipeline to its end, counting and telling its outcomes as they come.
+    """Run a stage's pipeline to its end; count and report its outcomes as they come.
 
     Raises:
-        BudgetError: as soon as more is rejected than the run may, not when all is done.
+        BudgetError: as soon as the rejects exceed the budget.
     """
     tally = Tally()
     with progress.stage(stage, total, tally) as advance:

@@ -1,4 +1,4 @@
-"""Going on after a node or a process was lost: look again at what the store lacks, and do that."""
+"""Recovery: after a node or a process was lost, go on with the passages that the store still lacks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipelines.execution.survey import Survey
 
 T = TypeVar("T")
 
-# In a row, without anything finished between: a cluster that is that unwell needs a person.
-MOST_LOSSES = 5
+# The most losses in a row with nothing finished in between; more need a person to repair the cluster.
+MAX_LOSSES = 5
 
 _LOSSES = (
     ray.exceptions.RayActorError,
@@ -26,16 +26,16 @@ _LOSSES = (
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error says that a part of the cluster went away, and not that the code or its input is wrong."""
+    """Whether an error means that a part of the cluster was lost, and not that the code or its input is wrong."""
     while isinstance(error, ray.exceptions.RayTaskError):
         error = error.cause
-    # An actor whose constructor raised has died as well, but would again anywhere.
+    # An actor whose constructor raised has died too, but it would die on any node.
     return isinstance(error, _LOSSES) and not getattr(error, "actor_init_failed", False)
 
 
 def retry_on_loss(stage: str, attempt: Callable[[], T], progress: RunProgress) -> T:
-    """Return what `attempt` returns, begun anew after each loss, at most `MOST_LOSSES` times."""
-    for _ in range(MOST_LOSSES):
+    """Return the result of `attempt`, which is called again after each loss, at most `MAX_LOSSES` times."""
+    for _ in range(MAX_LOSSES):
         try:
             return attempt()
         except ray.exceptions.RayError as error:
@@ -48,31 +48,33 @@ def retry_on_loss(stage: str, attempt: Callable[[], T], progress: RunProgress) -
 def resume_until_done(
     stage: str,
     state: str,
-    before: Survey,
-    look: Callable[[], Survey],
+    first: Survey,
+    take_survey: Callable[[], Survey],
     work: Callable[[Survey], Tally],
     progress: RunProgress,
 ) -> tuple[Survey, Tally]:
-    """Do `work` on the passages in a state; after a loss, look again at what is missing and go on with that.
+    """Call `work` on a survey; after a loss take a new survey and work on the passages that are still in `state`.
 
-    Ray moves what a lost node was doing to another one wherever it can; what comes here are the losses that end a
-    whole pipeline, such as that of a shuffle's intermediate results. `MOST_LOSSES` of them in a row, with nothing
-    finished between, end the stage, as any other error does at once.
+    Ray moves the work of a lost node to another node where it can. The losses that get here end a whole pipeline, as
+    when intermediate results of a shuffle are lost. After `MAX_LOSSES` of them in a row with nothing finished in
+    between, the last one is raised; any other error is raised at once.
 
     Returns:
-        The survey that the last work began from, and the tally of that work.
+        The survey that the last call of `work` got, and the tally that it returned.
     """
-    latest, losses, stale = before, 0, False
+    current, losses = first, 0
+    needs_survey = False
     while True:
         try:
-            if stale:
-                seen = look()
-                losses = 0 if seen.counts[state] < latest.counts[state] else losses
-                latest, stale = seen, False
-            return latest, work(latest)
+            if needs_survey:
+                latest = take_survey()
+                if latest.counts[state] < current.counts[state]:
+                    losses = 0
+                current, needs_survey = latest, False
+            return current, work(current)
         except ray.exceptions.RayError as error:
             losses += 1
-            if not is_loss(error) or losses > MOST_LOSSES:
+            if not is_loss(error) or losses > MAX_LOSSES:
                 raise
-            stale = True
+            needs_survey = True
             progress.recovered(stage, error)

@@ -1,4 +1,4 @@
-"""Between the store and Ray Data: reading stored tables, and what is not done yet.
+"""Survey: which passages of a corpus are done, rejected or missing for a recipe.
 
 Workers import this file to run its functions, so nothing here may import torch: it would cost each of them seconds.
 """
@@ -16,35 +16,40 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.resources import Profile
-from pipelines.execution.tables import fetch_table, group_by_columns, join_small, read_parts, spread
+from pipelines.execution.tables import (
+    PARTS_PER_TASK,
+    fetch_table,
+    group_by_columns,
+    iter_blocks,
+    join_small,
+    keep_keys,
+    map_blocks,
+    read_parts,
+    spread,
+)
 from prag_core.recipe import Recipe
-from prag_core.records import Augmentation, Passage, from_dict, schema
+from prag_core.records import Passage, from_table
 from prag_core.store.ledger import visible_parts
 from prag_core.store.objects import Store
 
-# Reasons that are not the passage's fault: a server that was down, a file of imports that lacked it, a small device.
+# Reasons that are not the passage's fault: a server was down, the import file lacked the passage, a device was small.
 TRANSIENT = ("generation_failed", "not_imported", "out_of_memory")
 
-# Parts of which one task reads the facts: at worst some million rows of a compacted ledger.
-PARTS_PER_TASK = 64
-
-# What the store knows of a key: the digest of its augmentation, of the one an adapter was trained on, or a reason.
+# A fact of the store about a key. `value` is the digest of its augmentation, the digest that its adapter was trained
+# on, or the reason of a reject.
 _FACT = pa.schema([pa.field(name, pa.string()) for name in ("key", "kind", "value")])
 _STATE = pa.schema([pa.field(name, pa.string()) for name in ("key", "augmentation", "state", "reason")])
-# What training reads of a stored augmentation: `augmentation` is its digest.
+# The columns of a stored augmentation that training reads, besides its key and its digest.
 _TEXTS = ("rewrites", "pairs", "origin")
-_AUGMENTATION = pa.schema(
-    [*(pa.field(n, pa.string()) for n in ("key", "augmentation")), *(schema(Augmentation).field(n) for n in _TEXTS)]
-)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Where each passage of a corpus stands for a recipe.
+    """The state of each passage of a corpus for a recipe.
 
     `rows` has the columns `key`, `augmentation` (its digest, or null), `state` and `reason`. The states are
-    `to_augment`, `augment_rejected`, `to_train`, `train_rejected` and `done`; `counts` has the passages in each,
-    `reasons` those of the two rejected states by reason.
+    `to_augment`, `augment_rejected`, `to_train`, `train_rejected` and `done`. `counts` is the number of passages by
+    state; `reasons` splits the numbers of the two rejected states by reason.
     """
 
     rows: ray.data.Dataset
@@ -53,31 +58,30 @@ class Survey:
 
     @property
     def passages(self) -> int:
-        """All passages."""
+        """The number of passages."""
         return sum(self.counts.values())
 
     @property
     def augmented(self) -> int:
-        """The passages that have an augmentation."""
+        """The number of passages that have an augmentation."""
         return self.counts["to_train"] + self.counts["train_rejected"] + self.counts["done"]
 
     @property
     def rejected(self) -> dict[str, int]:
-        """The rejected passages by `stage/reason`."""
+        """The number of rejected passages by `stage/reason`."""
         states = {"augment": "augment_rejected", "train": "train_rejected"}
         return {f"{stage}/{reason}": n for stage, state in states.items() for reason, n in self.reasons[state].items()}
 
     def keys(self, state: str) -> ray.data.Dataset:
-        """Return the keys in a state, with their augmentation's digest."""
-        chosen = self.rows.map_batches(_in_state, batch_format="pyarrow", fn_kwargs={"state": state})
-        return chosen.select_columns(["key", "augmentation"])
+        """Return the keys in a state, each with the digest of its augmentation."""
+        return map_blocks(self.rows, _in_state, state=state).select_columns(["key", "augmentation"])
 
 
 def survey(store: Store, passages: ray.data.Dataset, count: int, recipe: Recipe, profile: Profile) -> Survey:
-    """Find out by one shuffle what is done, given up and missing of `count` passages: no key passes the driver.
+    """Find out the state of each of `count` passages with one shuffle; no key passes through the driver.
 
-    Of several augmentations of a passage (a task that was tried again) the one with the smallest digest counts.
-    A reject for a `TRANSIENT` reason, or of a passage that was done after all, is none.
+    If a passage has several augmentations (of a task that was retried), the one with the smallest digest counts.
+    A reject does not count if its reason is in `TRANSIENT`, or if the passage was done after all.
     """
     augmented, trained = recipe.augment.fingerprint, recipe.fingerprint
     parts = [
@@ -90,39 +94,34 @@ def survey(store: Store, passages: ray.data.Dataset, count: int, recipe: Recipe,
         )
         for part in names
     ]
-    facts = passages.select_columns(["key"]).map_batches(_passage_facts, batch_size=None, batch_format="pyarrow")
+    facts = map_blocks(passages.select_columns(["key"]), _passage_facts)
     if parts:
-        stored = spread(parts, profile.partitions).map_batches(
-            _stored_facts, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store}
-        )
-        facts = facts.union(stored)
-    joined = (
-        group_by_columns(facts, ["key"], profile.blocks(count) if len(parts) <= PARTS_PER_TASK else profile.partitions)
-        .map_batches(_states, batch_size=None, batch_format="pyarrow")
-        .materialize()
-    )
+        facts = facts.union(map_blocks(spread(parts, profile.partitions), _stored_facts, store=store))
+    blocks = profile.blocks(count) if len(parts) <= PARTS_PER_TASK else profile.partitions
+    rows = map_blocks(group_by_columns(facts, ["key"], blocks), _states).materialize()
     counts: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {"augment_rejected": Counter(), "train_rejected": Counter()}
-    for row in joined.map_batches(_count, batch_size=None, batch_format="pyarrow").iter_rows():
+    for row in map_blocks(rows, _count).iter_rows():
         counts[row["state"]] += row["count"]
         if row["reason"]:
             reasons[row["state"]][row["reason"]] += row["count"]
-    return Survey(joined, counts, reasons)
+    return Survey(rows, counts, reasons)
 
 
 def sample(found: Survey, passages: ray.data.Dataset, size: int) -> list[Passage]:
-    """Return `size` of the passages for which something is to be done, or all of them: those of the smallest keys.
+    """Return `size` of the passages that are to be augmented or trained (all, if there are fewer).
 
-    Keys are hashes, so these are as good as drawn by lot, and they are the same ones each time.
+    They are those with the smallest keys: keys are hashes, so this is a random sample, and the same one each time.
     """
-    smallest = found.rows.map_batches(_smallest, batch_size=None, batch_format="pyarrow", fn_kwargs={"size": size})
+    smallest = map_blocks(found.rows, _smallest, size=size)
     keys = sorted(row["key"] for row in smallest.iter_rows())[:size]
-    chosen = passages.map_batches(_of_keys, batch_size=None, batch_format="pyarrow", fn_kwargs={"keys": keys})
-    return sorted((from_dict(Passage, row) for row in chosen.iter_rows()), key=lambda passage: passage.key)
+    chosen = map_blocks(passages, keep_keys, keys=keys)
+    rows = [passage for block in iter_blocks(chosen) for passage in from_table(Passage, block)]
+    return sorted(rows, key=lambda passage: passage.key)
 
 
 def with_passages(found: Survey, state: str, passages: ray.data.Dataset, profile: Profile) -> ray.data.Dataset:
-    """Return the passages that a survey found in a state, each with the digest of its augmentation."""
+    """Return the passages in a state, each with the digest of its augmentation."""
     keys = found.keys(state)
     blocks = profile.blocks(found.counts[state])
     if blocks == 1:
@@ -133,27 +132,25 @@ def with_passages(found: Survey, state: str, passages: ray.data.Dataset, profile
 def with_augmentations(
     store: Store, found: Survey, state: str, passages: ray.data.Dataset, augment_fingerprint: str, profile: Profile
 ) -> ray.data.Dataset:
-    """Return the passages that a survey found in a state, each with its augmentation's digest and text."""
+    """Return the passages in a state, each with the digest and the texts of its augmentation."""
     wanted = with_passages(found, state, passages, profile)
     rows = read_parts(store, f"augmentations/{augment_fingerprint}", ["key", "digest", *_TEXTS], profile.partitions)
-    if rows is None:  # a survey that found augmented passages read these very parts
+    if rows is None:  # the survey read the same parts, and found augmented passages in them
         raise RuntimeError(f"no augmentations under {augment_fingerprint}")
     rows = rows.rename_columns({"digest": "augmentation"})
-    on, whole = ("key", "augmentation"), {"batch_size": None, "batch_format": "pyarrow"}
+    on = ("key", "augmentation")
     blocks = profile.blocks(found.counts[state])
     if blocks == 1:
-        return group_by_columns(join_small(rows, fetch_table(wanted), on), on, 1).map_batches(_one_each, **whole)
-    made = group_by_columns(rows, on, blocks).map_batches(_one_each, **whole)
-    return wanted.join(made, join_type="inner", on=on, num_partitions=blocks)
+        return map_blocks(group_by_columns(join_small(rows, fetch_table(wanted), on), on, 1), _unique)
+    unique = map_blocks(group_by_columns(rows, on, blocks), _unique)
+    return wanted.join(unique, join_type="inner", on=on, num_partitions=blocks)
 
 
 def _passage_facts(table: pa.Table) -> pa.Table:
-    keys = table["key"] if table.num_columns else pa.array([], pa.string())
-    return _as_facts(keys, "passage", pa.nulls(len(keys), pa.string()))
+    return _as_facts(table["key"], "passage", pa.nulls(table.num_rows, pa.string()))
 
 
 def _stored_facts(table: pa.Table, store: Store) -> Iterator[pa.Table]:
-    yield _FACT.empty_table()
     for source in table.to_pylist():
         columns = ["key", source["column"]] + (["recipe"] if source["recipe"] else [])
         rows = store.get_columns(source["part"], columns)
@@ -168,17 +165,18 @@ def _as_facts(keys: pa.ChunkedArray, kind: str, values: pa.ChunkedArray) -> pa.T
 
 
 def _states(table: pa.Table) -> pa.Table:
-    facts: Any = pl.from_arrow(table if table.num_columns else _FACT.empty_table())
+    """Turn all facts about some keys into one row a passage."""
+    facts: Any = pl.from_arrow(table)
 
-    def of(kind: str) -> pl.DataFrame:
+    def of_kind(kind: str) -> Any:
         return facts.filter(pl.col("kind") == kind).select("key", "value")
 
-    def smallest(kind: str, name: str) -> pl.DataFrame:
-        return of(kind).group_by("key").agg(pl.col("value").min().alias(name))
+    def smallest(kind: str, name: str) -> Any:
+        return of_kind(kind).group_by("key").agg(pl.col("value").min().alias(name))
 
-    adapters = of("adapter").unique().rename({"value": "augmentation"}).with_columns(adapter=pl.lit(True))
+    adapters = of_kind("adapter").unique().rename({"value": "augmentation"}).with_columns(adapter=pl.lit(True))
     rows = (
-        of("passage")
+        of_kind("passage")
         .select("key")
         .unique()
         .join(smallest("augmentation", "augmentation"), on="key", how="left")
@@ -209,16 +207,8 @@ def _states(table: pa.Table) -> pa.Table:
 
 
 def _smallest(table: pa.Table, size: int) -> pa.Table:
-    if not table.num_columns:
-        return pa.table({"key": pa.array([], pa.string())})
     missing = table.filter(pc.is_in(table["state"], value_set=pa.array(("to_augment", "to_train"))))
     return missing.select(["key"]).sort_by("key").slice(0, size)
-
-
-def _of_keys(table: pa.Table, keys: list[str]) -> pa.Table:
-    if not table.num_columns:
-        return schema(Passage).empty_table()
-    return table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.string())))
 
 
 def _in_state(table: pa.Table, state: str) -> pa.Table:
@@ -230,9 +220,7 @@ def _count(table: pa.Table) -> pa.Table:
     return counted.rename_columns(["state", "reason", "count"])
 
 
-def _one_each(table: pa.Table) -> pa.Table:
-    """Keep one row an augmentation: a task that was tried again may have stored it twice."""
-    if not table.num_columns:
-        return _AUGMENTATION.empty_table()
+def _unique(table: pa.Table) -> pa.Table:
+    """Keep one row of each augmentation: a task that was retried may have stored it twice."""
     numbered = table.select(["key", "augmentation"]).append_column("row", pa.array(range(table.num_rows)))
     return table.take(numbered.group_by(["key", "augmentation"]).aggregate([("row", "min")])["row_min"])

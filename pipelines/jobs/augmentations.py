@@ -1,31 +1,31 @@
-"""Augmentations between the store and files: ours, and the JSON that the paper's authors publish."""
+"""Import augmentations from a file into the store, and export them: our format, or the JSON of the paper's authors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster.session import ray_session
-from pipelines.execution.lookup import batches, find_augmentations
+from pipelines.execution.lookup import find_augmentations, iter_records
 from pipelines.execution.outcomes import Budget
 from pipelines.execution.progress import RunProgress
 from pipelines.execution.survey import Survey, survey
-from pipelines.execution.tables import read_columns
-from pipelines.settings import describe, profile_of
-from pipelines.stages import augment, ingest
+from pipelines.settings import make_context, profile_of
+from pipelines.stages.augment import run_augment
+from pipelines.stages.ingest import ingest, store_corpus, stored_passages
 from prag_core.augmentation.formats import write_augmentations
 from prag_core.config import Config
-from prag_core.records import Passage, from_table, schema
+from prag_core.records import Passage
 from prag_core.store.adapters import open_adapters
 from prag_core.store.objects import open_store
 from prag_core.store.runs import hold_lease, new_run_id
 from prag_core.store.snapshot import forgotten_now, load_snapshot
-from prag_core.store.tables import corpus_parts
 
 
 def import_into_store(config: Config, console: Console) -> dict[str, int]:
-    """Store what `augment.import_file` holds for the passages of the corpus; nothing is generated.
+    """Store the augmentations that `augment.import_file` holds for passages of the corpus; generate none.
 
     Forgotten passages are left out.
 
@@ -36,23 +36,21 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         InputError: when the file or the corpus cannot be read.
         LeaseError: when a run works on the store.
     """
-    store = open_store(config)
-    recipe, _ = describe(config)
-    # What the file lacks is no failure here: the next run augments it.
-    augmenting = config.augment.model_copy(update={"generator": "none"})
-    only = config.model_copy(update={"augment": augmenting})
-    run = new_run_id()
-    profile, progress = profile_of(config), RunProgress(store, run, console)
-    with hold_lease(store, run), progress.until_the_end(), ray_session(profile):
-        corpus = ingest.ingest(config.corpus, profile, forgotten_now(store))
-        ingest.store_corpus(store, corpus, run)
-        passages = ingest.stored_passages(store, corpus.version, profile.partitions)
+    context = make_context(config, new_run_id())
+    # A passage that the file lacks is left to the next run, with the generator that is configured.
+    augment = config.augment.model_copy(update={"generator": "none"})
+    importing = replace(context, config=config.model_copy(update={"augment": augment}))
+    store, profile, run = context.store, context.profile, context.run
+    progress = RunProgress(store, run, console)
+    with hold_lease(store, run), progress.running(), ray_session(profile):
+        corpus = ingest(config.corpus, profile, forgotten_now(store))
+        store_corpus(store, corpus, run)
+        passages = stored_passages(store, corpus.version, profile.partitions)
 
-        def look() -> Survey:
-            return survey(store, passages, corpus.count, recipe, profile)
+        def take_survey() -> Survey:
+            return survey(store, passages, corpus.count, context.recipe, profile)
 
-        budget = Budget(corpus.count, 1.0)
-        report = augment.run_augment(only, store, profile, recipe.augment, passages, look(), look, budget, progress)
+        report = run_augment(importing, passages, take_survey(), take_survey, Budget(corpus.count, 1.0), progress)
     return {
         "passages": report.taken,
         "imported": report.done - report.earlier,
@@ -63,21 +61,19 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
 
 
 def export_from_store(config: Config, file: Path, form: str, snapshot_id: str | None, console: Console) -> int:
-    """Write the augmentations of a snapshot's passages, in the order of their ids; return how many.
+    """Write the augmentations of a snapshot's passages in the order of the passages' ids, and return their number.
 
-    In the form `jsonl` each line has `id`, `key`, `rewrites` and `qa`; in the form `paper` each passage is a record
-    of its own, without a question, and of several rewrites the first.
+    With the form `jsonl` each line has `id`, `key`, `rewrites` and `qa`. With the form `paper` each passage is a record
+    of its own, without a question, with the first rewrite only.
     """
-    store = open_store(config)
+    store, profile = open_store(config), profile_of(config)
     snapshot = load_snapshot(store, snapshot_id)
     adapters, _ = open_adapters(store, snapshot.recipe)
-    partitions = profile_of(config).partitions
-    with ray_session(profile_of(config)):
-        parts = corpus_parts(store, snapshot.corpus_version)
-        rows = read_columns(store, parts, schema(Passage).names, partitions)
-        passages = [p for batch in batches(rows) for p in from_table(Passage, batch)]
+    with ray_session(profile):
+        passages = list(iter_records(Passage, stored_passages(store, snapshot.corpus_version, profile.partitions)))
         keys = {passage.key for passage in passages} - set(snapshot.tombstones)
-        augmentations = find_augmentations(store, adapters.recipe.augment.fingerprint, keys, partitions)
+        recipe = adapters.recipe.augment.fingerprint
+        augmentations = find_augmentations(store, recipe, keys, profile.partitions)
     console.print(f"{len(augmentations)} of {len(keys)} passages have an augmentation")
     chosen = sorted((p for p in passages if p.key in augmentations), key=lambda p: (p.sources, p.key))
     write_augmentations(chosen, augmentations, file, form)

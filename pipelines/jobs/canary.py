@@ -1,4 +1,4 @@
-"""A few questions whose answers are known, asked of a snapshot before it comes into service."""
+"""Canary questions: a snapshot must answer some known questions well enough before it is put into service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prag_core.store.objects import Store
 
 @dataclass(frozen=True)
 class Canary:
-    """A question and the answers that are right."""
+    """A question and its accepted answers."""
 
     question: str
     answers: tuple[str, ...]
@@ -28,10 +28,10 @@ def read_canaries(path: Path) -> list[Canary]:
     """Read JSON Lines of `question` and `answers`; other fields are ignored.
 
     Raises:
-        InputError: when the file is missing or empty, or a line is not of that form.
+        InputError: when the file is missing or empty, or a line has another form.
     """
     try:
-        # Not splitlines: JSON strings may hold its rarer line ends.
+        # Not splitlines: it also splits at characters that a JSON string may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}", "name a file of questions and answers") from None
@@ -43,7 +43,7 @@ def read_canaries(path: Path) -> list[Canary]:
             row = json.loads(line)
             question, answers = row["question"], row["answers"]
             if not (isinstance(question, str) and isinstance(answers, list) and answers):
-                raise ValueError("question must be a text, and answers a list of one at least")
+                raise ValueError("question must be a string, and answers a list that is not empty")
             canaries.append(Canary(question, tuple(str(answer) for answer in answers)))
         except (ValueError, KeyError, TypeError) as error:
             detail = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -51,25 +51,27 @@ def read_canaries(path: Path) -> list[Canary]:
                 f"{path}:{number}: {detail}", 'write {"question": "Who …?", "answers": ["…"]} in each line'
             ) from None
     if not canaries:
-        raise InputError(f"{path}: holds no question", "a canary needs one at least")
+        raise InputError(f"{path}: holds no question", "write at least one")
     return canaries
 
 
 def ask_canaries(
     config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Canary], actors: Actors
 ) -> list[float]:
-    """Return the mean F1 of each stored snapshot's answers, given as the configuration's section `answer` says.
+    """Return the mean F1 of each stored snapshot's answers; the configuration's section `answer` says how to answer.
 
-    They are asked in a process of its own, since a JVM must not live in the driver, with the resources of a stage
-    that holds a model.
+    The questions are asked in a process of their own, because a JVM must not live in the driver, with the resources
+    of one of `actors`.
     """
     environment = {"env_vars": index_kind(config.index).PROCESS_ENV}
     ask = ray.remote(_ask).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=1, runtime_env=environment)
-    return list(ray.get(ask.remote(config, store, list(snapshots), list(canaries))))
+    scores: list[float] = ray.get(ask.remote(config, store, list(snapshots), list(canaries)))
+    return scores
 
 
 def _ask(config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Canary]) -> list[float]:
-    return [_mean_f1(config, store, snapshot, canaries) for snapshot in snapshots]  # one model in memory at a time
+    # One snapshot after the other: one model in memory at a time.
+    return [_mean_f1(config, store, snapshot, canaries) for snapshot in snapshots]
 
 
 def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Canary]) -> float:
@@ -78,6 +80,6 @@ def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Can
     from prag_core.inference.request import Request
 
     engine = open_engine(store, config, snapshot)
-    how = config.answer
-    answers = engine.answer_batch([Request(c.question, how.mode, how.top_k, how.weights) for c in canaries])
+    answer = config.answer
+    answers = engine.answer_batch([Request(c.question, answer.mode, answer.top_k, answer.weights) for c in canaries])
     return sum(f1(a.text, c.answers) for a, c in zip(answers, canaries, strict=True)) / len(canaries)

@@ -1,4 +1,4 @@
-"""The demo: the main job on the example corpus, then its questions in every mode, and the control."""
+"""The demo: run the main job on the example corpus, then ask its questions in every mode and with a control."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from prag_core.store.objects import Store, open_store
 from prag_core.store.snapshot import load_snapshot
 from prag_core.store.tables import corpus_parts
 
-# `wrong` is the control: the weights of another passage. What it gains is form, not knowledge.
+# `wrong` is the control: the adapter of another passage. What it gains over `closed` is form, not knowledge.
 COLUMNS = ("closed", "wrong", "prag", "rag", "combine")
 
 
 @dataclass(frozen=True)
 class DemoQuestion:
-    """A question about one passage of the example corpus; `covered` says that an augmentation asks for its fact."""
+    """A question about one passage of the example corpus; `covered` says that a QA pair asks for the same fact."""
 
     question: str
     answers: tuple[str, ...]
@@ -40,10 +40,10 @@ class DemoQuestion:
 
 
 def run_demo(config: Config, console: Console) -> dict[str, Any]:
-    """Run the job, ask every question of the passages in it, print what came of it and return the counts.
+    """Run the job, ask every question about its passages, print tables of the results and return the counts.
 
     Raises:
-        InputError: when `questions.jsonl` does not lie beside the corpus, or no question is about a passage in it.
+        InputError: when there is no `questions.jsonl` beside the corpus, or none of its questions is about a passage.
     """
     report = run_job(config, Console(stderr=True))
     begun = time.perf_counter()
@@ -106,8 +106,7 @@ def _ask_all(
                 requests.append(Request(question.question, "prag", hits=(Hit(other, 1.0),)))
             else:
                 mode = next(mode for mode in MODES if mode == column)
-                how = (config.answer.top_k, config.answer.weights)
-                requests.append(Request(question.question, mode, *how))
+                requests.append(Request(question.question, mode, config.answer.top_k, config.answer.weights))
         answers[column] = engine.answer_batch(requests)
     scores = {
         column: [f1(a.text, q.answers) for a, q in zip(answers[column], questions, strict=True)] for column in COLUMNS
@@ -148,7 +147,7 @@ def _print_examples(
     answers: dict[str, list[Answer]],
     scores: dict[str, list[float]],
 ) -> None:
-    """Print three questions side by side: those, each of another passage, on which the weights helped most."""
+    """Print the answers to three questions about different passages: those for which the adapters helped most."""
     gain = [after - before for after, before in zip(scores["prag"], scores["closed"], strict=True)]
     shown: set[str] = set()
     for i in sorted(range(len(questions)), key=lambda i: -gain[i]):

@@ -1,4 +1,4 @@
-"""The main job: corpus → augment → train → store → index → publish. Running it again does only what is missing."""
+"""The main job: corpus → augment → train → index → publish. Running it again does only the work that is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from cluster.preflight import on_cluster
-from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.execution.outcomes import Budget, StageReport
 from pipelines.execution.progress import RunProgress
@@ -19,16 +18,15 @@ from pipelines.execution.recovery import retry_on_loss
 from pipelines.execution.survey import Survey, survey
 from pipelines.planning.checks import PreflightReport
 from pipelines.planning.preflight import check_here, check_nodes, preflight
-from pipelines.settings import profile_of
-from pipelines.stages import augment, index, ingest
-from pipelines.stages import train as parameterize
+from pipelines.settings import RunContext, make_context
+from pipelines.stages.augment import run_augment
+from pipelines.stages.index import run_index
+from pipelines.stages.ingest import Corpus, ingest, store_corpus, stored_passages
+from pipelines.stages.train import run_train
 from prag_core.config import Config
 from prag_core.config_file import dump_config
 from prag_core.identity import is_checksum
-from prag_core.llm.layout import LoraLayout
-from prag_core.recipe import Recipe
 from prag_core.store.adapters import AdapterStore, get_start, put_start
-from prag_core.store.objects import Store, open_store
 from prag_core.store.runs import RunInputs, RunLease, hold_lease, new_run_id, put_inputs, wait_for_lease
 from prag_core.store.snapshot import (
     Snapshot,
@@ -40,14 +38,14 @@ from prag_core.store.snapshot import (
     same_content,
 )
 
-# Called with the snapshot in service, if there is one, and with the one that is about to take its place, unless both
-# say the same; it raises to prevent that. Ray runs meanwhile.
-Gate = Callable[[Snapshot | None, Snapshot, RunProgress], None]
+# Called before a snapshot is published: with the run, the snapshot in service (or None), the new one, and the
+# progress. It raises to prevent the publication. Ray is running. It is not called when the content is the same.
+Gate = Callable[[RunContext, Snapshot | None, Snapshot, RunProgress], None]
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did: a report a stage, and the snapshots that were in service before and after it."""
+    """What a run did: the reports of its stages, and the snapshots in service before and after it."""
 
     run: str
     before: str | None
@@ -91,137 +89,117 @@ def run_job(
 ) -> RunReport:
     """Run the main job on the Ray of the configured profile, holding the store's lease, and return its report.
 
-    A lease that another run holds is waited for, `wait_s` at most. `gate` may keep what was made from being published.
-    `run` is the run's id, by default a new one.
+    If another run holds the lease, wait for it at most `wait_s`. `gate` may prevent the publication. `run` is the id
+    of the run, by default a new one.
 
     Raises:
-        LeaseError: when another run works on this store, and `take_over` does not say that it is dead.
-        PragError: what `pipelines.planning.preflight` finds wrong, or a stage; each says what to do.
-        BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was made stays.
-        ConflictError: when somebody else published meanwhile.
+        LeaseError: when another run works on this store, unless `take_over` says that it is dead.
+        PragError: when `pipelines.planning.preflight` finds something wrong, or a stage fails; each says what to do.
+        BudgetError: when more passages were rejected than `run.max_reject_share` allows; what was stored stays.
+        ConflictError: when another snapshot was published meanwhile.
         JoinError: when the cluster that RAY_ADDRESS names cannot be joined.
     """
     begun = time.perf_counter()
     found = check_here(config)
     if found.errors:
-        # The nodes are asked too, so that one look names everything.
-        (preflight(config) if on_cluster() else found).described()
+        # Check the nodes too, so that all errors are named at once.
+        (preflight(config) if on_cluster() else found).raise_errors()
     console.print(found.summary())
-    store, (recipe, layout) = open_store(config), found.described()
+    context = make_context(config, run or new_run_id())
     if wait_s and not take_over:
-        wait_for_lease(store, wait_s)
-    with hold_lease(store, run or new_run_id(), take_over=take_over) as lease:
-        return _run(config, store, recipe, layout, lease, console, begun, gate)
+        wait_for_lease(context.store, wait_s)
+    with hold_lease(context.store, context.run, take_over=take_over) as lease:
+        return _run(context, lease, console, begun, gate)
 
 
-def _run(
-    config: Config,
-    store: Store,
-    recipe: Recipe,
-    layout: LoraLayout,
-    lease: RunLease,
-    console: Console,
-    begun: float,
-    gate: Gate | None,
-) -> RunReport:
-    run, profile = lease.record.run, profile_of(config)
-    store.put(f"runs/{run}/config.yaml", dump_config(config).encode())
-    AdapterStore(store, recipe, layout).describe()
+def _run(context: RunContext, lease: RunLease, console: Console, begun: float, gate: Gate | None) -> RunReport:
+    config, store = context.config, context.store
+    store.put(f"runs/{context.run}/config.yaml", dump_config(config).encode())
+    AdapterStore(store, context.recipe, context.layout).describe()
     if config.train.initial_adapter:
-        _keep_start(config.train.initial_adapter, store, layout)
-    console.print(f"run {run}: store {store.url}, recipe {recipe.fingerprint}; starting Ray")
-    progress = RunProgress(store, run, console)
-    with progress.until_the_end(), ray_session(profile):
+        _store_start(context)
+    console.print(f"run {context.run}: store {store.url}, recipe {context.recipe.fingerprint}; starting Ray")
+    progress = RunProgress(store, context.run, console)
+    with progress.running(), ray_session(context.profile):
         if on_cluster():
-            found = PreflightReport(recipe=recipe, layout=layout)
-            check_nodes(config, found)
+            found = PreflightReport(layout=context.layout)
+            check_nodes(config, context.profile, found)
             console.print(found.summary())
-            found.described()
-        return _stages(config, store, recipe, layout, lease, profile, progress, begun, gate)
+            found.raise_errors()
+        return _run_stages(context, lease, progress, begun, gate)
 
 
-def _keep_start(start: str, store: Store, layout: LoraLayout) -> None:
-    """Put the factors that adapters start from into the store, or look whether it has them under that name."""
+def _store_start(context: RunContext) -> None:
+    """Store the factors that all adapters start from; if they are given by name, check those in the store."""
     from prag_core.llm.lora import check_factors
     from prag_core.llm.peft import import_peft
 
+    start, store, layout = context.config.train.initial_adapter, context.store, context.layout
     if is_checksum(start):
         check_factors(layout, get_start(store, start), f"start {start}")
     else:
         put_start(store, layout, import_peft(layout, Path(start)))
 
 
-def _stages(
-    config: Config,
-    store: Store,
-    recipe: Recipe,
-    layout: LoraLayout,
-    lease: RunLease,
-    profile: Profile,
-    progress: RunProgress,
-    begun: float,
-    gate: Gate | None,
+def _run_stages(
+    context: RunContext, lease: RunLease, progress: RunProgress, begun: float, gate: Gate | None
 ) -> RunReport:
-    run = progress.run
-    # What serves now is what this run's snapshot may replace, and nothing that is published meanwhile.
+    config, store, recipe = context.config, context.store, context.recipe
+    # This run's snapshot may replace the one that is in service now, and no other.
     serving = current_id(store)
     before = load_snapshot(store, serving) if serving else None
-    forgotten = before.tombstones if before else tuple(sorted(forgotten_now(store)))
-    # 1. Corpus. What follows reads it from the store: Ray's memory of it is lost with a node.
-    corpus = retry_on_loss("corpus", lambda: _read_corpus(config, store, profile, run, forgotten), progress)
-    put_inputs(store, run, RunInputs(corpus.version, recipe.fingerprint))
+    tombstones = before.tombstones if before else tuple(sorted(forgotten_now(store)))
+    # 1. Corpus. The next stages read it from the store: Ray would lose it with a node.
+    corpus = retry_on_loss("corpus", lambda: _read_corpus(context, tombstones), progress)
+    put_inputs(store, context.run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
     bad = {f"corpus/{reason}": n for reason, n in corpus.report.rejected.items()}
     budget = Budget(corpus.count + sum(bad.values()), config.run.max_reject_share, bad)
     budget.check({})
-    passages = ingest.stored_passages(store, corpus.version, profile.partitions)
+    passages = stored_passages(store, corpus.version, context.profile.partitions)
 
-    def look() -> Survey:
-        return survey(store, passages, corpus.count, recipe, profile)
+    def take_survey() -> Survey:
+        return survey(store, passages, corpus.count, recipe, context.profile)
 
     # 2. Augment.
-    missing = retry_on_loss("augment", look, progress)
-    report = augment.run_augment(config, store, profile, recipe.augment, passages, missing, look, budget, progress)
-    progress.finish(report)
+    found = retry_on_loss("augment", take_survey, progress)
+    progress.finish(run_augment(context, passages, found, take_survey, budget, progress))
     # 3. Train and store.
-    if missing.counts["to_augment"]:
-        missing = retry_on_loss("train", look, progress)
-    report = parameterize.run_train(config, store, profile, recipe, layout, passages, missing, look, budget, progress)
-    adapters = progress.finish(report).done
+    if found.counts["to_augment"]:
+        found = retry_on_loss("train", take_survey, progress)
+    adapters = progress.finish(run_train(context, passages, found, take_survey, budget, progress)).done
     # 4. Index.
-    former = before.corpus_version if before else None
-    index_id, report = index.run_index(store, corpus.version, former, config.index, corpus.count, profile.index_cpus)
+    index, report = run_index(context, corpus.version, before.corpus_version if before else None, corpus.count)
     progress.finish(report)
-    reasons = {f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()}
-    budget.check(reasons)
-    # 5. Publish, unless another run took the store over or published meanwhile.
+    budget.check({f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()})
+    # 5. Publish, unless another run has taken over the lease or published meanwhile.
     snapshot = make_snapshot(
         corpus_version=corpus.version,
-        index=index_id,
+        index=index,
         recipe=recipe.fingerprint,
         base_model=recipe.base_model,
-        ledger_parts=tuple(AdapterStore(store, recipe, layout).ledger_parts()),
+        ledger_parts=tuple(AdapterStore(store, recipe, context.layout).ledger_parts()),
         passages=corpus.count,
         adapters=adapters,
-        tombstones=forgotten,
+        tombstones=tombstones,
     )
     if gate is not None and (before is None or not same_content(before, snapshot)):
-        gate(before, snapshot, progress)
+        gate(context, before, snapshot, progress)
     lease.check()
     publish(store, snapshot, replaces=serving)
     result = RunReport(
-        run=run,
+        run=context.run,
         before=serving,
         snapshot=current_id(store) or "",
         recipe=recipe.fingerprint,
         stages=progress.stages,
         seconds=time.perf_counter() - begun,
     )
-    store.put_json(f"runs/{run}/report.json", result.to_json())
+    store.put_json(f"runs/{context.run}/report.json", result.to_json())
     return result
 
 
-def _read_corpus(config: Config, store: Store, profile: Profile, run: str, forgotten: tuple[str, ...]) -> ingest.Corpus:
-    corpus = ingest.ingest(config.corpus, profile, forgotten)
-    ingest.store_corpus(store, corpus, run)
+def _read_corpus(context: RunContext, tombstones: tuple[str, ...]) -> Corpus:
+    corpus = ingest(context.config.corpus, context.profile, tombstones)
+    store_corpus(context.store, corpus, context.run)
     return corpus

@@ -1,4 +1,4 @@
-"""Where the runs of a store stand, from what they wrote there: for whoever was not there when they started."""
+"""Status: the runs of a store and their progress, read from the store."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ State = Literal["running", "finished", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as `runs/<run>/progress.json` tells it.
+    """A run according to its `runs/<run>/progress.json`.
 
-    `state` is `stopped` when it neither ended nor holds the store's lease: it was killed, or its machine is gone.
-    `current` is the stage that it is at.
+    `state` is `stopped` when the run neither ended nor holds the store's lease: it was killed, or its machine is
+    gone. `current` is the stage that is running.
     """
 
     run: str
@@ -33,7 +33,7 @@ class RunStatus:
     error: str = ""
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the status in one line."""
         parts = [f"run {self.run}: {self.state}"]
         parts += [f"{stage['stage']} {stage['done']}/{stage['taken']}" for stage in self.stages]
         if self.current and self.state != "finished":
@@ -53,7 +53,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """The snapshot in service, and the runs, the newest last."""
+    """The snapshot in service and the runs, the newest run last."""
 
     store: str
     snapshot: Snapshot | None
@@ -78,7 +78,7 @@ def read_status(store: Store, newest: int = 5) -> StoreStatus:
 
 
 def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
-    """Return where one run stands; `lease` is the store's, which tells whether the run lives.
+    """Return the status of one run; `lease` is the store's lease, which says whether the run is alive.
 
     Raises:
         StoreError: when it cannot be read.
@@ -92,7 +92,7 @@ def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
 
 
 def watch(store: Store, every_s: float) -> Iterator[RunStatus]:
-    """Yield where the newest run stands, whenever it changed, until it has ended; nothing when there is no run."""
+    """Yield the status of the newest run whenever it changes, until the run ends; nothing if there is no run."""
     last = None
     while True:
         runs = read_status(store, newest=1).runs

@@ -1,4 +1,4 @@
-"""Running a command of `prag` as a job on a Ray cluster, under a name that is the same for the same work."""
+"""Run a command of `prag` as a job on a Ray cluster; the same work always has the same job name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prag_core.errors import ClusterError, ConfigError
 from prag_core.identity import fingerprint, is_checksum
 
 CONFIG_FILE = "prag-config.yaml"
-# Machine facts: the same work with others of them is the same job still.
-_NOT_THE_WORK = {"run"}
+# The sections that describe machines and not the work do not change the name of the job.
+_MACHINE_SECTIONS = {"run"}
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What became of a submission: the job's id, whether it was started now, and its exit code once it ended."""
+    """A submitted job: its id, whether it was started now, and its exit code once it has ended."""
 
     id: str
     new: bool
@@ -31,8 +31,8 @@ class JobOutcome:
 
 
 def job_name(config: Config, command: Sequence[str]) -> str:
-    """Return the name of the job that a command is for a configuration: the same work has the same name."""
-    work = config.model_dump(mode="json", exclude=_NOT_THE_WORK)
+    """Return the name of the job for a command and a configuration."""
+    work = config.model_dump(mode="json", exclude=_MACHINE_SECTIONS)
     return f"prag-{command[0]}-{fingerprint([list(command), work])}"
 
 
@@ -45,20 +45,20 @@ def submit(
     *,
     wait: bool = True,
 ) -> JobOutcome:
-    """Run `prag COMMAND` with this configuration on the cluster of a job server; where it runs already, follow that.
+    """Run `prag COMMAND` with this configuration on the cluster of a job server, or follow it if it already runs.
 
     The configuration travels with the job. The package must be installed on the cluster, as in the image.
 
     Args:
-        config: With all its overrides.
+        config: The configuration with all overrides.
         command: A command of `prag` that takes `--config`, with its options.
         address: The URL of the job server.
         environment: Variables for the job and its workers.
-        write: Takes the job's output.
+        write: Called with the job's output.
         wait: Whether to follow the job to its end.
 
     Raises:
-        ConfigError: when the configuration names a file relative to this folder, which the cluster has not.
+        ConfigError: when the configuration names a file relative to this folder, which the cluster does not have.
         ClusterError: when the job server cannot be reached, or refuses.
     """
     _refuse_relative(config)
@@ -82,7 +82,7 @@ def submit(
 
 
 def _refuse_relative(config: Config) -> None:
-    start = config.train.initial_adapter
+    start, model = config.train.initial_adapter, Path(config.model.name)
     named = {
         "store": config.store,
         "corpus.path": config.corpus.path,
@@ -90,12 +90,10 @@ def _refuse_relative(config: Config) -> None:
         "train.initial_adapter": None if start and is_checksum(start) else start,
     }
     relative = [key for key, path in named.items() if path and "://" not in path and not Path(path).is_absolute()]
-    if config.model.name.startswith(".") or (
-        Path(config.model.name).is_dir() and not Path(config.model.name).is_absolute()
-    ):
+    if config.model.name.startswith(".") or (model.is_dir() and not model.is_absolute()):
         relative.append("model.name")
     if relative:
         raise ConfigError(
-            f"{', '.join(relative)}: relative to this folder, which the cluster has not",
+            f"{', '.join(relative)}: relative to this folder, which the cluster does not have",
             "name what every node sees: s3://…, or an absolute path on a disk that all of them mount",
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.resources import Profile
 from cluster.session import ray_session
-from pipelines.execution.tables import group_by_columns, partitions_for, spread_names, whole_blocks
+from pipelines.execution.tables import blocks_for_parts, group_by_columns, map_blocks, map_objects
 from prag_core.maintenance.compaction import (
     MARKED,
     ROWS_PER_PART,
@@ -82,13 +83,10 @@ def compact(
         # 1. Which rows count? Group all rows by key.
         versions = sorted({snapshot.corpus_version, *corpora})
         parts = [*snapshot.ledger_parts, *(part for version in versions for part in corpus_parts(store, version))]
-        rows = spread_names(parts, profile).map_batches(_plain_rows, **whole_blocks(), fn_kwargs={"store": store})
-        marked = (
-            group_by_columns(rows, ["key"], partitions_for(len(parts), profile))
-            .map_batches(_mark, **whole_blocks(), fn_kwargs={"forgotten": forgotten, "since": since})
-            .materialize()
-        )
-        counts = marked.map_batches(_count, **whole_blocks(), fn_kwargs={"forgotten": forgotten}).take_all()
+        blocks = blocks_for_parts(len(parts), profile)
+        rows = group_by_columns(map_objects(parts, blocks, partial(_plain_rows, store)), ["key"], blocks)
+        marked = map_blocks(rows, _mark, forgotten=forgotten, since=since).materialize()
+        counts = map_blocks(marked, _count, forgotten=forgotten).take_all()
         total, live, erased = (sum(row[name] for row in counts) for name in ("rows", "live", "erased"))
         wanted = max(1, -(-live // ROWS_PER_PART))
         before = len(snapshot.ledger_parts)
@@ -96,12 +94,10 @@ def compact(
         if dry_run or (before < 2 * wanted and live == total and not forgotten):
             return nothing
         # 2. Move live adapters. Group the rows by shard; each group of shards becomes one ledger part.
-        arguments = {"store": store, "recipe": snapshot.recipe, "forgotten": forgotten}
-        written = (
-            group_by_columns(marked, ["shard"], wanted)
-            .map_batches(_compact_shards, **whole_blocks(), fn_kwargs=arguments)
-            .take_all()
-        )
+        groups = group_by_columns(marked, ["shard"], wanted)
+        written = map_blocks(
+            groups, _compact_shards, store=store, recipe=snapshot.recipe, forgotten=forgotten
+        ).take_all()
     made = tuple(sorted({row["part"] for row in written if row["part"]}))
     if {*made} == {*snapshot.ledger_parts}:
         return nothing
@@ -113,24 +109,20 @@ def compact(
     return CompactionReport(total, total - live - erased, erased, before, len(made), new.id)
 
 
-def _plain_rows(table: pa.Table, store: Store) -> Iterator[pa.Table]:
-    for name in table["name"].to_pylist():
-        yield store.get_table(LedgerRow, [name]) if object_kind(name) == "ledger" else corpus_keys(store, name)
+def _plain_rows(store: Store, name: str) -> pa.Table:
+    return store.get_table(LedgerRow, [name]) if object_kind(name) == "ledger" else corpus_keys(store, name)
 
 
 def _mark(table: pa.Table, forgotten: list[str], since: float) -> pa.Table:
-    rows = table.select(schema(LedgerRow).names) if table.num_columns else schema(LedgerRow).empty_table()
-    return mark_live(rows, forgotten, since)
+    return mark_live(table.select(schema(LedgerRow).names), forgotten, since)
 
 
 def _count(table: pa.Table, forgotten: list[str]) -> pa.Table:
-    if not table.num_columns:
-        return pa.table({"rows": [0], "live": [0], "erased": [0]})
     live = pc.sum(table["live"].cast(pa.int64())).as_py() or 0
     erased = pc.sum(pc.is_in(table["key"], value_set=pa.array(forgotten, pa.string())).cast(pa.int64())).as_py() or 0
     return pa.table({"rows": [table.num_rows], "live": [live], "erased": [erased]})
 
 
 def _compact_shards(table: pa.Table, store: Store, recipe: str, forgotten: list[str]) -> pa.Table:
-    rows = compact_shards(store, table.select(MARKED.names), forgotten) if table.num_rows else []
+    rows = compact_shards(store, table.select(MARKED.names), forgotten)
     return pa.table({"part": pa.array([put_rows(store, recipe, rows) if rows else ""], pa.string())})

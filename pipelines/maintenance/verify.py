@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from rich.console import Console
 from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.execution.progress import stage_progress
-from pipelines.execution.tables import group_by_columns, partitions_for, spread_names, whole_blocks
+from pipelines.execution.tables import blocks_for_parts, group_by_columns, map_blocks, map_objects
 from prag_core.maintenance.inventory import Finding, check_snapshots, object_kind, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
@@ -68,7 +69,6 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
     findings += check_references(names, snapshots, serving) + check_pins_and_lease(store, snapshots)
     checkable = [name for name in names if is_checkable(name)]
     shards = sum(object_kind(name) == "shards" for name in names)
-    how = {"store": store, "full": full}
     with ray_session(profile), stage_progress(console, "verify", len(checkable) + shards, "objects") as advance:
         checked = 0
 
@@ -82,14 +82,15 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
 
         # 1. Everything but shards.
         if checkable:
-            follow(spread_names(checkable, profile).map_batches(_check_objects, **whole_blocks(), fn_kwargs=how))
+            blocks = blocks_for_parts(len(checkable), profile)
+            follow(map_objects(checkable, blocks, lambda name: _found(check_object(store, name, full), 1)))
         # 2. Shards, against the ledger parts that can be read.
         broken = {finding.name for finding in findings}
         parts = [name for name in names if object_kind(name) == "ledger" and name not in broken]
         if parts:
-            rows = spread_names(parts, profile).map_batches(_rows, **whole_blocks(), fn_kwargs={"store": store})
-            groups = group_by_columns(rows, ["shard"], partitions_for(max(len(parts), shards), profile))
-            follow(groups.map_batches(_check_shards, **whole_blocks(), fn_kwargs=how))
+            rows = map_objects(parts, blocks_for_parts(len(parts), profile), partial(ledger_rows, store))
+            groups = group_by_columns(rows, ["shard"], blocks_for_parts(max(len(parts), shards), profile))
+            follow(map_blocks(groups, _check_shards, store=store, full=full))
     size = sum(item.size_bytes for item in objects)
     return VerifyReport(full, len(objects), size, time.perf_counter() - begun, tuple(findings))
 
@@ -100,18 +101,6 @@ def _found(findings: Sequence[Finding], checked: int) -> pa.Table:
     return pa.Table.from_pylist([*rows, {"kind": "", "checked": checked}], schema=_FINDING)
 
 
-def _check_objects(table: pa.Table, store: Store, full: bool) -> Iterator[pa.Table]:
-    for name in table["name"].to_pylist():
-        yield _found(check_object(store, name, full), 1)
-
-
-def _rows(table: pa.Table, store: Store) -> Iterator[pa.Table]:
-    for name in table["name"].to_pylist():
-        yield ledger_rows(store, name)
-
-
 def _check_shards(table: pa.Table, store: Store, full: bool) -> pa.Table:
-    if not table.num_rows:
-        return _found([], 0)
     shards = len(table["shard"].unique())
     return _found(check_shards(store, table.select(ROWS.names), full), shards)

@@ -1,11 +1,14 @@
-"""Checks, and those that each node makes: this file loads no torch, which would take every one of them seconds."""
+"""The preflight report, and the checks that run on each node.
+
+This file loads no torch: it would cost each node seconds.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fsspec.core import url_to_fs
@@ -21,7 +24,6 @@ from prag_core.store.objects import open_store
 
 if TYPE_CHECKING:
     from prag_core.llm.layout import LoraLayout
-    from prag_core.recipe import Recipe
 
 
 T = TypeVar("T")
@@ -29,27 +31,30 @@ T = TypeVar("T")
 
 @dataclass
 class PreflightReport:
-    """What was found so far; `recipe` and `layout` are there when the configuration can be described."""
+    """What the checks have found so far; `layout` is set once the model and the recipe are known to fit."""
 
     findings: list[CheckResult] = field(default_factory=list)
     errors: list[PragError] = field(default_factory=list)
-    recipe: Recipe | None = None
     layout: LoraLayout | None = None
 
-    def check(self, name: str, look: Callable[[], tuple[str, T]]) -> T | None:
-        """Note what `look` says; where it raises a `PragError`, note that, and return None."""
+    def check(self, name: str, run: Callable[[], tuple[str, T]]) -> T | None:
+        """Run a check that returns a detail and a result, record the detail and return the result.
+
+        If it raises a `PragError`, record that and return None.
+        """
         begun = time.perf_counter()
         try:
-            detail, result = look()
+            detail, result = run()
         except PragError as error:
             self.errors.append(error)
             self.findings.append(CheckResult(name, "failed", error.message, error.remedy))
             return None
-        self.findings.append(CheckResult(name, "ok", f"{detail} ({(time.perf_counter() - begun) * 1000:.0f} ms)"))
+        duration_ms = (time.perf_counter() - begun) * 1000
+        self.findings.append(CheckResult(name, "ok", detail, duration_ms=duration_ms))
         return result
 
-    def note(self, findings: list[CheckResult]) -> None:
-        """Take findings about nodes."""
+    def add(self, findings: list[CheckResult]) -> None:
+        """Add findings about nodes; each failed one becomes an error too."""
         self.findings += findings
         for finding in findings:
             if finding.outcome == "failed":
@@ -57,7 +62,7 @@ class PreflightReport:
                 self.errors.append(PragError(f"{finding.check}{where}: {finding.detail}", finding.remedy))
 
     def summary(self) -> str:
-        """Say in a line or two what was checked, and all of what was not."""
+        """Return the number of checks that passed, and a line for each that was skipped or gave a warning."""
         counts = Counter(finding.outcome for finding in self.findings)
         lines = [f"preflight: {counts['ok']} checks passed"]
         for finding in self.findings:
@@ -66,33 +71,33 @@ class PreflightReport:
                 lines.append(f"preflight: {finding.check} {finding.outcome}: {finding.detail}{remedy}")
         return "\n".join(lines)
 
-    def described(self) -> tuple[Recipe, LoraLayout]:
-        """Return the recipe and the layout, or raise all that is wrong.
+    def raise_errors(self) -> None:
+        """Raise if a check failed.
 
         Raises:
-            PragError: the one that was found, as it was raised.
-            PreflightError: naming all, when there are several.
+            PragError: the error of the check, if one failed.
+            PreflightError: naming all errors, if several failed.
         """
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
             listed = "\n".join(f"- {error}" for error in self.errors)
-            raise PreflightError(f"{len(self.errors)} things are wrong:\n{listed}", "mend them all, and run again")
-        assert self.recipe is not None
-        assert self.layout is not None
-        return self.recipe, self.layout
+            raise PreflightError(f"{len(self.errors)} things are wrong:\n{listed}", "fix them all, then run again")
 
 
-def ask_node(config: Config, probe: str) -> list[CheckResult]:
-    """Run on each node: what only it can know. Nothing is loaded, converted or fetched."""
-    found = PreflightReport()
+def check_node(config: Config, probe: str) -> list[CheckResult]:
+    """Run the checks that only a node can make about itself. They load, convert and fetch nothing.
+
+    `probe` names an object in the store that holds its own name; if it is empty, the store is not checked.
+    """
+    report = PreflightReport()
 
     def store() -> tuple[str, None]:
         opened = open_store(config)
         if opened.get_if_exists(probe) != probe.encode():
             raise StoreError(
                 f"store = {config.store!r} is another one there than where the job starts",
-                "take s3://, or a folder that every node mounts under the same absolute path",
+                "use s3://, or a folder that every node mounts under the same absolute path",
             )
         opened.check_writable()
         return "the same store, writable", None
@@ -107,9 +112,9 @@ def ask_node(config: Config, probe: str) -> list[CheckResult]:
         return "readable", None
 
     if probe:
-        found.check("store", store)
-    found.check("inputs", inputs)
-    found.check("model", lambda: (find_model(config.model.name), None))
+        report.check("store", store)
+    report.check("inputs", inputs)
+    report.check("model", lambda: (find_model(config.model.name), None))
     kind = index_kind(config.index)
-    found.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
-    return [replace(finding, detail=finding.detail.split(" (")[0]) for finding in found.findings]
+    report.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
+    return report.findings

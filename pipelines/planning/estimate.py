@@ -1,4 +1,4 @@
-"""What work will cost, from measured batches, with how sure that is."""
+"""Estimates of cost from measured batches, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-CONFIDENCE = 0.95
-_Z = 1.959964  # of the normal distribution, two-sided at 95 %
+_Z = 1.959964  # the two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over batches of what each did (`units`: tokens or passages) and the seconds that it took one actor."""
+    """Sums over batches: the units of each (tokens or passages), its seconds on one actor, and their products."""
 
     batches: int = 0
     units: float = 0.0
@@ -23,7 +22,7 @@ class Moments:
 
     @classmethod
     def of(cls, batches: Iterable[tuple[float, float]]) -> Moments:
-        """Return the sums over pairs of units and seconds."""
+        """Return the sums over batches, each given as (units, seconds)."""
         total = cls()
         for units, seconds in batches:
             total += cls(1, units, seconds, units * units, units * seconds, seconds * seconds)
@@ -41,10 +40,10 @@ class Moments:
 
     @property
     def rate(self) -> Quantity | None:
-        """Seconds a unit, as all seconds over all units; None where nothing was measured.
+        """The seconds per unit, as all seconds divided by all units; None if nothing was measured.
 
-        Its error is that of a ratio of means: from how far each batch is from the rate times its units. Passages of
-        one batch share its time, so the batches are the observations.
+        The error is that of a ratio of means: it comes from the distance of each batch's seconds from the rate times
+        its units. The observations are batches, because the passages of a batch share its time.
         """
         if not self.units:
             return None
@@ -58,9 +57,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Quantity:
-    """An estimate; `error` is its standard error as a share of it, None where one observation tells none.
+    """An estimate; `error` is its standard error relative to `value`, None if there was only one observation.
 
-    `freedom` is the number of observations that the error rests on, less one.
+    `freedom` is the number of degrees of freedom of the error: its observations less one.
     """
 
     value: float
@@ -73,7 +72,7 @@ class Quantity:
         return Quantity(self.value * other.value, error, min(self.freedom, other.freedom))
 
     def scaled(self, factor: float) -> Quantity:
-        """Return so many times this estimate."""
+        """Return this estimate times a known factor."""
         return Quantity(self.value * factor, self.error, self.freedom)
 
     def plus(self, other: Quantity) -> Quantity:
@@ -86,7 +85,7 @@ class Quantity:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval, by Student's distribution; None without an error."""
+        """The 95 % interval by Student's t distribution; None without an error."""
         if self.error is None or self.freedom < 1:
             return None
         half = student(self.freedom) * self.error * self.value
@@ -94,7 +93,7 @@ class Quantity:
 
 
 def mean(values: Sequence[float]) -> Quantity:
-    """Return the mean of independent observations, of which there is one at least."""
+    """Return the mean of independent observations; there must be at least one."""
     count = len(values)
     middle = sum(values) / count
     if count < 2:
@@ -104,12 +103,12 @@ def mean(values: Sequence[float]) -> Quantity:
 
 
 def exactly(value: float) -> Quantity:
-    """Return what is known for sure."""
+    """Return a value that is known without error."""
     return Quantity(value, 0.0, 10**9)
 
 
 def student(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's distribution, within 1 %."""
+    """Return the two-sided 95 % quantile of Student's t distribution, within 1 % (Cornish-Fisher expansion)."""
     exact = {1: 12.706, 2: 4.303, 3: 3.182}
     if freedom in exact:
         return exact[freedom]

@@ -1,23 +1,23 @@
-"""A sample of passages, really augmented and trained where the job will run, to know what the job costs."""
+"""Measure the cost of a job: augment and train a sample of passages on the machine that will run it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 from rich.console import Console
 
-from cluster.resources import Profile
+from pipelines.execution.tables import map_objects
 from pipelines.planning.estimate import Moments
+from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.formats import read_augmentations
-from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
@@ -28,9 +28,10 @@ from prag_core.training.examples import training_examples
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a sample took one actor: units and seconds, of passages a call to the augmenter, of tokens a stack.
+    """The times of a sample on one actor.
 
-    `load_seconds` is what an actor takes before its first batch.
+    `augment` sums over batches of passages, `train` over stacks of training tokens. `tokens` are the training tokens
+    of each passage. `load_seconds` is the time before an actor's first batch.
     """
 
     augment: Moments
@@ -40,43 +41,45 @@ class Measurement:
 
 
 def planned(passage: Passage, recipe: Recipe) -> Augmentation:
-    """Return an augmentation as it may come: each rewrite as long as its passage, each question of 15 words."""
+    """Return a typical augmentation: each rewrite is as long as the passage, each question has 15 words."""
     pair = QAPair("word " * 15, "word " * 3, "")
     return Augmentation(
         passage.key, (passage.text,) * recipe.augment.rewrites, (pair,) * recipe.augment.pairs, "planned"
     )
 
 
-def measure(
-    config: Config, recipe: Recipe, profile: Profile, passages: Sequence[Passage], console: Console
-) -> Measurement:
-    """Augment and train `passages` on an actor of the profile, in stacks as the job makes them; stores nothing."""
+def measure(context: RunContext, passages: Sequence[Passage], console: Console) -> Measurement:
+    """Augment and train `passages` on one actor of the profile, in the same stacks as the job; store nothing."""
     console.print(f"measuring {len(passages)} passages on one actor")
-    actors = profile.train
+    actors = context.profile.train
     remote = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=2)
-    measured: Measurement = ray.get(remote.remote(config, recipe, profile, list(passages)))
+    measured: Measurement = ray.get(remote.remote(context, list(passages)))
     return measured
 
 
-def _measure(config: Config, recipe: Recipe, profile: Profile, passages: list[Passage]) -> Measurement:
+def _measure(context: RunContext, passages: list[Passage]) -> Measurement:
     from prag_core.training.examples import TrainingJob
     from prag_core.training.trainer import Trainer, make_stacks
 
+    config, recipe, profile = context.config, context.recipe, context.profile
     begun = time.perf_counter()
     compute_here(profile.train.threads)
     base = load_base_model(config.model, expected=recipe.base_model)
-    # From the recipe's own start: another one trains as fast.
+    # Without the initial adapter of the recipe: the time is the same.
     trainer = Trainer(base, replace(recipe.train, start=""), checkpoint=config.run.checkpoint_activations)
     loaded = time.perf_counter() - begun
-    made, augmenting = _augmentations(config, recipe, passages)
+    augmentations, augmenting = _augmentations(context, passages)
     jobs = [
         TrainingJob(passage.key, training_examples(base.tokenizer, passage, augmentation, recipe.train))
-        for passage, augmentation in zip(passages, made, strict=True)
+        for passage, augmentation in zip(passages, augmentations, strict=True)
     ]
     jobs = [job for job in jobs if job.examples]
     stacks = make_stacks(jobs, profile.tokens_per_step)
     training = []
-    for stack in [*stacks[:1], *stacks]:  # the first one twice: kernels are chosen and memory is taken then
+    for stack in [
+        *stacks[:1],
+        *stacks,
+    ]:  # the first one twice: it is slower, since kernels are chosen and memory is taken
         begun = time.perf_counter()
         trained = list(trainer.train(stack, tokens_per_step=profile.tokens_per_step))
         training.append((float(sum(adapter.tokens for adapter in trained)), time.perf_counter() - begun))
@@ -85,39 +88,36 @@ def _measure(config: Config, recipe: Recipe, profile: Profile, passages: list[Pa
 
 
 def _augmentations(
-    config: Config, recipe: Recipe, passages: list[Passage]
+    context: RunContext, passages: list[Passage]
 ) -> tuple[list[Augmentation], list[tuple[float, float]]]:
+    """Return an augmentation of each passage, and the (passages, seconds) of each batch."""
+    config, recipe = context.config, context.recipe
     imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
     found = {p.key: augmentation for p in passages if imported and (augmentation := imported.find(p)) is not None}
-    lacking = [passage for passage in passages if passage.key not in found]
+    missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
-    if lacking and config.augment.generator != "none":
+    if missing and config.augment.generator != "none":
         generator = make_generator(config)
         size = config.run.augment_batch
-        for i in range(0, len(lacking), size):
+        for i in range(0, len(missing), size):
             begun = time.perf_counter()
-            results = augment(lacking[i : i + size], generator, recipe.augment)
+            results = augment(missing[i : i + size], generator, recipe.augment)
             batches.append((float(len(results)), time.perf_counter() - begun))
             found |= {result.key: result for result in results if isinstance(result, Augmentation)}
     return [found.get(passage.key) or planned(passage, recipe) for passage in passages], batches
 
 
-def stored_moments(store: Store, folder: str, units: str | None, profile: Profile) -> Moments:
-    """Return what stored batches took: of each part the seconds, and its units (None: its rows)."""
-    parts = [{"part": part} for part in store.list(folder, ".parquet")]
+def stored_moments(context: RunContext, folder: str, units: str | None) -> Moments:
+    """Return the units and seconds of stored batches, one batch a part; without a column `units`, rows are units."""
+    parts = context.store.list(folder, ".parquet")
     if not parts:
         return Moments()
-    rows = ray.data.from_items(parts, override_num_blocks=min(profile.partitions, len(parts))).map_batches(
-        _moments, batch_size=None, batch_format="pyarrow", fn_kwargs={"store": store, "units": units}
-    )
-    return sum((from_dict(Moments, row) for row in rows.take_all()), Moments())
+    batches = map_objects(parts, context.profile.partitions, partial(_moments, context.store, units))
+    return sum((from_dict(Moments, row) for row in batches.take_all()), Moments())
 
 
-def _moments(table: pa.Table, store: Store, units: str | None) -> pa.Table:
-    def batch(part: str) -> tuple[float, float]:
-        columns = store.get_columns(part, [*([units] if units else []), "seconds"])
-        return float(pc.sum(columns[units]).as_py() or 0) if units else columns.num_rows, float(
-            pc.sum(columns["seconds"]).as_py() or 0
-        )
-
-    return pa.Table.from_pylist([asdict(Moments.of(batch(part) for part in table["part"].to_pylist()))])
+def _moments(store: Store, units: str | None, part: str) -> pa.Table:
+    columns = store.get_columns(part, [*([units] if units else []), "seconds"])
+    done = pc.sum(columns[units]).as_py() if units else columns.num_rows
+    batch = float(done or 0), float(pc.sum(columns["seconds"]).as_py() or 0)
+    return pa.Table.from_pylist([asdict(Moments.of([batch]))])

@@ -1,4 +1,4 @@
-"""Augment stage: passages without an augmentation → augmentations, each stored as it is made."""
+"""Augment stage: passages without an augmentation → augmentations, stored batch by batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import replace
 import pyarrow as pa
 import ray.data
 
-from cluster.resources import Profile
-from pipelines.execution.child_process import Alive
+from pipelines.execution.child_process import Heartbeat
 from pipelines.execution.isolation import StageRun, run_actors
 from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_table
 from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done
 from pipelines.execution.survey import Survey, with_passages
+from pipelines.settings import RunContext
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
@@ -24,9 +24,7 @@ from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
-from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
-from prag_core.store.objects import Store
 from prag_core.store.tables import put_augmentations, put_rejects
 
 
@@ -39,29 +37,30 @@ def make_generator(config: Config) -> Generator:
 
 
 class AugmentPassages:
-    """The actor of this stage: holds the generator, and stores what it makes before it reports it."""
+    """The actor of this stage: it holds the generator, and stores its augmentations before it reports them."""
 
-    def __init__(self, config: Config, store: Store, recipe: AugmentRecipe, run: str, threads: int | None) -> None:
+    def __init__(self, context: RunContext) -> None:
+        config = context.config
         self._config = config
-        self._store = store
-        self._recipe = recipe
-        self._run = run
-        self._threads = threads
+        self._store = context.store
+        self._recipe = context.recipe.augment
+        self._run = context.run
+        self._threads = context.profile.augment.threads
         self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
         self._generator: Generator | None = None
 
-    def __call__(self, table: pa.Table, alive: Alive) -> pa.Table:
-        """Augment a batch of passages; give back one outcome each, all at the end: none of it is `alive` before."""
+    def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> pa.Table:
+        """Augment a batch of passages and return one outcome each; `heartbeat` is not called in between."""
         passages = from_table(Passage, table)
         results: list[Augmentation | Reject] = []
-        lacking = []
+        missing = []
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
             if found is not None:
                 results.append(found)
             else:
-                lacking.append(passage)
-        results += self._generate(lacking)
+                missing.append(passage)
+        results += self._generate(missing)
         made = [result for result in results if isinstance(result, Augmentation)]
         rejects = [replace(result, recipe=self._recipe.fingerprint) for result in results if isinstance(result, Reject)]
         if made:
@@ -80,59 +79,49 @@ class AugmentPassages:
         if self._config.augment.generator == "none":
             detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
-        if self._generator is None:  # a corpus whose augmentations are all imported needs no model
+        if self._generator is None:  # no model is needed if all augmentations are imported
             compute_here(self._threads)
             self._generator = make_generator(self._config)
         return augment(passages, self._generator, self._recipe)
 
 
 def run_augment(
-    config: Config,
-    store: Store,
-    profile: Profile,
-    recipe: AugmentRecipe,
+    context: RunContext,
     passages: ray.data.Dataset,
-    before: Survey,
-    look: Callable[[], Survey],
+    first: Survey,
+    take_survey: Callable[[], Survey],
     budget: Budget,
     progress: RunProgress,
 ) -> StageReport:
-    """Augment what a survey found missing. In = done (now and earlier) + rejected (now and earlier).
+    """Augment the passages that a survey found missing. In = done (now and earlier) + rejected (now and earlier).
 
-    `look` makes a new survey, should a part of the cluster be lost meanwhile; `budget` is what the run may reject,
-    besides what a survey found rejected.
+    `take_survey` is called again if a part of the cluster is lost. `budget` limits the rejects; those that a survey
+    found are counted too.
     """
-    begun, run = time.perf_counter(), progress.run
+    begun, config = time.perf_counter(), context.config
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
     imported = read_augmentations(config.augment.import_file).rejects if config.augment.import_file else ()
-    put_rejects(store, run, imported)
+    put_rejects(context.store, context.run, imported)
+    batch = config.run.augment_batch
+    # The actor returns a batch at once, so its time limit is that of all passages together.
+    silence_s = config.run.passage_timeout_s * batch
+    recipe = context.recipe.augment.fingerprint
+    stage_run = StageRun(context.store, context.run, "augment", recipe, config.run, silence_s)
 
     def work(survey: Survey) -> Tally:
         total = survey.counts["to_augment"]
         if not total:
             return Tally()
-        missing = with_passages(survey, "to_augment", passages, profile)
-        arguments = (config, store, recipe, run, profile.augment.threads)
-        desk = StageRun(store, run, "augment", recipe.fingerprint)
-        silence_s = config.run.passage_timeout_s * config.run.augment_batch
-        outcomes = run_actors(
-            AugmentPassages,
-            arguments,
-            missing,
-            config.run.augment_batch,
-            profile.augment,
-            desk,
-            config.run,
-            silence_s=silence_s,
-        )
-        return follow_outcomes(outcomes, total, "augment", progress, budget.less(survey.rejected))
+        missing = with_passages(survey, "to_augment", passages, context.profile)
+        outcomes = run_actors(AugmentPassages, (context,), missing, batch, context.profile.augment, stage_run)
+        return follow_outcomes(outcomes, total, "augment", progress, budget.after(survey.rejected))
 
-    last, tally = resume_until_done("augment", "to_augment", before, look, work, progress)
+    last, tally = resume_until_done("augment", "to_augment", first, take_survey, work, progress)
     return StageReport(
         stage="augment",
-        taken=before.passages,
+        taken=first.passages,
         done=last.augmented + tally.done,
-        earlier=before.augmented,
+        earlier=first.augmented,
         rejected=dict(last.reasons["augment_rejected"] + tally.rejected),
         seconds=time.perf_counter() - begun,
         extra={

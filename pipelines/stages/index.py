@@ -1,4 +1,4 @@
-"""Index stage: the stored corpus → an index, archived in the store."""
+"""Index stage: the stored corpus → a search index, archived in the store."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from typing import Any
 import ray
 
 from pipelines.execution.outcomes import StageReport
-from prag_core.config import IndexConfig
+from pipelines.settings import RunContext
 from prag_core.retrieval.archive import find_index
 from prag_core.retrieval.build import make_index
 from prag_core.retrieval.kinds import index_id, index_kind
-from prag_core.store.objects import Store
 
 log = logging.getLogger(__name__)
 
 
-def run_index(
-    store: Store, corpus_version: str, former: str | None, config: IndexConfig, passages: int, cpus: float
-) -> tuple[str, StageReport]:
-    """Make the index of a corpus version, unless the store has it, in a process of its own with `cpus` CPUs.
+def run_index(context: RunContext, corpus_version: str, former: str | None, passages: int) -> tuple[str, StageReport]:
+    """Build the index of a corpus version, unless the store has it; return its id and the report.
 
-    The index of the corpus version `former` is updated where that is faster (see `prag_core.retrieval.build`).
-    Returns the id of the index and the report, which says how the index was made.
+    If it pays, the index is updated from that of the corpus version `former` (`prag_core.retrieval.build`). The
+    report says how it was built.
     """
     begun = time.perf_counter()
+    store, config = context.store, context.config.index
     id = index_id(corpus_version, config)
     found = find_index(store, id)
     earlier = found is not None
@@ -35,10 +33,12 @@ def run_index(
     if found is None:
         # Its environment gives it a worker process of its own: never the driver, never one with other tasks.
         environment = {"env_vars": index_kind(config).PROCESS_ENV}
-        make = ray.remote(make_index).options(num_cpus=cpus, max_retries=3, runtime_env=environment)
-        found, build = ray.get(make.remote(store, corpus_version, former, config))
-        extra = asdict(build)
-        log.log(logging.WARNING if build.failed else logging.INFO, "index %s: %s", id, build)
+        make = ray.remote(make_index).options(
+            num_cpus=context.profile.index_cpus, max_retries=3, runtime_env=environment
+        )
+        found, built = ray.get(make.remote(store, corpus_version, former, config))
+        extra = asdict(built)
+        log.log(logging.WARNING if built.failed else logging.INFO, "index %s: %s", id, built)
     report = StageReport(
         stage="index",
         taken=passages,

@@ -15,7 +15,7 @@ import ray.data
 
 from cluster.resources import Profile
 from pipelines.execution.outcomes import StageReport
-from pipelines.execution.tables import group_by_columns, read_columns
+from pipelines.execution.tables import drop_keys, group_by_columns, iter_blocks, map_blocks, read_columns
 from prag_core.config import CorpusConfig
 from prag_core.data.corpus import Piece, merge_pieces, read_records, resolve_ids
 from prag_core.data.files import list_files
@@ -28,7 +28,7 @@ from prag_core.store.tables import corpus_parts, put_rejects
 T = TypeVar("T")
 
 _ROWS_PER_BLOCK = 500
-# A row of this stage's first half is a piece of a record, or a reject: `reason` says which.
+# A row of the first half of this stage is a piece of a record, or a reject if `reason` is not empty.
 _PIECE_OR_REJECT = pa.schema(
     [*schema(Piece), pa.field("first", pa.bool_()), *(pa.field(n, pa.string()) for n in ("reason", "detail"))]
 )
@@ -36,7 +36,7 @@ _PIECE_OR_REJECT = pa.schema(
 
 @dataclass(frozen=True)
 class Corpus:
-    """The passages of a corpus, as Ray Data holds them, and how they came about."""
+    """The passages of a corpus as a dataset, their number and version, and what was rejected on the way."""
 
     version: str
     passages: ray.data.Dataset
@@ -45,46 +45,35 @@ class Corpus:
     report: StageReport
 
 
-def ingest(config: CorpusConfig, profile: Profile, forgotten: Collection[str] = ()) -> Corpus:
+def ingest(config: CorpusConfig, profile: Profile, tombstones: Collection[str] = ()) -> Corpus:
     """Read a corpus into passages; stores nothing.
 
-    Each record is a reject or gives one piece or more; pieces of equal content become one passage that keeps all
-    their ids. Passages whose keys are `forgotten` are left out and counted.
+    Each record is a reject or gives at least one piece. Pieces of equal content become one passage with all their
+    ids. Passages whose keys are among `tombstones` are left out and counted.
 
     Raises:
         InputError: when a file cannot be read at all, or no record is found.
     """
     begun = time.perf_counter()
     files = list_files(config)
-    # A limit counts records over all files, in order, so one task reads them all then.
+    # A limit counts records over all files in order, so one task reads them all.
     groups = [files] if config.limit else [[file] for file in files]
-    rows = (
-        ray.data.from_items([{"files": group} for group in groups], override_num_blocks=len(groups))
-        .map_batches(_read, batch_size=1, batch_format="pyarrow", fn_kwargs={"config": config.model_dump()})
-        .materialize()
-    )
+    items = ray.data.from_items([{"files": group} for group in groups], override_num_blocks=len(groups))
+    rows = map_blocks(items, _read, config=config).materialize()
     blocks = profile.blocks(rows.count())
-    resolved = (
-        group_by_columns(rows, ["record_id"], blocks)
-        .map_batches(_resolve_ids, batch_size=None, batch_format="pyarrow")
-        .materialize()
-    )
-    records = sum(_count_records(batch) for batch in _batches(rows, ["first", "reason"]))
+    resolved = map_blocks(group_by_columns(rows, ["record_id"], blocks), _resolve_ids).materialize()
+    records = sum(_count_records(block) for block in iter_blocks(rows.select_columns(["first"])))
     if records == 0:
         raise InputError(f"corpus.path = {config.path!r}: holds no records", "name a corpus with at least one passage")
-    rejects = _bad_rows(resolved)
-    counts = resolved.map_batches(_count, batch_size=None, batch_format="pyarrow").take_all()
+    rejects = _rejects(resolved)
+    counts = map_blocks(resolved, _count).take_all()
     pieces, accepted = (sum(row[name] for row in counts) for name in ("pieces", "records"))
-    merged = (
-        group_by_columns(resolved.map_batches(_pieces_only, batch_format="pyarrow"), ["key"], blocks)
-        .map_batches(_merge, batch_size=None, batch_format="pyarrow")
-        .materialize()
-    )
+    by_key = group_by_columns(map_blocks(resolved, _pieces_only), ["key"], blocks)
+    merged = map_blocks(by_key, _merge).materialize()
     unique = merged.count()
-    if forgotten:
-        arguments = {"forgotten": sorted(forgotten)}
-        merged = merged.map_batches(_without, batch_format="pyarrow", fn_kwargs=arguments).materialize()
-    digests = merged.map_batches(_digest, batch_format="pyarrow").take_all()
+    if tombstones:
+        merged = map_blocks(merged, drop_keys, keys=sorted(tombstones)).materialize()
+    digests = map_blocks(merged, _digest).take_all()
     count = sum(row["count"] for row in digests)
     version = f"{sum(int(row['digest'], 16) for row in digests) % 2**64:016x}"
     report = StageReport(
@@ -105,15 +94,13 @@ def ingest(config: CorpusConfig, profile: Profile, forgotten: Collection[str] = 
 
 
 def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
-    """Store a corpus version, unless it is there: its parts, and the manifest last."""
+    """Store a corpus version, unless the store has it: first its parts, then the manifest that commits it."""
     put_rejects(store, run, corpus.rejects)
     manifest = f"corpus/{corpus.version}/manifest.json"
     if store.exists(manifest):
         return
-    parts = corpus.passages.map_batches(
-        _write_part, batch_size=None, batch_format="pyarrow", fn_args=(store, f"corpus/{corpus.version}")
-    ).take_all()
-    names = sorted(row["part"] for row in parts if row["part"])
+    parts = map_blocks(corpus.passages, _write_part, store=store, folder=f"corpus/{corpus.version}").take_all()
+    names = sorted(row["part"] for row in parts)
     document = {"passages": corpus.count, "parts": names, "report": asdict(corpus.report)}
     store.put_json(manifest, seal(document))
 
@@ -121,27 +108,26 @@ def store_corpus(store: Store, corpus: Corpus, run: str) -> None:
 def stored_passages(
     store: Store, version: str, partitions: int, columns: Sequence[str] = tuple(schema(Passage).names)
 ) -> ray.data.Dataset:
-    """Return the passages of a stored corpus version; they are read anew wherever they are needed."""
+    """Return the passages of a stored corpus version; each pipeline that uses them reads them from the store again."""
     parts = corpus_parts(store, version)
     if not parts:
         return ray.data.from_arrow(schema(Passage).empty_table().select(columns))
     return read_columns(store, parts, list(columns), partitions)
 
 
-def _read(table: pa.Table, config: dict[str, Any]) -> Iterator[pa.Table]:
-    settings = CorpusConfig.model_validate(config)
-    files = table["files"].to_pylist()[0]
+def _read(table: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
+    files = itertools.chain.from_iterable(table["files"].to_pylist())
     seen: set[tuple[str, int]] = set()
     rows: list[dict[str, Any]] = []
     records = 0
-    for item in itertools.chain.from_iterable(read_records(file, settings) for file in files):
+    for item in itertools.chain.from_iterable(read_records(file, config) for file in files):
         # Pieces of one record follow each other, so only the last record's place has to be known.
         place = (item.file, item.line) if isinstance(item, Piece) else None
         first = place is None or place not in seen
         if first:
             records += 1
             seen = {place} if place else set()
-            if settings.limit and records > settings.limit:
+            if config.limit and records > config.limit:
                 break
         rows.append(_row(item, first))
         if len(rows) >= _ROWS_PER_BLOCK:
@@ -154,7 +140,7 @@ def _row(item: Piece | Reject, first: bool) -> dict[str, Any]:
     if isinstance(item, Piece):
         return {**asdict(item), "first": first, "reason": "", "detail": ""}
     blank = {**dict.fromkeys(("key", "title", "text", "id", "record_key"), ""), "access": []}
-    # A reject's own place is its record id, so that no two of them meet in one group.
+    # The record id of a reject is its place, so that each reject is alone in its group.
     return {
         **blank,
         "record_id": f"\0{item.source}",
@@ -181,15 +167,8 @@ def _pieces_only(table: pa.Table) -> pa.Table:
 
 
 def _merge(table: pa.Table) -> pa.Table:
-    pieces = from_table(Piece, table) if table.num_columns else []
-    merged = [merge_pieces(group) for group in _groups(pieces, lambda piece: piece.key)]
+    merged = [merge_pieces(group) for group in _groups(from_table(Piece, table), lambda piece: piece.key)]
     return passage_table(sorted(merged, key=lambda passage: passage.key))
-
-
-def _without(table: pa.Table, forgotten: list[str]) -> pa.Table:
-    if not table.num_rows:
-        return table
-    return table.filter(pc.invert(pc.is_in(table["key"], value_set=pa.array(forgotten, pa.string()))))
 
 
 def _groups(items: Iterable[T], key: Any) -> list[list[T]]:
@@ -198,36 +177,30 @@ def _groups(items: Iterable[T], key: Any) -> list[list[T]]:
 
 
 def _digest(table: pa.Table) -> dict[str, list[Any]]:
-    # A sum does not depend on order: the same passages make the same version however they are filed.
-    total = sum(int(digest, 16) for digest in table["digest"].to_pylist()) if table.num_rows else 0
+    # A sum does not depend on order: the same passages have the same version in whatever order they are stored.
+    total = sum(int(digest, 16) for digest in table["digest"].to_pylist())
     return {"digest": [f"{total % 2**64:016x}"], "count": [table.num_rows]}
 
 
 def _write_part(table: pa.Table, store: Store, folder: str) -> dict[str, list[str]]:
-    return {"part": [store.put_table(folder, table) if table.num_rows else ""]}
+    return {"part": [store.put_table(folder, table)]}
 
 
-def _batches(rows: ray.data.Dataset, columns: list[str]) -> Iterator[pa.Table]:
-    yield from rows.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def _count_records(batch: pa.Table) -> int:
-    return int(pc.sum(pc.cast(batch["first"], pa.int64())).as_py() or 0)
+def _count_records(block: pa.Table) -> int:
+    return int(pc.sum(pc.cast(block["first"], pa.int64())).as_py() or 0)
 
 
 def _count(table: pa.Table) -> dict[str, list[int]]:
     good = table.filter(pc.equal(table["reason"], ""))
-    # All pieces of a record lie in one partition, so its place is counted once.
-    places = good.select(["file", "line"]).group_by(["file", "line"]).aggregate([]) if good.num_rows else good
-    return {"pieces": [good.num_rows], "records": [places.num_rows]}
+    # All pieces of a record are in one block, so each record is counted once.
+    return {"pieces": [good.num_rows], "records": [good.group_by(["file", "line"]).aggregate([]).num_rows]}
 
 
-def _bad_rows(resolved: ray.data.Dataset) -> list[Reject]:
+def _rejects(resolved: ray.data.Dataset) -> list[Reject]:
     rejects = []
-    for batch in _batches(resolved, ["reason", "detail", "file"]):
-        bad = batch.filter(pc.not_equal(batch["reason"], ""))
+    for block in iter_blocks(resolved.select_columns(["reason", "detail", "file"])):
         rejects += [
             Reject(stage="corpus", reason=row["reason"], detail=row["detail"], source=row["file"])
-            for row in bad.to_pylist()
+            for row in block.filter(pc.not_equal(block["reason"], "")).to_pylist()
         ]
     return sorted(rejects, key=lambda reject: reject.source)

@@ -22,7 +22,7 @@ def test_a_profile_by_its_name(name: str) -> None:
 def test_single_numbers_are_replaced() -> None:
     made = profile(profile="cluster", actors_min=2, actors_max=6, actor_gpus=0, actor_cpus=2, partitions=8)
     for pool in (made.augment, made.train):
-        assert (pool.least, pool.most, pool.cpus, pool.gpus, pool.threads) == (2, 6, 2, 0, 2)
+        assert (pool.min_size, pool.max_size, pool.cpus, pool.gpus, pool.threads) == (2, 6, 2, 0, 2)
     assert (made.partitions, made.index_cpus) == (8, 2)
     assert made.tokens_per_step == PROFILES["cluster"].tokens_per_step
     assert profile(tokens_per_step=128).tokens_per_step == 128
@@ -36,7 +36,7 @@ def test_a_pool_grows_from_least_to_most() -> None:
 
 
 def test_the_most_bounds_the_least() -> None:
-    assert profile(profile="cluster", actors_min=5, actors_max=2).train.least == 2
+    assert profile(profile="cluster", actors_min=5, actors_max=2).train.min_size == 2
 
 
 def test_a_laptop_computes_with_all_its_cores() -> None:

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 
 from pipelines.execution.attempts import AttemptLog, Attempts
-from pipelines.execution.child_process import Alive, Child, ChildLostError, Limits
+from pipelines.execution.child_process import Child, ChildLostError, Heartbeat, Limits
 from pipelines.execution.isolation import IsolatedWorker, StageRun
 from pipelines.execution.outcomes import Outcome, outcome_table
-from pipelines.settings import describe, profile_of
+from pipelines.settings import make_context
 from pipelines.stages.train import TrainAdapters
 from prag_core.config import RunConfig
 from prag_core.config_file import load_config
@@ -48,7 +48,7 @@ class Obedient:
         if (folder / "do-not-start").exists():
             os.abort()
 
-    def __call__(self, table: pa.Table, alive: Alive) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> Iterator[pa.Table]:
         passages = from_table(Passage, table)
         (self._folder / f"{time.time_ns()}").write_text(" ".join(p.title for p in passages))
         for passage in passages:
@@ -68,7 +68,7 @@ class Obedient:
                 case "slow":
                     for _ in range(10):
                         time.sleep(0.2)
-                        alive()
+                        heartbeat()
                 case "starve":
                     hoard = [bytearray(os.urandom(1)) * 100_000_000]
                     while True:
@@ -76,7 +76,7 @@ class Obedient:
                 case "no memory":
                     raise MemoryError
                 case "bug":
-                    raise KeyError("mended soon")
+                    raise KeyError("fixed soon")
                 case "store away":
                     raise StoreError("the store is away", "wait")
             yield outcome_table([Outcome(passage.key)])
@@ -94,14 +94,13 @@ def child(folder: Path) -> Child:
     return Child(pickle.dumps((Obedient, (folder,))), [Obedient.__module__])
 
 
-def patient(
+def isolated(
     folder: Path, limits: RunConfig = LIMITS, run: str = "run", silence_s: float = 60.0
 ) -> tuple[IsolatedWorker, Store]:
     store = Store(str(folder / "store"))
     work = pickle.dumps((Obedient, (folder / "seen",)))
-    return IsolatedWorker(
-        work, Obedient.__module__, StageRun(store, run, "train", "recipe"), limits, silence_s, _no_limit
-    ), store
+    stage_run = StageRun(store, run, "train", "recipe", limits, silence_s)
+    return IsolatedWorker(work, [Obedient.__module__], stage_run, _no_limit), store
 
 
 def _no_limit() -> float:
@@ -124,7 +123,7 @@ def rejects(store: Store, run: str = "") -> dict[str, Reject]:
         ("hang", "timeout", "no sign of life for 1 s", Limits(1.0, 1e12)),
         ("starve", "out_of_memory", "more than its share of 1.0 GB", Limits(60.0, 1e9)),
         ("no memory", "out_of_memory", "MemoryError", NOTHING),
-        ("bug", "failed", "KeyError: 'mended soon'", NOTHING),
+        ("bug", "failed", "KeyError: 'fixed soon'", NOTHING),
     ],
 )
 def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, detail: str, limits: Limits) -> None:
@@ -137,21 +136,21 @@ def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, de
     assert not caught.value.starting
 
 
-def test_notes_of_attempts(store: Store) -> None:
-    book, later = (AttemptLog(store, run, "train", "recipe") for run in ("run", "later"))
-    book.lost({"a": 1, "b": 2})
-    book.given_up("b", 3, "timeout")
-    assert book.read(["a", "b", "c"]) == {"a": Attempts(1), "b": Attempts(3, "run", "timeout")}
-    # Another run goes on where this one was, and begins anew with what it gave up.
+def test_attempts_are_stored(store: Store) -> None:
+    log, later = (AttemptLog(store, run, "train", "recipe") for run in ("run", "later"))
+    log.record_losses({"a": 1, "b": 2})
+    log.record_reject("b", 3, "timeout")
+    assert log.read(["a", "b", "c"]) == {"a": Attempts(1), "b": Attempts(3, "run", "timeout")}
+    # Another run goes on counting, but starts again at zero for what this run gave up.
     assert later.read(["a", "b", "c"]) == {"a": Attempts(1)}
     store.put("runs/attempts/train/recipe/a.json", b"{")
     assert later.read(["a", "b", "c"]) == {}
-    book.done(["a", "b", "c"])
+    log.clear(["a", "b", "c"])
     assert store.list("runs", "") == []
 
 
 @pytest.mark.slow
-def test_who_is_slow_and_says_so_does_not_hang(tmp_path: Path) -> None:
+def test_a_slow_child_with_heartbeats_is_not_taken_for_one_that_hangs(tmp_path: Path) -> None:
     answers = list(child(tmp_path / "seen").call(batch("slow"), Limits(1.0, 1e12)))
     assert [done.num_rows for done in answers] == [1]
 
@@ -168,7 +167,7 @@ def test_a_pipe_that_breaks_is_the_end_of_the_child(tmp_path: Path) -> None:
         list(answers)
 
 
-def test_a_machine_that_has_no_room_for_a_child_says_so(tmp_path: Path) -> None:
+def test_a_child_that_cannot_be_started_is_reported(tmp_path: Path) -> None:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
     try:
@@ -180,10 +179,10 @@ def test_a_machine_that_has_no_room_for_a_child_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
-    patience, store = patient(tmp_path)
+def test_the_culprit_is_found_and_rejected_alone(tmp_path: Path) -> None:
+    worker, store = isolated(tmp_path)
     table = batch(*("fine" if i != 3 else "crash" for i in range(20)))
-    outcomes = from_table(Outcome, patience(table))
+    outcomes = from_table(Outcome, worker(table))
     assert sorted(o.key for o in outcomes) == sorted(table["key"].to_pylist())
     assert [o.rejected for o in outcomes if o.rejected] == ["killed_worker"]
     (reject,) = rejects(store).values()
@@ -198,27 +197,27 @@ def test_the_culprit_is_found_alone_and_tried_so_often(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_that_was_alone_from_the_start_has_all_its_attempts(tmp_path: Path) -> None:
-    patience, store = patient(tmp_path)
-    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+def test_a_batch_of_one_passage_gets_all_its_attempts(tmp_path: Path) -> None:
+    worker, store = isolated(tmp_path)
+    assert from_table(Outcome, worker(batch("bug")))[0].rejected == "failed"
     assert rejects(store)["p0"].attempts == 2
     # The same batch again, after its node was lost, tries nothing; another run, that was asked to, begins anew.
-    assert from_table(Outcome, patience(batch("bug")))[0].rejected == "failed"
+    assert from_table(Outcome, worker(batch("bug")))[0].rejected == "failed"
     assert len(Obedient(tmp_path / "seen").seen()) == 2
-    later, _ = patient(tmp_path, RunConfig(passage_attempts=1), run="later")
+    later, _ = isolated(tmp_path, RunConfig(passage_attempts=1), run="later")
     assert from_table(Outcome, later(batch("bug")))[0].rejected == "failed"
     assert rejects(store, "later")["p0"].attempts == 1
-    assert from_table(Outcome, patience(batch("fine")))[0].rejected == ""
+    assert from_table(Outcome, worker(batch("fine")))[0].rejected == ""
     assert Obedient(tmp_path / "seen").seen() == [["0"]] * 4
 
 
 def _work_until_killed(folder: Path) -> None:
-    patience, _ = patient(folder, RunConfig(passage_attempts=4), run="killed")
-    patience(batch("crash, and hang from the third time on", "fine"))
+    worker, _ = isolated(folder, RunConfig(passage_attempts=4), run="killed")
+    worker(batch("crash, and hang from the third time on", "fine"))
 
 
 @pytest.mark.slow
-def test_attempts_are_counted_over_the_death_of_who_counts(tmp_path: Path) -> None:
+def test_attempts_survive_the_death_of_the_process_that_counts_them(tmp_path: Path) -> None:
     # 1. Two workers are lost, the third one hangs, and whoever watches it is killed.
     watcher = multiprocessing.get_context("spawn").Process(target=_work_until_killed, args=(tmp_path,))
     watcher.start()
@@ -226,9 +225,9 @@ def test_attempts_are_counted_over_the_death_of_who_counts(tmp_path: Path) -> No
     watcher.kill()
     watcher.join()
     # 2. The next run tries the passage alone, twice: it has four attempts in all. Its neighbour is done.
-    patience, store = patient(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
+    worker, store = isolated(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
     table = batch("crash, and hang from the third time on", "fine")
-    outcomes = {o.key: o.rejected for o in from_table(Outcome, patience(table))}
+    outcomes = {o.key: o.rejected for o in from_table(Outcome, worker(table))}
     assert outcomes == {table["key"][0].as_py(): "timeout", table["key"][1].as_py(): ""}
     assert rejects(store)["p0"].attempts == 4
     assert Obedient(tmp_path / "seen").seen() == [["0", "1"], ["0"], ["0"], ["0"], ["0"], ["1"]]
@@ -237,15 +236,15 @@ def test_attempts_are_counted_over_the_death_of_who_counts(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_is_not_the_passages_fault_is_no_reject(tmp_path: Path) -> None:
-    patience, store = patient(tmp_path)
+def test_an_error_that_the_passage_did_not_cause_is_no_reject(tmp_path: Path) -> None:
+    worker, store = isolated(tmp_path)
     with pytest.raises(StoreError, match="the store is away"):
-        patience(batch("fine", "store away"))
-    assert patience(batch("fine")).num_rows == 1
+        worker(batch("fine", "store away"))
+    assert worker(batch("fine")).num_rows == 1
     assert rejects(store) == {}
     # A worker that cannot even start is no passage's fault either.
     (tmp_path / "seen" / "do-not-start").write_text("")
-    broken, store = patient(tmp_path)
+    broken, store = isolated(tmp_path)
     with pytest.raises(PragError, match=r"dies as it starts: killed_worker: .* SIGABRT"):
         broken(batch("fine"))
     assert rejects(store) == {}
@@ -327,8 +326,7 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
     overrides = [f"{name}={value}" for name, value in chosen.items()]
     overrides += [f"store={tmp_path / 'clean'}", f"model.name={tmp_path / 'tiny'}"]
     config = load_config(tmp_path / "config.yaml", overrides)
-    recipe, _ = describe(config)
-    actor = TrainAdapters(config, Store(config.store), recipe, "run", profile_of(config))
+    actor = TrainAdapters(make_context(config, "run"))
     table = training_batch(harmless)
     nothing = pa.array([[]] * 196, pa.list_(pa.string()))  # the imported augmentations have no rewrites
     table = table.set_column(table.column_names.index("rewrites"), "rewrites", nothing)

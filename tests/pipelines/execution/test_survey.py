@@ -1,11 +1,11 @@
-"""What a survey makes of the facts that the store holds about each key."""
+"""A survey turns the facts that the store holds about each key into states."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 import pytest
 
-from pipelines.execution.survey import _FACT, _count, _one_each, _states, _stored_facts
+from pipelines.execution.survey import _FACT, _count, _states, _stored_facts, _unique
 from prag_core.records import Reject
 from prag_core.store.objects import Store
 from prag_core.store.tables import put_augmentations, put_rejects
@@ -43,7 +43,6 @@ def test_where_a_passage_stands(facts: list, expected: tuple) -> None:
 def test_what_is_no_passage_of_the_corpus_does_not_count() -> None:
     found = states(("a", "passage", None), ("b", "adapter", "d"), ("b", "augmentation", "d"), ("b", "x", None))
     assert set(found) == {"a"}
-    assert _states(pa.table({})).num_rows == 0
 
 
 def test_counts_are_by_state_and_reason() -> None:
@@ -86,5 +85,4 @@ def test_an_augmentation_that_was_stored_twice_is_one(tmp_path) -> None:
     part = put_augmentations(store, "recipe", [first, second, first])
     table = store.get_columns(part, ["digest", "key", "rewrites", "pairs", "origin"])
     table = table.rename_columns(["augmentation", *table.column_names[1:]])
-    assert _one_each(table).to_pylist() == table.slice(0, 2).to_pylist()
-    assert _one_each(pa.table({})).num_rows == 0
+    assert _unique(table).to_pylist() == table.slice(0, 2).to_pylist()

@@ -1,4 +1,4 @@
-"""Few rows are brought together without actors, and as a shuffle would do it."""
+"""Few rows are joined without actors, with the same result as a shuffle gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.resources import PROFILES
-from pipelines.execution.tables import _joined
+from pipelines.execution.tables import _join
 from prag_core.config import AugmentConfig, augment_recipe
 from prag_core.records import Passage, schema, to_table
 from prag_core.store.objects import Store
@@ -26,35 +26,38 @@ def test_a_join_keeps_columns_order_and_types() -> None:
     table = to_table(Passage, PASSAGES)
     wanted = [PASSAGES[5].key, "0" * 32, PASSAGES[2].key]
     few = pa.table({"key": wanted, "augmentation": ["a", "b", "c"]})
-    joined = _joined(table, few, ["key"])
+    joined = _join(table, few, ["key"])
     assert joined.schema == pa.schema([*schema(Passage), pa.field("augmentation", pa.string())])
     assert joined["augmentation"].to_pylist() == ["c", "a"]
     assert joined.select(schema(Passage).names).equals(table.take([2, 5]))
-    nothing = _joined(table, few.slice(1, 1), ["key"])
+    nothing = _join(table, few.slice(1, 1), ["key"])
     assert (nothing.num_rows, nothing.schema) == (0, joined.schema)
 
 
-def test_rows_that_differ_in_one_column_of_two_are_not_joined() -> None:
+def test_rows_that_differ_in_one_column_of_two_are_not_join() -> None:
     rows = pa.table({"key": ["k", "k", "l"], "augmentation": ["a", "b", "a"], "text": ["1", "2", "3"]})
     few = pa.table({"key": ["k", "l"], "augmentation": ["b", "b"], "title": ["x", "y"]})
     expected = [{"key": "k", "augmentation": "b", "text": "2", "title": "x"}]
-    assert _joined(rows, few, ["key", "augmentation"]).to_pylist() == expected
+    assert _join(rows, few, ["key", "augmentation"]).to_pylist() == expected
 
 
 def test_how_many_blocks() -> None:
     profile = PROFILES["cluster"]
     assert [profile.blocks(n) for n in (0, profile.rows_per_task, profile.rows_per_task + 1)] == [1, 1, 256]
-    # Whoever says how many gets as many.
+    # A configured number of partitions always holds.
     assert PROFILES["laptop"].tuned(partitions=3).blocks(1) == 3
 
 
 # In a process of its own, so that no other test shares its Ray.
 BOTH_WAYS = """
 import json, sys
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
 from cluster.resources import PROFILES
 from cluster.session import ray_session
 from pipelines.execution.survey import survey, with_augmentations, with_passages
-from pipelines.execution.tables import read_parts
+from pipelines.execution.tables import group_by_columns, iter_blocks, map_blocks, read_parts
 from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
 from prag_core.recipe import Recipe
 from prag_core.records import Passage, schema
@@ -62,8 +65,19 @@ from prag_core.store.objects import Store
 
 store = Store(sys.argv[1])
 recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
+def keep_one(table):
+    return table.filter(pc.equal(table["key"], 1))
+
+def count(table):
+    return pa.table({"rows": [table.num_rows]})
+
 made = []
 with ray_session(PROFILES["laptop"]):
+    some = map_blocks(ray.data.from_items([{"key": n} for n in range(4)], override_num_blocks=4), keep_one)
+    none = map_blocks(ray.data.from_items([{"key": 2}, {"key": 3}], override_num_blocks=2), keep_one)
+    datasets = some, none, none.materialize(), group_by_columns(some, ["key"], 3), some.union(none)
+    counted = [[row["rows"] for row in map_blocks(rows, count).iter_rows()] for rows in datasets]
+    counted.append([block.num_rows for block in iter_blocks(none)])
     for profile in PROFILES["laptop"], PROFILES["laptop"].tuned(partitions=3):
         passages = read_parts(store, "corpus", schema(Passage).names, profile.partitions)
         found = survey(store, passages, 9, recipe, profile)
@@ -71,12 +85,12 @@ with ray_session(PROFILES["laptop"]):
         ready = with_augmentations(store, found, "to_train", passages, recipe.augment.fingerprint, profile)
         rows = [sorted(rows.take_all(), key=lambda row: row["key"]) for rows in (lacking, ready)]
         made.append([found.counts, *rows])
-print(json.dumps(made))
+print(json.dumps([counted, *made]))
 """
 
 
 @pytest.mark.slow
-def test_few_rows_are_joined_as_many_are(tmp_path: Path) -> None:
+def test_few_rows_and_many_rows_give_the_same_join(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     for begin in (0, 3, 6):
         store.put_table("corpus", to_table(Passage, PASSAGES[begin : begin + 3]))
@@ -87,7 +101,8 @@ def test_few_rows_are_joined_as_many_are(tmp_path: Path) -> None:
     put_augmentations(store, recipe, [make_augmentation(make_passage(77))])  # of another corpus
     command = [sys.executable, "-c", BOTH_WAYS, store.url]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=200)
-    few, many = json.loads(done.stdout.splitlines()[-1])
+    counted, few, many = json.loads(done.stdout.splitlines()[-1])
+    assert counted == [[1], [], [], [1], [1], []]  # no function is called with an empty block
     assert few == many
     counts, lacking, ready = few
     assert counts == {"to_augment": 2, "to_train": 7}

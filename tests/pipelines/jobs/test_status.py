@@ -32,7 +32,7 @@ def store_of(tmp_path: Path) -> Store:
 
 def test_a_run_is_running_while_it_holds_the_lease_and_stopped_after(progress: RunProgress, tmp_path: Path) -> None:
     store = store_of(tmp_path)
-    with progress.until_the_end():
+    with progress.running():
         with hold_lease(store, "r1"):
             progress.finish(REPORT)
             (run,) = read_status(store).runs
@@ -46,7 +46,7 @@ def test_a_run_is_running_while_it_holds_the_lease_and_stopped_after(progress: R
 
 
 def test_a_failure_is_told_with_its_cause(progress: RunProgress, tmp_path: Path) -> None:
-    with pytest.raises(StoreError), progress.until_the_end():
+    with pytest.raises(StoreError), progress.running():
         raise StoreError("the disk is full", "make room")
     (run,) = read_status(store_of(tmp_path)).runs
     assert run.state == "failed"
@@ -67,7 +67,7 @@ def test_a_run_that_has_not_begun_to_write_is_known(progress: RunProgress, tmp_p
 
 def test_news_that_cannot_be_written_do_not_end_the_work(progress: RunProgress, tmp_path: Path) -> None:
     (tmp_path / "store" / "runs" / "r1" / "progress.json").mkdir()
-    with progress.until_the_end():
+    with progress.running():
         progress.finish(REPORT)
     assert progress.stages == (REPORT,)
 
@@ -82,7 +82,7 @@ def test_watching_ends_with_the_run(progress: RunProgress, tmp_path: Path) -> No
             seen.append(run.state)
         finished.set()
 
-    with hold_lease(store, "r1"), progress.until_the_end():
+    with hold_lease(store, "r1"), progress.running():
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
         deadline = time.monotonic() + 30

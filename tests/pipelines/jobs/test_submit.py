@@ -194,7 +194,7 @@ def test_a_token_that_the_job_server_refuses_is_said(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
     message = work.run("submit", "-c", "config.yaml", "--address", head.address, "run", code=12)
-    assert f"the job server at {head.address} takes no such token" in message
+    assert f"the job server at {head.address} refuses the token" in message
     assert "Traceback" not in message
 
 
@@ -203,7 +203,7 @@ FOLLOW = """
 import sys
 from pathlib import Path
 from cluster import jobs
-jobs.PATIENCE_S = 3.0
+jobs.SERVER_TIMEOUT_S = 3.0
 server, proxy, folder = sys.argv[1:]
 job = jobs.submit(jobs.connect(server), "silent", "echo begun; sleep 6; echo ended", Path(folder), {})
 ended = jobs.follow(jobs.connect(proxy), job.id, lambda said: print(said, end="", flush=True))

@@ -16,7 +16,7 @@ from cluster.preflight import (
     Gpu,
     NodeReport,
     check_gpu_memory,
-    check_room,
+    check_resources,
     compare_versions,
     gpus,
     versions,
@@ -67,7 +67,7 @@ def node(name: str = "n1", found: Mapping[str, str] | None = None, **of_it: obje
     )
 
 
-def test_a_machine_that_has_everything(config: Config, tmp_path: Path) -> None:
+def test_a_machine_on_which_all_checks_pass(config: Config, tmp_path: Path) -> None:
     found = check_here(config)
     outcomes = {finding.check: finding.outcome for finding in found.findings}
     assert outcomes == {
@@ -79,14 +79,15 @@ def test_a_machine_that_has_everything(config: Config, tmp_path: Path) -> None:
         "nodes": "skipped",
         "resources": "ok",
     }
-    recipe, layout = found.described()
-    assert recipe.fingerprint
-    assert layout.layers == (0, 1, 2)
+    found.raise_errors()
+    assert found.layout is not None
+    assert found.layout.layers == (0, 1, 2)
+    assert all(finding.duration_ms is not None for finding in found.findings if finding.check in ("model", "store"))
     left = [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert left == ["store.lock"]  # no probe is left
 
 
-def test_all_that_is_wrong_is_named_at_once(config: Config, tmp_path: Path) -> None:
+def test_all_errors_are_named_at_once(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     wrong = changed(
         config,
@@ -96,16 +97,16 @@ def test_all_that_is_wrong_is_named_at_once(config: Config, tmp_path: Path) -> N
         store=str(tmp_path / "file" / "store"),
     )
     with pytest.raises(PreflightError) as raised:
-        check_here(wrong).described()
+        check_here(wrong).raise_errors()
     message = str(raised.value)
     assert message.startswith("4 things are wrong:")
     for part in ("none.jsonl", "nobody.jsonl", "./nowhere", "file/store", "→"):
         assert part in message
 
 
-def test_one_thing_that_is_wrong_is_raised_as_it_is(config: Config, tmp_path: Path) -> None:
+def test_a_single_error_is_raised_as_it_is(config: Config, tmp_path: Path) -> None:
     with pytest.raises(PragError, match=r"none\.jsonl") as raised:
-        check_here(changed(config, corpus__path=str(tmp_path / "none.jsonl"))).described()
+        check_here(changed(config, corpus__path=str(tmp_path / "none.jsonl"))).raise_errors()
     assert raised.value.exit_code == 3
 
 
@@ -143,21 +144,21 @@ def test_versions_must_agree() -> None:
     assert [f.outcome for f in compare_versions(here, [node("a", here)])] == ["ok"]
 
 
-def test_gpus_that_are_not_there_or_too_small_are_found() -> None:
+def test_missing_and_small_gpus_are_found() -> None:
     def outcomes(*nodes: NodeReport, needed: int = 20_000_000_000) -> list[str]:
         return [f"{f.outcome} {f.detail}" for f in check_gpu_memory(needed, "weights", "less", nodes)]
 
     assert outcomes(node())[0].startswith("ok")
-    assert outcomes(node(), needed=30_000_000_000)[0].startswith("failed 24.0 GB, of 30.0 GB needed")
+    assert outcomes(node(), needed=30_000_000_000)[0].startswith("failed 24.0 GB, at least 30.0 GB needed")
     assert "the driver shows none" in outcomes(node(gpus=()))[0]
     assert "no CUDA" in outcomes(node(cuda=""))[0]
     assert outcomes(node(resources={"CPU": 4.0}))[0].startswith("skipped")
 
 
-def test_a_budget_that_cannot_fit_says_which_would(config: Config) -> None:
+def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None:
     on_gpus = changed(config, run__profile="gpu", run__tokens_per_step=10_000_000)
-    recipe, layout = check_here(config).described()
-    assert recipe
+    layout = check_here(config).layout
+    assert layout is not None
     # Three layers, and of each the outputs of gate, up and down: 48 + 48 + 32 numbers of two bytes a token.
     (finding,) = _gpu_memory(on_gpus, profile_of(on_gpus), layout, [node(gpus=(Gpu("small", 2_000_000_000, 0),))])
     assert finding.outcome == "failed"
@@ -168,17 +169,17 @@ def test_a_budget_that_cannot_fit_says_which_would(config: Config) -> None:
     assert finding.outcome == "ok"
 
 
-def test_an_actor_that_fits_no_node_is_warned_of() -> None:
-    assert check_room(8, 1, "an actor", [node()]).outcome == "ok"
-    assert check_room(9, 1, "an actor", [node()]).outcome == "warning"
-    assert check_room(1, 2, "an actor", [node()]).outcome == "warning"
+def test_an_actor_that_fits_no_node_gives_a_warning() -> None:
+    assert check_resources(8, 1, "an actor", [node()]).outcome == "ok"
+    assert check_resources(9, 1, "an actor", [node()]).outcome == "warning"
+    assert check_resources(1, 2, "an actor", [node()]).outcome == "warning"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 64 GPUs; of this machine torch can use "),
-        ({"run__actor_cpus": 3}, "takes 3 CPUs; of this machine the profile laptop has 2"),
+        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 64 GPUs; torch can use "),
+        ({"run__actor_cpus": 3}, "takes 3 CPUs; the profile laptop has 2 of this machine"),
     ],
 )
 def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, settings: dict, said: str) -> None:
@@ -188,7 +189,7 @@ def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, setti
     assert said in failed.detail
 
 
-def test_a_machine_that_is_asked_for_no_gpu_loads_no_torch(config: Config, tmp_path: Path) -> None:
+def test_torch_is_not_loaded_if_no_gpu_is_wanted(config: Config, tmp_path: Path) -> None:
     assert check_here(config).errors == []  # what is known of the model is in the cache from here on
     (tmp_path / "config.yaml").write_text(dump_config(config))
     code = (
@@ -217,6 +218,6 @@ def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_finding_of_a_node_becomes_an_error_that_names_it() -> None:
     found = PreflightReport()
-    found.note([CheckResult("store", "failed", "another one", "mount it", "10.0.0.3")])
+    found.add([CheckResult("store", "failed", "another one", "mount it", "10.0.0.3")])
     with pytest.raises(PragError, match=r"store on 10\.0\.0\.3: another one"):
-        found.described()
+        found.raise_errors()

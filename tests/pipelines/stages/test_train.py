@@ -1,26 +1,24 @@
-"""What a training task commits: full shards, or what there is in time; and nothing twice when it is tried again."""
+"""A training task commits full shards, or fewer adapters after some time, and nothing twice when it is retried."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from cluster.resources import PROFILES
-from pipelines.settings import describe
-from pipelines.stages.train import TrainAdapters, adapters_a_shard, passages_a_task
+from pipelines.settings import make_context
+from pipelines.stages.train import TrainAdapters, adapters_per_shard, passages_per_task
 from prag_core.config import Config
 from prag_core.config_file import parse_config
 from prag_core.errors import LeaseError
 from prag_core.records import LedgerRow, from_table
-from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
 from tests.helpers.passages import make_passage
 from tests.helpers.training import training_batch
 
-PROFILE = PROFILES["laptop"]
 ADAPTER_BYTES = 2880  # of the tiny model, in bf16
 
 
@@ -44,7 +42,7 @@ def batch_of(count: int) -> pa.Table:
 
 def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:
     store = Store(config.store)
-    actor = TrainAdapters(config, store, describe(config)[0], "run", PROFILE)
+    actor = TrainAdapters(make_context(config, "run"))
     outcomes = pa.concat_tables(actor(table, lambda: None)).to_pylist()
     rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
     return store, rows, outcomes
@@ -59,12 +57,12 @@ def test_shards_are_filled_to_their_target(tmp_path: Path, tiny_model_folder: Pa
     assert sorted(store.list("adapters", ".safetensors")) == sorted(set(shards))
 
 
-def test_what_is_due_is_committed_before_the_shard_is_full(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_adapters_are_committed_in_time_even_if_the_shard_is_not_full(tmp_path: Path, tiny_model_folder: Path) -> None:
     _, rows, _ = train(settings(tmp_path, tiny_model_folder, commit_every_s=0), batch_of(3))
     assert len({row.shard for row in rows}) == 3
 
 
-def test_a_batch_tried_again_trains_what_was_not_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_retried_batch_trains_only_what_was_not_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
     config, table = settings(tmp_path, tiny_model_folder), batch_of(12)
     store, rows, outcomes = train(config, table)
     # As if the process had died after its first commit.
@@ -86,29 +84,26 @@ def test_a_batch_tried_again_trains_what_was_not_committed(tmp_path: Path, tiny_
     assert len(train(config, batch_of(11))[1]) == 23
 
 
-def test_each_step_is_a_sign_of_life(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_each_training_step_sends_a_heartbeat(tmp_path: Path, tiny_model_folder: Path) -> None:
     config = settings(tmp_path, tiny_model_folder)
-    recipe, _ = describe(config)
     steps: list[None] = []
-    actor = TrainAdapters(config, Store(config.store), recipe, "run", PROFILE)
-    # Nothing is done before the last step is.
+    actor = TrainAdapters(make_context(config, "run"))
     assert sum(done.num_rows for done in actor(batch_of(1), lambda: steps.append(None))) == 1
     assert len(steps) == 5  # the paper's examples of a passage, once
 
 
-def test_who_lost_the_lease_commits_nothing(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_without_the_lease_nothing_is_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
     config = settings(tmp_path, tiny_model_folder)
     with hold_lease(Store(config.store), "another"), pytest.raises(LeaseError, match="taken over by run another"):
         train(config, batch_of(2))
     assert Store(config.store).list("adapters", "") == []
 
 
-def test_a_task_is_a_shard_unless_the_corpus_is_small(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_task_fills_a_shard_unless_the_corpus_is_small(tmp_path: Path, tiny_model_folder: Path) -> None:
     config = settings(tmp_path, tiny_model_folder, train_batch=2)
-    layout = describe(config)[1]
-    assert adapters_a_shard(config, layout) == 5
-    # Eight tasks for the one actor, never smaller than asked for, never larger than a shard.
-    assert [passages_a_task(total, config, PROFILE, layout) for total in (1, 16, 24, 25, 1000)] == [2, 2, 3, 4, 5]
+    context = make_context(config)
+    assert adapters_per_shard(context) == 5
+    # Eight tasks for the one actor, never smaller than train_batch, never larger than a shard.
+    assert [passages_per_task(total, context) for total in (1, 16, 24, 25, 1000)] == [2, 2, 3, 4, 5]
     huge = config.model_copy(update={"storage": config.storage.model_copy(update={"shard_mb": 1e-3})})
-    assert passages_a_task(1000, huge, PROFILE, layout) == 1
-    assert AdapterStore(Store(config.store), describe(config)[0], layout).ledger_parts() == []
+    assert passages_per_task(1000, replace(context, config=huge)) == 1
