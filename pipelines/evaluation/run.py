@@ -204,6 +204,9 @@ class _NoRetriever:
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         raise AssertionError("a request without passages was asked")
 
+    def close(self) -> None:
+        """Do nothing: there is no index."""
+
 
 class AnswerEvaluation:
     """The actor that answers: holds the engine, and stores what it answered before it reports it."""

@@ -138,7 +138,7 @@ def with_augmentations(
     if rows is None:  # the survey read the same parts, and found augmented passages in them
         raise RuntimeError(f"no augmentations under {augment_fingerprint}")
     rows = rows.rename_columns({"digest": "augmentation"})
-    on = ("key", "augmentation")
+    on: Any = ("key", "augmentation")  # Ray's own type allows only one column
     blocks = profile.blocks(found.counts[state])
     if blocks == 1:
         return map_blocks(group_by_columns(join_small(rows, fetch_table(wanted), on), on, 1), _unique)

@@ -117,7 +117,7 @@ def _run(context: RunContext, lease: RunLease, console: Console, begun: float, g
     store.put(f"runs/{context.run}/config.yaml", dump_config(config).encode())
     AdapterStore(store, context.recipe, context.layout).describe()
     if config.train.initial_adapter:
-        _store_start(context)
+        _store_start(context, config.train.initial_adapter)
     console.print(f"run {context.run}: store {store.url}, recipe {context.recipe.fingerprint}; starting Ray")
     progress = RunProgress(store, context.run, console)
     with progress.running(), ray_session(context.profile):
@@ -129,12 +129,12 @@ def _run(context: RunContext, lease: RunLease, console: Console, begun: float, g
         return _run_stages(context, lease, progress, begun, gate)
 
 
-def _store_start(context: RunContext) -> None:
+def _store_start(context: RunContext, start: str) -> None:
     """Store the factors that all adapters start from; if they are given by name, check those in the store."""
     from prag_core.llm.lora import check_factors
     from prag_core.llm.peft import import_peft
 
-    start, store, layout = context.config.train.initial_adapter, context.store, context.layout
+    store, layout = context.store, context.layout
     if is_checksum(start):
         check_factors(layout, get_start(store, start), f"start {start}")
     else:

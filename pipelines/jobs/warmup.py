@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -111,10 +112,11 @@ def _fit(context: RunContext, questions: list[Question], settings: WarmupSetting
 
     # Ray Train would start its workers in a folder of its own, where relative paths of the configuration do not exist.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    actors = context.profile.model_actors
+    actors, train_loop = context.profile.model_actors, cast(Any, partial(_train, context, questions, settings))
     with tempfile.TemporaryDirectory(prefix="prag-warmup-") as scratch:
-        trainer = TorchTrainer(
-            partial(_train, context, questions, settings),
+        # The types of Ray know only its older trainer, whose function returns nothing.
+        trainer: Any = TorchTrainer(
+            train_loop,
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=actors.gpus > 0, resources_per_worker={"CPU": actors.cpus}
             ),

@@ -94,7 +94,7 @@ def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> 
 
 def _augmentation(store: Store, recipe: str, key: str) -> str:
     """Return the digest of a passage's augmentation. Of several, a run uses the smallest, and so does this."""
-    digests = []
+    digests: list[str] = []
     for part in store.list(f"augmentations/{recipe}", ".parquet"):
         table = store.get_columns(part, ["key", "digest"])
         digests += [d for k, d in zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True) if k == key]
