@@ -1,4 +1,4 @@
-"""The main job on a real Ray cluster of several nodes, which lose power, come up, and lose their driver."""
+"""The main job on a Ray cluster of several nodes survives lost and added nodes and a killed driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PASSAGES = 12
 
 
 class Nodes:
-    """A cluster whose head computes nothing, as on Kubernetes, so that all work is on nodes that can be lost."""
+    """A cluster whose head has no CPUs, as on Kubernetes, so that all work is on nodes that can be lost."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -104,7 +104,7 @@ def until_says(process: subprocess.Popen, text: str) -> None:
 
 
 def test_nodes_lost_and_added_and_the_driver_killed(work: Workspace, nodes: Nodes) -> None:
-    # 1. A node is lost without a word while it trains, and another one comes.
+    # 1. A node is lost while it trains, and another one is added.
     first = work.start("run", "-c", "config.yaml")
     until_committed(work, 1, first)
     nodes.lose(nodes.workers.pop(0))
@@ -119,7 +119,7 @@ def test_nodes_lost_and_added_and_the_driver_killed(work: Workspace, nodes: Node
     nodes.lose(nodes.workers.pop(0))
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err[-3000:]
-    # Complete, and each adapter once.
+    # All adapters are there, each once.
     report = json.loads(out)
     assert report["adapters"] == PASSAGES
     assert all(s["balanced"] for s in report["stages"])
@@ -130,7 +130,7 @@ def test_nodes_lost_and_added_and_the_driver_killed(work: Workspace, nodes: Node
 
 @contextlib.contextmanager
 def another_version_of_ray(address: str) -> Iterator[None]:
-    """Within this context a cluster says that another version of Ray started it."""
+    """Within this context the cluster reports another version of Ray."""
     gcs, key = GcsClient(address=address), b"CLUSTER_METADATA"
     before = gcs.internal_kv_get(key, KV_NAMESPACE_CLUSTER)
     after = json.dumps({**json.loads(before), "ray_version": "2.59.0"}).encode()
@@ -141,7 +141,7 @@ def another_version_of_ray(address: str) -> Iterator[None]:
         gcs.internal_kv_put(key, before, True, KV_NAMESPACE_CLUSTER)
 
 
-def test_a_cluster_of_another_version_is_one_more_thing_that_is_wrong(work: Workspace, nodes: Nodes) -> None:
+def test_a_cluster_with_another_version_of_ray_is_reported_with_the_other_errors(work: Workspace, nodes: Nodes) -> None:
     with another_version_of_ray(nodes.cluster.address):
         process = work.start("preflight", "-c", "config.yaml", "--json", "--set", "corpus.path=/none.jsonl")
         out, err = process.communicate(timeout=120)

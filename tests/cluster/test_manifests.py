@@ -1,4 +1,4 @@
-"""The manifests: valid against KubeRay's schemas to the last field, within its controller's rules, and of one mind."""
+"""The manifests are valid for KubeRay's schemas and its controller, and agree with each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"{PROJECT['name']}:{PROJECT['version']}"
 RAY_MANIFESTS = ("ray_job.yaml", "cluster/raycluster.yaml", "cluster/rayservice.yaml")
-# The longest names that the controller takes: it adds to them, and a label has 63 characters.
+# The longest names that the controller accepts: it adds to them, and a label has at most 63 characters.
 LONGEST = {"RayJob": 47, "RayCluster": 53, "RayService": 47}
 RESOURCE_PARAMETERS = {"num-cpus", "num-gpus", "memory", "resources"}
 
@@ -35,7 +35,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def closed(node: Any) -> Any:
-    """Refuse unknown fields wherever a schema lists the known ones, as the API server does in strict mode."""
+    """Make a schema refuse unknown fields where it lists the known ones, as the API server does in strict mode."""
     if isinstance(node, list):
         return [closed(item) for item in node]
     if not isinstance(node, dict):
@@ -93,7 +93,7 @@ def test_every_field_is_known_and_of_its_type(name: str, schemas: dict[str, Any]
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplica"), 8, "maxReplica"),
     ],
 )
-def test_the_schemas_refuse_what_is_wrong(
+def test_the_schemas_refuse_wrong_manifests(
     path: tuple[str | int, ...], value: Any, message: str, schemas: dict[str, Any]
 ) -> None:
     document = copy.deepcopy(load("ray_job.yaml"))
@@ -113,7 +113,7 @@ def test_the_controllers_own_rules(name: str) -> None:
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", called)
     cluster = cluster_of(document)
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    # The autoscaler of version 2 replaces pods; a kubelet that restarts them as well is in its way.
+    # The autoscaler of version 2 replaces pods, so the kubelet must not restart them too.
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
     for group in groups:
@@ -148,7 +148,7 @@ def test_versions_and_images_are_the_projects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAY_MANIFESTS)
-def test_a_pod_holds_what_an_actor_takes(name: str) -> None:
+def test_a_pod_has_room_for_an_actor(name: str) -> None:
     profile = PROFILES["cluster"]
     for group, pod in pods_of(load(name)):
         asked = pod["containers"][0]["resources"]["requests"]
@@ -160,7 +160,7 @@ def test_a_pod_holds_what_an_actor_takes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*RAY_MANIFESTS, "cluster/nightly.yaml"])
-def test_what_pods_mount_is_there(name: str) -> None:
+def test_all_volumes_that_pods_mount_exist(name: str) -> None:
     document = load(name)
     if document["kind"] == "CronJob":
         pods = [document["spec"]["jobTemplate"]["spec"]["template"]["spec"]]
@@ -205,7 +205,7 @@ def test_the_nightly_job_forbids_overlap_and_follows_its_job(schemas: dict[str, 
     assert re.fullmatch(r"([0-9*/,-]+ ){4}[0-9*/,-]+", spec["schedule"])
     job = spec["jobTemplate"]["spec"]
     assert set(job) <= {"backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "template"}
-    # KubeRay's schema carries Kubernetes' own of a pod.
+    # KubeRay's schema contains the schema of a Kubernetes pod.
     pod = schemas["RayJob"]["properties"]["spec"]["properties"]["submitterPodTemplate"]
     assert problems(pod, job["template"]) == []
     (container,) = job["template"]["spec"]["containers"]
@@ -226,7 +226,7 @@ def test_the_service_is_a_serve_application() -> None:
     assert application.args["config"] == "/etc/prag/config.yaml"
     module, _, function = application.import_path.partition(":")
     assert module.split(".")[0] == "pipelines"
-    # What listens for other machines asks for keys.
+    # A server that listens for other machines must ask for keys.
     settings = dict(setting.split("=") for setting in application.args["set"])
     assert config.http_options.host == settings["serve.host"] == "0.0.0.0"
     assert settings["serve.api_keys"]
@@ -237,7 +237,7 @@ def test_the_service_is_a_serve_application() -> None:
     assert f"def {function}(" in file.read_text()
 
 
-def test_the_dockerfile_builds_both_images_from_what_there_is() -> None:
+def test_the_dockerfile_builds_both_images_and_copies_all_packages() -> None:
     text = (ROOT / "cluster" / "Dockerfile").read_text()
     assert re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE) == ["base", "cpu", "cuda"]
     (python,) = re.findall(r"^FROM python:([\d.]+)-", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A profile, and what a configuration puts in place of its numbers."""
+"""A configuration names a profile and may replace its numbers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_single_numbers_are_replaced() -> None:
     assert profile(tokens_per_step=128).tokens_per_step == 128
 
 
-def test_a_pool_grows_from_least_to_most() -> None:
+def test_a_pool_grows_from_its_minimum_to_its_maximum() -> None:
     pool = profile(profile="gpu", actors_min=3).train.pool()
     assert (pool["compute"].min_size, pool["compute"].max_size) == (3, 8)
     assert (pool["num_cpus"], pool["num_gpus"]) == (2, 1)
     assert "num_gpus" not in profile(profile="gpu", actor_gpus=0).train.pool()
 
 
-def test_the_most_bounds_the_least() -> None:
+def test_the_maximum_bounds_the_minimum() -> None:
     assert profile(profile="cluster", actors_min=5, actors_max=2).train.min_size == 2
 
 
@@ -44,6 +44,6 @@ def test_a_laptop_computes_with_all_its_cores() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"profile": "lap"}, {"actors_max": 0}, {"actor_cpus": 0}, {"partitions": 0}])
-def test_nonsense_is_refused(wrong: dict[str, object]) -> None:
+def test_invalid_numbers_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         profile(**wrong)

@@ -1,4 +1,4 @@
-"""Passages that kill, hang or starve their worker end as rejects, and their neighbours never notice."""
+"""Passages that kill, hang or starve their worker become rejects, and the other passages are not affected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIMITS = RunConfig(passage_attempts=2)
 
 
 class Obedient:
-    """Does to itself what a passage's text says, and writes down in a folder what it was given."""
+    """An actor that does what a passage's text says, and records in a folder which passages it got."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -160,7 +160,7 @@ def test_a_pipe_that_breaks_is_the_end_of_the_child(tmp_path: Path) -> None:
     one = child(tmp_path / "seen")
     answers = one.call(batch("fine", "hang"), NOTHING)
     assert next(answers).num_rows == 1
-    # What a process has not read when it is killed makes its parent's next reading an error, and not an end.
+    # If a killed process leaves unread data in the pipe, its parent gets an error and not the end of the pipe.
     one._connection.send_bytes(b"unread")
     one._process.kill()
     with pytest.raises(ChildLostError, match=r"out_of_memory: .*SIGKILL"):
@@ -188,8 +188,8 @@ def test_the_culprit_is_found_and_rejected_alone(tmp_path: Path) -> None:
     (reject,) = rejects(store).values()
     assert (reject.source, reject.stage, reject.recipe) == ("p3", "train", "recipe")
     assert "SIGSEGV" in reject.detail
-    # Three were done before it. The others are tried in parts of three, and its part one by one: only there is it
-    # alone, in its third worker.
+    # Three were done before the culprit. The rest is tried in parts of three, and the culprit's part one by one: there
+    # it is alone, in its third worker.
     assert reject.attempts == 3
     given = Obedient(tmp_path / "seen").seen()
     assert [len(names) for names in given] == [20, 3, 1, 1, 1, 3, 3, 3, 3, 2]
@@ -201,7 +201,7 @@ def test_a_batch_of_one_passage_gets_all_its_attempts(tmp_path: Path) -> None:
     worker, store = isolated(tmp_path)
     assert from_table(Outcome, worker(batch("bug")))[0].rejected == "failed"
     assert rejects(store)["p0"].attempts == 2
-    # The same batch again, after its node was lost, tries nothing; another run, that was asked to, begins anew.
+    # The same batch again, as after a lost node, tries nothing. Another run starts again at zero.
     assert from_table(Outcome, worker(batch("bug")))[0].rejected == "failed"
     assert len(Obedient(tmp_path / "seen").seen()) == 2
     later, _ = isolated(tmp_path, RunConfig(passage_attempts=1), run="later")
@@ -218,20 +218,20 @@ def _work_until_killed(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_attempts_survive_the_death_of_the_process_that_counts_them(tmp_path: Path) -> None:
-    # 1. Two workers are lost, the third one hangs, and whoever watches it is killed.
+    # 1. Two workers are lost, the third one hangs, and the process that counts is killed.
     watcher = multiprocessing.get_context("spawn").Process(target=_work_until_killed, args=(tmp_path,))
     watcher.start()
     wait(lambda: (tmp_path / "seen").exists() and len(Obedient(tmp_path / "seen").seen()) == 3, "no third attempt")
     watcher.kill()
     watcher.join()
-    # 2. The next run tries the passage alone, twice: it has four attempts in all. Its neighbour is done.
+    # 2. The next run tries the passage alone, twice: it has four attempts in all. The other passage is done.
     worker, store = isolated(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
     table = batch("crash, and hang from the third time on", "fine")
     outcomes = {o.key: o.rejected for o in from_table(Outcome, worker(table))}
     assert outcomes == {table["key"][0].as_py(): "timeout", table["key"][1].as_py(): ""}
     assert rejects(store)["p0"].attempts == 4
     assert Obedient(tmp_path / "seen").seen() == [["0", "1"], ["0"], ["0"], ["0"], ["0"], ["1"]]
-    # What is done is not counted any more.
+    # The attempts at the passage that is done are removed.
     assert store.list("runs/attempts", ".json") == [f"runs/attempts/train/recipe/{table['key'][0].as_py()}.json"]
 
 
@@ -250,8 +250,8 @@ def test_an_error_that_the_passage_did_not_cause_is_no_reject(tmp_path: Path) ->
     assert rejects(store) == {}
 
 
-# A chat template that starves, hangs or crashes whoever renders it for a text with the right word. The crash: Python
-# 3.11 hashes a tuple by recursion in C, and there is no end to the tuples in this one.
+# A chat template that starves, hangs or crashes the process that renders it for a text with a certain word. The
+# crash: Python 3.11 hashes a tuple by recursion in C, and these tuples are nested too deeply for its stack.
 POISON = """\
 {% set text = messages[0]['content'] %}{% set ns = namespace(x=('a',), y='abcdefghij') %}
 {% if 'Starve' in text %}{% for i in range(99999) %}{% set ns.x = (ns.x, ns.y * 20000000) %}{% endfor %}
@@ -263,7 +263,7 @@ POISON = """\
 
 
 def poison(model: Path) -> None:
-    """Make the tiny model of a folder one that a few passages can kill."""
+    """Change the tiny model of a folder so that a few passages can kill it."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -271,7 +271,7 @@ def poison(model: Path) -> None:
     template = model / "chat_template.jinja"
     template.write_text(POISON + template.read_text())
     assert "chat_template" not in tokenizer
-    # The letter ~ is not a number to this model. Its head must not share the embedding, or no text would be one.
+    # The embedding of the letter ~ is NaN. The output layer must not share it, or every text would give NaN.
     weights = load_file(model / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     token = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]["~"]
@@ -318,10 +318,10 @@ def test_two_hundred_passages_four_of_them_poison(tmp_path: Path) -> None:
         111: "timeout",
         150: "loss_not_finite",
     }
-    # Each was in one batch that died, in a part of it unless few were left, and at last alone.
+    # Each was in a whole batch that died, perhaps in a part of it, and at last alone.
     assert all(found[f"p{n}"].attempts in (2, 3) for n in (20, 77, 111))
     assert found["p150"].attempts == 1
-    # The others are as if nobody had died: as the same actor trains them in one go.
+    # The others have the adapters that the same actor trains without any loss.
     harmless = [p for p in passages if int(p.sources[0][1:]) not in words]
     overrides = [f"{name}={value}" for name, value in chosen.items()]
     overrides += [f"store={tmp_path / 'clean'}", f"model.name={tmp_path / 'tiny'}"]

@@ -24,23 +24,23 @@ def states(*facts: tuple[str, str, str | None]) -> dict[str, tuple[str, str | No
         ([], ("to_augment", None, None)),
         ([("augment_rejected", "no_usable_pair")], ("augment_rejected", None, "no_usable_pair")),
         ([("augmentation", "d1")], ("to_train", "d1", None)),
-        # Augmented after all: the reject of an earlier run is history.
+        # Augmented after all: the reject of an earlier run does not count.
         ([("augment_rejected", "no_usable_pair"), ("augmentation", "d1")], ("to_train", "d1", None)),
         ([("augmentation", "d1"), ("train_rejected", "loss_not_finite")], ("train_rejected", "d1", "loss_not_finite")),
         ([("augmentation", "d1"), ("adapter", "d1")], ("done", "d1", None)),
         ([("augmentation", "d1"), ("adapter", "d1"), ("train_rejected", "loss_not_finite")], ("done", "d1", None)),
-        # The augmentation changed: its adapter is one of another text.
+        # The augmentation changed: the adapter was trained on another text.
         ([("augmentation", "d2"), ("adapter", "d1")], ("to_train", "d2", None)),
-        # A task that was tried again stored two: the smallest digest counts, whichever came first.
+        # A retried task stored two augmentations: the one with the smallest digest counts, whichever came first.
         ([("augmentation", "d2"), ("augmentation", "d1"), ("adapter", "d1"), ("adapter", "d1")], ("done", "d1", None)),
     ],
 )
-def test_where_a_passage_stands(facts: list, expected: tuple) -> None:
+def test_the_state_of_a_passage(facts: list, expected: tuple) -> None:
     found = states(("k", "passage", None), *(("k", kind, value) for kind, value in facts))
     assert found == {"k": expected}
 
 
-def test_what_is_no_passage_of_the_corpus_does_not_count() -> None:
+def test_keys_outside_the_corpus_do_not_count() -> None:
     found = states(("a", "passage", None), ("b", "adapter", "d"), ("b", "augmentation", "d"), ("b", "x", None))
     assert set(found) == {"a"}
 
@@ -52,7 +52,7 @@ def test_counts_are_by_state_and_reason() -> None:
     assert counted == {("to_augment", None): 2, ("augment_rejected", "r"): 1}
 
 
-def test_facts_are_read_for_one_recipe_and_final_reasons_only(tmp_path) -> None:
+def test_rejects_of_other_recipes_and_for_transient_reasons_are_left_out(tmp_path) -> None:
     store = Store(str(tmp_path / "store"))
     passage = make_passage(1)
     augmentation = make_augmentation(passage)

@@ -34,7 +34,7 @@ def test_a_join_keeps_columns_order_and_types() -> None:
     assert (nothing.num_rows, nothing.schema) == (0, joined.schema)
 
 
-def test_rows_that_differ_in_one_column_of_two_are_not_join() -> None:
+def test_rows_that_differ_in_one_column_of_two_are_not_joined() -> None:
     rows = pa.table({"key": ["k", "k", "l"], "augmentation": ["a", "b", "a"], "text": ["1", "2", "3"]})
     few = pa.table({"key": ["k", "l"], "augmentation": ["b", "b"], "title": ["x", "y"]})
     expected = [{"key": "k", "augmentation": "b", "text": "2", "title": "x"}]
@@ -48,7 +48,7 @@ def test_how_many_blocks() -> None:
     assert PROFILES["laptop"].tuned(partitions=3).blocks(1) == 3
 
 
-# In a process of its own, so that no other test shares its Ray.
+# Run in its own process, so that no other test shares its Ray.
 BOTH_WAYS = """
 import json, sys
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Augmentations out of a store and into another, in our form and in the paper's."""
+"""Augmentations are exported from a store and imported into another, in our format and in the paper's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PASSAGES = [make_passage(n) for n in range(3)]
 
 
 def paper_file(path: Path) -> Path:
-    """What the paper's authors publish: passages come again with each question that retrieved them."""
+    """Write a file as the paper's authors publish it: each question repeats the passages that it retrieved."""
     items = [
         {
             "pid": i,
@@ -49,13 +49,13 @@ def test_the_papers_passages_become_a_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "paper"])
-def test_what_is_written_is_read_back(tmp_path: Path, form: str) -> None:
+def test_written_augmentations_are_read_back(tmp_path: Path, form: str) -> None:
     file = tmp_path / "out" / "augmentations"
     write_augmentations(PASSAGES, {p.key: make_augmentation(p) for p in PASSAGES}, file, form)
     found = read_augmentations(str(file))
     assert found.rejects == ()
     for passage in PASSAGES:
-        # By its text alone, as whoever has the same passage under another id finds it.
+        # By its text alone, as for a corpus that has the same passage under another id.
         assert found.find(replace(passage, sources=("other",))) == replace(make_augmentation(passage), attempts=0)
     if form == "paper":
         records = json.loads(file.read_text(encoding="utf-8"))
@@ -63,16 +63,16 @@ def test_what_is_written_is_read_back(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_a_store_and_into_another(tmp_path: Path) -> None:
+def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Path) -> None:
     work = publish_passages(tmp_path, PASSAGES)
 
-    # 1. Out.
+    # 1. Export.
     assert "3 augmentations" in work.run("export-augmentations", "-c", "config.yaml", "out/ours.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out" / "ours.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["p0", "p1", "p2"]
 
-    # 2. A published file goes into an empty store, and its passages with it. No model has to augment. What a store
-    # has forgotten is left out.
+    # 2. Import a published file into an empty store, which gets the passages too. No model augments. Passages that the
+    # store has forgotten are left out.
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**config, "store": "other"}))
     file, store = paper_file(tmp_path / "published.json"), Store(str(tmp_path / "other"))

@@ -1,9 +1,9 @@
-"""Whatever is killed at whatever moment: run again, and each passage has one adapter, as if nothing had happened.
+"""A run survives the kill of any of its processes: run again, each passage has one adapter, as without the kill.
 
-The moments are drawn from a seed over the time of an undisturbed run. In an episode, with a store of its own, each of
-them is killed once: the workers of a stage and the S3 server, which a run survives, and the driver, after which it is
-run again. A kill for which there was nothing left to kill does not count; there are as many episodes as it takes until
-each of them was killed, and forty kills, twenty on each backend, are:
+The moments are drawn from a seed over the time of an undisturbed run. An episode has its own store and kills each kind
+of process once: the workers of a stage and the S3 server, which the run survives, and the driver, after which it is
+run again. A kill that found no process does not count. There are as many episodes as it takes to kill each kind once.
+For forty kills, twenty on each backend:
 
     PRAG_KILLS=20 python -m pytest tests/pipelines/jobs/test_kill.py -s --timeout 7200
 
@@ -54,7 +54,7 @@ STAGES = ("pipelines.stages.augment", "pipelines.stages.train")
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A run that nobody disturbed: what it made, and when each process lived, in seconds since the run began."""
+    """A run without kills: its result, and when each process lived, in seconds since the run began."""
 
     adapters: dict[str, dict[str, Tensor]]
     lives: dict[str, tuple[float, float]]
@@ -196,8 +196,8 @@ def kill(target: str, driver: Driver, scene: Scene, dice: random.Random) -> bool
 
 
 def check(store: Store, report: dict[str, Any], undisturbed: Undisturbed) -> None:
-    """See that a store is as an undisturbed run leaves it, but for what nobody reads."""
-    # 1. One adapter a passage; none was trained again whose commit had happened.
+    """Check that a store is as an undisturbed run leaves it, apart from objects that nothing names."""
+    # 1. One adapter for each passage; no committed adapter was trained again.
     rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
     assert Counter(row.key for row in rows) == Counter(dict.fromkeys(undisturbed.adapters, 1))
     # 2. In = out + rejected, in each stage.
@@ -209,7 +209,7 @@ def check(store: Store, report: dict[str, Any], undisturbed: Undisturbed) -> Non
     made = adapters_of(store)
     worst = max(delta_error(made[key], expected) for key, expected in undisturbed.adapters.items())
     assert worst < 1e-5, worst
-    # 4. Whatever can be found by its name is whole.
+    # 4. Every object that has its final name is complete.
     for name in store.list("", ""):
         data = store.get(name)
         stem, suffix = posixpath.splitext(posixpath.basename(name))

@@ -46,17 +46,17 @@ def passage(text: str, *sources: str) -> Passage:
         ([passage("x", "a")], [], CorpusDiff(passages_gone=1, removed=1)),
         ([passage("x", "a")], [passage("x", "a")], CorpusDiff(passages_kept=1)),
         ([passage("x", "a")], [passage("y", "a")], CorpusDiff(passages_new=1, passages_gone=1, changed=1)),
-        # The same text under another id, and under one id more or less.
+        # The same text under another id, and with one id more or less.
         ([passage("x", "a")], [passage("x", "b")], CorpusDiff(passages_kept=1, moved=1)),
         ([passage("x", "a")], [passage("x", "a", "b")], CorpusDiff(passages_kept=1, moved=1)),
         ([passage("x", "a", "b")], [passage("x", "a")], CorpusDiff(passages_kept=1)),
-        # An id that takes over the text of another one: its own text is gone, and nothing is to be made.
+        # An id gets the text of another id: its old text is gone, and nothing has to be trained.
         (
             [passage("x", "a"), passage("y", "b")],
             [passage("y", "a", "b")],
             CorpusDiff(passages_gone=1, passages_kept=1, changed=1),
         ),
-        # Two that change places.
+        # Two ids swap their texts.
         (
             [passage("x", "a"), passage("y", "b")],
             [passage("y", "a"), passage("x", "b")],
@@ -94,7 +94,7 @@ def test_canaries_are_questions_and_answers(tmp_path: Path) -> None:
 
 
 async def ask(service: Service, passage: Passage) -> Answer:
-    """Ask about a passage by a word that no other one has."""
+    """Ask about a passage by a word that no other passage has."""
     return await service.answer(Request(passage.text.split()[-1].strip("."), "prag", top_k=1))
 
 
@@ -105,20 +105,20 @@ def key_of(answer: Answer) -> str | None:
 async def a_night_under_load(
     work: Workspace, night: list[str], service: Service, passages: list[Passage]
 ) -> tuple[dict, list[Answer]]:
-    """Run a command while the service answers one question after the other; return what it printed, and the answers."""
+    """Run a command while the service answers question after question; return the command's output and the answers."""
     running = asyncio.create_task(asyncio.to_thread(work.run, *night))
     answers = []
     while not running.done() or len(answers) < len(passages):
         answers.append(await ask(service, passages[len(answers) % len(passages)]))
         await asyncio.sleep(0.1)  # leave the command some of the machine
-    # The snapshot moves under load too.
+    # The service changes to the new snapshot under load too.
     asking = [asyncio.create_task(ask(service, passage)) for passage in passages * 3]
     assert await service.refresh()
     answers += await asyncio.gather(*asking)
     return json.loads(await running), answers
 
 
-def test_a_night_that_fails_says_so_in_its_report(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_failed_night_stores_a_report_with_the_error(tmp_path: Path, tiny_model_folder: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1", "title": "T", "text": "Some text."}))
     paths = {"store": str(tmp_path / "store"), "corpus": {"path": str(tmp_path / "corpus.jsonl")}}
     config = parse_config({**paths, "model": {"name": str(tiny_model_folder)}, "augment": {"generator": "none"}})
@@ -163,7 +163,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     (tmp_path / "canary.jsonl").write_text(json.dumps({"question": f"What is {added[0].title}?", "answers": ["x"]}))
     night = ["reindex", *settings, "--corpus", "tonight.jsonl", "--canary", "canary.jsonl", "--json"]
     night += ["--set", f"augment.import_file={augmentations.name}"]
-    # A server answers all the while, and is never restarted.
+    # A server answers questions during all of this, and is never restarted.
     service = open_service(load_config(tmp_path / "config.yaml", [f"model.name={tmp_path / 'tiny'}"]), store)
     report, under_load = asyncio.run(a_night_under_load(work, night, service, [old[0], old[10], kept[0]]))
     assert {(answer.snapshot, key_of(answer)) for answer in under_load} >= {
@@ -191,7 +191,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     index = stage(store.get_json(f"runs/{report['run']}/report.json"), "index")
     assert index["extra"] == {"added": 20, "changed": 1, "removed": 15, "anew": "", "failed": False}
 
-    # 2. The server, which has looked once, finds what changed, and what was removed no more. No request has failed.
+    # 2. The server has the new snapshot: it finds what changed, and no longer what was removed. No request failed.
     assert not asyncio.run(service.refresh())
     expected = ((changed[0], changed[0].key), (old[10], None), (kept[0], kept[0].key), (added[0], added[0].key))
     for passage, found in expected:
@@ -203,15 +203,15 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     served = asyncio.run(service.answer(Request(question, "combine", top_k=3)))
     service.close()
 
-    # 2. The same again: nothing is made, asked or published.
+    # 3. The same again: nothing is trained, asked or published.
     again = json.loads(work.run(*night))
     assert (again["trained"], again["augmented"], again["published"], again["canary_f1"]) == (0, 0, False, None)
     assert again["snapshot"] == second.id
     assert len(list_snapshots(store)) == 2
 
-    # 3. Another night, which loses a passage that the canary asks for: what served answers better and goes on, and
-    # the candidate can be asked. It takes nobody's place among the snapshots that are kept. The index in service is
-    # damaged by now, where nobody has read it since.
+    # 4. A night that loses a passage that the canary asks for: the old snapshot answers better and stays in service,
+    # the candidate can be asked, and it does not count among the newest snapshots that are kept. The archive of the
+    # index in service is damaged, so that the new index is built from the corpus.
     archive = tmp_path / "store" / "indexes" / second.index / "lucene.tar.zst"
     archive.write_bytes(archive.read_bytes()[:-1] + b"?")
     (tmp_path / "tonight.jsonl").write_text("\n".join(lines[:-1]))

@@ -1,4 +1,4 @@
-"""The main job on a real local Ray with the tiny model: what is missing is done, once, and counts add up."""
+"""The main job on a local Ray with the tiny model does what is missing, once, and its counts add up."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert "corpus.jsonl:13" in listed
     assert "corpus.jsonl:14" in listed
 
-    # 2. Again, with the lines in another order: the same version, the same snapshot, nothing trained.
+    # 2. Again, with the lines in another order: the same corpus version, the same snapshot, nothing trained.
     work.write_corpus(
         [stranger, duplicate, *reversed(passages)], extra='{"id": "e", "title": "t", "text": ""}\nnot json\n'
     )
@@ -63,7 +63,7 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert again["snapshot"] == first["snapshot"]
     assert again["adapters"] == 10
 
-    # 3. One passage changed: one is trained, and the old adapter is not asked for any more.
+    # 3. One passage changed: one adapter is trained, and the old one is not used any more.
     changed = make_passage(3, words=31)
     work.write_corpus([changed if p.sources == ("p3",) else p for p in passages])
     third = work.report()
@@ -79,7 +79,7 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
     assert set(answers[2]["milliseconds"]) == steps
     assert changed.title in work.run("ask", "-c", "config.yaml", "--compare", f"What is {changed.title}?")
 
-    # 5. What a program would read, and a plan for one passage that is new, and five times as long as the others.
+    # 5. The output for programs, and a plan for one new passage that is five times as long as the others.
     assert json.loads(work.run("status", "-c", "config.yaml", "--json"))["snapshot"]["id"] == third["snapshot"]
     work.write_corpus([*passages, make_passage(50, words=150)])
     plan = json.loads(work.run("plan", "-c", "config.yaml", "--json"))
@@ -97,7 +97,7 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
 def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) -> None:
     passages = [make_passage(n) for n in range(24)]
     work = Workspace(tmp_path, passages)
-    # A recipe of its own, that starts from an adapter and trains the topmost layers alone.
+    # A recipe that starts from an adapter and trains only the topmost layers.
     base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
     layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
     export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", "tiny")
@@ -140,14 +140,14 @@ def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> No
     assert "augment/not_imported 6, corpus/invalid_json 3" in message
     assert not (tmp_path / "store" / "CURRENT").exists()
 
-    # A file that has them by now is asked again: these rejects were not the passages' fault.
+    # With a file that has them, they are tried again: the passages did not cause these rejects.
     augmentations.write_text(known)
     report = json.loads(work.run("run", "-c", "config.yaml", "--json"))
     assert report["adapters"] == 6
     assert report["rejected"] == {"augment/not_imported": 2, "corpus/invalid_json": 3}
 
 
-def test_what_a_worker_finds_wrong_is_said_without_a_traceback(tmp_path: Path) -> None:
+def test_an_error_of_a_worker_is_printed_without_a_traceback(tmp_path: Path) -> None:
     work = Workspace(tmp_path, [make_passage(1)])
     (tmp_path / "bad.tsv").write_text("id\ttitel\tbody\n1\ta\tb\n")
     message = work.run("run", "-c", "config.yaml", "--set", "corpus.path=bad.tsv", code=3)

@@ -1,4 +1,4 @@
-"""Where a run stands, as the store tells it to whoever comes later."""
+"""The status of runs is read from the store."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_a_run_is_running_while_it_holds_the_lease_and_stopped_after(progress: R
             (run,) = read_status(store).runs
             assert (run.state, [stage["done"] for stage in run.stages]) == ("running", [2])
             assert "corpus 2/3" in run.line()
-        # As after a kill: the document says running, and nobody renews the lease.
+        # As after a kill: the document says running, but the lease is not renewed.
         (run,) = read_status(store).runs
         assert run.state == "stopped"
     (run,) = read_status(store).runs
     assert run.state == "finished"
 
 
-def test_a_failure_is_told_with_its_cause(progress: RunProgress, tmp_path: Path) -> None:
+def test_a_failed_run_has_its_error_in_its_status(progress: RunProgress, tmp_path: Path) -> None:
     with pytest.raises(StoreError), progress.running():
         raise StoreError("the disk is full", "make room")
     (run,) = read_status(store_of(tmp_path)).runs
@@ -59,13 +59,13 @@ def test_counts_that_do_not_add_up_end_the_run(progress: RunProgress) -> None:
         progress.finish(StageReport("corpus", taken=3, done=1, earlier=0, rejected={}, seconds=1.0))
 
 
-def test_a_run_that_has_not_begun_to_write_is_known(progress: RunProgress, tmp_path: Path) -> None:
+def test_a_run_without_progress_yet_is_listed(progress: RunProgress, tmp_path: Path) -> None:
     with hold_lease(store_of(tmp_path), "r1"):
         (run,) = read_status(store_of(tmp_path)).runs
         assert run.state == "running"
 
 
-def test_news_that_cannot_be_written_do_not_end_the_work(progress: RunProgress, tmp_path: Path) -> None:
+def test_a_run_goes_on_if_its_progress_cannot_be_written(progress: RunProgress, tmp_path: Path) -> None:
     (tmp_path / "store" / "runs" / "r1" / "progress.json").mkdir()
     with progress.running():
         progress.finish(REPORT)

@@ -1,4 +1,4 @@
-"""`prag submit` against a real Ray head with its job server: one job for one piece of work, followed to its end."""
+"""`prag submit` with a real Ray head and its job server: the same work is one job, followed to its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PASSAGES = 8
 
 
 class Head:
-    """A Ray head in processes of its own, with a dashboard and its job server, which asks for a token of the test's."""
+    """A Ray head in its own processes, with a dashboard and a job server that asks for the test's token."""
 
     def __init__(self, folder: Path) -> None:
         self.token = secrets.token_hex(16)
@@ -55,8 +55,8 @@ class Head:
         command += [f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--metrics-export-port={self.metrics_port}", f"--ray-client-server-port={client}"]
-        # A folder of its own, so that no other Ray on this machine takes this one for the cluster to join; a short
-        # one, since the names of sockets are.
+        # Its own folder, so that no other Ray on this machine joins this cluster by mistake; a short path, because the
+        # names of sockets must be short.
         command += [f"--temp-dir={folder}"]
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -70,7 +70,7 @@ class Head:
             time.sleep(0.2)
 
     def answers(self) -> bool:
-        # The job server takes jobs once the head's agent is up, which is after the dashboard answers.
+        # The job server accepts jobs once the head's agent is up, which is after the dashboard answers.
         with contextlib.suppress(OSError):
             request = urllib.request.Request(
                 f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
@@ -122,13 +122,13 @@ def until_line(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(process.communicate()[1][-3000:])
 
 
-def test_one_job_is_followed_by_all_who_submit_it(head: Head, work: Workspace) -> None:
+def test_all_who_submit_a_job_follow_the_same_one(head: Head, work: Workspace) -> None:
     submit = ["submit", "-c", "config.yaml", "--address", head.address, "run"]
     first = work.start(*submit)
     id = until_line(first, "submitted").split()[1].rstrip(":")
     second = work.start(*submit)
     assert id in until_line(second, "runs already")
-    # While it runs: Prometheus counts the passages that it trains, and knows since when it does; what ended is gone.
+    # While it runs, Prometheus has the counts and the start of the training stage, and not those of ended stages.
     told, began = "", {}
     while first.poll() is None and not ('stage="train"' in told and set(began) == {"train"}):
         metrics = head.metrics()
@@ -138,7 +138,7 @@ def test_one_job_is_followed_by_all_who_submit_it(head: Head, work: Workspace) -
     assert 'stage="augment"' in told
     assert 'outcome="done"' in told
     assert time.time() - 120 < float(began["train"]) <= time.time()
-    # Whoever comes with the store alone follows it to the same end.
+    # It can be followed to the same end from the store alone.
     watched = work.run("status", "-c", "config.yaml", "--watch", "--every", "0.3").splitlines()
     assert "finished" in watched[-1]
     for process in (first, second):
@@ -174,7 +174,7 @@ def test_a_failed_job_gives_its_exit_code_and_is_submitted_again(head: Head, wor
 
 
 class ImpatientProxy(socketserver.BaseRequestHandler):
-    """Relays to a job server, and cuts a connection on which nothing was said for two seconds."""
+    """A relay to a job server that cuts a connection after two seconds of silence."""
 
     upstream: tuple[str, int]
 
@@ -189,16 +189,14 @@ class ImpatientProxy(socketserver.BaseRequestHandler):
                     others[end].sendall(data)
 
 
-def test_a_token_that_the_job_server_refuses_is_said(
-    head: Head, work: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_token_is_reported(head: Head, work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
     message = work.run("submit", "-c", "config.yaml", "--address", head.address, "run", code=12)
     assert f"the job server at {head.address} refuses the token" in message
     assert "Traceback" not in message
 
 
-# In a process of its own: Ray reads its token once a process, and another test may have had it read before.
+# Run in its own process: Ray reads its token once a process, and another test may already have used one.
 FOLLOW = """
 import sys
 from pathlib import Path
@@ -211,7 +209,7 @@ print(ended.status, ended.exit_code)
 """
 
 
-def test_a_job_that_says_nothing_is_followed_to_its_end(head: Head, tmp_path: Path) -> None:
+def test_a_silent_job_is_followed_to_its_end(head: Head, tmp_path: Path) -> None:
     host, _, port = head.address.removeprefix("http://").partition(":")
     handler = type("Proxy", (ImpatientProxy,), {"upstream": (host, int(port))})
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as proxy:
@@ -226,10 +224,10 @@ def test_a_job_that_says_nothing_is_followed_to_its_end(head: Head, tmp_path: Pa
     assert (lines, done.stdout.splitlines()[-1]) == (["begun", "ended"], "SUCCEEDED 0")
 
 
-def test_what_the_cluster_cannot_see_is_refused_here(work: Workspace) -> None:
+def test_paths_that_the_cluster_cannot_see_are_refused(work: Workspace) -> None:
     message = work.run("submit", "-c", "config.yaml", "--set", "store=store", "run", code=2)
     assert "store: relative to this folder" in message
-    # A start's name is no path: what is wrong with this command is its address alone.
+    # The name of an initial adapter is no path: only the address of this command is wrong.
     start = ["--set", f"train.initial_adapter={'ab' * 16}"]
     message = work.run("submit", "-c", "config.yaml", *start, "--address", "http://127.0.0.1:9", "run", code=12)
     assert "no job server answers at http://127.0.0.1:9" in message

@@ -1,4 +1,4 @@
-"""The warm-up: what it trains on, that workers share one result, and that a recipe starts from it."""
+"""The warm-up trains on the right questions, its workers share one result, and a recipe can start from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trainer(tiny_session: BaseModel):
     made.close()
 
 
-def test_no_question_that_will_be_asked_is_trained_on() -> None:
+def test_questions_that_are_asked_later_are_left_out() -> None:
     gold = (Gold(id="p1"),)
     questions = [*QUESTIONS[:3], Question("g", "Something else?", ("y",), gold=gold)]
     later = [Question("e1", "which number FOLLOWS 1", ("2",)), Question("e2", "Another?", ("z",), gold=gold)]
@@ -49,7 +49,7 @@ def test_no_question_that_will_be_asked_is_trained_on() -> None:
         without_overlap(questions[1:2], later)
 
 
-def test_examples_are_asked_as_the_recipe_asks(trainer: Trainer) -> None:
+def test_examples_have_the_prompt_of_the_recipe(trainer: Trainer) -> None:
     tokenizer = trainer.base.tokenizer
     texts = [tokenizer.decode(example.ids) for example in warmup_examples(trainer, QUESTIONS)]
     assert len(texts) == 10
@@ -57,7 +57,7 @@ def test_examples_are_asked_as_the_recipe_asks(trainer: Trainer) -> None:
     assert texts[3].endswith("The answer is 4." + tokenizer.eos_token)
 
 
-def test_a_reader_is_asked_with_its_passages_and_learns_the_answer_alone(trainer: Trainer) -> None:
+def test_a_reader_has_its_passages_in_the_prompt_and_learns_only_the_answer(trainer: Trainer) -> None:
     gold = (Gold(title="Numbers", text="After 3 comes 4."), Gold(id="p", title="More", text="After 4 comes 5."))
     questions = with_texts([*QUESTIONS, replace(QUESTIONS[3], gold=gold), replace(QUESTIONS[4], gold=(Gold(id="p"),))])
     assert [question.gold for question in questions] == [gold]
@@ -75,7 +75,7 @@ def _parted(example: TrainingExample) -> tuple[tuple[int, ...], tuple[int, ...]]
     return example.ids[: example.scored_from], example.ids[example.scored_from :]
 
 
-def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
+def test_it_learns_and_two_workers_give_the_result_of_one(trainer: Trainer) -> None:
     examples = warmup_examples(trainer, QUESTIONS)
     losses: list[float] = []
     alone = train_warmup(trainer, examples, SETTINGS, on_step=lambda _, loss: losses.append(loss))
@@ -83,7 +83,7 @@ def test_it_learns_and_workers_add_up_to_one(trainer: Trainer) -> None:
     assert losses[-1] < losses[0]
     start = initial_factors(trainer.layout, SETTINGS.seed)
     assert all(not torch.equal(alone[name], start[name]) for name in start)
-    # A worker sees its share of the batch alone; what the other one adds is scripted from its own run.
+    # A worker sees only its share of the batch; the sum with the other worker is replayed from a recording.
     shares: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     one_step = replace(SETTINGS, epochs=1, batch=10)
     for rank in (0, 1):
@@ -109,7 +109,7 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     (tmp_path / "later.jsonl").write_text(json.dumps(lines[0]))
     command = ["warmup", "-c", "config.yaml", "--json", "--exclude", "later.jsonl", "--workers", "2", "--epochs", "3"]
     made = json.loads(work.run(*command, "--learning-rate", "0.01", "--batch", "4", "--export", "peft", "warm.jsonl"))
-    # One will be asked, one is asked by an augmentation.
+    # One question is asked later, one is a question of an augmentation.
     assert (made["questions"], made["left_out"]) == (9, 2)
     assert made["last_loss"] < made["first_loss"]
 
@@ -121,7 +121,7 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     for name, tensor in expected.items():
         assert torch.isclose(got[name], tensor, atol=2e-3).float().mean() > 0.98, name
 
-    # A recipe starts from it by its name, or from the folder that was written: the same recipe.
+    # A recipe that starts from its name and one that starts from the written folder are the same recipe.
     base = [f"model.name={tmp_path / 'tiny'}", f"store={tmp_path / 'store'}"]
     recipes = [
         describe(load_config(tmp_path / "config.yaml", [*base, *more]))[0]
@@ -145,10 +145,10 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     known, other = passages[0], "Each number is followed by itself."
     read = {"data": [paragraph(known.title, known.text, range(3)), paragraph("Numbers", other, range(3, 9))]}
     (tmp_path / "squad.json").write_text(json.dumps(read))
-    # It will be asked about the first passage, which it names by its id.
+    # The question that is asked later names the first passage by its id.
     later = {"question": "Will this be asked?", "answers": ["yes"], "gold_ids": [known.sources[0]]}
     (tmp_path / "later.jsonl").write_text(json.dumps(later))
-    # Another set that will be asked, whose question has the same id: its number.
+    # Another set of questions that are asked later, one of which has the same id.
     more = {"question": "And this?", "answers": ["yes"], "gold_ids": [passages[1].sources[0]]}
     (tmp_path / "more.jsonl").write_text(json.dumps(more))
     command = ["warmup", "-c", "config.yaml", "--json", "--reading"]
@@ -166,7 +166,7 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     changed = [a["mode"] for a, b in zip(without, with_reader, strict=True) if a["text"] != b["text"]]
     assert changed == ["combine"]
 
-    # An evaluation asks with it too, and once with it alone.
+    # An evaluation also asks with the reader, and with the reader alone.
     asked = {"question": ask[-1], "answers": ["thing 0"], "gold_ids": [known.sources[0]]}
     (tmp_path / "asked.jsonl").write_text(json.dumps(asked))
     command = ["evaluate", "-c", "config.yaml", "--dataset", "asked.jsonl", "--modes", "rag,combine"]

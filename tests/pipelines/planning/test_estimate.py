@@ -1,4 +1,4 @@
-"""What a plan says of its own uncertainty is true: its 95 % intervals cover in 95 of 100 cases."""
+"""The 95 % intervals of estimates contain the true value in about 95 of 100 cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.planning.estimate import Moments, Quantity, exactly, mean, studen
 
 
 def batches(generator: random.Random, count: int, rate: float = 0.02) -> list[tuple[float, float]]:
-    """Batches of uneven size, each with a speed of its own."""
+    """Return batches of uneven size, each with its own speed."""
     sizes = [generator.uniform(2000, 9000) for _ in range(count)]
     return [(size, rate * size * generator.lognormvariate(0, 0.3)) for size in sizes]
 
@@ -39,7 +39,7 @@ def test_the_interval_of_a_product_covers_the_truth() -> None:
     assert 900 <= hits <= 985
 
 
-def test_more_batches_are_surer_and_sums_do_not_depend_on_how_they_are_split() -> None:
+def test_more_batches_give_a_smaller_error_and_sums_do_not_depend_on_the_split() -> None:
     made = batches(random.Random(0), 40)
     whole = Moments.of(made)
     parts = sum((Moments.of(made[i : i + 7]) for i in range(0, 40, 7)), Moments())
@@ -48,7 +48,7 @@ def test_more_batches_are_surer_and_sums_do_not_depend_on_how_they_are_split() -
     assert whole.rate.error < Moments.of(made[:10]).rate.error
 
 
-def test_what_cannot_be_known_is_not_said() -> None:
+def test_without_enough_observations_there_is_no_estimate() -> None:
     assert Moments().rate is None
     assert Moments.of([(10, 1)]).rate.interval is None
     assert exactly(3).plus(Quantity(2.0, None, 0)).interval is None

@@ -1,4 +1,4 @@
-"""A plan with a price: from a sample that is really trained, with nothing left behind."""
+"""A plan from a measured sample has a price and leaves nothing in the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, monkeypa
     assert found
     assert 2 <= int(found[1]) <= 10
     assert (plan["puts"], plan["gets"]) == (2 * 20 + 10, 3 * 20 + 2 * 10)
-    # Half a GPU an actor, at two and a half dollars.
+    # Half a GPU for each actor, at 2.5 dollars an hour.
     assert plan["gpu_hours"] == pytest.approx(plan["train_seconds"] * 0.5 / 3600)
     assert plan["dollars"] == pytest.approx(2.5 * plan["gpu_hours"])
     for name in ("tokens", "gpu_hours", "dollars"):

@@ -1,4 +1,4 @@
-"""Preflight names everything that is wrong at once, with what to do about each."""
+"""Preflight names all errors at once, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None
     on_gpus = changed(config, run__profile="gpu", run__tokens_per_step=10_000_000)
     layout = check_here(config).layout
     assert layout is not None
-    # Three layers, and of each the outputs of gate, up and down: 48 + 48 + 32 numbers of two bytes a token.
+    # Three layers with the outputs of gate, up and down: 48 + 48 + 32 numbers of two bytes for each token.
     (finding,) = _gpu_memory(on_gpus, profile_of(on_gpus), layout, [node(gpus=(Gpu("small", 2_000_000_000, 0),))])
     assert finding.outcome == "failed"
     assert "10,000,000 tokens 7.7 GB" in finding.detail
