@@ -1,6 +1,6 @@
 """The evaluation of a running server: the same questions and the same report, over its HTTP API.
 
-What a server cannot be told, which adapters to take, cannot be asked of it: there are no controls and no oracle.
+A request to a server cannot choose adapters or passages, so there are no controls and no oracle.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def evaluate_server(
     timeout_s: float = 120.0,
     transport: httpx.BaseTransport | None = None,
 ) -> Evaluation:
-    """Ask a server every question in every mode, k, weights and strength of the plan.
+    """Ask a server every question in every mode, k, merge rule and strength of the plan.
 
-    A question's gold passages are known by the ids that the set gives. A server that is busy is asked again, some
-    times; what it refuses counts as a failed answer, with its words.
+    Gold passages are recognized by the ids of the question set. A busy server is asked again, at most six times. A
+    question that it refuses counts as failed, with the server's message as the reason.
 
     Args:
         url: The server, such as `http://127.0.0.1:8000`.
-        questions: What to ask.
-        plan: How; without controls, with `bm25`.
-        console: Where progress is shown.
-        key: The server's API key, where it wants one.
-        max_tokens: The most tokens of an answer; the server's own setting when None.
-        concurrency: How many questions are under way at once.
-        timeout_s: How long an answer may take.
-        transport: Another way to the server than the network.
+        questions: The questions.
+        plan: How to ask them; without controls, and with retrieval `bm25`.
+        console: Shows the progress.
+        key: The server's API key, if it requires one.
+        max_tokens: The most tokens of an answer; the server's setting when None.
+        concurrency: How many questions to ask at the same time.
+        timeout_s: The longest time of an answer.
+        transport: Replaces the network in tests.
 
     Raises:
         ConfigError: when the plan has controls or an oracle.
-        GenerationError: when the server cannot be reached, refuses the key, or its snapshot changes meanwhile.
+        GenerationError: when the server cannot be reached, refuses the key, or changes its snapshot meanwhile.
     """
     if plan.controls or plan.retrieval != "bm25":
-        raise ConfigError("a running server takes no controls and no oracle", "evaluate a snapshot for these")
+        raise ConfigError("a running server has no controls and no oracle", "leave --url out to evaluate a snapshot")
     wanted = columns(plan)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     todo = [(column, i) for column in wanted for i in range(len(questions))]
@@ -85,7 +85,7 @@ def evaluate_server(
     snapshots = sorted({answer["snapshot"] for answer in answers.values() if "snapshot" in answer})
     if len(snapshots) != 1:
         what = f"answered from the snapshots {', '.join(snapshots)}" if snapshots else "answered nothing"
-        raise GenerationError(f"{url} {what}", "evaluate again while one snapshot is in service")
+        raise GenerationError(f"{url} {what}", "evaluate again while the server keeps one snapshot")
     found = [_retrieved([answers[c.name, i] for c in wanted], question) for i, question in enumerate(questions)]
     return Evaluation(
         origin={"server": url, "snapshot": {"id": snapshots[0]}},
@@ -96,19 +96,19 @@ def evaluate_server(
         gold=tuple(tuple(gold.id for gold in question.gold if gold.id) for question in questions),
         retrieved=tuple(names for names, _ in found),
         retrieve_ms=tuple(ms for _, ms in found),
-        request_ids={c.name: [[_name(c.name, i)] for i in range(len(questions))] for c in wanted},
-        replies={_name(*place): _reply(_name(*place), answer) for place, answer in answers.items()},
+        request_ids={c.name: [[_request_id(c.name, i)] for i in range(len(questions))] for c in wanted},
+        replies={_request_id(*place): _reply(_request_id(*place), answer) for place, answer in answers.items()},
     )
 
 
 def _answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the server's answer, or `{"error": …}` with its words when it refuses the question."""
+    """Return the server's answer, or `{"error": …}` with its message when it refuses the question."""
     for attempt in range(_TRIES):
         try:
             response = client.post("/v1/answer", json=body)
         except httpx.HTTPError as error:
             what = f"{client.base_url}: {type(error).__name__}: {error}"
-            raise GenerationError(what, "start the server, or mend --url") from None
+            raise GenerationError(what, "start the server, or correct --url") from None
         if response.status_code in _BUSY and attempt + 1 < _TRIES:
             time.sleep(min(30.0, _seconds(response.headers.get("Retry-After"), 2.0**attempt)))
             continue
@@ -116,7 +116,7 @@ def _answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     if response.status_code in (401, 403):
         raise GenerationError(f"{client.base_url} refuses the key", "set PRAG_API_KEY to one that it takes")
     if response.status_code == 404:
-        raise GenerationError(f"{client.base_url} has no /v1/answer", "mend --url: it ends before /v1")
+        raise GenerationError(f"{client.base_url} has no /v1/answer", "correct --url: it must end before /v1")
     if response.is_success:
         answered: dict[str, Any] = response.json()
         return answered
@@ -126,29 +126,32 @@ def _answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 def _seconds(text: str | None, default: float) -> float:
     try:
         return float(text or default)
-    except ValueError:  # a date, which Retry-After may be as well
+    except ValueError:  # Retry-After may also be a date
         return default
 
 
-def _name(column: str, position: int) -> str:
+def _request_id(column: str, position: int) -> str:
     return f"{column}-{position}"
 
 
 def _retrieved(answers: Iterable[dict[str, Any]], question: Question) -> tuple[tuple[str, ...], float]:
-    """Return the longest list that a question retrieved, gold passages by the set's ids, and how long it took."""
+    """Return the longest list of passages among a question's answers, and the mean time of its searches in ms.
+
+    Gold passages are named by their id in the question set, others by their key.
+    """
     gold = {gold.id for gold in question.gold}
     best: tuple[str, ...] = ()
-    took: list[float] = []
+    search_ms: list[float] = []
     for answer in answers:
         passages = answer.get("passages", [])
         if passages:
-            took.append(answer["timings_ms"].get("retrieve", 0.0))
+            search_ms.append(answer["timings_ms"].get("retrieve", 0.0))
         if len(passages) > len(best):
-            best = tuple(_known_as(passage, gold) for passage in passages)
-    return best, sum(took) / len(took) if took else 0.0
+            best = tuple(_name_of(passage, gold) for passage in passages)
+    return best, sum(search_ms) / len(search_ms) if search_ms else 0.0
 
 
-def _known_as(passage: dict[str, Any], gold: set[str]) -> str:
+def _name_of(passage: dict[str, Any], gold: set[str]) -> str:
     names = {*passage["ids"], *map(record_id, passage["ids"])}
     key: str = passage["key"]
     return min(names & gold, default=key)
@@ -156,8 +159,8 @@ def _known_as(passage: dict[str, Any], gold: set[str]) -> str:
 
 def _reply(id: str, answer: dict[str, Any]) -> EvaluationReply:
     if "error" in answer:
-        return EvaluationReply(id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, failed=answer["error"])
-    spent = {step: answer["timings_ms"].get(step, 0.0) for step in STEPS}
+        return EvaluationReply.failure(id, answer["error"])
+    ms = {step: answer["timings_ms"].get(step, 0.0) for step in STEPS}
     fallbacks = tuple(f"{p['key']}: fallback" for p in answer["passages"] if p["fallback"])
     return EvaluationReply(
         id=id,
@@ -165,10 +168,10 @@ def _reply(id: str, answer: dict[str, Any]) -> EvaluationReply:
         reasoning="",
         prompt_tokens=answer["tokens"]["prompt"],
         new_tokens=answer["tokens"]["new"],
-        fetch_ms=spent["fetch"],
-        prompt_ms=spent["prompt"],
-        inject_ms=spent["inject"],
-        prefill_ms=spent["prefill"],
-        decode_ms=spent["decode"],
+        fetch_ms=ms["fetch"],
+        prompt_ms=ms["prompt"],
+        inject_ms=ms["inject"],
+        prefill_ms=ms["prefill"],
+        decode_ms=ms["decode"],
         notes=fallbacks,
     )

@@ -1,4 +1,4 @@
-"""What an evaluation keeps in the store: replies and task adapters."""
+"""The replies and task adapters that evaluations store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from prag_core.store.snapshot import Snapshot
 
 
 def evaluation_folder(config: Config, store: Store, snapshot: Snapshot) -> str:
-    """Return the folder of the answers that are comparable with each other, and describe it beside them."""
+    """Return the folder of all replies that a snapshot's adapters give; write its `about.json` if it is new.
+
+    Evaluations of snapshots with the same base model, recipe and adapters share it.
+    """
     about = {
         "version": EVALUATION_VERSION,
         "base_model": snapshot.base_model,
@@ -31,7 +34,7 @@ def evaluation_folder(config: Config, store: Store, snapshot: Snapshot) -> str:
 
 
 def task_adapter_name(folder: str, name: str) -> str:
-    """Return the object that holds a task adapter."""
+    """Return the name of the object that holds a task adapter."""
     return f"{folder}/tasks/{name}.safetensors"
 
 
@@ -51,6 +54,6 @@ def read_task_adapter(store: Store, folder: str, layout: LoraLayout, name: str) 
 
 
 def stored_replies(store: Store, folder: str) -> dict[str, EvaluationReply]:
-    """Return all replies that an evaluation has stored, by the id of what was asked."""
+    """Return all stored replies of an evaluation folder, by the request's id."""
     parts = store.list(f"{folder}/replies", ".parquet")
     return {reply.id: reply for reply in from_table(EvaluationReply, store.get_table(EvaluationReply, parts))}
