@@ -218,7 +218,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(tmp_path: Path) -> None:
     (tmp_path / "canary.jsonl").write_text(json.dumps({"question": question, "answers": [served.text]}))
     said = work.run(*night, code=16)
     assert "below what the snapshot in service reaches, 1.000: it was not published" in said
-    assert "built anew: " in said
+    assert "built from scratch: " in said
     assert f"indexes/{second.index}/lucene.tar.zst: altered" in said
     assert load_snapshot(store).id == second.id
     (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
