@@ -136,13 +136,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         engine = Engine(fp32, RECIPE, RequestProcessor(fp32, NoIndex()), Adapters(adapters))
         scores[name] = {}
         for mode in MODES:
-            requests = [Request(q.question, mode, hits=(Hit(passages[q.passage], 1.0),)) for q in questions]
+            requests = [Request(q.question, mode, hits=(Hit(passages[q.gold[0].id], 1.0),)) for q in questions]
             answers = engine.answer_batch(requests)
             scores[name][mode] = [f1(a.text, q.answers) for a, q in zip(answers, questions, strict=True)]
         engine.close()
     change = {}
     for mode in MODES:
-        groups = [question.passage for question in questions]
+        groups = [question.gold[0].id for question in questions]
         mean, low, high = paired_bootstrap(scores["bf16"][mode], scores["fp32"][mode], groups)
         change[mode] = [round(mean, 4), round(low, 4), round(high, 4)]
         fp32_f1, bf16_f1 = (statistics.mean(scores[name][mode]) for name in ("fp32", "bf16"))

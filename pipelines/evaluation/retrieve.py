@@ -1,6 +1,6 @@
-"""What an evaluation reads from a snapshot, each by one streaming pass: gold passages, keys, augmentations.
+"""Searches a snapshot's index with the questions of an evaluation, and finds which keys have an adapter.
 
-Workers import this file to run its functions, so nothing here may import torch: it would cost each of them seconds.
+Workers import this module to run its functions. It must not import torch, which would take each of them seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUESTIONS_A_BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """The passages that a question retrieved, and how long the search took."""
+    """The passages that a question retrieved, and the time of the search; `position` is the question's."""
 
     position: int
     hits: tuple[Hit, ...]
@@ -39,9 +39,9 @@ class Retrieved:
 def trained_keys(
     store: Store, snapshot: Snapshot, asked: Iterable[str], size: int, partitions: int
 ) -> tuple[frozenset[str], list[str]]:
-    """Return which of the keys have an adapter, and `size` random keys that have one.
+    """Return those keys of `asked` that have an adapter, and `size` random keys that have one.
 
-    Keys are hashes, so the smallest ones are a random sample of the corpus, and the same one however it is stored.
+    Keys are hashes, so the smallest ones are a random sample. It does not depend on how the adapters are stored.
     """
     if not snapshot.ledger_parts:
         return frozenset(), []
@@ -55,9 +55,15 @@ def trained_keys(
 def retrieve(
     config: Config, store: Store, snapshot: Snapshot, questions: Sequence[Question], depth: int, most: int
 ) -> list[Retrieved]:
-    """Return what each question retrieves from the snapshot's index, in their order, by `most` actors at most.
+    """Return the passages that each question retrieves, without those with a tombstone, in the questions' order.
 
-    Passages that a tombstone forbids are left out.
+    Args:
+        config: The configuration.
+        store: The store.
+        snapshot: The snapshot whose index is searched.
+        questions: The questions.
+        depth: How many passages each retrieves.
+        most: The most actors that search.
     """
     rows = [{"position": i, "question": question.question} for i, question in enumerate(questions)]
     found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _QUESTIONS_A_BLOCK)).map_batches(
@@ -73,7 +79,7 @@ def retrieve(
 
 
 class SearchIndex:
-    """The actor that searches: the JVM lives in a process of its own."""
+    """The actor that searches. Its process holds the index, so the driver needs none of what the index requires."""
 
     def __init__(self, config: Config, store: Store, snapshot: Snapshot, depth: int) -> None:
         self._index = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)
@@ -82,14 +88,14 @@ class SearchIndex:
         self._index.search("warm up", 1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Search a block of questions, one at a time."""
+        """Search with a block of questions, one after the other."""
         found = []
         for row in table.to_pylist():
             begun = time.perf_counter()
             hits = self._index.search(row["question"], self._depth)
-            taken_ms = (time.perf_counter() - begun) * 1e3
+            search_ms = (time.perf_counter() - begun) * 1e3
             found.append(
-                Retrieved(row["position"], tuple(h for h in hits if h.passage.key not in self._gone), taken_ms)
+                Retrieved(row["position"], tuple(h for h in hits if h.passage.key not in self._gone), search_ms)
             )
         return to_table(Retrieved, found)
 

@@ -1,4 +1,4 @@
-"""Task adapters: controls of an evaluation that are trained on other passages than the question's."""
+"""Task adapters, a control of an evaluation: each is trained on passages that are not related to its questions."""
 
 from __future__ import annotations
 
@@ -34,17 +34,23 @@ def train_task_adapters(
     pool: list[str],
     console: Console,
 ) -> list[tuple[str, ...]]:
-    """Train the task adapters that are not there; return for each question the name of its own of each seed."""
+    """Train the task adapters that the store lacks; return the names of each question's task adapters, one a seed.
+
+    Raises:
+        InputError: when `pool` is too small.
+        StoreError: when a passage's text or augmentation is missing.
+        AdapterError: when a task adapter could not be trained.
+    """
     config, store, partitions = run_context.config, run_context.store, run_context.profile.partitions
-    # 1. Which passages, of each seed.
+    # 1. For each seed, choose sets of passages, and a set for each question.
     k = max(plan.top_k)
     related = [
         {hit.passage.key for hit in context.ranked[:k]} | {passage.key for passage in context.gold}
         for context in contexts
     ]
     chosen = [task_sets(pool, related, plan.task_passages, seed) for seed in range(plan.seeds)]
-    used = {of[i] for of, numbers in chosen for i in numbers}
-    # 2. Their texts.
+    used = {sets[position] for sets, positions in chosen for position in positions}
+    # 2. Read their texts.
     keys = {key for keys in used for key in keys}
     passages = {p.key: p for p in find_passages(store, snapshot, keys, partitions)}
     augmentations = find_augmentations(store, run_context.recipe.augment.fingerprint, keys, partitions)
@@ -54,13 +60,13 @@ def train_task_adapters(
             f"store = {store.url!r}: {len(lost)} passages with an adapter lack their text or augmentation",
             "run `prag run` again",
         )
-    # 3. What is not there yet.
-    names = {of: fingerprint([plan.task_rounds, [[key, augmentations[key].digest] for key in of]]) for of in used}
+    # 3. Train those that are missing. A name depends on all that decides the task adapter.
+    names = {keys: fingerprint([plan.task_rounds, [[key, augmentations[key].digest] for key in keys]]) for keys in used}
     folder = evaluation_folder(config, store, snapshot)
-    missing = [of for of in sorted(used) if not store.exists(task_adapter_name(folder, names[of]))]
+    missing = [keys for keys in sorted(used) if not store.exists(task_adapter_name(folder, names[keys]))]
     if missing:
-        rows = [{"name": names[of], "keys": list(of)} for of in missing]
-        texts = {key: (passages[key], augmentations[key]) for of in missing for key in of}
+        rows = [{"name": names[keys], "keys": list(keys)} for keys in missing]
+        texts = {key: (passages[key], augmentations[key]) for keys in missing for key in keys}
         tally = run_pool(
             TrainTasks,
             (run_context, folder, texts, plan.task_rounds),
@@ -72,8 +78,8 @@ def train_task_adapters(
             console=console,
         )
         if tally.rejected:
-            raise AdapterError(f"task adapters: {dict(tally.rejected)}", "see what training says of these passages")
-    return [tuple(names[of[numbers[i]]] for of, numbers in chosen) for i in range(len(contexts))]
+            raise AdapterError(f"task adapters: {dict(tally.rejected)}", "leave the control `task` out")
+    return [tuple(names[sets[positions[i]]] for sets, positions in chosen) for i in range(len(contexts))]
 
 
 class TrainTasks:
@@ -100,13 +106,13 @@ class TrainTasks:
         self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Train some task adapters and store each; give back one outcome each."""
+        """Train some task adapters and store them; return one outcome for each."""
         jobs = []
         for row in table.to_pylist():
             examples = [
                 training_examples(self._tokenizer, *self._texts[key], self._recipe.train) for key in row["keys"]
             ]
-            jobs.append(task_job(row["name"], [of for of in examples if of], self._rounds))
+            jobs.append(task_job(row["name"], [passage for passage in examples if passage], self._rounds))
         outcomes = []
         for trained in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
             if trained.factors is not None:

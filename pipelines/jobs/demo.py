@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from rich.table import Table
 from pipelines.jobs.run import run_job
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
+from prag_core.data.question_sets import COVERED, JSONL, UNCOVERED, read_questions
+from prag_core.data.questions import Question
 from prag_core.errors import InputError
 from prag_core.evaluation.metrics import f1, paired_bootstrap
 from prag_core.inference.engine import Engine, open_engine
@@ -27,16 +27,6 @@ from prag_core.store.tables import corpus_parts
 
 # `wrong` is the control: the adapter of another passage. What it gains over `closed` is form, not knowledge.
 COLUMNS = ("closed", "wrong", "prag", "rag", "combine")
-
-
-@dataclass(frozen=True)
-class DemoQuestion:
-    """A question about one passage of the example corpus; `covered` says that a QA pair asks for the same fact."""
-
-    question: str
-    answers: tuple[str, ...]
-    passage: str
-    covered: bool
 
 
 def run_demo(config: Config, console: Console) -> dict[str, Any]:
@@ -68,18 +58,13 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     }
 
 
-def read_demo_questions(path: Path, passages: dict[str, Passage]) -> list[DemoQuestion]:
-    """Return the questions of a file that are about one of `passages`, by source id."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "the demo needs questions.jsonl beside the corpus") from None
-    rows = [json.loads(line) for line in lines if line]
-    questions = [
-        DemoQuestion(row["question"], tuple(row["answers"]), row["passage_id"], row["covered"])
-        for row in rows
-        if row["passage_id"] in passages
-    ]
+def read_demo_questions(path: Path, passages: dict[str, Passage]) -> list[Question]:
+    """Return the questions of a file that have a gold passage, and whose first one is a source id of `passages`.
+
+    Raises:
+        InputError: when the file cannot be read or has no such question.
+    """
+    questions = [q for q in read_questions(str(path), JSONL) if q.gold and q.gold[0].id in passages]
     if not questions:
         raise InputError(f"{path}: no question about a passage of the corpus", "use the example corpus")
     return questions
@@ -93,7 +78,7 @@ def _passages(store: Store) -> dict[str, Passage]:
 
 
 def _ask_all(
-    config: Config, engine: Engine, questions: Sequence[DemoQuestion], passages: dict[str, Passage], console: Console
+    config: Config, engine: Engine, questions: Sequence[Question], passages: dict[str, Passage], console: Console
 ) -> tuple[dict[str, list[float]], dict[str, list[Answer]]]:
     ids = sorted(passages)
     answers: dict[str, list[Answer]] = {}
@@ -102,7 +87,7 @@ def _ask_all(
         requests = []
         for question in questions:
             if column == "wrong":
-                other = passages[ids[(ids.index(question.passage) + 1) % len(ids)]]
+                other = passages[ids[(ids.index(question.gold[0].id) + 1) % len(ids)]]
                 requests.append(Request(question.question, "prag", hits=(Hit(other, 1.0),)))
             else:
                 mode = next(mode for mode in MODES if mode == column)
@@ -115,13 +100,13 @@ def _ask_all(
 
 
 def _print_tables(
-    console: Console, questions: Sequence[DemoQuestion], scores: dict[str, list[float]], generated: set[str]
+    console: Console, questions: Sequence[Question], scores: dict[str, list[float]], generated: set[str]
 ) -> None:
     groups = {
         "all": [True] * len(questions),
-        "fact in a QA pair": [q.covered for q in questions],
-        "fact only in the text": [not q.covered for q in questions],
-        "augmented by the model itself": [q.passage in generated for q in questions],
+        COVERED: [q.type == COVERED for q in questions],
+        UNCOVERED: [q.type == UNCOVERED for q in questions],
+        "augmented by the model itself": [q.gold[0].id in generated for q in questions],
     }
     table = Table(title="F1 (own answer against the accepted answers)")
     for name in ("questions", "n", *COLUMNS):
@@ -134,7 +119,7 @@ def _print_tables(
     table = Table(title="Differences, 95 % bootstrap interval by passage")
     for name in ("difference", "F1", "interval"):
         table.add_column(name)
-    by_passage = [question.passage for question in questions]
+    by_passage = [question.gold[0].id for question in questions]
     for left, right in (("prag", "closed"), ("prag", "wrong"), ("combine", "rag")):
         mean, low, high = paired_bootstrap(scores[left], scores[right], by_passage)
         table.add_row(f"{left} − {right}", f"{mean:+.3f}", f"{low:+.3f} … {high:+.3f}")
@@ -143,7 +128,7 @@ def _print_tables(
 
 def _print_examples(
     console: Console,
-    questions: Sequence[DemoQuestion],
+    questions: Sequence[Question],
     answers: dict[str, list[Answer]],
     scores: dict[str, list[float]],
 ) -> None:
@@ -151,9 +136,10 @@ def _print_examples(
     gain = [after - before for after, before in zip(scores["prag"], scores["closed"], strict=True)]
     shown: set[str] = set()
     for i in sorted(range(len(questions)), key=lambda i: -gain[i]):
-        if len(shown) == 3 or questions[i].passage in shown:
+        passage = questions[i].gold[0].id
+        if len(shown) == 3 or passage in shown:
             continue
-        shown.add(questions[i].passage)
+        shown.add(passage)
         table = Table(title=questions[i].question, caption=f"accepted: {', '.join(questions[i].answers)}")
         for column in COLUMNS:
             table.add_column(column)

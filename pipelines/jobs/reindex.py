@@ -13,11 +13,13 @@ from rich.console import Console
 
 from pipelines.execution.progress import RunProgress
 from pipelines.execution.tables import distinct, map_blocks, read_columns
-from pipelines.jobs.canary import Canary, ask_canaries, read_canaries
+from pipelines.jobs.canary import ask_canaries
 from pipelines.jobs.corpus_diff import CorpusDiff, compare_corpora
 from pipelines.jobs.run import run_job
 from pipelines.settings import RunContext
 from prag_core.config import Config
+from prag_core.data.question_sets import JSONL, read_questions
+from prag_core.data.questions import Question
 from prag_core.errors import CanaryError, ConfigError, StoreError
 from prag_core.retrieval.archive import find_index
 from prag_core.store.objects import Store, open_store
@@ -88,7 +90,7 @@ def reindex(
     begun = time.perf_counter()
     if canary_min is not None and canary is None:
         raise ConfigError("--canary-min has no questions to ask", "name a file of them with --canary")
-    gate = _CandidateGate(read_canaries(canary) if canary else [], canary_min)
+    gate = _CandidateGate(read_questions(str(canary), JSONL) if canary else [], canary_min)
     store, run = open_store(config), new_run_id()
     name = f"runs/{run}/reindex.json"
     try:
@@ -119,7 +121,7 @@ def reindex(
 class _CandidateGate:
     """The gate of a nightly run: compares the corpora, checks that the candidate is complete, asks the canaries."""
 
-    def __init__(self, canaries: Sequence[Canary], canary_min: float | None) -> None:
+    def __init__(self, canaries: Sequence[Question], canary_min: float | None) -> None:
         self._canaries = canaries
         self._given_min = canary_min
         self.before: str | None = None

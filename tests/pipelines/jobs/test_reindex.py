@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from pipelines.jobs.canary import Canary, read_canaries
 from pipelines.jobs.corpus_diff import CorpusDiff, _count_keys, _count_sources, _differing, _facts, _with_source
 from pipelines.jobs.reindex import reindex
 from prag_core.config_file import load_config, parse_config
@@ -68,31 +67,6 @@ def test_differences_by_id_and_by_passage(old: list[Passage], new: list[Passage]
     assert difference(old, new) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no question"),
-        ("not json", "cannot|Expecting"),
-        ('{"question": "Why?"}', "lacks 'answers'"),
-        ('{"question": "Why?", "answers": []}', "a list that is not empty"),
-        ('{"question": 3, "answers": ["a"]}', "question must be a string"),
-    ],
-)
-def test_a_bad_canary_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    file = tmp_path / "canary.jsonl"
-    file.write_text(text)
-    with pytest.raises(InputError, match=said):
-        read_canaries(file)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_canaries(tmp_path / "missing.jsonl")
-
-
-def test_canaries_are_questions_and_answers(tmp_path: Path) -> None:
-    file = tmp_path / "canary.jsonl"
-    file.write_text('{"question": "Who?", "answers": ["A", "B"], "more": 1}\n\n')
-    assert read_canaries(file) == [Canary("Who?", ("A", "B"))]
-
-
 async def ask(service: Service, passage: Passage) -> Answer:
     """Ask about a passage by a word that no other passage has."""
     return await service.answer(Request(passage.text.split()[-1].strip("."), "prag", top_k=1))
@@ -132,6 +106,14 @@ def test_a_failed_night_stores_a_report_with_the_error(tmp_path: Path, tiny_mode
     assert not report["published"]
     with pytest.raises(ConfigError, match="no questions to ask"):
         reindex(config, Console(quiet=True), canary_min=0.5)
+
+
+def test_a_bad_canary_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "canary.jsonl").write_text('{"question": "Why?"}')
+    config = parse_config({"store": str(tmp_path / "store"), "corpus": {"path": str(tmp_path / "corpus.jsonl")}})
+    with pytest.raises(InputError, match=r"canary\.jsonl: line 1: field 'answers': is missing"):
+        reindex(config, Console(quiet=True), canary=tmp_path / "canary.jsonl")
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.slow
