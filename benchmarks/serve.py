@@ -53,7 +53,7 @@ from prag_core.retrieval.archive import archive_index
 from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import open_store
-from prag_core.store.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.store.snapshot import Snapshot, created_now, current_id, load_snapshot, publish
 from prag_core.testing import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -145,14 +145,16 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
     index = archive_index(folder / "lucene", store, "bench", count, config.index)
     publish(
         store,
-        make_snapshot(
-            corpus_version="bench",
-            index=index.id,
-            recipe=recipe.fingerprint,
-            base_model=base.fingerprint,
-            ledger_parts=tuple(adapters.ledger_parts()),
-            passages=count,
-            adapters=count,
+        created_now(
+            Snapshot(
+                corpus_version="bench",
+                index=index.id,
+                recipe=recipe.fingerprint,
+                base_model=base.fingerprint,
+                ledger_parts=tuple(adapters.ledger_parts()),
+                passages=count,
+                adapters=count,
+            )
         ),
     )
     return samples, layout

@@ -30,10 +30,10 @@ from prag_core.store.adapters import AdapterStore, get_start, put_start
 from prag_core.store.runs import RunInputs, RunLease, hold_lease, new_run_id, put_inputs, wait_for_lease
 from prag_core.store.snapshot import (
     Snapshot,
+    created_now,
     current_id,
     forgotten_now,
     load_snapshot,
-    make_snapshot,
     publish,
     same_content,
 )
@@ -173,15 +173,17 @@ def _run_stages(
     progress.finish(report)
     budget.check({f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()})
     # 5. Publish, unless another run has taken over the lease or published meanwhile.
-    snapshot = make_snapshot(
-        corpus_version=corpus.version,
-        index=index,
-        recipe=recipe.fingerprint,
-        base_model=recipe.base_model,
-        ledger_parts=tuple(AdapterStore(store, recipe, context.layout).ledger_parts()),
-        passages=corpus.count,
-        adapters=adapters,
-        tombstones=tombstones,
+    snapshot = created_now(
+        Snapshot(
+            corpus_version=corpus.version,
+            index=index,
+            recipe=recipe.fingerprint,
+            base_model=recipe.base_model,
+            ledger_parts=tuple(AdapterStore(store, recipe, context.layout).ledger_parts()),
+            passages=corpus.count,
+            adapters=adapters,
+            tombstones=tombstones,
+        )
     )
     if gate is not None and (before is None or not same_content(before, snapshot)):
         gate(context, before, snapshot, progress)

@@ -12,21 +12,20 @@ from __future__ import annotations
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from prag_core.errors import ConflictError, StoreError, UnreachableError
-from prag_core.identity import is_intact
 from prag_core.maintenance.inventory import Finding, FindingKind, check_snapshots, names_of, object_kind, serving_id
 from prag_core.records import from_dict
 from prag_core.store.backend import StoredObject
 from prag_core.store.ledger import compactions, replaced_parts
 from prag_core.store.objects import Store
-from prag_core.store.pins import pinned
+from prag_core.store.pins import PINS, pinned
 from prag_core.store.runs import RunInputs
-from prag_core.store.snapshot import Snapshot, current_id, document_name, load_snapshot, snapshot_id
+from prag_core.store.snapshot import CURRENT, Snapshot, current_id, document_name, load_snapshot, snapshot_id
 
 # The order of removal. A document goes before the objects that it names, so that after a kill no document names an
 # object that is gone. But the record of a compaction goes after the parts that it replaced: without it they would
@@ -71,19 +70,8 @@ def recent_inputs(store: Store, objects: Sequence[StoredObject], since: float) -
     names = {item.name for item in objects}
     runs = [run for run in sorted(last_written) if f"runs/{run}/inputs.json" in names]
     recent = [run for run in runs if run == runs[-1] or last_written[run] > since]
-    return [_read_inputs(store, f"runs/{run}/inputs.json") for run in recent]
-
-
-def _read_inputs(store: Store, name: str) -> RunInputs:
-    try:
-        document = store.get_json(name)
-        if is_intact(document):
-            return from_dict(RunInputs, document)
-    except UnreachableError:
-        raise
-    except (StoreError, TypeError, AttributeError):
-        pass
-    raise StoreError(f"{store.url}/{name}: altered or cut short", "run `prag repair` first")
+    documents = [store.get_sealed(f"runs/{run}/inputs.json", "corpus_version", "recipe") for run in recent]
+    return [from_dict(RunInputs, document) for document in documents]
 
 
 def needed_corpora(
@@ -153,22 +141,21 @@ def find_garbage(
     # 3. Everything else, by its folder.
     recipes = {part.split("/")[1] for part in remaining} | alive
     corpora = {snapshot.corpus_version for snapshot in keep} | {inputs.corpus_version for inputs in runs}
-    needed = _Needed(
-        {snapshot.id for snapshot in keep},
-        not runs,
-        corpora,
-        recipes,
-        _starts(store, recipes, objects),
-        _indexes(store, keep, corpora, objects),
-        _effective_compactions(store, recipes, remaining),
-    )
+    needed: dict[str, Collection[str] | None] = {
+        "snapshots": {snapshot.id for snapshot in keep},
+        "corpus": corpora if runs else None,
+        "indexes": _indexes(store, keep, corpora, objects) if runs else None,
+        "recipes": recipes if runs else None,
+        "starts": _starts(store, recipes, objects),
+        "compactions": _effective_compactions(store, recipes, remaining),
+    }
     chosen = []
     for item in objects:
         kind = object_kind(item.name)
         found: FindingKind | None = None
         if kind == "scratch" or (kind == "shards" and item.name not in shards):
             found = "orphan"
-        elif item.name in gone or (item.name not in named and not needed.has(kind, item.name)):
+        elif item.name in gone or (item.name not in named and not _is_needed(kind, item.name, needed)):
             found = "unreferenced"
         if found and item.name in old:
             chosen.append(Finding(item.name, found, _reason(kind, item.name, replaced), size_bytes=item.size_bytes))
@@ -223,36 +210,17 @@ def _check_unused(store: Store, names: Collection[str]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Needed:
-    """What is needed besides the objects that kept snapshots name directly.
-
-    `everything`: no run has inputs, so no corpus, index or recipe may go. `starts` None: no start may go.
-    """
-
-    snapshots: Collection[str]
-    everything: bool
-    corpora: Collection[str]
-    recipes: Collection[str]
-    starts: Collection[str] | None
-    indexes: Collection[str]
-    compactions: Collection[str]
-
-    def has(self, kind: str, name: str) -> bool:
-        if kind == "snapshots":
-            return "/" not in name or snapshot_id(name) in self.snapshots
-        folder = name.split("/")[1] if "/" in name else name
-        if kind == "corpus":
-            return self.everything or folder in self.corpora
-        if kind == "indexes":
-            return self.everything or folder in self.indexes
-        if kind == "recipes":
-            return self.everything or folder in self.recipes
-        if kind == "compactions":
-            return name in self.compactions
-        if kind == "starts":
-            return self.starts is None or posixpath.splitext(folder)[0] in self.starts
+def _is_needed(kind: str, name: str, needed: Mapping[str, Collection[str] | None]) -> bool:
+    """Return whether an object is needed. None stands for all objects of a kind: it is unknown which are needed."""
+    names = needed.get(kind)
+    if names is None or name in (CURRENT, PINS):
         return True
+    if kind == "compactions":
+        return name in names
+    if kind == "snapshots":
+        return snapshot_id(name) in names
+    folder = name.partition("/")[2].partition("/")[0]
+    return (posixpath.splitext(folder)[0] if kind == "starts" else folder) in names
 
 
 def _is_data(name: str) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 
 from prag_core.errors import AdapterError, StoreError, UnreachableError
-from prag_core.identity import checksum, is_intact, seal
+from prag_core.identity import checksum, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
-from prag_core.records import LedgerRow, from_table, to_table
+from prag_core.records import LedgerRow, from_dict, from_table, to_table
 from prag_core.store.ledger import AdapterLocation, LedgerColumns, visible_parts
 from prag_core.store.objects import Store
 
@@ -249,20 +249,10 @@ def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRe
     Raises:
         StoreError: if the recipe beside them is missing, altered or a different one.
     """
-    document = store.get_json(f"adapters/{fingerprint}/recipe.json")
-    if not is_intact(document):
-        raise StoreError(f"{store.url}/adapters/{fingerprint}/recipe.json: altered", "run `prag repair`")
-    recipe, shape = Recipe.from_json(document["recipe"]), document["layout"]
+    name = f"adapters/{fingerprint}/recipe.json"
+    document = store.get_sealed(name, "recipe", "layout")
+    recipe = Recipe.from_json(document["recipe"])
     if recipe.fingerprint != fingerprint:
-        raise StoreError(
-            f"{store.url}/adapters/{fingerprint}/recipe.json: holds the recipe {recipe.fingerprint}",
-            "run `prag repair`",
-        )
-    layout = LoraLayout(
-        rank=shape["rank"],
-        scale=shape["scale"],
-        layers=tuple(shape["layers"]),
-        targets=tuple(shape["targets"]),
-        shapes=tuple((inputs, outputs) for inputs, outputs in shape["shapes"]),
-    )
+        raise StoreError(f"{store.url}/{name}: holds the recipe {recipe.fingerprint}", "run `prag repair`")
+    layout = from_dict(LoraLayout, document["layout"])
     return AdapterStore(store, recipe, layout), recipe.train

@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Return the size of an object in bytes, or None if there is no such object."""
 
     def exists(self, name: str) -> bool:
-        """Return whether there is an object of this name, or any object in a folder of this name."""
+        """Return whether there is an object or a folder of this name."""
 
     def find(self, folder: str) -> list[StoredObject]:
         """Return all objects at any depth below a folder; the folder "" is the root."""
@@ -62,16 +62,14 @@ class Backend(Protocol):
         """Remove an object, if it exists."""
 
     def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
-        """Replace an object if its bytes are `expected`; return whether it was replaced.
-
-        `expected` is None if the object must not exist yet.
+        """Replace an object if its bytes are `expected` (None: if it does not exist); return whether it was replaced.
 
         Raises:
             StoreError: if the backend has no conditional write.
         """
 
     def honours_conditions(self, name: str) -> bool:
-        """Return whether a conditional write is refused when its condition does not hold; `name` exists.
+        """Return whether `swap` refuses a write whose condition does not hold; `name` exists.
 
         Raises:
             StoreError: if the backend has no conditional write.
@@ -79,19 +77,3 @@ class Backend(Protocol):
 
     def explain(self, error: Exception) -> tuple[str, str]:
         """Return what a failure means in a few words, and what to do about it. Neither holds a secret."""
-
-
-def check_length(data: bytes, start: int | None, end: int | None) -> bytes:
-    """Return the bytes that were read for a range.
-
-    Raises:
-        TooShortError: if they are fewer than the range asks for.
-    """
-    if end is not None and len(data) != end - (start or 0):
-        raise TooShortError(f"{len(data)} bytes came of {end - (start or 0)}")
-    return data
-
-
-def explain_file_error(error: Exception) -> tuple[str, str]:
-    """Return what a failure of a file system means, and what to do about it."""
-    return str(error), "check the path, its rights and the room on the disk"

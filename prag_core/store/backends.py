@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -22,13 +21,7 @@ def is_s3(url: str) -> bool:
 
 
 def open_backend(url: str, options: Mapping[str, Any], retries: int, timeout_s: float) -> Backend:
-    """Return the backend that keeps the objects of a URL.
-
-    Args:
-        url: A folder, or an fsspec URL.
-        options: Further arguments of the fsspec file system.
-        retries: How often a failed request to S3 is repeated.
-        timeout_s: How long S3 may take to connect or to answer.
+    """Return the backend that keeps the objects of a URL; see `prag_core.store.objects.Store` for the arguments.
 
     Raises:
         ImportError: if the file system's package is not installed.
@@ -40,7 +33,7 @@ def open_backend(url: str, options: Mapping[str, Any], retries: int, timeout_s: 
         return open_s3(url, options, retries, timeout_s)
     fs, root = fsspec.core.url_to_fs(url, **options)
     if isinstance(fs, LocalFileSystem):
-        return FolderBackend(Path(root))
+        return FolderBackend(fs, root)
     if isinstance(fs, MemoryFileSystem):
         return MemoryBackend(fs, root)
     return FilesystemBackend(fs, root)

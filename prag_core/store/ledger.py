@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prag_core.errors import StoreError
-from prag_core.identity import KEY_BYTES, is_checksum, is_intact
+from prag_core.errors import StoreError, UnreachableError
+from prag_core.identity import KEY_BYTES, is_checksum
 from prag_core.store.objects import Store
 
 READERS = 8
@@ -164,8 +162,11 @@ def compactions(store: Store, recipe: str) -> dict[str, Compaction]:
     """
     found = {}
     for name in store.list(f"adapters/{recipe}/compactions", ".json"):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            document = json.loads(store.get(name))
-            if is_intact(document):
-                found[name] = Compaction(tuple(document["parts"]), tuple(document["replaces"]))
+        try:
+            document = store.get_sealed(name, "parts", "replaces")
+            found[name] = Compaction(tuple(document["parts"]), tuple(document["replaces"]))
+        except UnreachableError:
+            raise
+        except StoreError:
+            continue
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from prag_core.store.filesystem import FilesystemBackend
 
 # fsspec's memory is the process's, so all stores of the process share this lock.
-_SWAPPING = threading.Lock()
+_SWAP_LOCK = threading.Lock()
 
 
 class MemoryBackend(FilesystemBackend):
@@ -21,17 +21,11 @@ class MemoryBackend(FilesystemBackend):
     """
 
     def put_file(self, name: str, source: Path) -> None:
-        """Write an object from a local file, through memory: fsspec would show a file that is half copied."""
-        self.put(name, source.read_bytes())
+        self.put(name, source.read_bytes())  # fsspec would copy piece by piece, and show a file that is half copied
 
     def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
-        """Replace an object if its bytes are `expected` (None: if it does not exist); return whether it did."""
-        with _SWAPPING:
+        with _SWAP_LOCK:
             if self.get(name) != expected:
                 return False
             self.put(name, new)
         return True
-
-    def honours_conditions(self, name: str) -> bool:
-        """Return whether `swap` refuses to create an object that exists."""
-        return not self.swap(name, None, b"")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
 from prag_core.errors import ConflictError, StoreError, UnreachableError
-from prag_core.identity import checksum
+from prag_core.identity import checksum, is_intact
 from prag_core.records import schema
 from prag_core.store.backend import StoredObject, TooShortError
 from prag_core.store.backends import is_s3, open_backend
@@ -91,20 +91,12 @@ class Store:
             )
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object, or replace it. It appears whole or not at all.
-
-        Raises:
-            StoreError: if it cannot be written; readers then see what was there before.
-        """
+        """Write an object, or replace it. Readers see the old bytes or the new bytes, also after a failure."""
         with self._explained(f"{self.url}/{name}", "written"):
             self._backend.put(name, data)
 
     def put_file(self, name: str, source: Path) -> None:
-        """Write an object from a local file, without holding it in memory. It appears whole or not at all.
-
-        Raises:
-            StoreError: if it cannot be written.
-        """
+        """Write an object from a local file, without holding it in memory. It appears whole or not at all."""
         with self._explained(f"{self.url}/{name}", "written"):
             self._backend.put_file(name, source)
 
@@ -121,68 +113,40 @@ class Store:
         return data
 
     def get_if_exists(self, name: str) -> bytes | None:
-        """Return the bytes of an object, or None if there is no such object.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Return the bytes of an object, or None if there is no such object."""
         with self._explained(f"{self.url}/{name}", "read"):
             return self._backend.get(name)
 
     def size(self, name: str) -> int | None:
-        """Return the size of an object in bytes, or None if there is no such object.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Return the size of an object in bytes, or None if there is no such object."""
         with self._explained(f"{self.url}/{name}", "looked up"):
             return self._backend.size(name)
 
     def open(self, name: str) -> io.RawIOBase:
-        """Open an object for reading at any position. Each read is one `get` of a range.
-
-        Raises:
-            StoreError: if there is no such object, and later if a read fails.
-        """
+        """Open an object for reading at any position. Each read is one `get` of a range."""
         size = self.size(name)
         if size is None:
             raise StoreError(f"{self.url}/{name}: no such object")
         return _ObjectReader(self, name, size)
 
     def exists(self, name: str) -> bool:
-        """Return whether there is an object or a folder of this name.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Return whether there is an object or a folder of this name."""
         with self._explained(f"{self.url}/{name}", "looked up"):
             return self._backend.exists(name)
 
     def list(self, folder: str, suffix: str) -> list[str]:
-        """Return the names of the objects at any depth below `folder` that end with `suffix`, sorted.
-
-        Raises:
-            StoreError: if the store cannot be listed.
-        """
+        """Return the names of the objects at any depth below `folder` that end with `suffix`, sorted."""
         with self._explained(f"{self.url}/{folder}", "listed"):
             found = self._backend.find(folder)
         return sorted(item.name for item in found if item.name.endswith(suffix))
 
     def objects(self) -> Sequence[StoredObject]:
-        """Return all objects of the store with their sizes and times, sorted by name. None of them is opened.
-
-        Raises:
-            StoreError: if the store cannot be listed.
-        """
+        """Return all objects of the store with their sizes and times, sorted by name. None of them is opened."""
         with self._explained(self.url, "listed"):
             return sorted(self._backend.find(""), key=lambda item: item.name)
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it exists.
-
-        Raises:
-            StoreError: if it cannot be removed.
-        """
+        """Remove an object, if it exists."""
         with self._explained(f"{self.url}/{name}", "removed"):
             self._backend.remove(name)
 
@@ -233,7 +197,18 @@ class Store:
         try:
             return json.loads(self.get(name))
         except ValueError as error:
-            raise StoreError(f"{self.url}/{name}: not JSON: {error}") from None
+            raise StoreError(f"{self.url}/{name}: not JSON: {error}", "run `prag repair`") from None
+
+    def get_sealed(self, name: str, *fields: str) -> dict[str, Any]:
+        """Return a JSON object that was written with `prag_core.identity.seal`.
+
+        Raises:
+            StoreError: if it is missing, not a JSON object, altered, or lacks one of `fields`.
+        """
+        document = self.get_json(name)
+        if not isinstance(document, dict) or not is_intact(document) or not {*fields} <= {*document}:
+            raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag repair`")
+        return document
 
     def put_table(self, folder: str, table: pa.Table) -> str:
         """Write a table as a Parquet part, and return the part's name, which holds the checksum of its bytes.

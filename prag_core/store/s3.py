@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,8 +17,8 @@ import fsspec
 from botocore import exceptions as boto
 from fsspec.asyn import sync
 
-from prag_core.store.backend import StoredObject, TooShortError
-from prag_core.store.filesystem import find_files
+from prag_core.store.backend import TooShortError
+from prag_core.store.filesystem import FilesystemBackend
 
 FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
 
@@ -59,8 +58,8 @@ def open_s3(url: str, options: Mapping[str, Any], retries: int, timeout_s: float
     return S3Backend(fs, root, retries, timeout_s)
 
 
-class S3Backend:
-    """Objects below one prefix of an S3 bucket.
+class S3Backend(FilesystemBackend):
+    """Objects below one prefix of an S3 bucket; see `Backend` for the methods.
 
     Promises:
         Atomic put: an object of up to 1 GiB is one PUT, a larger one a multipart upload; both appear whole.
@@ -79,50 +78,24 @@ class S3Backend:
     failures = FAILURES
 
     def __init__(self, fs: Any, root: str, retries: int, timeout_s: float) -> None:
-        self._fs = fs
-        self._root = root.rstrip("/")
+        super().__init__(fs, root)
         self._retries = retries
         self._timeout_s = timeout_s
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object, or replace it."""
-        self._fs.pipe_file(f"{self._root}/{name}", data, chunksize=ONE_PUT_BYTES)
-
-    def put_file(self, name: str, source: Path) -> None:
-        """Write an object from a local file; a large one is never in memory as a whole."""
-        self._fs.put_file(str(source), f"{self._root}/{name}")
+        self._fs.pipe_file(self._path(name), data, chunksize=ONE_PUT_BYTES)
 
     def get(self, name: str, start: int | None = None, end: int | None = None) -> bytes | None:
-        """Return the bytes `start` to `end` of an object, or None if there is no such object.
-
-        Raises:
-            TooShortError: if the object has fewer than `end` bytes.
-            FileNotFoundError: if there is no such bucket.
-        """
         return self._read(name, start, end)[0]
 
     def size(self, name: str) -> int | None:
-        """Return the size of an object in bytes, or None if there is no such object."""
         info = self._info(name)
         return int(info["size"]) if info is not None and info["type"] == "file" else None
 
     def exists(self, name: str) -> bool:
-        """Return whether there is an object of this name, or one in a folder of this name."""
         return self._info(name) is not None
 
-    def find(self, folder: str) -> list[StoredObject]:
-        """Return all objects at any depth below a folder."""
-        return find_files(self._fs, self._root, folder)
-
-    def remove(self, name: str) -> None:
-        """Remove an object, if it exists."""
-        self._fs.rm_file(f"{self._root}/{name}")
-
     def swap(self, name: str, expected: bytes | None, new: bytes) -> bool:
-        """Replace an object if its bytes are `expected` (None: if it does not exist); return whether it was replaced.
-
-        If the answer to the write is lost, and the object holds `new` afterwards, it counts as replaced.
-        """
         current, tag = self._read(name)
         if current != expected:
             return False
@@ -134,7 +107,8 @@ class S3Backend:
                 refused = _is_refused(error)
                 if not refused and not _is_transient(error):
                     raise
-                # A lost answer and a lost race look the same. The bytes of the object tell them apart.
+                # A lost answer and a lost race look the same. The bytes of the object tell them apart: if it holds
+                # `new`, our write was done.
                 current, tag = self._read(name)
                 if current == new:
                     return True
@@ -146,7 +120,6 @@ class S3Backend:
         raise OSError("its condition was refused again and again, and yet nobody changed it")
 
     def honours_conditions(self, name: str) -> bool:
-        """Return whether the server refuses to create an object that exists, and to replace one that has changed."""
         for condition in ({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}):
             try:
                 self._write_if(name, condition, b"")
@@ -158,7 +131,6 @@ class S3Backend:
         return True
 
     def explain(self, error: Exception) -> tuple[str, str]:
-        """Return what a failure means, and what to do about it. The request is not repeated, so no secret shows."""
         code = _code(error)
         tries = f"after up to {self._retries + 1} tries"  # fewer when many requests at once have failed
         if isinstance(error, _NO_CREDENTIALS):
@@ -180,12 +152,12 @@ class S3Backend:
         return " ".join(str(error).split())[:200], "check the store and its settings under `storage`"
 
     def _write_if(self, name: str, condition: Mapping[str, str], data: bytes) -> None:
-        bucket, key, _ = self._fs.split_path(f"{self._root}/{name}")
+        bucket, key, _ = self._fs.split_path(self._path(name))
         self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
 
     def _info(self, name: str) -> Mapping[str, Any] | None:
         try:
-            info: Mapping[str, Any] = self._fs.info(f"{self._root}/{name}")
+            info: Mapping[str, Any] = self._fs.info(self._path(name))
         except FileNotFoundError as error:
             if _code(error) == "NoSuchBucket":
                 raise
@@ -194,7 +166,7 @@ class S3Backend:
 
     def _read(self, name: str, start: int | None = None, end: int | None = None) -> tuple[bytes | None, str]:
         """Return the bytes of an object and its ETag; None and "" if there is no such object."""
-        bucket, key, _ = self._fs.split_path(f"{self._root}/{name}")
+        bucket, key, _ = self._fs.split_path(self._path(name))
         byte_range: dict[str, str] = {}
         if start is not None or end is not None:
             byte_range["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"

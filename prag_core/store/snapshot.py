@@ -21,16 +21,16 @@ CURRENT = "CURRENT"
 ANY = "*"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """The names of one corpus version, one index, and the ledger parts of one recipe.
 
     `tombstones` are the keys of forgotten passages, which must not be used any more. `id` is the time of creation
-    followed by a fingerprint of all else, so in the order of ids the newest snapshot is the last.
+    followed by a fingerprint of all else, so in the order of ids the newest snapshot is the last; see `created_now`.
     """
 
-    id: str
-    created: str
+    id: str = ""
+    created: str = ""
     corpus_version: str
     index: str
     recipe: str
@@ -41,47 +41,24 @@ class Snapshot:
     tombstones: tuple[str, ...] = ()
 
 
-def make_snapshot(
-    *,
-    corpus_version: str,
-    index: str,
-    recipe: str,
-    base_model: str,
-    ledger_parts: tuple[str, ...],
-    passages: int,
-    adapters: int,
-    tombstones: tuple[str, ...] = (),
-) -> Snapshot:
-    """Return a snapshot of these parts that is created now."""
-    return _created_now(
-        Snapshot(
-            id="",
-            created="",
-            corpus_version=corpus_version,
-            index=index,
-            recipe=recipe,
-            base_model=base_model,
-            ledger_parts=ledger_parts,
-            passages=passages,
-            adapters=adapters,
-            tombstones=tombstones,
-        )
-    )
+def created_now(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot with the current time, and the id that follows from it and the content."""
+    return with_id(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
 
 
 def with_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
     """Return a new snapshot in which the passages of these keys are forgotten too."""
-    return _created_now(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones, *keys}))))
+    return created_now(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones, *keys}))))
 
 
 def without_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
     """Return a new snapshot in which the passages of these keys are not forgotten any more."""
-    return _created_now(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones} - {*keys}))))
+    return created_now(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones} - {*keys}))))
 
 
 def with_ledger(snapshot: Snapshot, parts: Iterable[str], adapters: int) -> Snapshot:
     """Return a new snapshot with other ledger parts; `adapters` says how many passages they have adapters for."""
-    return _created_now(replace(snapshot, ledger_parts=tuple(sorted(parts)), adapters=adapters))
+    return created_now(replace(snapshot, ledger_parts=tuple(sorted(parts)), adapters=adapters))
 
 
 def current_id(store: Store) -> str | None:
@@ -261,10 +238,6 @@ def with_id(snapshot: Snapshot) -> Snapshot:
     content = {**asdict(snapshot), "id": "", "created": ""}
     stamp = snapshot.created.replace("-", "").replace(":", "").split("+")[0]
     return replace(snapshot, id=f"{stamp}-{fingerprint(content)}")
-
-
-def _created_now(snapshot: Snapshot) -> Snapshot:
-    return with_id(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
 
 
 def same_content(left: Snapshot, right: Snapshot) -> bool:

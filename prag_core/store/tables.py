@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prag_core.errors import InputError, StoreError
-from prag_core.identity import is_checksum, is_intact
+from prag_core.errors import InputError
+from prag_core.identity import is_checksum
 from prag_core.records import Augmentation, Reject, from_table, to_table
 from prag_core.store.objects import Store
 
@@ -59,14 +58,7 @@ def corpus_parts(store: Store, version: str) -> list[str]:
     Raises:
         StoreError: if it has no readable manifest.
     """
-    name = f"corpus/{version}/manifest.json"
-    try:
-        document = json.loads(store.get_if_exists(name) or b"")
-        if is_intact(document):
-            return [str(part) for part in document["parts"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise StoreError(f"{store.url}/{name}: missing, altered, or without parts", "run `prag repair`")
+    return [str(part) for part in store.get_sealed(f"corpus/{version}/manifest.json", "parts")["parts"]]
 
 
 def put_augmentations(store: Store, recipe: str, rows: Iterable[Augmentation]) -> str:

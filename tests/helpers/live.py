@@ -28,7 +28,7 @@ from prag_core.retrieval.kinds import index_id
 from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import open_store
-from prag_core.store.snapshot import Snapshot, make_snapshot, publish
+from prag_core.store.snapshot import Snapshot, created_now, publish
 from tests.helpers.adapters import random_adapter
 
 
@@ -67,14 +67,16 @@ def publish_adapters(config: Config, passages: Sequence[Passage], seed: int) -> 
         with tempfile.TemporaryDirectory() as scratch:
             count = build_index(passages, Path(scratch, "lucene"), config.index)
             archive_index(Path(scratch, "lucene"), store, version, count, config.index)
-    snapshot = make_snapshot(
-        corpus_version=version,
-        index=id,
-        recipe=recipe.fingerprint,
-        base_model=recipe.base_model,
-        ledger_parts=tuple(sorted(set(adapters.ledger_parts()) - before)),
-        passages=len(passages),
-        adapters=len(passages),
+    snapshot = created_now(
+        Snapshot(
+            corpus_version=version,
+            index=id,
+            recipe=recipe.fingerprint,
+            base_model=recipe.base_model,
+            ledger_parts=tuple(sorted(set(adapters.ledger_parts()) - before)),
+            passages=len(passages),
+            adapters=len(passages),
+        )
     )
     publish(store, snapshot)
     return snapshot, rows

@@ -15,7 +15,7 @@ from prag_core.retrieval.archive import archive_index
 from prag_core.retrieval.lucene import build_index
 from prag_core.store.adapters import AdapterStore
 from prag_core.store.objects import Store, open_store
-from prag_core.store.snapshot import make_snapshot, publish
+from prag_core.store.snapshot import Snapshot, created_now, publish
 from prag_core.store.tables import put_augmentations
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_augmentation
@@ -45,14 +45,16 @@ def publish_passages(folder: Path, passages: list[Passage]) -> Workspace:
     adapters.commit(trained[len(trained) // 2 :])
     publish(
         store,
-        make_snapshot(
-            corpus_version=corpus,
-            index=_index(config, store, corpus, passages),
-            recipe=recipe.fingerprint,
-            base_model=recipe.base_model,
-            ledger_parts=tuple(adapters.ledger_parts()),
-            passages=len(passages),
-            adapters=len(passages),
+        created_now(
+            Snapshot(
+                corpus_version=corpus,
+                index=_index(config, store, corpus, passages),
+                recipe=recipe.fingerprint,
+                base_model=recipe.base_model,
+                ledger_parts=tuple(adapters.ledger_parts()),
+                passages=len(passages),
+                adapters=len(passages),
+            )
         ),
     )
     return work

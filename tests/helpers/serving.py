@@ -26,7 +26,7 @@ from prag_core.records import Hit, Passage
 from prag_core.retrieval.kinds import Retriever
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
 from prag_core.store.objects import Store
-from prag_core.store.snapshot import Snapshot, current_id, load_snapshot, make_snapshot, publish
+from prag_core.store.snapshot import Snapshot, created_now, current_id, load_snapshot, publish
 from tests.helpers.passages import make_passage
 
 PASSAGES = [make_passage(n, words=3) for n in range(62)]
@@ -84,14 +84,16 @@ class World:
             for n, passage in enumerate(PASSAGES[:count])
         ]
         adapters.commit(chosen)
-        snapshot = make_snapshot(
-            corpus_version=f"shift{shift}",
-            index="none",
-            recipe=recipe.fingerprint,
-            base_model=self.base.fingerprint,
-            ledger_parts=tuple(adapters.ledger_parts()),
-            passages=len(PASSAGES),
-            adapters=count,
+        snapshot = created_now(
+            Snapshot(
+                corpus_version=f"shift{shift}",
+                index="none",
+                recipe=recipe.fingerprint,
+                base_model=self.base.fingerprint,
+                ledger_parts=tuple(adapters.ledger_parts()),
+                passages=len(PASSAGES),
+                adapters=count,
+            )
         )
         publish(self.store, snapshot)
         self.letters[snapshot.id] = lambda n: LETTERS[(n + shift) % len(LETTERS)]

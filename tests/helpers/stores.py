@@ -28,7 +28,7 @@ from prag_core.records import LedgerRow, Passage, Reject, to_table
 from prag_core.retrieval.archive import StoredIndex
 from prag_core.store.adapters import AdapterStore, LedgerSource, open_adapters
 from prag_core.store.objects import Store
-from prag_core.store.snapshot import current_id, load_snapshot, make_snapshot, publish
+from prag_core.store.snapshot import Snapshot, created_now, current_id, load_snapshot, publish
 from prag_core.store.tables import put_augmentations, put_rejects
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_augmentation, make_passage
@@ -79,14 +79,16 @@ def write_index(store: Store, index: str, version: str) -> None:
 def snapshot_now(store: Store, adapters: AdapterStore, version: str = VERSION, index: str = INDEX) -> str:
     publish(
         store,
-        make_snapshot(
-            corpus_version=version,
-            index=index,
-            recipe=adapters.recipe.fingerprint,
-            base_model="base",
-            ledger_parts=tuple(adapters.ledger_parts()),
-            passages=len(PASSAGES),
-            adapters=len(PASSAGES),
+        created_now(
+            Snapshot(
+                corpus_version=version,
+                index=index,
+                recipe=adapters.recipe.fingerprint,
+                base_model="base",
+                ledger_parts=tuple(adapters.ledger_parts()),
+                passages=len(PASSAGES),
+                adapters=len(PASSAGES),
+            )
         ),
     )
     return str(current_id(store))

@@ -1,4 +1,4 @@
-"""A folder as a store: durable before it returns, nothing left after a failure, links and locks."""
+"""A folder as a store: durable before it returns, nothing left after a failure, and no lock among the objects."""
 
 from __future__ import annotations
 
@@ -58,14 +58,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Store("nosuch://bucket/x")
 
 
-def test_a_folder_that_is_a_link_is_listed_and_locks_are_not(tmp_path: Path) -> None:
-    (tmp_path / "big disk").mkdir()
+def test_lock_files_are_not_objects(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     store.swap("CURRENT", None, b"1")
-    (tmp_path / "store" / "shards").symlink_to(tmp_path / "big disk")
-    store.put("shards/a", b"1")
-    (tmp_path / "store" / "CURRENT.lock").touch()  # as earlier versions left one
-    assert store.list("", "") == ["CURRENT", "shards/a"]
+    (tmp_path / "store" / "CURRENT.lock").touch()  # earlier versions left one for each object
+    assert store.list("", "") == ["CURRENT"]
 
 
 def test_a_disk_that_fails_is_not_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

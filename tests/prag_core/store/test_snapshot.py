@@ -15,11 +15,11 @@ from prag_core.store.objects import Store
 from prag_core.store.pins import kept_snapshots, pin, pinned, unpin
 from prag_core.store.snapshot import (
     Snapshot,
+    created_now,
     current_id,
     document_name,
     list_snapshots,
     load_snapshot,
-    make_snapshot,
     publish,
     put_candidate,
     rollback,
@@ -29,8 +29,8 @@ from prag_core.store.snapshot import (
 
 
 def snapshot_of(*parts: str) -> Snapshot:
-    return make_snapshot(
-        corpus_version="v", index="i", recipe="r", base_model="b", ledger_parts=parts, passages=2, adapters=1
+    return created_now(
+        Snapshot(corpus_version="v", index="i", recipe="r", base_model="b", ledger_parts=parts, passages=2, adapters=1)
     )
 
 
