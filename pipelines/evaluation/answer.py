@@ -109,7 +109,7 @@ def _engine_request(request: EvaluationRequest) -> Request:
 
 def _reply(id: str, answer: Answer) -> EvaluationReply:
     if answer.error:
-        return EvaluationReply.failure(id, answer.error)
+        return EvaluationReply(id, failed=answer.error)
     ms = answer.milliseconds
     return EvaluationReply(
         id=id,

@@ -57,13 +57,7 @@ def retrieve(
 ) -> list[Retrieved]:
     """Return the passages that each question retrieves, without those with a tombstone, in the questions' order.
 
-    Args:
-        config: The configuration.
-        store: The store.
-        snapshot: The snapshot whose index is searched.
-        questions: The questions.
-        depth: How many passages each retrieves.
-        most: The most actors that search.
+    Each retrieves `depth` passages; at most `most` actors search.
     """
     rows = [{"position": i, "question": question.question} for i, question in enumerate(questions)]
     found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _QUESTIONS_A_BLOCK)).map_batches(

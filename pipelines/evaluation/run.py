@@ -75,10 +75,7 @@ def run_evaluation(
         asked, left_out = _choose(questions, gold, plan, limit)
         # 2. Retrieve passages. With an oracle, only the control `wrong` needs them.
         found = retrieve(config, store, snapshot, asked, plan.depth, min(profile.model_actors.max_size, _SEARCHERS))
-        contexts = [
-            QuestionContext(ranked=row.hits, gold=gold[q.id], trained=frozenset(), pool=(), augmentations={}, tasks=())
-            for row, q in zip(found, asked, strict=True)
-        ]
+        contexts = [QuestionContext(row.hits, gold[q.id]) for row, q in zip(found, asked, strict=True)]
         contexts = _complete(run_context, snapshot, plan, contexts, console)
         # 3. Answer the requests of each column that have no stored reply.
         folder = evaluation_folder(config, store, snapshot)

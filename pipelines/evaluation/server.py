@@ -41,16 +41,8 @@ def evaluate_server(
     Gold passages are recognized by the ids of the question set. A busy server is asked again, at most six times. A
     question that it refuses counts as failed, with the server's message as the reason.
 
-    Args:
-        url: The server, such as `http://127.0.0.1:8000`.
-        questions: The questions.
-        plan: How to ask them; without controls, and with retrieval `bm25`.
-        console: Shows the progress.
-        key: The server's API key, if it requires one.
-        max_tokens: The most tokens of an answer; the server's setting when None.
-        concurrency: How many questions to ask at the same time.
-        timeout_s: The longest time of an answer.
-        transport: Replaces the network in tests.
+    `url` is such as `http://127.0.0.1:8000`. `max_tokens` None leaves the server's own setting. `concurrency` questions
+    are asked at the same time, and an answer may take `timeout_s`. `transport` replaces the network in tests.
 
     Raises:
         ConfigError: when the plan has controls or an oracle.
@@ -159,7 +151,7 @@ def _name_of(passage: dict[str, Any], gold: set[str]) -> str:
 
 def _reply(id: str, answer: dict[str, Any]) -> EvaluationReply:
     if "error" in answer:
-        return EvaluationReply.failure(id, answer["error"])
+        return EvaluationReply(id, failed=answer["error"])
     ms = {step: answer["timings_ms"].get(step, 0.0) for step in STEPS}
     fallbacks = tuple(f"{p['key']}: fallback" for p in answer["passages"] if p["fallback"])
     return EvaluationReply(

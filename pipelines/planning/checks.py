@@ -116,5 +116,5 @@ def check_node(config: Config, probe: str) -> list[CheckResult]:
     report.check("inputs", inputs)
     report.check("model", lambda: (find_model(config.model.name), None))
     kind = index_kind(config.index)
-    report.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
+    report.check(kind.REQUIREMENT, lambda: (str(kind.find_requirement()), None))
     return report.findings

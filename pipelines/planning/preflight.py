@@ -56,7 +56,7 @@ def check_here(config: Config) -> PreflightReport:
     described = report.check("model", lambda: _describe(config))
     store = report.check("store", lambda: _store(config))
     kind = index_kind(config.index)
-    report.check(kind.REQUIREMENT, lambda: (kind.find_requirement(), None))
+    report.check(kind.REQUIREMENT, lambda: (str(kind.find_requirement()), None))
     if described is not None:
         recipe, report.layout = described
         if store is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from prag_core.augmentation.paper import to_pair
 from prag_core.data.files import json_lines, parse_json, read_text
+from prag_core.data.readers import BadRecordError
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
 from prag_core.prompts import passage_text
@@ -37,18 +38,6 @@ class ImportedAugmentations:
         return replace(found, key=passage.key) if found else None
 
 
-class _BadRecordError(Exception):
-    """Why one record cannot be used; `read_augmentations` turns it into a reject."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
-_Names = tuple[str, ...]
-
-
 def read_augmentations(path: str) -> ImportedAugmentations:
     """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
 
@@ -67,17 +56,17 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     paper = text.lstrip().startswith("[")
     for place, item in _paper_records(text, path) if paper else json_lines(text):
         try:
-            if isinstance(item, _BadRecordError):
+            if isinstance(item, BadRecordError):
                 raise item
             if isinstance(item, ValueError):
-                raise _BadRecordError("invalid_json", str(item))
+                raise BadRecordError("invalid_json", str(item))
             names, augmentation = _from_paper(item) if paper else _from_line(item)
             if not augmentation.pairs:
                 detail = f"refused: {', '.join(augmentation.refused) or 'it has no pairs'}"
-                raise _BadRecordError("no_usable_pair", detail)
+                raise BadRecordError("no_usable_pair", detail)
             if not paper and any(name in by_name for name in names):
-                raise _BadRecordError("duplicate_id", f"{names[0]!r} came before; the first one is kept")
-        except _BadRecordError as bad:
+                raise BadRecordError("duplicate_id", f"{names[0]!r} came before; the first one is kept")
+        except BadRecordError as bad:
             rejects.append(Reject("augment", bad.reason, bad.detail, f"{path}:{place}"))
         else:
             for name in names:
@@ -110,13 +99,13 @@ def _paper_records(text: str, path: str) -> Iterator[tuple[str, Any]]:
     for number, record in enumerate(records, start=1):
         augment = record.get("augment") if isinstance(record, dict) else None
         if not isinstance(augment, list):
-            yield f"record {number}", _BadRecordError("missing_field", "the record has no list 'augment'")
+            yield f"record {number}", BadRecordError("missing_field", "the record has no list 'augment'")
             continue
         for place, item in enumerate(augment, start=1):
             yield f"record {number}, augment {place}", item
 
 
-def _from_line(item: Any) -> tuple[_Names, Augmentation]:
+def _from_line(item: Any) -> tuple[tuple[str, ...], Augmentation]:
     fields = _object(item)
     names = [
         str(fields[name])
@@ -124,23 +113,23 @@ def _from_line(item: Any) -> tuple[_Names, Augmentation]:
         if isinstance(fields.get(name), str | int) and str(fields[name]).strip()
     ]
     if not names:
-        raise _BadRecordError("missing_field", "the line has neither 'id' nor 'key'")
+        raise BadRecordError("missing_field", "the line has neither 'id' nor 'key'")
     rewrites = fields.get("rewrites") or []
     if not isinstance(rewrites, list) or not all(isinstance(text, str) for text in rewrites):
-        raise _BadRecordError("wrong_type", "'rewrites' is not a list of texts")
+        raise BadRecordError("wrong_type", "'rewrites' is not a list of texts")
     # With a key, the id is not a name as well: by now that id may have another text.
     return (names[0],), _augmentation(rewrites, fields.get("qa"))
 
 
-def _from_paper(item: Any) -> tuple[_Names, Augmentation]:
+def _from_paper(item: Any) -> tuple[tuple[str, ...], Augmentation]:
     fields = _object(item)
     text = fields.get("passage")
     if not isinstance(text, str) or not text.strip():
-        raise _BadRecordError("missing_field", "an augmented passage has no text 'passage'")
+        raise BadRecordError("missing_field", "an augmented passage has no text 'passage'")
     # Several models may have augmented the passage. The first one that made pairs counts.
     models = [name.removesuffix("_qa") for name in fields if name.endswith("_qa") and fields[name]]
     if not models:
-        raise _BadRecordError("missing_field", "an augmented passage has no '<model>_qa'")
+        raise BadRecordError("missing_field", "an augmented passage has no '<model>_qa'")
     rewrite = fields.get(f"{models[0]}_rewrite")
     rewrites = [rewrite] if isinstance(rewrite, str) else []
     return (passage_key("", text),), _augmentation(rewrites, fields[f"{models[0]}_qa"])
@@ -148,14 +137,14 @@ def _from_paper(item: Any) -> tuple[_Names, Augmentation]:
 
 def _object(item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise _BadRecordError("not_an_object", f"a JSON {type(item).__name__} is not an object")
+        raise BadRecordError("not_an_object", f"a JSON {type(item).__name__} is not an object")
     return item
 
 
 def _augmentation(rewrites: list[str], qa: object) -> Augmentation:
     """Return the record without the items that are not pairs. The filter is not applied to imported pairs."""
     if not isinstance(qa, list):
-        raise _BadRecordError("wrong_type", "the pairs are not a list of objects")
+        raise BadRecordError("wrong_type", "the pairs are not a list of objects")
     pairs = [pair for item in qa if (pair := to_pair(item)) and _is_full(pair)]
     refused = (f"bad_json={len(qa) - len(pairs)}",) if len(pairs) < len(qa) else ()
     texts = tuple(text.strip() for text in rewrites if text.strip())

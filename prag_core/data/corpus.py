@@ -20,7 +20,6 @@ from prag_core.data.files import detect_format, file_label
 from prag_core.data.readers import (
     BAD_RECORD,
     BadRecordError,
-    Reason,
     quote_names,
     read_jsonl,
     read_parquet,
@@ -39,26 +38,17 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 class Piece:
     """One record of a corpus file, or one part of a record that is too long for a passage.
 
-    Attributes:
-        key: The passage key of the piece.
-        title: The record's title, normalized.
-        text: The text of the piece.
-        id: The record's id; if the record was split, followed by `#0`, `#1`, ….
-        record_id: The record's id.
-        record_key: The passage key of the whole record.
-        file: The file's path below the configured one.
-        line: The line where the record starts, or its row in Parquet, from 1.
-        access: The record's access tags.
+    `id` is the record's id; if the record was split, followed by `#0`, `#1`, ….
     """
 
-    key: str
+    key: str  # the passage key of the piece
     title: str
     text: str
     id: str
     record_id: str
-    record_key: str
-    file: str
-    line: int
+    record_key: str  # the passage key of the whole record
+    file: str  # the file's path below the configured one
+    line: int  # the line where the record starts, or its row in Parquet, from 1
     access: tuple[str, ...] = ()
 
 
@@ -165,5 +155,5 @@ def _tags(record: Mapping[str, object], column: str | None) -> tuple[str, ...]:
     return tuple(sorted(set(cleaned)))
 
 
-def _reject(reason: Reason, detail: str, file: str, line: int) -> Reject:
+def _reject(reason: str, detail: str, file: str, line: int) -> Reject:
     return Reject("corpus", reason, detail, f"{file}:{line}")

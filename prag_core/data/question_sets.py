@@ -132,10 +132,7 @@ def _jsonl(path: str, text: str) -> Iterator[Question]:
 
     Optional fields: `id`, `type`, `split`, `gold_ids` or `passage_id`, and `covered`, which gives the type.
     """
-    for number, record in json_lines(text):
-        place = _Place(path, f"line {number}")
-        if isinstance(record, ValueError):
-            raise place.error("", f"the line is not JSON: {record}")
+    for number, place, record in _lines(path, text):
         question = place.text(record, "question")
         answers = "answer" if "answer" in record and "answers" not in record else "answers"
         kind = str(record.get("type", ""))
@@ -222,10 +219,7 @@ def _aliases(path: str) -> dict[str, tuple[str, ...]]:
             return {}
         raise
     found = {}
-    for number, record in json_lines(text):
-        place = _Place(beside, f"line {number}")
-        if isinstance(record, ValueError):
-            raise place.error("", f"the line is not JSON: {record}")
+    for _, place, record in _lines(beside, text):
         names = place.take(record, "aliases", list)
         found[str(place.take(record, "Q_id", str))] = place.texts(names, "aliases") if names else ()
     return found
@@ -271,6 +265,14 @@ def _cwq(path: str, document: Any) -> Iterator[Question]:
             answers=answers,
             type=str(record.get("compositionality_type", "")),
         )
+
+
+def _lines(path: str, text: str) -> Iterator[tuple[int, _Place, Any]]:
+    for number, record in json_lines(text):
+        place = _Place(path, f"line {number}")
+        if isinstance(record, ValueError):
+            raise place.error("", f"the line is not JSON: {record}")
+        yield number, place, record
 
 
 def _records(path: str, document: Any) -> Iterator[tuple[_Place, Any]]:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
-from typing import IO, Literal, cast
+from typing import IO, cast
 
 import pyarrow.parquet as pq
 
@@ -17,25 +17,14 @@ from prag_core.config import CorpusConfig
 from prag_core.data.files import file_label, parse_json
 from prag_core.errors import InputError
 
-Reason = Literal[
-    "invalid_utf8",
-    "invalid_json",
-    "invalid_tsv",
-    "not_an_object",
-    "missing_column",
-    "wrong_type",
-    "empty_text",
-    "too_long",
-    "duplicate_id",
-]
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 256
 
 
 class BadRecordError(Exception):
-    """Why one record cannot be used. `prag_core.data.corpus` turns it into a reject."""
+    """Why one record cannot be used; the caller turns it into a reject. `reason` is one word, `detail` a sentence."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail

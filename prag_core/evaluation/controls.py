@@ -65,13 +65,7 @@ class _Adapters(Protocol):
 
 
 class ControlSource:
-    """Gives adapters by a passage's key or by a control's name.
-
-    Args:
-        adapters: The passages' adapters.
-        layout: Their shapes.
-        read_task: Reads a task adapter by its name; it is called once for each.
-    """
+    """Gives adapters by a passage's key or by a control's name; `read_task` is called once for each task adapter."""
 
     def __init__(self, adapters: _Adapters, layout: LoraLayout, read_task: Callable[[str], Factors]) -> None:
         self._adapters = adapters
@@ -141,10 +135,7 @@ def task_job(name: str, examples: Sequence[Sequence[TrainingExample]], rounds: i
     Step by step the examples come from another passage, at the position that they have in its own training. So the
     adapter sees the same forms in the same order, but only some facts of each passage.
 
-    Args:
-        name: The task adapter's name.
-        examples: For each passage, the examples of its own adapter.
-        rounds: See above.
+    `examples` are, for each passage, the examples of its own adapter.
     """
     count = max(map(len, examples))
     chosen = []

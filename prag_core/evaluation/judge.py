@@ -20,9 +20,7 @@ _PROMPT = (
 def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[float]:
     """Return 1.0 for each right answer and 0.0 for each wrong one; an empty answer is wrong without asking.
 
-    Args:
-        generator: The judge.
-        rows: Each is a question, its accepted answers and the given answer.
+    A row is a question, its accepted answers and the given answer.
 
     Raises:
         GenerationError: when the judge fails, or replies neither yes nor no; the message says how often.

@@ -104,12 +104,7 @@ def paired_bootstrap(
     Questions about one passage share its adapter, so they are not independent: the bootstrap draws passages (the
     groups), not questions.
 
-    Args:
-        left: The scores of one system, one a question.
-        right: The scores of the other system, in the same order.
-        groups: The group of each question.
-        draws: How many resamples to draw.
-        seed: Of the random draws.
+    `left`, `right` and `groups` have one score or group for each question.
     """
     totals: dict[Hashable, list[float]] = {}
     for a, b, group in zip(left, right, groups, strict=True):

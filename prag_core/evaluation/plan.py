@@ -33,32 +33,19 @@ class EvaluationPlan:
 
     The first of `top_k`, `weights` and `strengths` applies to every column. Each further value adds columns for the
     modes that it affects.
-
-    Attributes:
-        modes: The modes of an answer.
-        controls: The controls, each with one or two columns of its own.
-        retrieval: Whether passages are found by BM25, or are the gold ones (`oracle`).
-        top_k: How many passages a question retrieves.
-        weights: How the adapters are merged.
-        strengths: By what the adapters' weights are multiplied in the mode `combine`.
-        reader: The reader that is added in the mode `combine`, and its weight; empty for none.
-        wrong: Whose adapter the control `wrong` takes: that of the nearest wrong passage, or of a random one.
-        seeds: How many times everything random is drawn.
-        task_passages: How many passages train a task adapter.
-        task_rounds: The steps of a task adapter, as a multiple of the steps of one passage's adapter.
     """
 
     modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
     controls: tuple[Control, ...] = ()
-    retrieval: Retrieval = "bm25"
-    top_k: tuple[int, ...] = (3,)
+    retrieval: Retrieval = "bm25"  # `oracle` takes the gold passages
+    top_k: tuple[int, ...] = (3,)  # how many passages a question retrieves
     weights: tuple[MergeRule, ...] = ("sum",)
-    strengths: tuple[float, ...] = (1.0,)
-    reader: str = ""
-    wrong: WrongPassage = "nearest"
-    seeds: int = 3
-    task_passages: int = 8
-    task_rounds: int = 1
+    strengths: tuple[float, ...] = (1.0,)  # the adapters' weights are multiplied by it in the mode `combine`
+    reader: str = ""  # the reader that is added in the mode `combine`, and its weight; empty for none
+    wrong: WrongPassage = "nearest"  # the passage whose adapter the control `wrong` takes
+    seeds: int = 3  # how many times everything random is drawn
+    task_passages: int = 8  # how many passages train a task adapter
+    task_rounds: int = 1  # the steps of a task adapter, as a multiple of those of one passage's adapter
 
     @property
     def depth(self) -> int:
@@ -104,29 +91,20 @@ class EvaluationRequest:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReply:
-    """The stored answer to an `EvaluationRequest`; `id` is the request's.
-
-    `reasoning` is all that a reasoning model wrote, with the answer. `notes` say why adapters were not used; `failed`
-    says why there is no text. The other fields are counts of tokens and milliseconds of each step.
-    """
+    """The stored answer to an `EvaluationRequest`; `id` is the request's."""
 
     id: str
-    text: str
-    reasoning: str
-    prompt_tokens: int
-    new_tokens: int
-    fetch_ms: float
-    prompt_ms: float
-    inject_ms: float
-    prefill_ms: float
-    decode_ms: float
-    notes: tuple[str, ...] = ()
-    failed: str = ""
-
-    @classmethod
-    def failure(cls, id: str, reason: str) -> EvaluationReply:
-        """Return the reply to a request that got no answer."""
-        return cls(id, "", "", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, failed=reason)
+    text: str = ""
+    reasoning: str = ""  # all that the model wrote, if it reasons before its answer
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    fetch_ms: float = 0.0
+    prompt_ms: float = 0.0
+    inject_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    notes: tuple[str, ...] = ()  # why adapters were not used
+    failed: str = ""  # why there is no text
 
 
 def draw(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prag_core.data.questions import Question
 from prag_core.errors import InputError
@@ -29,21 +29,15 @@ from prag_core.records import Augmentation, Hit, Passage
 class QuestionContext:
     """What is known of one question before it is asked.
 
-    Attributes:
-        ranked: The retrieved passages, best first.
-        gold: The passages that hold the answer.
-        trained: Those keys of `ranked` and `gold` that have an adapter.
-        pool: Keys of some passages of the corpus with an adapter, from which controls draw.
-        augmentations: By key, for the control `da`.
-        tasks: The name of the question's task adapter, for each seed.
+    The controls need the last four fields.
     """
 
-    ranked: tuple[Hit, ...]
-    gold: tuple[Passage, ...]
-    trained: frozenset[str]
-    pool: Sequence[str]
-    augmentations: Mapping[str, Augmentation]
-    tasks: Sequence[str]
+    ranked: tuple[Hit, ...]  # the retrieved passages, best first
+    gold: tuple[Passage, ...]  # the passages that hold the answer
+    trained: frozenset[str] = frozenset()  # those keys of `ranked` and `gold` that have an adapter
+    pool: Sequence[str] = ()  # keys of some passages of the corpus with an adapter, from which controls draw
+    augmentations: Mapping[str, Augmentation] = field(default_factory=dict)  # by key, for the control `da`
+    tasks: Sequence[str] = ()  # the name of the question's task adapter, for each seed
 
 
 def make_request(

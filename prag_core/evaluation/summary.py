@@ -12,16 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prag_core.data.questions import Question
-from prag_core.evaluation.metrics import (
-    contains_answer,
-    exact_match,
-    f1,
-    hotpot_f1,
-    paired_bootstrap,
-    paper_exact_match,
-    paper_f1,
-    recall_at_k,
-)
+from prag_core.evaluation import metrics
+from prag_core.evaluation.metrics import paired_bootstrap, recall_at_k
 from prag_core.evaluation.plan import Column, EvaluationPlan, EvaluationReply
 
 _Answers = Sequence[str]
@@ -32,23 +24,17 @@ def _as_paper(metric: Callable[..., float], reply: EvaluationReply, answers: _An
 
 
 METRICS: dict[str, Callable[[EvaluationReply, _Answers], float]] = {
-    "f1": lambda reply, answers: f1(reply.text, answers),
-    "em": lambda reply, answers: exact_match(reply.text, answers),
-    "contains": lambda reply, answers: contains_answer(reply.text, answers),
-    "hotpot_f1": lambda reply, answers: hotpot_f1(reply.text, answers),
-    "paper_f1": lambda reply, answers: _as_paper(paper_f1, reply, answers),
-    "paper_em": lambda reply, answers: _as_paper(paper_exact_match, reply, answers),
+    "f1": lambda reply, answers: metrics.f1(reply.text, answers),
+    "em": lambda reply, answers: metrics.exact_match(reply.text, answers),
+    "contains": lambda reply, answers: metrics.contains_answer(reply.text, answers),
+    "hotpot_f1": lambda reply, answers: metrics.hotpot_f1(reply.text, answers),
+    "paper_f1": lambda reply, answers: _as_paper(metrics.paper_f1, reply, answers),
+    "paper_em": lambda reply, answers: _as_paper(metrics.paper_exact_match, reply, answers),
 }
 # The claims that an evaluation tests, as differences of columns. A report has those whose columns were asked.
 DIFFERENCES = (
-    ("prag", "closed"),
-    ("prag", "wrong"),
-    ("prag", "random"),
-    ("prag", "task"),
-    ("combine", "rag"),
-    ("combine", "task_rag"),
-    ("combine", "reader_rag"),
-    ("combine", "da_rag"),
+    *(("prag", other) for other in ("closed", "wrong", "random", "task")),
+    *(("combine", other) for other in ("rag", "task_rag", "reader_rag", "da_rag")),
     ("task_rag", "rag"),
 )
 _EXAMPLES = 5
@@ -59,31 +45,20 @@ STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 class Evaluation:
     """All that was asked and answered.
 
-    Attributes:
-        origin: Who answered, as the report says it: the snapshot and the recipe, or the server.
-        plan: What was asked.
-        questions: The questions that were asked.
-        left_out: The number of questions that were not asked, by reason.
-        columns: The columns of the report.
-        gold: The keys of each question's gold passages.
-        retrieved: The keys of each question's retrieved passages, best first.
-        retrieve_ms: The time of each question's search.
-        request_ids: By a column's name, the ids of each question's requests, one for each seed.
-        replies: By a request's id.
-        verdicts: A judge's scores, by the ids of question and request.
+    `gold`, `retrieved` and `retrieve_ms` have one entry for each question.
     """
 
-    origin: Mapping[str, Any]
+    origin: Mapping[str, Any]  # who answered, as the report says it: the snapshot and the recipe, or the server
     plan: EvaluationPlan
     questions: tuple[Question, ...]
-    left_out: Mapping[str, int]
+    left_out: Mapping[str, int]  # the number of questions that were not asked, by reason
     columns: tuple[Column, ...]
-    gold: tuple[tuple[str, ...], ...]
-    retrieved: tuple[tuple[str, ...], ...]
+    gold: tuple[tuple[str, ...], ...]  # keys
+    retrieved: tuple[tuple[str, ...], ...]  # keys, best first
     retrieve_ms: tuple[float, ...]
-    request_ids: Mapping[str, Sequence[Sequence[str]]]
-    replies: Mapping[str, EvaluationReply]
-    verdicts: Mapping[tuple[str, str], float] | None = None
+    request_ids: Mapping[str, Sequence[Sequence[str]]]  # by column: for each question, one id for each seed
+    replies: Mapping[str, EvaluationReply]  # by a request's id
+    verdicts: Mapping[tuple[str, str], float] | None = None  # a judge's scores, by the ids of question and request
 
     @property
     def groups(self) -> list[str]:
@@ -113,14 +88,11 @@ class Evaluation:
 def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Return the report of an evaluation as plain values, numbers rounded to four digits.
 
-    Args:
-        evaluation: What was asked and answered.
-        dataset: What the report says about the set of questions.
-        command: The command that would make the report again.
+    `dataset` is what the report says about the set of questions; `command` would make the report again.
     """
     names = [column.name for column in evaluation.columns]
-    metrics = [*METRICS, *(["judge"] if evaluation.verdicts is not None else [])]
-    scores = {name: {metric: evaluation.scores(name, metric) for metric in metrics} for name in names}
+    metric_names = [*METRICS, *(["judge"] if evaluation.verdicts is not None else [])]
+    scores = {name: {metric: evaluation.scores(name, metric) for metric in metric_names} for name in names}
     groups = evaluation.groups
     report = {
         "command": command,

@@ -21,50 +21,36 @@ class Retriever(Protocol):
 
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         """Return at most `top_k` hits that score `min_score` or more, best first; equal scores in the order of keys."""
-        ...
 
     def close(self) -> None:
         """Release the index's files. A later search is an error; closing twice is not."""
-        ...
 
 
 @runtime_checkable
 class IndexKind(Protocol):
-    """What the module of a kind provides. Its functions raise `RetrievalError`.
+    """What the module of a kind provides. Its functions raise `RetrievalError`."""
 
-    Attributes:
-        INDEX_RULE: The version of what it writes. Raising it gives each index another id, so all are rebuilt.
-        SEARCH_SETTINGS: The fields of `IndexConfig` that only act when searching; an index's id leaves them out.
-        PROCESS_ENV: Environment variables that a process needs from its start to build or search an index.
-        REQUIREMENT: What a machine must have, as the preflight check names it.
-    """
+    INDEX_RULE: int  # the version of what it writes: raising it gives each index another id, so all are rebuilt
+    SEARCH_SETTINGS: AbstractSet[str]  # fields of `IndexConfig` that only act when searching; ids leave them out
+    PROCESS_ENV: dict[str, str]  # environment variables that a process needs from its start to build or search
+    REQUIREMENT: str  # what a machine must have, as the preflight check names it
 
-    INDEX_RULE: int
-    SEARCH_SETTINGS: AbstractSet[str]
-    PROCESS_ENV: dict[str, str]
-    REQUIREMENT: str
-
-    def find_requirement(self) -> str:
+    def find_requirement(self) -> Path:
         """Return where this machine has what `REQUIREMENT` names."""
-        ...
 
     def writer_version(self) -> str:
         """Return the version of the software that writes the index; an index of another version is not updated."""
-        ...
 
     def build_index(self, passages: Iterable[Passage], directory: Path, config: IndexConfig) -> int:
         """Write an index of `passages` into `directory`; return how many it holds."""
-        ...
 
     def update_index(
         self, directory: Path, gone: Iterable[str], passages: Iterable[Passage], config: IndexConfig
     ) -> int:
         """Remove the passages with the keys `gone` from an index, add others; return how many it then holds."""
-        ...
 
     def open_retriever(self, directory: Path, config: IndexConfig) -> Retriever:
         """Open the index in `directory`, which `local_cache.hold` marks as in use until the retriever is closed."""
-        ...
 
 
 def index_kind(config: IndexConfig) -> IndexKind:

@@ -24,16 +24,12 @@ INDEX_RULE = 2
 SEARCH_SETTINGS = frozenset({"k1", "b"})
 PROCESS_ENV = JVM_ENV
 REQUIREMENT = "Java"
+find_requirement = find_jdk
 INDEXING_BUFFER_MB = 256.0
 # A text has at most as many distinct terms as characters, so this also bounds the clauses of a query.
 MAX_QUESTION_CHARS = 10_000
 # Languages for which Anserini has no analyzer: their texts are split at white space.
 _SPLIT_AT_SPACES = ("ha", "so", "sw", "yo")
-
-
-def find_requirement() -> str:
-    """Return the folder of the JDK on which Lucene will run; see `find_jdk`."""
-    return str(find_jdk())
 
 
 def writer_version() -> str:

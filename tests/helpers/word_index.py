@@ -16,8 +16,8 @@ PROCESS_ENV = {"WORD_INDEX": "1"}
 REQUIREMENT = "nothing"
 
 
-def find_requirement() -> str:
-    return "here"
+def find_requirement() -> Path:
+    return Path()
 
 
 def writer_version() -> str:
