@@ -71,6 +71,10 @@ class UnreachableError(StoreError):
     """The store did not answer, or denied access. So nothing is known about its objects: none may count as damaged."""
 
 
+class DamagedError(StoreError):
+    """The store has answered: an object is missing, altered, cut short, or not what it should be."""
+
+
 class AdapterError(StoreError):
     """One adapter's bytes are missing, truncated, altered or do not fit the model."""
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from prag_core.identity import fingerprint
 
-Stage = Literal["corpus", "augment", "train"]
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 MergeRule = Literal["sum", "mean", "score"]

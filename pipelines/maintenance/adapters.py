@@ -29,11 +29,7 @@ def one_key(store: Store, corpus_version: str, name: str) -> str:
 def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> str:
     """Write a passage's adapter as a PEFT folder, and return the passage's key.
 
-    Args:
-        config: Names the store and the base model.
-        name: The passage's key or a source id.
-        folder: A new or empty folder.
-        snapshot_id: The snapshot to take the adapter from; None for the one in service.
+    `name` is the passage's key or a source id, `snapshot_id` the snapshot to use (None: the one in service).
 
     Raises:
         InputError: if there is no such passage, it was forgotten, or the folder is not empty.

@@ -33,13 +33,10 @@ from prag_core.store.tables import corpus_parts
 class CompactionReport:
     """What a compaction did, or would do.
 
-    Attributes:
-        rows: The ledger rows of the snapshot in service.
-        superseded: The rows that no longer count because of a later row, or because no needed corpus has the passage.
-        forgotten: The rows of forgotten passages.
-        parts: The number of ledger parts before.
-        new_parts: The number of ledger parts written; 0 after a dry run, or if nothing had to be done.
-        snapshot: The id of the snapshot in service afterwards.
+    `rows` are the ledger rows of the snapshot in service. Of these, `forgotten` are rows of forgotten passages, and
+    `superseded` rows that no longer count because of a later row, or because no needed corpus has the passage.
+    `parts` ledger parts were there before, and `new_parts` were written (0: a dry run, or nothing had to be done).
+    `snapshot` is the id of the snapshot in service afterwards.
     """
 
     rows: int

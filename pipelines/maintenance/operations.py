@@ -49,12 +49,7 @@ class RepairReport:
 def repair_store(config: Config, console: Console, *, full: bool, run: bool, take_over: bool) -> RepairReport:
     """Check the store, remove damaged objects, and run the job of the configuration, which makes them again.
 
-    Args:
-        config: Names the store, and says how to make again what is removed.
-        console: Shows progress.
-        full: Whether to read every byte.
-        run: Whether to run the job.
-        take_over: Take the lease even if another run holds it.
+    With `full`, the check reads every byte. Without `run`, the job is left to a later command.
 
     Raises:
         LeaseError: if a run works on the store.
@@ -78,13 +73,9 @@ def repair_store(config: Config, console: Console, *, full: bool, run: bool, tak
 class GarbageReport:
     """What `prag gc` compacted, erased and removed, or would.
 
-    Attributes:
-        dry_run: Whether nothing was changed.
-        compacted: The compaction; None if nothing is published yet.
-        erased: The parts of augmentations and rejects that were replaced to erase forgotten passages.
-        garbage: The objects that were removed.
-        held: The parts in which kept snapshots still hold forgotten passages, by snapshot id.
-        serving: The id of the snapshot in service.
+    `compacted` is None if nothing is published yet. `erased` are the parts of augmentations and rejects that were
+    replaced to erase forgotten passages. `held` are the parts in which kept snapshots still hold forgotten passages,
+    by snapshot id.
     """
 
     dry_run: bool
@@ -109,15 +100,9 @@ class GarbageReport:
 def collect_garbage(
     config: Config, console: Console, *, keep: int | None, grace_s: float, dry_run: bool, take_over: bool
 ) -> GarbageReport:
-    """Compact the ledger, erase forgotten passages, and remove what nobody needs.
+    """Compact the ledger, erase forgotten passages, and remove what nobody needs; with `dry_run`, change nothing.
 
-    Args:
-        config: Names the store.
-        console: Shows progress.
-        keep: How many of the newest snapshots to keep; None for `storage.keep_snapshots`.
-        grace_s: The least age of what is removed.
-        dry_run: Count, but change nothing.
-        take_over: Take the lease even if another run holds it.
+    The `keep` newest snapshots stay (None: `storage.keep_snapshots`), and all objects younger than `grace_s`.
 
     Raises:
         LeaseError: if a run works on the store, or has taken the lease over meanwhile.
@@ -165,10 +150,7 @@ def forget(store: Store, names: Sequence[str], *, undo: bool) -> ForgetReport:
 
     This is one conditional write. A run that is at work does not publish over it, but ends with a `ConflictError`.
 
-    Args:
-        store: The store.
-        names: Keys or source ids.
-        undo: Whether to undo the forgetting.
+    `names` are keys or source ids.
 
     Raises:
         InputError: if the corpus in service has no passage with a source id, or a passage to undo was not forgotten.

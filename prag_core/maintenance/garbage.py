@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from prag_core.errors import ConflictError, StoreError, UnreachableError
+from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.maintenance.inventory import Finding, FindingKind, check_snapshots, names_of, object_kind, serving_id
 from prag_core.records import from_dict
 from prag_core.store.backend import StoredObject
@@ -170,10 +170,7 @@ def collect(store: Store, garbage: Garbage, check: Callable[[], None] = lambda: 
     go first, and the objects that they name only if nobody did so. `rollback` and `pin` check after their write that
     the document still exists.
 
-    Args:
-        store: The store.
-        garbage: The objects to remove.
-        check: Called before the documents of snapshots and before each other object; raises if the lease is lost.
+    `check` is called before the documents of snapshots and before each other object; it raises if the lease is lost.
 
     Raises:
         ConflictError: if a snapshot of the garbage was put into service or pinned; it stays, with all that it names.
@@ -240,9 +237,7 @@ def _reason(kind: str, name: str, replaced: Collection[str]) -> str:
 def _shards(store: Store, part: str) -> pa.ChunkedArray:
     try:
         return store.get_part(part, ["shard"])["shard"]
-    except UnreachableError:
-        raise
-    except StoreError as error:
+    except DamagedError as error:
         raise StoreError(error.message, "run `prag repair` first: the shards that it names are unknown") from None
 
 
@@ -270,9 +265,7 @@ def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObje
         starts = {str(document["recipe"]["train"]["start"]) for document in documents}
         readers = [name for name in notes if store.get_json(name).get("settings", {}).get("reading")]
         return starts | {posixpath.basename(name).removesuffix(".json") for name in readers}
-    except UnreachableError:
-        raise
-    except (StoreError, KeyError, TypeError, AttributeError):
+    except (DamagedError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -286,8 +279,6 @@ def _indexes(
             try:
                 if store.get_json(item.name)["corpus_version"] in corpora:
                     indexes.add(item.name.split("/")[1])
-            except UnreachableError:
-                raise
-            except (StoreError, KeyError, TypeError):
+            except (DamagedError, KeyError, TypeError):
                 continue  # `prag repair` removes it, and its archive is then garbage
     return indexes

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.errors import PragError, StoreError, UnreachableError
+from prag_core.errors import DamagedError, PragError, StoreError
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject
 from prag_core.store.backend import StoredObject
 from prag_core.store.objects import Store
@@ -82,9 +82,7 @@ def check_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
     for id in snapshot_ids(store):
         try:
             snapshots.append(load_snapshot(store, id))
-        except UnreachableError:
-            raise
-        except StoreError as error:
+        except DamagedError as error:
             findings.append(Finding(document_name(id), "not_readable", error_text(error), repairable=False))
     return sorted(snapshots, key=lambda snapshot: (snapshot.created, snapshot.id)), findings
 
@@ -97,9 +95,7 @@ def serving_id(store: Store) -> str | None:
     """
     try:
         return current_id(store)
-    except UnreachableError:
-        raise
-    except StoreError:
+    except DamagedError:
         return None
 
 

@@ -35,13 +35,10 @@ _SINGLES = {CURRENT, PINS, LEASE}
 class RepairResult:
     """What a repair changed.
 
-    Attributes:
-        dropped: The keys of the passages whose adapters the ledger no longer names. Those of unreadable ledger parts
-            are unknown, and missing here.
-        moved: The ledger parts that were replaced by others.
-        removed: The objects that were removed.
-        snapshots: The ids of amended snapshots by the ids of those that they replace; "" if there is none instead.
-        serving: The id of the snapshot in service now, or None.
+    `dropped` are the keys of the passages whose adapters the ledger no longer names; those of unreadable ledger parts
+    are unknown, and missing here. `moved` are the ledger parts that were replaced by others, and `removed` all objects
+    that were removed. `snapshots` maps the ids of removed snapshots to those of the amended ones ("": there is none).
+    `serving` is the id of the snapshot in service now, or None.
     """
 
     dropped: tuple[str, ...]
@@ -66,10 +63,7 @@ def repair(store: Store, findings: Sequence[Finding], check: Callable[[], None] 
       tombstones of all readable ones. Pins move to the amended snapshots; if `PINS` is damaged, all pins are lost.
     - An object that was found missing is not removed: if it exists by now, somebody has just written it.
 
-    Args:
-        store: The store.
-        findings: What a check of the store found.
-        check: Called before each removal; raises if the lease is lost.
+    `check` is called before each removal; it raises if the lease is lost.
 
     Raises:
         ConflictError: if somebody published meanwhile. Nothing is removed then; run it again.

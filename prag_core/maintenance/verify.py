@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.errors import AdapterError, NotFiniteAdapterError, PragError, StoreError, UnreachableError
+from prag_core.errors import AdapterError, DamagedError, NotFiniteAdapterError
 from prag_core.identity import checksum
 from prag_core.maintenance.inventory import RECORDS, Finding, FindingKind, error_text, names_of, object_kind
 from prag_core.recipe import Recipe
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A ledger row, and the ledger part that holds it.
 ROWS = pa.schema([*schema(LedgerRow), pa.field("part", pa.string())])
+# What parsing a damaged object may raise.
+_MALFORMED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serving: str | None) -> list[Finding]:
@@ -67,15 +69,11 @@ def check_pins_and_lease(store: Store, snapshots: Sequence[Snapshot]) -> list[Fi
             findings.append(Finding(PINS, "not_readable", f"names {unknown[0]}, which is no readable snapshot"))
             absent = [name for name in map(document_name, unknown) if not store.exists(name)]
             findings += [Finding(name, "missing", f"{PINS} names it", repairable=False) for name in absent]
-    except UnreachableError:
-        raise
-    except (StoreError, TypeError) as error:
+    except (DamagedError, TypeError) as error:
         findings.append(Finding(PINS, "not_readable", error_text(error), repairable=False))
     try:
         read_lease(store)
-    except UnreachableError:
-        raise
-    except StoreError as error:
+    except DamagedError as error:
         findings.append(Finding(LEASE, "not_readable", error_text(error)))
     return findings
 
@@ -115,9 +113,7 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
             from prag_core.store.adapters import get_start  # imports torch, which the other checks do not need
 
             get_start(store, posixpath.basename(name).removesuffix(".safetensors"))
-    except UnreachableError:
-        raise
-    except (PragError, pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (DamagedError, AdapterError, *_MALFORMED) as error:
         return [Finding(name, "not_readable", error_text(error))]
     return []
 
@@ -234,9 +230,7 @@ def _open(store: Store, recipe: str) -> AdapterStore | None:
 
     try:
         return open_adapters(store, recipe)[0]
-    except UnreachableError:
-        raise
-    except (StoreError, TypeError, KeyError, ValueError):
+    except (DamagedError, *_MALFORMED):
         return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
-from prag_core.errors import AdapterError, StoreError, UnreachableError
+from prag_core.errors import AdapterError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
@@ -173,9 +173,7 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     try:
         data = store.get(f"starts/{name}.safetensors")
         tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}
-    except UnreachableError:
-        raise
-    except (StoreError, safetensors.SafetensorError) as error:
+    except (DamagedError, safetensors.SafetensorError) as error:
         raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.initial_adapter again") from None
     if start_fingerprint(tensors) != name:
         raise AdapterError(
@@ -253,6 +251,6 @@ def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRe
     document = store.get_sealed(name, "recipe", "layout")
     recipe = Recipe.from_json(document["recipe"])
     if recipe.fingerprint != fingerprint:
-        raise StoreError(f"{store.url}/{name}: holds the recipe {recipe.fingerprint}", "run `prag repair`")
+        raise DamagedError(f"{store.url}/{name}: holds the recipe {recipe.fingerprint}", "run `prag repair`")
     layout = from_dict(LoraLayout, document["layout"])
     return AdapterStore(store, recipe, layout), recipe.train

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prag_core.errors import StoreError, UnreachableError
+from prag_core.errors import DamagedError
 from prag_core.identity import KEY_BYTES, is_checksum
 from prag_core.store.objects import Store
 
@@ -53,7 +53,7 @@ class LedgerColumns:
     Of several rows with one key, the one that was created last counts: a changed augmentation adds a row.
 
     Raises:
-        StoreError: if a part is missing or damaged.
+        DamagedError: if a part is missing or damaged.
     """
 
     def __init__(self, store: Store, parts: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def _decode_hex(column: pa.ChunkedArray, what: str) -> npt.NDArray[np.bytes_]:
         found = bytes.fromhex(str(text, "ascii"))
         return np.frombuffer(found, f"S{KEY_BYTES}", len(values))
     except ValueError:
-        raise StoreError(f"{what} is not {digits} hexadecimal digits", "this is not a ledger part") from None
+        raise DamagedError(f"{what} is not {digits} hexadecimal digits", "this is not a ledger part") from None
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,6 @@ def compactions(store: Store, recipe: str) -> dict[str, Compaction]:
         try:
             document = store.get_sealed(name, "parts", "replaces")
             found[name] = Compaction(tuple(document["parts"]), tuple(document["replaces"]))
-        except UnreachableError:
-            raise
-        except StoreError:
+        except DamagedError:
             continue
     return found

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
-from prag_core.errors import ConflictError, StoreError, UnreachableError
+from prag_core.errors import ConflictError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
 from prag_core.records import schema
 from prag_core.store.backend import StoredObject, TooShortError
@@ -36,8 +36,8 @@ class Store:
     """Objects below one URL: atomic writes, a conditional write, JSON documents, Parquet tables.
 
     Pickles as its URL and options, so that each Ray worker opens its own connection. Every failure is a `StoreError`
-    that names the object, the cause and a remedy. It is an `UnreachableError` if the store did not answer, so that
-    nothing is known about the object; that an object is missing, or too short, is an answer.
+    that names the object, the cause and a remedy. It is a `DamagedError` if the store has answered that an object is
+    missing or not what it should be, and an `UnreachableError` if the store has not answered.
 
     Args:
         url: A folder, or an fsspec URL such as `s3://bucket/prefix`. The AWS environment or profile gives the
@@ -104,12 +104,12 @@ class Store:
         """Return the bytes of an object, or its bytes from `start` to `end`; never fewer.
 
         Raises:
-            StoreError: if there is no such object, it ends before `end`, or the store cannot be read.
+            DamagedError: if there is no such object, or it ends before `end`.
         """
         with self._explained(f"{self.url}/{name}", "read"):
             data = self._backend.get(name, start, end)
         if data is None:
-            raise StoreError(f"{self.url}/{name}: no such object")
+            raise DamagedError(f"{self.url}/{name}: no such object")
         return data
 
     def get_if_exists(self, name: str) -> bytes | None:
@@ -126,7 +126,7 @@ class Store:
         """Open an object for reading at any position. Each read is one `get` of a range."""
         size = self.size(name)
         if size is None:
-            raise StoreError(f"{self.url}/{name}: no such object")
+            raise DamagedError(f"{self.url}/{name}: no such object")
         return _ObjectReader(self, name, size)
 
     def exists(self, name: str) -> bool:
@@ -173,7 +173,7 @@ class Store:
         try:
             yield
         except TooShortError as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{what}: cannot be {verb}: {error}",
                 "it was cut short; run `prag run` again, and restore the object if that does not make it",
             ) from None
@@ -192,22 +192,22 @@ class Store:
         """Return a JSON document.
 
         Raises:
-            StoreError: if it is missing, or not JSON.
+            DamagedError: if it is missing, or not JSON.
         """
         try:
             return json.loads(self.get(name))
         except ValueError as error:
-            raise StoreError(f"{self.url}/{name}: not JSON: {error}", "run `prag repair`") from None
+            raise DamagedError(f"{self.url}/{name}: not JSON: {error}", "run `prag repair`") from None
 
     def get_sealed(self, name: str, *fields: str) -> dict[str, Any]:
         """Return a JSON object that was written with `prag_core.identity.seal`.
 
         Raises:
-            StoreError: if it is missing, not a JSON object, altered, or lacks one of `fields`.
+            DamagedError: if it is missing, not a JSON object, altered, or lacks one of `fields`.
         """
         document = self.get_json(name)
         if not isinstance(document, dict) or not is_intact(document) or not {*fields} <= {*document}:
-            raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag repair`")
+            raise DamagedError(f"{self.url}/{name}: altered or cut short", "run `prag repair`")
         return document
 
     def put_table(self, folder: str, table: pa.Table) -> str:
@@ -227,12 +227,12 @@ class Store:
         """Read one Parquet part, or some of its columns, after checking every byte against the checksum in its name.
 
         Raises:
-            StoreError: if the part is missing or damaged, or lacks a column.
+            DamagedError: if the part is missing or damaged, or lacks a column.
         """
         data = self.get(name)
         stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
         if len(stem) == len(checksum(b"")) and stem != checksum(data):
-            raise StoreError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
+            raise DamagedError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
         return self._parsed(name, pa.BufferReader(data), columns)
 
     def get_columns(self, name: str, columns: Sequence[str]) -> pa.Table:
@@ -242,7 +242,7 @@ class Store:
         columns that say where other bytes lie, such as offsets in a ledger.
 
         Raises:
-            StoreError: if the part is missing or damaged, or lacks a column.
+            DamagedError: if the part is missing or damaged, or lacks a column.
         """
         stream = self.open(name)
         if stream.seek(0, io.SEEK_END) <= WHOLE_PART_BYTES:
@@ -257,7 +257,7 @@ class Store:
             table = pq.ParquetFile(source, page_checksum_verification=True).read(names, use_threads=False)
             return table if names is None else table.select(names)
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{self.url}/{name}: not a readable Parquet part: {error}", "run `prag verify --full`, `prag repair`"
             ) from None
 
@@ -265,7 +265,7 @@ class Store:
         """Read Parquet parts into one table with the columns of `record`; the order of `names` does not matter.
 
         Raises:
-            StoreError: if a part is missing or damaged.
+            DamagedError: if a part is missing or damaged.
         """
         wanted = schema(record)  # type: ignore[arg-type]
         if columns is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import (
     candidate_mark,
@@ -71,7 +71,7 @@ def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
     before = store.get_if_exists(PINS)
     try:
         pins = _parse_pins(store, before)
-    except (StoreError, TypeError):
+    except (DamagedError, TypeError):
         pins = ()
     after = _encode_pins({new for id in pins if (new := successors.get(id))})
     if before is not None and before != after:

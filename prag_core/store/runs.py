@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prag_core.errors import ConflictError, LeaseError, StoreError
+from prag_core.errors import ConflictError, DamagedError, LeaseError, StoreError
 from prag_core.identity import seal
 from prag_core.records import from_dict
 from prag_core.store.objects import Store
@@ -46,18 +46,9 @@ def new_run_id(verb: str = "") -> str:
 class LeaseRecord:
     """The content of `runs/lease.json`. Times are in seconds since the epoch, by the holder's clock.
 
-    Attributes:
-        token: Random, so that no two records are equal.
-        run: The id of the run that holds the lease.
-        host: The name of its machine.
-        pid: Its process.
-        machine: Names the boot and the process namespace in which `pid` counts; empty if the system does not say.
-        since: When the lease was taken.
-        heartbeat: When it was last renewed.
-        ttl_s: How long it lasts after a heartbeat.
-        released: Whether the holder has given it back.
-        started: When the process began, in clock ticks since boot, to tell it from a later process with the same
-            pid; empty if the system does not say.
+    `token` is random, so that no two records are equal. `machine` names the boot and the process namespace in which
+    `pid` counts. `started` is when the process began, in clock ticks since boot, to tell it from a later process with
+    the same pid. Both are empty if the system does not say.
     """
 
     token: str
@@ -270,7 +261,7 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
     try:
         return data, from_dict(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
-        raise StoreError(
+        raise DamagedError(
             f"{store.url}/{LEASE}: not a lease: {error}", "if no run is at work, run again with --take-over"
         ) from None
 

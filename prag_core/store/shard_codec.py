@@ -82,14 +82,9 @@ def pack_shard(
 
 
 def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expected: str) -> dict[str, Tensor]:
-    """Return an adapter's factors from the bytes of its range; int8 becomes float32.
+    """Return an adapter's factors from the bytes of its range, which have the checksum `expected`.
 
-    Args:
-        layout: The shapes of the factors.
-        data: The bytes of the range.
-        dtype: How the factors are stored.
-        key: The passage's key, for error messages.
-        expected: The checksum that the bytes must have.
+    The factors keep the dtype in which they are stored, but int8 becomes float32.
 
     Raises:
         AdapterError: if the bytes are too few, altered, or do not fit the layout.

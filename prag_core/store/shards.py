@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 
-from prag_core.errors import StoreError, UnreachableError
+from prag_core.errors import DamagedError
 from prag_core.identity import checksum
 from prag_core.llm.safetensors_header import read_header
 from prag_core.records import LedgerRow, from_table, to_table
@@ -60,9 +60,7 @@ def move_adapters(store: Store, shard: str, rows: Sequence[LedgerRow]) -> list[L
         rows = [row for row in rows if checksum(data[row.offset : row.offset + row.length]) == row.checksum]
         packed, moved = _repack(data, rows)
         safetensors.deserialize(packed)  # type: ignore[no-untyped-call]
-    except UnreachableError:
-        raise
-    except (StoreError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+    except (DamagedError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
         return []
     if not moved:
         return []
@@ -82,9 +80,7 @@ def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
     try:
         size_bytes = store.size(shard)
         header = read_header(lambda begin, end: store.get(shard, begin, end))
-    except UnreachableError:
-        raise
-    except (StoreError, ValueError):
+    except (DamagedError, ValueError):
         return None
     if size_bytes is None or size_bytes < header.size_bytes:
         return None

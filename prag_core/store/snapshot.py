@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prag_core.errors import ConflictError, StoreError, UnreachableError
+from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.identity import fingerprint
 from prag_core.store.objects import Store
 
@@ -119,7 +119,7 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         if snapshot.id != id or with_id(snapshot).id != id:
             raise ValueError("its content does not match its id")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"{store.url}/{document_name(id)}: not a snapshot: {error}", "run `prag repair`") from None
+        raise DamagedError(f"{store.url}/{document_name(id)}: not a snapshot: {error}", "run `prag repair`") from None
     return snapshot
 
 
@@ -144,17 +144,13 @@ def forgotten_now(store: Store) -> set[str]:
     try:
         if (serving := current_id(store)) is not None:
             return {*load_snapshot(store, serving).tombstones}
-    except UnreachableError:
-        raise
-    except StoreError:
+    except DamagedError:
         pass
     found: set[str] = set()
     for id in snapshot_ids(store):
         try:
             found.update(load_snapshot(store, id).tombstones)
-        except UnreachableError:
-            raise
-        except StoreError:
+        except DamagedError:
             continue
     return found
 
@@ -259,7 +255,7 @@ def parse_field(store: Store, name: str, data: bytes, field: str) -> Any:
     try:
         return json.loads(data)[field]
     except (ValueError, TypeError, KeyError):
-        raise StoreError(f"{store.url}/{name}: has no field {field!r}", "run `prag repair`") from None
+        raise DamagedError(f"{store.url}/{name}: has no field {field!r}", "run `prag repair`") from None
 
 
 def collected_error(store: Store, id: str) -> ConflictError:
@@ -285,13 +281,7 @@ def _conflict(store: Store, id: str, serving: str | None) -> ConflictError:
 
 
 def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) -> None:
-    """Check that a base model is the one that a snapshot was made with.
-
-    Args:
-        snapshot: The snapshot.
-        store: Its store, for the message.
-        name: The base model's name, for the message.
-        found: The base model's fingerprint.
+    """Check that the base model `name`, whose fingerprint is `found`, is the one that a snapshot was made with.
 
     Raises:
         StoreError: if the snapshot was made with another one.

@@ -56,7 +56,7 @@ def corpus_parts(store: Store, version: str) -> list[str]:
     """Return the names of the Parquet parts of a corpus version.
 
     Raises:
-        StoreError: if it has no readable manifest.
+        DamagedError: if it has no readable manifest.
     """
     return [str(part) for part in store.get_sealed(f"corpus/{version}/manifest.json", "parts")["parts"]]
 
@@ -79,12 +79,7 @@ def put_rejects(store: Store, run: str, rows: Sequence[Reject]) -> None:
 
 
 def clear_rejects(store: Store, stage: str | None, reason: str | None) -> int:
-    """Remove rejects, so that the next run tries their inputs again.
-
-    Args:
-        store: The store.
-        stage: Only rejects of this stage; None for all stages.
-        reason: Only rejects with this reason; None for all reasons.
+    """Remove the rejects of a stage and a reason (None: of all), so that the next run tries their inputs again.
 
     Returns:
         The number of different inputs whose rejects were removed.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.store.backend import Backend
 from prag_core.store.backends import open_backend
 from prag_core.store.objects import Store
@@ -64,7 +64,7 @@ def test_a_missing_object_is_an_answer(store: Store) -> None:
     for read in (store.get, store.open):
         with pytest.raises(StoreError, match=r"a/none: no such object") as caught:
             read("a/none")
-        assert type(caught.value) is StoreError
+        assert type(caught.value) is DamagedError
     store.remove("a/none")
     store.remove("a/b.bin")
     assert not store.exists("a/b.bin")
@@ -75,7 +75,7 @@ def test_a_range_beyond_the_end_is_an_error(store: Store, start: int, end: int) 
     store.put("x", b"0123456789")
     with pytest.raises(StoreError, match=r"x: cannot be read: .*\n.*it was cut short") as caught:
         store.get("x", start, end)
-    assert type(caught.value) is StoreError  # the store has answered
+    assert type(caught.value) is DamagedError
 
 
 def test_a_file_becomes_an_object(store: Store, tmp_path: Path) -> None:
