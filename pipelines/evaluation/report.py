@@ -175,37 +175,39 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     columns: Mapping[str, Any] = report["columns"]
     plots = []
 
-    def draw(title: str, figure: Any) -> None:
-        figure.tight_layout()
+    def new_axes(height: float = 4.0) -> Any:
+        # Not pyplot, which has global state and looks for a display.
+        return Figure(figsize=(8, height)).subplots()
+
+    def draw(title: str, axes: Any, x_label: str, y_label: str = "F1") -> None:
+        axes.set_xlabel(x_label)
+        if y_label:
+            axes.set_ylabel(y_label)
+            axes.set_ylim(bottom=0)
+        axes.figure.tight_layout()
         sink = io.StringIO()
-        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+        axes.figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
         plots.append((title, sink.getvalue().partition("?>")[2].partition(">")[2]))
 
-    # `Figure` and not pyplot, which has global state and looks for a display. The salt fixes the ids in the SVG.
+    # The salt fixes the ids in the SVG.
     with matplotlib.rc_context({"svg.hashsalt": "prag", "svg.fonttype": "none", "font.size": 9}):
         # 1. Modes and controls, with intervals.
-        figure = Figure(figsize=(8, 0.4 * len(columns) + 0.9))
-        axes = figure.subplots()
+        axes = new_axes(0.4 * len(columns) + 0.9)
         names = list(columns)[::-1]
         f1 = [columns[name]["f1"] for name in names]
         low = [max(0.0, columns[name]["f1"] - columns[name]["f1_interval"][0]) for name in names]
         high = [max(0.0, columns[name]["f1_interval"][1] - columns[name]["f1"]) for name in names]
         colours = ["#b8b8b8" if columns[name]["control"] else "#4878a8" for name in names]
         axes.barh(names, f1, xerr=[low, high], color=colours, capsize=3)
-        axes.set_xlabel("F1, 95 % interval (grey: controls)")
-        draw("Modes and controls", figure)
+        draw("Modes and controls", axes, "F1, 95 % interval (grey: controls)", "")
 
         # 2. F1 against latency.
-        figure = Figure(figsize=(8, 4))
-        axes = figure.subplots()
+        axes = new_axes()
         for name, column in columns.items():
             point = (column["milliseconds"]["total"], column["f1"])
             axes.plot(*point, "o", color="#999999" if column["control"] else "#4878a8")
             axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
-        axes.set_xlabel(f"milliseconds an answer ({', '.join(STEPS)})")
-        axes.set_ylabel("F1")
-        axes.set_ylim(bottom=0)
-        draw("F1 against latency", figure)
+        draw("F1 against latency", axes, f"milliseconds an answer ({', '.join(STEPS)})")
 
         # 3. F1 against k.
         by_k = {
@@ -213,31 +215,25 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             for mode in ("rag", "prag", "combine")
         }
         if any(len(points) > 1 for points in by_k.values()):
-            figure = Figure(figsize=(8, 4))
-            axes = figure.subplots()
+            axes = new_axes()
             for mode, points in by_k.items():
                 if points:
                     axes.plot(*zip(*points, strict=True), "o-", label=mode)
-            axes.set_xlabel("k, passages retrieved")
             axes.set_xticks(sorted({k for points in by_k.values() for k, _ in points}))
-            axes.set_ylabel("F1")
-            axes.set_ylim(bottom=0)
             axes.legend()
-            draw("F1 against k", figure)
+            draw("F1 against k", axes, "k, passages retrieved")
 
         # 4. F1 by question type.
-        if len(report["types"]) > 1:
-            figure = Figure(figsize=(8, 4))
-            axes = figure.subplots()
-            kinds = list(report["types"])
+        kinds = report["types"]
+        if len(kinds) > 1:
+            axes = new_axes()
             width = 0.8 / len(columns)
             for i, name in enumerate(columns):
                 places = [j + (i - len(columns) / 2 + 0.5) * width for j in range(len(kinds))]
-                axes.bar(places, [report["types"][kind]["f1"][name] for kind in kinds], width, label=name)
-            axes.set_xticks(range(len(kinds)), [f"{kind} ({report['types'][kind]['n']})" for kind in kinds])
-            axes.set_ylabel("F1")
+                axes.bar(places, [kind["f1"][name] for kind in kinds.values()], width, label=name)
+            axes.set_xticks(range(len(kinds)), [f"{kind} ({scores['n']})" for kind, scores in kinds.items()])
             axes.legend(fontsize=7, ncols=4)
-            draw("F1 by question type", figure)
+            draw("F1 by question type", axes, "")
     return plots
 
 

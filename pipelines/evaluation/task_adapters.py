@@ -86,32 +86,24 @@ class TrainTasks:
     """The actor that trains task adapters, each on examples of several passages."""
 
     def __init__(
-        self,
-        run_context: RunContext,
-        folder: str,
-        texts: dict[str, tuple[Passage, Augmentation]],
-        rounds: int,
+        self, run_context: RunContext, folder: str, texts: dict[str, tuple[Passage, Augmentation]], rounds: int
     ) -> None:
-        config, store, recipe, profile = run_context.config, run_context.store, run_context.recipe, run_context.profile
-        compute_here(profile.model_actors.threads)
-        base = load_base_model(config.model, expected=recipe.base_model)
-        start = get_start(store, recipe.train.start) if recipe.train.start else None
-        self._trainer = Trainer(base, recipe.train, start)
+        compute_here(run_context.profile.model_actors.threads)
+        base = load_base_model(run_context.config.model, expected=run_context.recipe.base_model)
+        self._train, self._store = run_context.recipe.train, run_context.store
+        start = get_start(self._store, self._train.start) if self._train.start else None
+        self._trainer = Trainer(base, self._train, start)
         self._tokenizer = base.tokenizer
-        self._recipe = recipe
-        self._store = store
         self._folder = folder
         self._texts = texts
         self._rounds = rounds
-        self._tokens_per_step = config.run.tokens_per_step or profile.tokens_per_step
+        self._tokens_per_step = run_context.profile.tokens_per_step
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Train some task adapters and store them; return one outcome for each."""
         jobs = []
         for row in table.to_pylist():
-            examples = [
-                training_examples(self._tokenizer, *self._texts[key], self._recipe.train) for key in row["keys"]
-            ]
+            examples = [training_examples(self._tokenizer, *self._texts[key], self._train) for key in row["keys"]]
             jobs.append(task_job(row["name"], [passage for passage in examples if passage], self._rounds))
         outcomes = []
         for trained in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
