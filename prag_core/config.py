@@ -58,9 +58,7 @@ class Columns(_Strict):
 class CorpusConfig(_Strict):
     """Which files to read, and how to split their texts into passages."""
 
-    path: Url = Field(
-        description="A file, a folder of files, a glob, an fsspec URL of any of these, or package://PACKAGE/FILE."
-    )
+    path: Url = Field(description="A file, folder or glob, an fsspec URL of one, or package://PACKAGE/FILE.")
     format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1, description="Read only this many records, from the first on.")
@@ -96,16 +94,12 @@ class AugmentConfig(_Strict):
         "transformers", description="'none' uses the passages that `import_file` covers and rejects the others."
     )
     strategy: Literal["paper", "small"] = "small"
-    import_file: str | None = Field(
-        None, description="A file of augmentations made elsewhere; they are used before any is generated."
-    )
+    import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
     pairs: int = Field(3, ge=1, description="Question-answer pairs per passage.")
     rewrites: int = Field(1, ge=0, description="Rewrites per passage.")
-    attempts: int = Field(
-        3, ge=1, description="Attempts per passage, after which it is rejected, or accepted with fewer pairs."
-    )
+    attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
     seed: int = 0
 
 
@@ -138,15 +132,8 @@ class TrainConfig(_Strict):
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
-    initial_adapter: str | None = Field(
-        None,
-        description="The adapter that all adapters start from: the name of a warm-up in the store, or a PEFT folder.",
-    )
-    ablation: Literal["", "rewrites", "qa", "both"] | None = Field(
-        None,
-        description="The paper's ablation: train without the rewrites, without the question-answer pairs, or without "
-        "both, on the passage alone.",
-    )
+    initial_adapter: str | None = Field(None, description="Where training starts: a warm-up's name or a PEFT folder.")
+    ablation: Literal["", "rewrites", "qa", "both"] | None = Field(None, description="The parts to leave out.")
     seed: int | None = None
 
 
@@ -162,12 +149,8 @@ LANGUAGES = (
 class IndexConfig(_Strict):
     """How the stored corpus is indexed and searched."""
 
-    kind: Annotated[str, _one_of("index kind", INDEX_KINDS)] = Field(
-        "lucene", description="What indexes and searches: 'lucene' is BM25."
-    )
-    language: Annotated[str, _one_of("language", LANGUAGES)] = Field(
-        "en", description="The language of the corpus; it decides how texts and questions are split into terms."
-    )
+    kind: Annotated[str, _one_of("index kind", INDEX_KINDS)] = Field("lucene", description="'lucene' is BM25.")
+    language: Annotated[str, _one_of("language", LANGUAGES)] = Field("en", description="The language of the corpus.")
     k1: float = Field(0.9, ge=0, description="BM25: how much further occurrences of a term count.")
     b: float = Field(0.4, ge=0, le=1, description="BM25: how much a long passage counts less; 0 is not at all.")
 
@@ -178,24 +161,10 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(3, ge=1, le=20)
     weights: MergeRule = "sum"
-    combine_strength: float = Field(
-        1.0,
-        gt=0,
-        le=MAX_STRENGTH,
-        description="The factor of the adapters' weights in the mode combine. Below 1 the passages in the prompt count "
-        "for more.",
-    )
-    reader: str | None = Field(
-        None,
-        description="The name of a reader, as `prag warmup --reading` prints it: an adapter trained to answer from "
-        "passages in the prompt, which is added to the passages' own in the mode combine.",
-    )
-    reader_strength: float = Field(
-        0.4, gt=0, le=MAX_STRENGTH, description="The reader's weight; choose a similar combine_strength."
-    )
-    max_new_tokens: int | None = Field(
-        None, ge=1, le=1024, description="By default 32, or 128 where the recipe's template lets the model reason."
-    )
+    combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
+    reader: str | None = Field(None, description="A reader to add in combine, as `prag warmup --reading` names it.")
+    reader_strength: float = Field(0.4, gt=0, le=MAX_STRENGTH, description="Its weight; best near combine_strength.")
+    max_new_tokens: int | None = Field(None, ge=1, le=1024, description="By default 32, or 128 if the model reasons.")
     batch_size: int = Field(16, ge=1, description="Questions that are decoded together.")
 
 
@@ -203,48 +172,32 @@ class ServeConfig(_Strict):
     """How a serving replica runs: machine facts, which never enter a fingerprint."""
 
     slots: int = Field(16, ge=1, description="The most requests that decode together.")
-    max_queue: int = Field(
-        8,
-        ge=0,
-        description="The most requests that wait for a slot; further ones are refused. With half as many as there are "
-        "slots, a request that waits takes little longer than one that does not.",
-    )
+    # With half as many waiting requests as slots, a request that waits takes little longer than one that does not.
+    max_queue: int = Field(8, ge=0, description="The most requests that wait for a slot; further ones are refused.")
     prefill_chunk: int = Field(512, ge=16, description="The most prompt tokens read between two decoding steps.")
     batch_tokens: int = Field(32_768, ge=1024, description="The most tokens in all slots together; bounds memory.")
     cache_bytes: int = Field(1_000_000_000, ge=0, description="Memory for adapters, in bytes.")
     disk_cache_bytes: int = Field(10_000_000_000, ge=0, description="Local disk for adapters, in bytes; 0 for none.")
-    fetch_timeout_s: float = Field(
-        2.0, gt=0, description="How long to wait for an adapter, after which its passage goes into the prompt instead."
-    )
+    fetch_timeout_s: float = Field(2.0, gt=0, description="A later adapter is replaced by its passage in the prompt.")
     fetch_threads: int = Field(16, ge=1, description="Adapters fetched at the same time.")
     negative_ttl_s: float = Field(10.0, ge=0, description="How long to wait before retrying an adapter that failed.")
     refresh_s: float = Field(10.0, gt=0, description="How often to check the store for a new snapshot.")
-    stuck_s: float = Field(
-        60.0, gt=0, description="A replica is replaced when a decoding step or a search takes longer than this."
-    )
+    stuck_s: float = Field(60.0, gt=0, description="A replica whose decoding step or search takes longer is replaced.")
 
     host: str = Field("127.0.0.1", description="The address to listen on; all but loopback addresses need api_keys.")
     port: int = Field(8000, ge=1, le=65535)
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes.")
     rate_per_minute: int = Field(600, ge=1, description="Questions per minute for a key without a rate of its own.")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that a request may use.")
-    deadline_s: float = Field(
-        60.0, gt=0, description="How long a question may take before it is dropped; counted for each one of a batch."
-    )
+    deadline_s: float = Field(60.0, gt=0, description="How long a question may take; in a batch, each has this time.")
     max_body_bytes: int = Field(1_000_000, ge=1_000)
     max_question_chars: int = Field(4_000, ge=1, description="Limit for a question, or for a chat's messages together.")
     max_top_k: int = Field(10, ge=1, description="The most passages per answer; at least answer.top_k.")
-    max_tokens: int = Field(
-        256, ge=1, description="The most new tokens that a request may ask for; at least answer.max_new_tokens."
-    )
+    max_tokens: int = Field(256, ge=1, description="The most new tokens per answer; at least answer.max_new_tokens.")
     max_batch: int = Field(64, ge=1, description="The most questions in one batch request.")
     min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(
-        1, ge=1, description="Where it exceeds min_replicas, the number of replicas follows the load."
-    )
-    target_ongoing_requests: float = Field(
-        16.0, gt=0, description="Requests under way per replica above which another replica is started."
-    )
+    max_replicas: int = Field(1, ge=1, description="If above min_replicas, the number of replicas follows the load.")
+    target_ongoing_requests: float = Field(16.0, gt=0, description="With more requests each, another replica starts.")
     upscale_delay_s: float = Field(10.0, ge=0, description="How long the load must be higher to start a replica.")
     downscale_delay_s: float = Field(300.0, ge=0, description="How long the load must be lower to stop a replica.")
 
@@ -257,41 +210,16 @@ class RunConfig(_Strict):
     actors_max: int | None = Field(None, ge=1, description="The most actors with a model that a stage may have.")
     actor_cpus: float | None = Field(None, gt=0, description="CPUs per actor.")
     actor_gpus: float | None = Field(None, ge=0, description="GPUs per actor; 0 on a cluster without GPUs.")
-    partitions: int | None = Field(
-        None, ge=1, description="Blocks that a shuffle makes; by default 1 up to 20,000 passages, then the profile's."
-    )
+    partitions: int | None = Field(None, ge=1, description="Blocks of a shuffle; by default 1 up to 20,000 passages.")
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
-    train_batch: int = Field(
-        8, ge=1, description="The fewest passages per training task; a large corpus takes as many as fill a shard."
-    )
-    commit_every_s: float = Field(
-        120.0,
-        ge=0,
-        description="The longest time between two commits of trained adapters, even if a shard is not full.",
-    )
-    tokens_per_step: int | None = Field(
-        None,
-        ge=64,
-        description="Token budget of one training step, padding included; by default the profile's. It is halved when "
-        "memory runs out.",
-    )
-    checkpoint_activations: bool = Field(
-        False, description="Train with a fraction of the memory, at the price of a second forward pass."
-    )
-    max_reject_share: float = Field(
-        0.5, ge=0, le=1, description="The run fails when a larger share is rejected, bad records included."
-    )
-    passage_attempts: int = Field(
-        3, ge=1, description="How many workers a passage may crash before it is rejected; the last attempt is alone."
-    )
-    passage_timeout_s: float = Field(
-        600.0,
-        gt=0,
-        description="How long a worker may make no progress: per training step, and per passage of an augmented batch.",
-    )
-    worker_memory_gb: float | None = Field(
-        None, gt=0, description="Memory per worker; by default its share of the node's memory as Ray counts it."
-    )
+    train_batch: int = Field(8, ge=1, description="The fewest passages of a training task; the most fill one shard.")
+    commit_every_s: float = Field(120.0, ge=0, description="Commit trained adapters this often, full shard or not.")
+    tokens_per_step: int | None = Field(None, ge=64, description="Token budget of a training step, padding included.")
+    checkpoint_activations: bool = Field(False, description="Saves memory; costs a second forward pass in training.")
+    max_reject_share: float = Field(0.5, ge=0, le=1, description="A run with more rejects fails; bad records count.")
+    passage_attempts: int = Field(3, ge=1, description="How many workers a passage may crash before it is rejected.")
+    passage_timeout_s: float = Field(600.0, gt=0, description="The longest training step or augmentation of a passage.")
+    worker_memory_gb: float | None = Field(None, gt=0, description="By default its share of the node's memory for Ray.")
 
 
 class StorageConfig(_Strict):

@@ -40,25 +40,13 @@ class AugmentRecipe:
 class TrainRecipe:
     """The settings that decide an adapter, given a base model and augmentations.
 
-    Args:
-        name: The recipe that the others override.
-        rank: LoRA's rank r.
-        alpha: LoRA's alpha; B·A is scaled by alpha / rank.
-        targets: The linear modules of each layer that get factors.
-        learning_rate: AdamW's learning rate.
-        weight_decay: AdamW's weight decay.
-        epochs: How often each example is trained.
-        examples: How a passage becomes training examples: `paper` or `closed_book`, see
-            `prag_core.training.examples.training_examples`.
-        template: How questions are asked, in training and in answering, see `prag_core.prompts`.
-        eos: Whether each target ends with the model's end-of-turn token.
-        loss: `all` tokens of an example count, as in the paper, or those of its `answer` alone.
-        last_layers: How many layers to adapt, counted from the output; None for all. With fewer layers adapters are
-            smaller, and no backward pass goes below them.
-        max_tokens: Longer examples are truncated.
-        seed: Decides the initial factors, where `start` does not.
-        start: The fingerprint of the factors that all adapters start from, such as a warm-up's; empty for random ones.
-        without: The paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
+    `examples` is `paper` or `closed_book`, see `prag_core.training.examples.training_examples`. `template` is how
+    questions are asked, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn token. The `loss`
+    counts `all` tokens of an example, as in the paper, or its `answer` alone. `last_layers` is how many layers are
+    adapted, counted from the output, or None for all; with fewer, adapters are smaller and no backward pass goes below
+    them. `start` is the fingerprint of the factors that all adapters start from, such as a warm-up's; if empty, they
+    start from random factors of `seed`. `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or
+    `both`.
     """
 
     # Field names are part of the fingerprint and of the stored JSON. So `start` and `without` keep theirs, although the

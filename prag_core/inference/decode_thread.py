@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from prag_core.errors import EngineStuckError, GenerationError, PragError
 from prag_core.llm.base_model import BaseModel
@@ -65,10 +66,8 @@ class DecodeThread:
     def __init__(
         self, base: BaseModel, *, slots: int, prefill_chunk: int, max_tokens: int | None, cores: int | None = None
     ) -> None:
-        self._base = base
-        self._slots = slots
-        self._prefill_chunk = prefill_chunk
-        self._max_tokens = max_tokens
+        self._model = base.model
+        self._make_decoder = partial(Decoder, base, slots=slots, prefill_chunk=prefill_chunk, max_tokens=max_tokens)
         self._cores = cores
         self._claimed = threading.Event()
         self._wake = threading.Condition()
@@ -90,10 +89,8 @@ class DecodeThread:
     def submit(self, job: DecodeJob) -> None:
         """Queue a job; its `on_end` receives any error."""
         with self._wake:
-            if self._closing or not self._thread.is_alive():
-                ended = True
-            else:
-                ended = False
+            ended = self._closing or not self._thread.is_alive()
+            if not ended:
                 if not self._busy():
                     self._progress = time.monotonic()  # the thread was idle, not stuck
                 self._inbox.append(job)
@@ -190,15 +187,8 @@ class DecodeThread:
         try:
             batch = self._batches.get(job.layout)
             if batch is None:
-                injector = Injector(self._base.model, job.recipe)
-                decoder = Decoder(
-                    self._base,
-                    injector,
-                    slots=self._slots,
-                    prefill_chunk=self._prefill_chunk,
-                    max_tokens=self._max_tokens,
-                )
-                batch = self._batches[job.layout] = _Batch(decoder, injector)
+                injector = Injector(self._model, job.recipe)
+                batch = self._batches[job.layout] = _Batch(self._make_decoder(injector), injector)
             batch.jobs[batch.decoder.submit(job.request)] = job
         except PragError as error:
             job.on_end(error)

@@ -15,12 +15,9 @@ log = logging.getLogger(__name__)
 class SnapshotPool:
     """Counts the users of each open snapshot; a former snapshot is closed when its last user releases it.
 
-    Its methods may be called from any thread, `swap` from one at a time.
-
-    Args:
-        opener: Opens a snapshot of the store by its id, or the one in service for None.
-        current: Returns the id of the snapshot in service.
-        on_unused: Called with a layout when no open snapshot has adapters of that layout any more.
+    Its methods may be called from any thread, `swap` from one at a time. `opener` opens a snapshot of the store by its
+    id, or the one in service for None; `current` returns the id of the latter. `on_unused` is called with a layout when
+    no open snapshot has adapters of it any more.
     """
 
     def __init__(

@@ -49,18 +49,11 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The result of a request.
+    """The result of a request: all generated tokens, and their text up to the first stop string.
 
-    The four times include work for other rows in the same steps.
-
-    Args:
-        tokens: All generated tokens.
-        text: The tokens' text without special tokens, up to the first stop string.
-        finish: `stop` (a stop token or stop string), `length`, or `not_finite`: the logits were not finite.
-        wait_ms: Milliseconds until a slot was free.
-        inject_ms: Milliseconds for stacking the adapters and copying them into the slot.
-        prefill_ms: Further milliseconds until the first token.
-        decode_ms: Milliseconds from the first token to the last.
+    `finish` is `stop` (a stop token or stop string), `length`, or `not_finite`: the logits were not finite. The times,
+    in milliseconds, are those until a slot was free, for stacking the adapters and copying them into the slot, until
+    the first token, and from there to the last. They include work for other rows in the same steps.
     """
 
     tokens: list[int]

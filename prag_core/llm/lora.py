@@ -151,18 +151,6 @@ def stack_adapters(
     return AdapterStack(layout.layers, factors, weights.to(device=device, dtype=dtype))
 
 
-def stack_rows(
-    layout: LoraLayout,
-    rows: Sequence[Sequence[tuple[Factors, float]]],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> RowAdapters | None:
-    """Stack the (adapter, weight) pairs of each row as `stack_adapters` does, for one forward pass."""
-    stacked = stack_adapters(layout, rows, dtype=dtype, device=device)
-    return stacked.rows() if stacked is not None else None
-
-
 class Injector:
     """Adds the active rows' adapters to the outputs of a model's adapted modules.
 
@@ -176,11 +164,6 @@ class Injector:
         self._handles = [
             module.register_forward_hook(self._hook(place), prepend=True) for place, module in modules.items()
         ]
-
-    @property
-    def modules(self) -> int:
-        """The number of adapted modules."""
-        return len(self._handles)
 
     @contextlib.contextmanager
     def active(self, rows: RowAdapters | None) -> Iterator[None]:
@@ -219,17 +202,10 @@ class Injector:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """A trained adapter and its statistics.
+    """A trained adapter: fp32 factors on the CPU, and statistics of its training.
 
-    Args:
-        key: The passage's key.
-        factors: fp32 factors on the CPU; None when training failed.
-        steps: Optimizer steps.
-        tokens: Tokens trained, all epochs together.
-        first_loss: Mean loss over the first epoch.
-        last_loss: Mean loss over the last epoch.
-        seconds: The passage's share of its stack's training time.
-        failure: Empty, or `loss_not_finite`, or `out_of_memory` (even with no other passage in the stack).
+    `factors` is None when training failed, and `failure` is then `loss_not_finite` or `out_of_memory` (even with no
+    other passage in the stack). `first_loss` and `last_loss` are means over the first and the last epoch.
     """
 
     key: str

@@ -71,21 +71,12 @@ class PromptGroup:
     shared: int
     ids: Tensor
     adapters: AdapterStack | None
-    active: RowAdapters | None
     cache: DynamicCache
     done: int = 0
 
 
 class Prefill:
-    """The prompts that wait for a slot, and those that are being read.
-
-    Args:
-        base: The frozen model.
-        injector: Adds the rows' adapters to the model; None when no row has any.
-        slots: The most rows that are read or decode at one time.
-        chunk: The most tokens of a forward pass, padding included.
-        max_tokens: The most tokens of these rows, padding included; a longer row runs alone.
-    """
+    """The prompts that wait for a slot, and those that are being read; for the arguments see `Decoder`."""
 
     def __init__(
         self, base: BaseModel, injector: Injector | None, *, slots: int, chunk: int, max_tokens: int | None
@@ -161,7 +152,7 @@ class Prefill:
         end = min(width, group.done + max(1, self._chunk // len(group.rows)))
         if group.done < end:
             positions = torch.arange(group.shared + group.done, group.shared + end, device=self._device)
-            with use_adapters(self._injector, group.active):
+            with use_adapters(self._injector, group.adapters.rows() if group.adapters else None):
                 self._base.model(
                     input_ids=group.ids[:, group.done : end],
                     position_ids=positions[None],
@@ -178,19 +169,18 @@ class Prefill:
     def _make_group(self, rows: list[Row]) -> PromptGroup:
         for row in rows:
             row.joined_at = time.perf_counter()
-        adapters = active = None
+        adapters = None
         if self._injector is not None:
             sums = [row.request.adapters for row in rows]
             dtype = self._base.model.dtype
             adapters = stack_adapters(self._injector.layout, sums, dtype=dtype, device=self._device)
-            active = adapters.rows() if adapters is not None else None
         for row in rows:
             row.inject_s = time.perf_counter() - row.joined_at
         shared = min(row.shared for row in rows)
         ids = pad_right([row.prompt[shared : row.prefill_length] for row in rows]).to(self._device)
         prefix = rows[0].prefix
         cache = prefix.cache(shared, len(rows)) if prefix is not None else DynamicCache()
-        return PromptGroup(rows, shared, ids, adapters, active, cache)
+        return PromptGroup(rows, shared, ids, adapters, cache)
 
 
 @contextlib.contextmanager

@@ -23,13 +23,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the losses, and the losses `[N]`, which are not differentiable.
 
-        Args:
-            ctx: Autograd's context.
-            hidden: The last hidden states `[N, H]`.
-            head: The output layer's weight `[V, H]`.
-            targets: The next tokens `[N]`, int64.
-            token_weights: The weights of the losses `[N]`; their dtype is that of the logits and losses.
-            softcap: If c, the logits are c · tanh(logits / c), as in Gemma 2.
+        The arguments are hidden states `[N, H]`, the output layer's weight `[V, H]`, the next tokens `[N]` (int64), and
+        weights `[N]`, whose dtype the losses have. With `softcap` c the logits are c · tanh(logits / c), as in Gemma 2.
         """
         gradient = torch.empty_like(hidden)
         losses = torch.empty_like(token_weights)

@@ -25,7 +25,7 @@ from prag_core.config import ModelConfig
 from prag_core.errors import ConfigError, ConflictError, InputError, LeaseError, PragError, StoreError
 from prag_core.identity import passage_key
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.lora import Injector, stack_rows
+from prag_core.llm.lora import Injector
 from prag_core.maintenance.inventory import Finding
 from prag_core.maintenance.repair import RepairResult
 from prag_core.records import LedgerRow, from_table
@@ -33,6 +33,7 @@ from prag_core.store.adapters import LedgerSource, open_adapters
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
 from prag_core.store.snapshot import current_id, load_snapshot
+from tests.helpers.adapters import stack_rows
 from tests.helpers.passages import make_passage
 from tests.helpers.stores import verify as check
 from tests.helpers.workspace import Workspace
@@ -209,7 +210,7 @@ def test_export_and_import_keep_the_logits(folder: Path) -> None:
     snapshot = load_snapshot(store_of(folder))
     _, recipe = open_adapters(store_of(folder), snapshot.recipe)
     injector = Injector(base.model, recipe)
-    rows = stack_rows(injector.layout, [[(served(folder)[passage.key], 1.0)]], dtype=torch.float32)
+    rows = stack_rows(injector.layout, [[(served(folder)[passage.key], 1.0)]])
     with injector.active(rows), torch.no_grad():
         expected = base.model(input_ids=ids).logits
     injector.close()

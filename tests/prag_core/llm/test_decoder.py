@@ -20,11 +20,11 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.decoder import Decoder, context_length
 from prag_core.llm.generator import Prompt, TransformersGenerator
-from prag_core.llm.lora import AdapterStack, Factors, Injector, find_targets, stack_adapters, stack_rows
+from prag_core.llm.lora import AdapterStack, Factors, Injector, find_targets, stack_adapters
 from prag_core.llm.prefix_cache import PrefixCache
 from prag_core.llm.slots import SlotAdapters, attention_layers
 from prag_core.recipe import RECIPES
-from tests.helpers.adapters import random_adapter
+from tests.helpers.adapters import random_adapter, stack_rows
 
 RECIPE = RECIPES["small"]
 VOCABULARY = 259
@@ -68,7 +68,7 @@ def alone(base: BaseModel, injector: Injector | None, request: DecodeRequest) ->
 def greedy(base: BaseModel, injector: Injector, request: DecodeRequest) -> list[int]:
     """The oracle: read the whole sequence again for each token, without a cache."""
     ids = list(request.prompt)
-    rows = stack_rows(injector.layout, [request.adapters], dtype=torch.float32)
+    rows = stack_rows(injector.layout, [request.adapters])
     for _ in range(request.max_new_tokens):
         with injector.active(rows), torch.inference_mode():
             ids.append(int(base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))

@@ -12,7 +12,7 @@ from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_r
 from prag_core.errors import AdapterError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import adapter_size_bytes
-from prag_core.llm.lora import Injector, TrainedAdapter, find_targets, stack_rows
+from prag_core.llm.lora import Injector, TrainedAdapter, find_targets
 from prag_core.llm.peft import export_peft
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow
@@ -25,7 +25,7 @@ from prag_core.store.adapters import (
     start_fingerprint,
 )
 from prag_core.store.objects import Store
-from tests.helpers.adapters import random_adapter
+from tests.helpers.adapters import random_adapter, stack_rows
 
 RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
 KEY = "0c" * 16
@@ -101,7 +101,7 @@ def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: B
     export_peft(adapters.layout, factors, tmp_path / "peft", "base")
     ids = torch.arange(3, 20)[None]
     injector = Injector(tiny.model, RECIPE.train)
-    with torch.no_grad(), injector.active(stack_rows(adapters.layout, [[(factors, 1.0)]], dtype=torch.float32)):
+    with torch.no_grad(), injector.active(stack_rows(adapters.layout, [[(factors, 1.0)]])):
         ours = tiny.model(input_ids=ids).logits
     injector.close()
     with torch.no_grad():
