@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.resources import list_nodes
@@ -49,10 +49,10 @@ class NodeReport:
     """What one node reports. `cuda` is the CUDA version that its torch was built for, empty for a CPU build."""
 
     name: str
-    versions: Mapping[str, str]
-    gpus: tuple[Gpu, ...]
-    cuda: str
     resources: Mapping[str, float]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
+    cuda: str = ""
     findings: tuple[CheckResult, ...] = ()
     answer: Any = None
 
@@ -125,19 +125,19 @@ def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float 
             ray.cancel(reference, force=True)
             detail = f"no answer in {timeout_s:.0f} s"
             finding = CheckResult("node", "failed", detail, "see its logs in the dashboard", name)
-            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
+            nodes.append(NodeReport(name, resources, findings=(finding,)))
             continue
         try:
             found, cards, cuda, answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
             finding = CheckResult("node", "failed", detail, "use the same image on every node", name)
-            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
+            nodes.append(NodeReport(name, resources, findings=(finding,)))
         except ray.exceptions.RayError as error:
             finding = CheckResult("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
-            nodes.append(NodeReport(name, {}, (), "", resources, (finding,)))
+            nodes.append(NodeReport(name, resources, findings=(finding,)))
         else:
-            nodes.append(NodeReport(name, found, cards, cuda, resources, answer=answer))
+            nodes.append(NodeReport(name, resources, found, cards, cuda, answer=answer))
     return nodes
 
 

@@ -53,18 +53,19 @@ class Tally:
         """Seconds since the stage began."""
         return time.perf_counter() - self.begun
 
-    def add(self, outcome: Outcome) -> None:
-        """Count one passage."""
-        if outcome.rejected:
-            self.rejected[outcome.rejected] += 1
-            return
-        self.done += 1
-        self.bytes += outcome.bytes
-        self.tokens += outcome.tokens
-        self.pairs[outcome.pairs] += 1
-        for entry in outcome.refused:
-            reason, _, count = entry.partition("=")
-            self.refused[reason] += int(count)
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Count outcomes."""
+        for outcome in outcomes:
+            if outcome.rejected:
+                self.rejected[outcome.rejected] += 1
+                continue
+            self.done += 1
+            self.bytes += outcome.bytes
+            self.tokens += outcome.tokens
+            self.pairs[outcome.pairs] += 1
+            for entry in outcome.refused:
+                reason, _, count = entry.partition("=")
+                self.refused[reason] += int(count)
 
 
 def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:

@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_WRITES = 5.0
 
-Advance = Callable[[Sequence[Outcome], Tally], None]
-
 
 class RunProgress:
     """Writes the progress of a run to the console, to `runs/<run>/progress.json` and to Prometheus.
@@ -55,20 +53,20 @@ class RunProgress:
         return tuple(self._stages)
 
     @contextmanager
-    def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Advance]:
-        """Yield a function to call with each block of outcomes and the tally, which includes them already."""
+    def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Callable[[Sequence[Outcome]], None]]:
+        """Yield a function to call with each block of outcomes once `tally` has counted it."""
         self._metrics.begin(stage, total)
         self._describe(stage, total, tally)
         self._write()
         try:
             with stage_progress(self.console, stage, total) as show:
 
-                def advance(outcomes: Sequence[Outcome], tally: Tally) -> None:
+                def advance(outcomes: Sequence[Outcome]) -> None:
                     self._metrics.count(stage, outcomes)
                     self._describe(stage, total, tally)
                     if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
                         self._write()
-                    show(tally.done, sum(tally.rejected.values()))
+                    show(tally.done, tally.rejected.total())
 
                 yield advance
         finally:
@@ -115,7 +113,7 @@ class RunProgress:
         self._write("finished")
 
     def _describe(self, stage: str, total: int, tally: Tally) -> None:
-        finished = tally.done + sum(tally.rejected.values())
+        finished = tally.done + tally.rejected.total()
         rate = finished / tally.seconds if tally.seconds else 0.0
         self._current = {
             "stage": stage,
@@ -210,18 +208,13 @@ def run_pool(
 ) -> Tally:
     """Run a pool of actors on `rows`, in blocks of `batch`, and show the progress; they are not isolated."""
     outcomes = rows.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
-        actor,
-        batch_size=batch,
-        batch_format="pyarrow",
-        fn_constructor_args=arguments,
-        **actors.pool(),
+        actor, batch_size=batch, batch_format="pyarrow", fn_constructor_args=arguments, **actors.pool()
     )
     tally = Tally()
     with stage_progress(console, stage, total, "rows") as advance:
         for block in outcome_blocks(outcomes):
-            for outcome in block:
-                tally.add(outcome)
-            advance(tally.done, sum(tally.rejected.values()))
+            tally.add(block)
+            advance(tally.done, tally.rejected.total())
     return tally
 
 
@@ -233,9 +226,8 @@ def follow_outcomes(outcomes: ray.data.Dataset, total: int, stage: str, progress
     """
     tally = Tally()
     with progress.stage(stage, total, tally) as advance:
-        for rows in outcome_blocks(outcomes):
-            for row in rows:
-                tally.add(row)
-            advance(rows, tally)
+        for block in outcome_blocks(outcomes):
+            tally.add(block)
+            advance(block)
             budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
     return tally

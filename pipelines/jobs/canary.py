@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import ray
 
@@ -40,4 +41,4 @@ def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Que
     engine = open_engine(store, config, snapshot)
     answer = config.answer
     answers = engine.answer_batch([Request(c.question, answer.mode, answer.top_k, answer.weights) for c in canaries])
-    return sum(f1(a.text, c.answers) for a, c in zip(answers, canaries, strict=True)) / len(canaries)
+    return fmean(f1(a.text, c.answers) for a, c in zip(answers, canaries, strict=True))

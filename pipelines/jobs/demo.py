@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -53,7 +54,7 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
         "rejected": sum(report.rejected.values()),
         "adapters": report.adapters,
         "questions": len(questions),
-        "f1": {column: round(_mean(scores[column]), 4) for column in COLUMNS},
+        "f1": {column: round(fmean(scores[column]), 4) for column in COLUMNS},
         "seconds": seconds,
     }
 
@@ -114,7 +115,7 @@ def _print_tables(
     for name, chosen in groups.items():
         picked = {c: [s for s, use in zip(scores[c], chosen, strict=True) if use] for c in COLUMNS}
         if any(chosen):
-            table.add_row(name, str(sum(chosen)), *(f"{_mean(picked[c]):.3f}" for c in COLUMNS))
+            table.add_row(name, str(sum(chosen)), *(f"{fmean(picked[c]):.3f}" for c in COLUMNS))
     console.print(table)
     table = Table(title="Differences, 95 % bootstrap interval by passage")
     for name in ("difference", "F1", "interval"):
@@ -145,7 +146,3 @@ def _print_examples(
             table.add_column(column)
         table.add_row(*(answers[column][i].text for column in COLUMNS))
         console.print(table)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

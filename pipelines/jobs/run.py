@@ -66,16 +66,8 @@ class RunReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {
-            "run": self.run,
-            "before": self.before,
-            "snapshot": self.snapshot,
-            "recipe": self.recipe,
-            "adapters": self.adapters,
-            "rejected": self.rejected,
-            "seconds": round(self.seconds, 2),
-            "stages": [stage.to_json() for stage in self.stages],
-        }
+        counts = {"adapters": self.adapters, "rejected": self.rejected, "seconds": round(self.seconds, 2)}
+        return {**vars(self), **counts, "stages": [stage.to_json() for stage in self.stages]}
 
 
 def run_job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from prag_core.records import from_dict
@@ -86,9 +86,8 @@ def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
     name = f"runs/{run}/progress.json"
     document = store.get_json(name) if store.exists(name) else {"run": run, "state": "running"}
     status = from_dict(RunStatus, document)
-    if status.state != "running" or _holds(lease, run):
-        return status
-    return from_dict(RunStatus, {**document, "state": "stopped"})
+    alive = lease and lease.run == run and not lease.released and time.time() <= lease.expires + SKEW_S
+    return replace(status, state="stopped") if status.state == "running" and not alive else status
 
 
 def watch(store: Store, every_s: float) -> Iterator[RunStatus]:
@@ -104,9 +103,3 @@ def watch(store: Store, every_s: float) -> Iterator[RunStatus]:
         if last.state != "running":
             return
         time.sleep(every_s)
-
-
-def _holds(lease: LeaseRecord | None, run: str) -> bool:
-    if lease is None or lease.run != run or lease.released:
-        return False
-    return time.time() <= lease.expires + SKEW_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 _Z = 1.959964  # the two-sided 95 % quantile of the normal distribution
 
@@ -23,20 +23,10 @@ class Moments:
     @classmethod
     def of(cls, batches: Iterable[tuple[float, float]]) -> Moments:
         """Return the sums over batches, each given as (units, seconds)."""
-        total = cls()
-        for units, seconds in batches:
-            total += cls(1, units, seconds, units * units, units * seconds, seconds * seconds)
-        return total
+        return sum((cls(1, u, s, u * u, u * s, s * s) for u, s in batches), cls())
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.batches + other.batches,
-            self.units + other.units,
-            self.seconds + other.seconds,
-            self.units_units + other.units_units,
-            self.units_seconds + other.units_seconds,
-            self.seconds_seconds + other.seconds_seconds,
-        )
+        return Moments(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def rate(self) -> Quantity | None:

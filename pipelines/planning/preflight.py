@@ -169,7 +169,7 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list
         detail = f"a training actor takes {actors.cpus:g} CPUs; the profile {profile.name} has {cpus} of this machine"
         return [CheckResult("resources", "failed", detail, "lower run.actor_cpus")]
     if not actors.gpus:
-        return [check_resources(actors.cpus, 0, "a training actor", [NodeReport("", {}, (), "", {"CPU": cpus})])]
+        return [check_resources(actors.cpus, 0, "a training actor", [NodeReport("", {"CPU": cpus})])]
     import torch  # takes seconds, so only if GPUs are wanted
 
     count = torch.cuda.device_count()
@@ -177,7 +177,7 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list
         detail = f"a training actor takes {actors.gpus:g} GPUs; torch can use {count} of this machine"
         remedy = "check that nvidia-smi shows the GPU and that torch is built for CUDA, or use --profile laptop"
         return [CheckResult("resources", "failed", detail, remedy)]
-    here = NodeReport("", {}, gpus(), torch_cuda(), {"CPU": cpus, "GPU": count})
+    here = NodeReport("", {"CPU": cpus, "GPU": count}, gpus=gpus(), cuda=torch_cuda())
     room = check_resources(actors.cpus, actors.gpus, "a training actor", [here])
     return [room, *_gpu_memory(config, profile, layout, [here])]
 
