@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prag_core.identity import canonical_json, checksum, fingerprint, passage_key
+from prag_core.identity import canonical_json, checksum, fingerprint, is_intact, passage_key, seal
 
 
 def test_white_space_and_unicode_form_do_not_make_another_passage() -> None:
@@ -43,3 +44,11 @@ def test_floats_without_json_are_refused(value: float) -> None:
 def test_checksums_see_every_byte() -> None:
     assert checksum(b"abc") != checksum(b"abd")
     assert checksum(b"abc") == checksum(memoryview(b"xabcx")[1:4])
+
+
+def test_a_seal_shows_any_change() -> None:
+    document = json.loads(json.dumps(seal({"a": [1, 2.5], "b": {"c": None}})))
+    assert is_intact(document)
+    assert not is_intact({**document, "a": [1, 2.25]})
+    assert not is_intact({**document, "d": 1})
+    assert is_intact({"a": 1})  # made before there were seals

@@ -56,6 +56,9 @@ def test_adapters_come_back_bit_by_bit(adapters: AdapterStore) -> None:
     assert len({row.shard for row in rows}) == 1
     with pytest.raises(AdapterError, match="the snapshot has none"):
         source.get("unknown")
+    assert find_row(adapters.store, adapters.ledger_parts(), rows[1].key) == rows[1]
+    with pytest.raises(AdapterError, match="the snapshot has none"):
+        find_row(adapters.store, adapters.ledger_parts(), "f" * 32)
 
 
 def test_each_row_is_read_as_it_was_stored(adapters: AdapterStore) -> None:
