@@ -311,7 +311,7 @@ def test_a_snapshot_out_of_service_that_lost_its_index_is_removed(store: Store, 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_damage_of_a_snapshot_undoes_no_forgetting(store: Store, layout: LoraLayout, whole: bool) -> None:
-    """Not even if the only snapshot left is newer and lacks the tombstones, as one of a publisher that lost its race."""
+    """Not even if the only snapshot left is newer and lacks the tombstones, as that of a publisher that lost."""
     keys = sorted(SEEDS)[:3]
     first = load_snapshot(store)
     once = with_tombstones(first, keys[:1])

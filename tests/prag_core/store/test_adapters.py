@@ -19,6 +19,7 @@ from prag_core.records import LedgerRow
 from prag_core.store.adapters import (
     AdapterStore,
     LedgerSource,
+    find_row,
     get_start,
     open_adapters,
     put_start,
