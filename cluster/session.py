@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from cluster.resources import Profile
 
 # For the driver and its workers: no usage statistics are sent to anybody.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class JoinError(Exception):

@@ -128,10 +128,7 @@ def _print_tables(
 
 
 def _print_examples(
-    console: Console,
-    questions: Sequence[Question],
-    answers: dict[str, list[Answer]],
-    scores: dict[str, list[float]],
+    console: Console, questions: Sequence[Question], answers: dict[str, list[Answer]], scores: dict[str, list[float]]
 ) -> None:
     """Print the answers to three questions about different passages: those for which the adapters helped most."""
     gain = [after - before for after, before in zip(scores["prag"], scores["closed"], strict=True)]

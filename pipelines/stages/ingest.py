@@ -83,12 +83,7 @@ def ingest(config: CorpusConfig, profile: Profile, tombstones: Collection[str] =
         earlier=0,
         rejected=dict(Counter(reject.reason for reject in rejects)),
         seconds=time.perf_counter() - begun,
-        extra={
-            "pieces": pieces,
-            "passages": count,
-            "duplicates": pieces - unique,
-            "forgotten": unique - count,
-        },
+        extra={"pieces": pieces, "passages": count, "duplicates": pieces - unique, "forgotten": unique - count},
     )
     return Corpus(version, merged, count, tuple(rejects), report)
 
