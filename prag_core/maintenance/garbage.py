@@ -134,9 +134,9 @@ def find_garbage(
     unnamed = {part for part in parts if part not in named and part in old}
     replaced = {part for r in {part.split("/")[1] for part in unnamed} for part in replaced_parts(store, r, parts)}
     unused = {part for part in unnamed if runs and part.split("/")[1] not in alive}
-    gone = unused | unnamed & replaced
+    unneeded = unused | unnamed & replaced
     # 2. Shards that no remaining part names.
-    remaining = [part for part in parts if part not in gone]
+    remaining = [part for part in parts if part not in unneeded]
     shards = {shard for part in remaining for shard in _shards(store, part).unique().to_pylist()}
     # 3. Everything else, by its folder.
     recipes = {part.split("/")[1] for part in remaining} | alive
@@ -155,7 +155,7 @@ def find_garbage(
         found: FindingKind | None = None
         if kind == "scratch" or (kind == "shards" and item.name not in shards):
             found = "orphan"
-        elif item.name in gone or (item.name not in named and not _is_needed(kind, item.name, needed)):
+        elif item.name in unneeded or (item.name not in named and not _is_needed(kind, item.name, needed)):
             found = "unreferenced"
         if found and item.name in old:
             chosen.append(Finding(item.name, found, _reason(kind, item.name, replaced), size_bytes=item.size_bytes))

@@ -89,31 +89,31 @@ def repair(store: Store, findings: Sequence[Finding], check: Callable[[], None] 
             replaced[part] = new
     replaced.update({finding.name: None for finding in damage if object_kind(finding.name) == "ledger"})
     # 2. Snapshots, and which of them is in service.
-    gone = _documents_of(damage)
+    documents = _documents_of(damage)
     before = store.get_if_exists(CURRENT)
-    chosen, forgotten = _choose(store, gone)
-    amended = _amend(store, replaced, gone, chosen)
-    stays = (amended.get(chosen) or load_snapshot(store, chosen)) if chosen else None
-    serving = _serve(store, before, stays, forgotten)
+    chosen, forgotten = _choose(store, documents)
+    amended = _amend(store, replaced, documents, chosen)
+    to_serve = (amended.get(chosen) or load_snapshot(store, chosen)) if chosen else None
+    serving = _serve(store, before, to_serve, forgotten)
     if store.exists(PINS):
         move_pins(store, {snapshot.id: snapshot.id for snapshot in check_snapshots(store)[0]} | _successors(amended))
     # 3. Objects that nothing names any more: documents first, then the objects that they named.
     unreadable = {finding.name for finding in damage if object_kind(finding.name) == "snapshots"} - _SINGLES
-    doomed = [
+    to_remove = [
         *sorted({document_name(id) for id in amended} | unreadable),
-        *sorted(gone),
+        *sorted(documents),
         *sorted(replaced),
         *sorted({finding.name for finding in damage} - named - _SINGLES),
     ]
     missing = {finding.name for finding in damage if finding.kind == "missing"}
-    doomed = [name for name in dict.fromkeys(doomed) if name not in missing and store.exists(name)]
-    for name in doomed:
+    to_remove = [name for name in dict.fromkeys(to_remove) if name not in missing and store.exists(name)]
+    for name in to_remove:
         check()
         store.remove(name)
     return RepairResult(
         dropped=tuple(sorted(dropped)),
         moved=tuple(sorted(part for part, new in replaced.items() if new)),
-        removed=tuple(doomed),
+        removed=tuple(to_remove),
         snapshots={id: new.id if new else "" for id, new in amended.items()},
         serving=serving,
     )
@@ -125,15 +125,15 @@ def _successors(amended: Mapping[str, Snapshot | None]) -> dict[str, str | None]
 
 def _documents_of(damage: Sequence[Finding]) -> set[str]:
     """Return the documents that make the damaged corpus versions, indexes and recipes exist."""
-    documents = {"corpus": "manifest.json", "indexes": "index.json", "recipes": "recipe.json"}
+    by_kind = {"corpus": "manifest.json", "indexes": "index.json", "recipes": "recipe.json"}
     return {
-        f"{posixpath.dirname(finding.name)}/{documents[object_kind(finding.name)]}"
+        f"{posixpath.dirname(finding.name)}/{by_kind[object_kind(finding.name)]}"
         for finding in damage
-        if object_kind(finding.name) in documents
+        if object_kind(finding.name) in by_kind
     }
 
 
-def _choose(store: Store, gone: set[str]) -> tuple[str | None, set[str]]:
+def _choose(store: Store, documents: set[str]) -> tuple[str | None, set[str]]:
     """Return the id of the snapshot to put into service, and the tombstones that it must have.
 
     It is the snapshot in service. If that is unreadable, it is the newest readable one whose objects are undamaged, or
@@ -142,13 +142,13 @@ def _choose(store: Store, gone: set[str]) -> tuple[str | None, set[str]]:
     snapshots, serving = check_snapshots(store)[0], serving_id(store)
     if serving in {snapshot.id for snapshot in snapshots}:
         return serving, set()
-    whole = [snapshot for snapshot in snapshots if not gone & {*names_of(snapshot)}]
+    whole = [snapshot for snapshot in snapshots if not documents & {*names_of(snapshot)}]
     ids = [snapshot.id for snapshot in whole or snapshots]
     return ids[-1] if ids else None, {key for snapshot in snapshots for key in snapshot.tombstones}
 
 
 def _amend(
-    store: Store, replaced: Mapping[str, str | None], gone: set[str], serving: str | None
+    store: Store, replaced: Mapping[str, str | None], documents: set[str], serving: str | None
 ) -> dict[str, Snapshot | None]:
     """Store an amended snapshot for each one whose ledger parts were replaced; return them by the old ids.
 
@@ -156,7 +156,7 @@ def _amend(
     """
     amended: dict[str, Snapshot | None] = {}
     for snapshot in check_snapshots(store)[0]:
-        if snapshot.id != serving and gone & set(names_of(snapshot)):
+        if snapshot.id != serving and documents & set(names_of(snapshot)):
             amended[snapshot.id] = None
         elif any(part in replaced for part in snapshot.ledger_parts):
             parts = [replaced.get(part, part) for part in snapshot.ledger_parts]

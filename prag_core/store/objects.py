@@ -87,7 +87,7 @@ class Store:
         if not is_safe:
             raise StoreError(
                 f"store = {self.url!r} ignores the condition of a write (If-None-Match)",
-                "take an object store that honours it: without, two runs at once overwrite each other",
+                "use a store that obeys it; otherwise two runs at once overwrite each other",
             )
 
     def put(self, name: str, data: bytes) -> None:

@@ -99,7 +99,7 @@ class RunLease:
         if self._taken:
             raise LeaseError(
                 f"store = {self._store.url!r}: the lease of run {self._record.run} was {self._taken}",
-                "let that run go on; what this one has committed stays, and running again resumes",
+                "let that run continue; what this one has committed stays, and running again resumes",
             )
         if self.lost:
             raise LeaseError(
@@ -220,7 +220,7 @@ def check_holder(store: Store, run: str) -> None:
     if record is not None and record.run != run:
         raise LeaseError(
             f"store = {store.url!r}: the lease of run {run} was taken over by {_describe(record)}",
-            "let that run go on; what this one has committed stays, and running again resumes",
+            "let that run continue; what this one has committed stays, and running again resumes",
         )
 
 
