@@ -176,6 +176,8 @@ _SCALARS: dict[Any, pa.DataType] = {
 
 
 def _arrow_type(annotation: Any) -> pa.DataType:
+    if typing.get_origin(annotation) is Literal:
+        annotation = str
     if annotation in _SCALARS:
         return _SCALARS[annotation]
     if typing.get_origin(annotation) is tuple:
@@ -187,7 +189,7 @@ def _arrow_type(annotation: Any) -> pa.DataType:
 
 @functools.cache
 def schema(record: Hashable) -> pa.Schema:
-    """Return the Arrow schema of a record class (str, int, float, bool, tuples of them, nested records)."""
+    """Return the Arrow schema of a record class. Fields are str, int, float, bool, Literal, tuples, or records."""
     hints = typing.get_type_hints(record)
     fields = [pa.field(f.name, _arrow_type(hints[f.name])) for f in dataclasses.fields(cast(Any, record))]
     return pa.schema(fields)

@@ -26,17 +26,10 @@ from prag_core.maintenance.verify import (
     is_checkable,
     ledger_rows,
 )
+from prag_core.records import from_dict, schema
 from prag_core.store.objects import Store
 
-_FINDING = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in ("name", "kind", "detail")),
-        *(pa.field(name, pa.list_(pa.string())) for name in ("keys", "parts")),
-        pa.field("repairable", pa.bool_()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("checked", pa.int64()),
-    ]
-)
+_FINDING = pa.schema([*schema(Finding), pa.field("checked", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def verify_store(store: Store, profile: Profile, console: Console, *, full: bool
             for row in found.iter_rows():
                 checked += row.pop("checked")
                 if row["kind"]:
-                    findings.append(Finding(**{**row, "keys": tuple(row["keys"]), "parts": tuple(row["parts"])}))
+                    findings.append(from_dict(Finding, row))
             advance(checked, 0)
 
         # 1. Everything but shards.

@@ -97,14 +97,7 @@ def _snapshots(store: Store) -> list[Snapshot]:
     return snapshots
 
 
-def find_garbage(
-    store: Store,
-    objects: Sequence[StoredObject],
-    kept: Collection[str],
-    *,
-    grace_s: float,
-    now: float | None = None,
-) -> Garbage:
+def find_garbage(store: Store, objects: Sequence[StoredObject], kept: Collection[str], *, grace_s: float) -> Garbage:
     """Find the objects that no kept snapshot and no recent run needs, and that are older than `grace_s`.
 
     Args:
@@ -112,7 +105,6 @@ def find_garbage(
         objects: All its objects (`Store.objects`).
         kept: The ids of the snapshots to keep; the one in service is always kept.
         grace_s: The least age of garbage since its last write, so that unfinished work stays.
-        now: The time, in seconds since the epoch.
 
     Raises:
         StoreError: if a snapshot or a ledger part cannot be read, because the objects that it names are then unknown.
@@ -121,7 +113,7 @@ def find_garbage(
     serving = serving_id(store)
     if snapshots and serving not in {snapshot.id for snapshot in snapshots}:
         raise StoreError(f"{store.url}/CURRENT: names {serving}, which is no snapshot", "run `prag repair` first")
-    since = (time.time() if now is None else now) - grace_s
+    since = time.time() - grace_s
     old = {item.name for item in objects if item.modified <= since}
     # A young snapshot stays, and so must all that it names.
     keep = [s for s in snapshots if s.id in {*kept, serving} or document_name(s.id) not in old]
@@ -159,7 +151,7 @@ def find_garbage(
             found = "unreferenced"
         if found and item.name in old:
             chosen.append(Finding(item.name, found, _reason(kind, item.name, replaced), size_bytes=item.size_bytes))
-    chosen.sort(key=lambda finding: (_ORDER.index(object_kind(finding.name)), _is_data(finding.name), finding.name))
+    chosen.sort(key=lambda f: (_ORDER.index(object_kind(f.name)), not f.name.endswith(".json"), f.name))
     return Garbage(tuple(chosen))
 
 
@@ -218,10 +210,6 @@ def _is_needed(kind: str, name: str, needed: Mapping[str, Collection[str] | None
         return snapshot_id(name) in names
     folder = name.partition("/")[2].partition("/")[0]
     return (posixpath.splitext(folder)[0] if kind == "starts" else folder) in names
-
-
-def _is_data(name: str) -> bool:
-    return not name.endswith(".json")
 
 
 def _reason(kind: str, name: str, replaced: Collection[str]) -> str:

@@ -87,13 +87,10 @@ class AdapterStore:
         created = time.time()
         rows = [
             LedgerRow(
-                key=place.key,
+                **asdict(place),
                 recipe=self.recipe.fingerprint,
                 augmentation=digest,
                 shard=shard,
-                offset=place.offset,
-                length=place.length,
-                checksum=place.checksum,
                 dtype=self.dtype,
                 steps=adapter.steps,
                 tokens=adapter.tokens,
@@ -170,15 +167,14 @@ def get_start(store: Store, name: str) -> dict[str, Tensor]:
     """
     import safetensors.torch
 
+    remedy = "run `prag run` with its train.initial_adapter again"
     try:
         data = store.get(f"starts/{name}.safetensors")
         tensors = {key.removeprefix("start/"): tensor for key, tensor in safetensors.torch.load(data).items()}
     except (DamagedError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"start {name}: {error}", "run `prag run` with its train.initial_adapter again") from None
+        raise AdapterError(f"start {name}: {error}", remedy) from None
     if start_fingerprint(tensors) != name:
-        raise AdapterError(
-            f"start {name}: was altered in the store", "run `prag run` with its train.initial_adapter again"
-        )
+        raise AdapterError(f"start {name}: was altered in the store", remedy)
     return tensors
 
 
