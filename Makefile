@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests that start Ray wait for a third of their time, so two run at once; each process computes on one core.
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo eval test check fast slow format clean help s3 browser \
+.PHONY: setup demo eval test check slow test-long format clean help s3 browser \
 	bench-augment bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
@@ -12,6 +14,7 @@ help:
 	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if it is missing"
 	@echo "make test             set up, and run everything that CI runs"
 	@echo "make check            lint, types and fast tests"
+	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
@@ -53,7 +56,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not long" --dist worksteal
 
 # Debian's Chromium, for the test of the page. Where it cannot be installed, that test is skipped; in CI it fails.
 browser:
@@ -63,13 +66,16 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
 	fi || true
 
-# A run of a job waits for a third of its time, so two tests run at once, except those that measure time or take all cores.
+# The files with the longest tests come first (tests/conftest.py), so that both processes end at about the same time.
 slow: setup browser
-	$(BIN)/python -m pytest -m "slow and not serial" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "slow and serial"
+	$(PYTEST) -m "slow and not long" --dist loadfile --no-loadscope-reorder
 
 # Fast checks first: a typo fails in seconds.
 test: check slow
+
+# PRAG_KILLS: how many kills on a folder, and how many on S3.
+test-long: setup
+	PRAG_KILLS=$${PRAG_KILLS:-10} $(BIN)/python -m pytest -m long -s --timeout 7200
 
 # STORE names a store that `prag run` has filled. The benchmark then trains its passages.
 bench-train: setup

@@ -123,8 +123,8 @@ class Profile:
 
 def share_of_cores(processes: int) -> int:
     """Return this machine's cores divided by `processes`, at least 1: no process then waits for another's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes)
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(os.environ.get("PRAG_CORES") or seen) // processes)
 
 
 _LAPTOP = Actors(cpus=1, gpus=0, min_size=1, max_size=1, threads=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import uuid
@@ -13,11 +14,41 @@ import pytest
 from tests.helpers.s3 import S3Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two tests run at once, so each process computes on one core: OpenMP threads that wait for a core that another process
+# has made such tests ten times as slow. This comes before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PRAG_CORES", "1")
+# Ray, and later a Java machine, may start in this process: Ray's handler would take Java's SIGSEGV for a crash.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
+from cluster.resources import PROFILES
+from cluster.session import ray_session
 from prag_core.config import ModelConfig
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.store.objects import Store
 from prag_core.testing import tiny_base_model
+
+# The files of tests that take longest, longest first. Two processes take the files in this order (`make slow`).
+LONG_FILES = (
+    "cluster/test_cluster.py",
+    "pipelines/serving/test_deployment.py",
+    "pipelines/jobs/test_run.py",
+    "pipelines/jobs/test_warmup.py",
+    "pipelines/jobs/test_submit.py",
+    "benchmarks/test_benchmarks.py",
+    "pipelines/serving/test_page.py",
+    "pipelines/jobs/test_reindex.py",
+    "pipelines/cli/test_store.py",
+    "pipelines/evaluation/test_run.py",
+    "pipelines/execution/test_isolation.py",
+    "prag_core/store/test_s3.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    places = {tests / file: place for place, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +68,25 @@ def tiny(tmp_path: Path) -> BaseModel:
 def tiny_session(tiny_model_folder: Path) -> BaseModel:
     """A tiny base model that many tests share: whoever hooks it takes the hooks off again."""
     return load_base_model(ModelConfig(name=str(tiny_model_folder), dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[str]:
+    """Ray runs in this process: commands that tests call in it neither start nor stop one of their own.
+
+    Returns its address, for commands in processes of their own. Its node counts one GPU, for scheduling alone.
+    """
+    import ray
+
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_ADDRESS", raising=False)
+            patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+            stack.enter_context(ray_session(PROFILES["laptop"]))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr("ray.init", lambda *_, **__: None)
+        patch.setattr("ray.shutdown", lambda: None)
+        yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ import threading
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use: PRAG_CORES where the machine is shared, else all that it sees."""
+    if chosen := os.environ.get("PRAG_CORES"):
+        return max(1, int(chosen))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -14,8 +14,6 @@ import pytest
 
 from prag_core.testing import write_tiny_model
 
-pytestmark = pytest.mark.serial
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -1,4 +1,4 @@
-"""The main job on a Ray cluster of several nodes survives lost and added nodes and a killed driver."""
+"""The main job on a Ray cluster survives the loss of nodes, of workers, of the store and of its driver."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-import yaml
 from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
 from ray._raylet import GcsClient
 
+from prag_core.config_file import load_config
+from prag_core.records import LedgerRow
+from prag_core.store.objects import Store, open_store
+from tests.helpers.killing import stage_workers, wait
 from tests.helpers.passages import make_passage
+from tests.helpers.s3 import S3Server
+from tests.helpers.training import assert_same_adapters, train_here
 from tests.helpers.workspace import Workspace, stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 MB = 1024 * 1024
-PASSAGES = 12
+PASSAGES = [make_passage(n) for n in range(20)]
+TRAIN = "pipelines.stages.train"
 
 
 class Nodes:
@@ -43,12 +51,9 @@ class Nodes:
     def lose(self, node) -> None:
         self.cluster.remove_node(node, allow_graceful=False)
 
-    def environment(self) -> dict[str, str]:
-        return {"RAY_ADDRESS": self.cluster.address}
-
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def nodes(s3_server: S3Server) -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "600000")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,37 +65,35 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def work(tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A workspace whose commands run on the cluster, with the paths that every node sees."""
-    for name, value in nodes.environment().items():
-        monkeypatch.setenv(name, value)
-    work = Workspace(tmp_path, [make_passage(n) for n in range(PASSAGES)])
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    config["store"] = str(tmp_path / "store")
-    config["corpus"]["path"] = str(tmp_path / "corpus.jsonl")
-    config["model"]["name"] = str(tmp_path / "tiny")
-    config["augment"]["import_file"] = str(tmp_path / "augmentations.jsonl")
-    config["train"] = {"epochs": 12}
-    config["run"] = {
-        "profile": "cluster",
-        "actor_cpus": 1,
-        "actor_gpus": 0,
-        "actors_max": 3,
-        "partitions": 2,
-        "train_batch": 2,
-        "augment_batch": 8,
-        "tokens_per_step": 1024,
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+def work(tmp_path: Path, nodes: Nodes, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace whose commands run on the cluster, with a store on S3 and files that every node sees."""
+    monkeypatch.setenv("RAY_ADDRESS", nodes.cluster.address)
+    work = Workspace(tmp_path, PASSAGES)
+    work.configure(
+        store=f"s3://{s3_server.bucket}/{uuid.uuid4().hex}",
+        storage={"adapter_dtype": "float32"},
+        model={"name": str(tmp_path / "tiny"), "dtype": "float32"},
+        train={"epochs": 12},
+        run={
+            "profile": "cluster",
+            "actor_cpus": 1,
+            "actor_gpus": 0,
+            "actors_max": 3,
+            "partitions": 2,
+            "train_batch": 2,
+            "augment_batch": 8,
+            "tokens_per_step": 1024,
+        },
+    )
     return work
 
 
-def until_committed(work: Workspace, parts: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
-    while len(list((work.folder / "store" / "adapters").glob("*/ledger/**/*.parquet"))) < parts:
+def until_committed(store: Store, parts: int, process: subprocess.Popen[str]) -> None:
+    def committed() -> bool:
         assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return len(store.list("adapters", ".parquet")) >= parts
+
+    wait(committed, f"no {parts} parts of the ledger")
 
 
 def until_says(process: subprocess.Popen, text: str) -> None:
@@ -103,29 +106,45 @@ def until_says(process: subprocess.Popen, text: str) -> None:
     raise AssertionError("".join(said)[-3000:])
 
 
-def test_nodes_lost_and_added_and_the_driver_killed(work: Workspace, nodes: Nodes) -> None:
+def test_a_run_survives_the_loss_of_nodes_workers_the_store_and_its_driver(
+    work: Workspace, nodes: Nodes, s3_server: S3Server
+) -> None:
+    config = load_config(work.folder / "config.yaml")
+    store = open_store(config)
     # 1. A node is lost while it trains, and another one is added.
     first = work.start("run", "-c", "config.yaml")
-    until_committed(work, 1, first)
+    until_committed(store, 1, first)
     nodes.lose(nodes.workers.pop(0))
     nodes.workers.append(nodes.add())
-    until_committed(work, 3, first)
-    # 2. The driver is killed, and started again.
+    # 2. The processes that train are killed, and the store is away for a second.
+    until_committed(store, 2, first)
+    wait(lambda: stage_workers(psutil.Process(), TRAIN)[1], "no process trains")
+    for child in stage_workers(psutil.Process(), TRAIN)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    s3_server.kill()
+    time.sleep(1)
+    s3_server.start()
+    # 3. The driver is killed, and started again.
+    until_committed(store, 4, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = work.start("run", "-c", "config.yaml", "--json")
-    # 3. The node that was there from the beginning is lost while the survey shuffles.
+    # 4. The node that was there from the beginning is lost while the survey shuffles.
     until_says(second, "corpus: ")
     nodes.lose(nodes.workers.pop(0))
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err[-3000:]
-    # All adapters are there, each once.
+    # All adapters are there, each once, as they are without any loss.
     report = json.loads(out)
-    assert report["adapters"] == PASSAGES
+    assert report["adapters"] == len(PASSAGES)
+    assert report["rejected"] == {}
     assert all(s["balanced"] for s in report["stages"])
-    assert 6 <= stage(report, "train")["earlier"] < PASSAGES
-    keys = [row.key for row in work.ledger()]
-    assert len(keys) == len(set(keys)) == PASSAGES
+    assert 4 <= stage(report, "train")["earlier"] < len(PASSAGES)
+    keys = store.get_table(LedgerRow, store.list("adapters", ".parquet"), ["key"])["key"].to_pylist()
+    assert len(keys) == len(set(keys)) == len(PASSAGES)
+    alone = config.model_copy(update={"store": str(work.folder / "alone")})
+    assert_same_adapters(store, train_here(alone, PASSAGES), PASSAGES)
 
 
 @contextlib.contextmanager

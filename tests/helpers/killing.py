@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-WAIT_S = 120.0
+WAIT_S = 240.0
 # Whatever this machine's user has set: no side looks for a token.
 AUTH = {"RAY_AUTH_MODE": "disabled"}
 
@@ -40,22 +40,26 @@ class Cluster:
         return [path for path in logs if text.encode() in path.read_bytes()]
 
     def workers(self, stage: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """Return the processes of a stage, named by its module: its Ray actors, and the children that do the work.
+        return stage_workers(psutil.Process(self._process.pid), stage)
 
-        An actor forks its children from a process that was told to import that module.
-        """
-        actors, children = [], []
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            try:
-                if stage in " ".join(process.cmdline()):
-                    parent = process.parent()
-                    if parent is not None and stage in " ".join(parent.cmdline()):
-                        children.append(process)
-                    elif parent is not None:
-                        actors.append(parent)
-            except psutil.Error:
-                continue
-        return actors, children
+
+def stage_workers(root: psutil.Process, stage: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Return a stage's processes below a process: its Ray actors, and the children that do the work.
+
+    An actor forks its children from a process that was told to import the stage's module.
+    """
+    actors, children = [], []
+    for process in root.children(recursive=True):
+        try:
+            if stage in " ".join(process.cmdline()):
+                parent = process.parent()
+                if parent is not None and stage in " ".join(parent.cmdline()):
+                    children.append(process)
+                elif parent is not None:
+                    actors.append(parent)
+        except psutil.Error:
+            continue
+    return actors, children
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def wait(until: Callable[[], object], otherwise: str) -> None:
     """Wait until something is so.
 
     Raises:
-        AssertionError: with `otherwise`, when it is not within two minutes.
+        AssertionError: with `otherwise`, when it is not within four minutes.
     """
     deadline = time.monotonic() + WAIT_S
     while not until():

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from pipelines.cli import terminal
-from pipelines.cli.app import main
 from pipelines.cli.ask import _show_answers
 from prag_core.errors import EXIT_CODES
 from prag_core.records import Answer, UsedPassage
+from tests.helpers.command_line import prag as call
 
 ROOT = Path(__file__).parents[3]
 Prag = Callable[..., tuple[int, str]]
@@ -36,18 +36,12 @@ def folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
 
 
 @pytest.fixture
-def prag(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Prag:
-    """Run a command in this process, which has paid for the imports already; return its exit code and its output."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def prag(folder: Path) -> Prag:
+    """Run a command in this process; return its exit code and its output."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(terminal.out, "file", sys.stdout)  # it is bound when the module is loaded
-        monkeypatch.setattr(sys, "argv", ["prag", *arguments])
-        with pytest.raises(SystemExit) as ended:  # anything else would be a traceback
-            main()
-        captured = capfd.readouterr()
-        return int(ended.value.code or 0), captured.out + captured.err
+        ended = call(folder, *arguments)
+        return ended.code, ended.out + ended.err
 
     return run
 

@@ -18,7 +18,7 @@ from tests.helpers.published import publish_passages
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) -> None:
     work = publish_passages(tmp_path, [make_passage(n) for n in range(6)])
     lines = [
         {
@@ -43,7 +43,7 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
     ]
 
     # 1. Killed as soon as something was answered.
-    process = work.start(*command)
+    process = work.start(*command, RAY_ADDRESS=ray_here)
     parts = tmp_path / "store" / "evaluations"
     deadline = time.monotonic() + 240
     while not list(parts.glob("*/replies/*.parquet")):

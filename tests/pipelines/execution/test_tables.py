@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import ray.data
 
-from cluster.resources import PROFILES
-from pipelines.execution.tables import _join
-from prag_core.config import AugmentConfig, augment_recipe
+from cluster.resources import PROFILES, Profile
+from pipelines.execution.survey import survey, with_augmentations, with_passages
+from pipelines.execution.tables import _join, group_by_columns, iter_blocks, map_blocks, read_parts
+from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
+from prag_core.recipe import Recipe
 from prag_core.records import Passage, schema, to_table
 from prag_core.store.objects import Store
 from prag_core.store.tables import put_augmentations
 from tests.helpers.passages import make_augmentation, make_passage
 
-ROOT = Path(__file__).parents[3]
 PASSAGES = [make_passage(n) for n in range(9)]
 
 
@@ -48,61 +49,36 @@ def test_how_many_blocks() -> None:
     assert PROFILES["laptop"].tuned(partitions=3).blocks(1) == 3
 
 
-# Run in its own process, so that no other test shares its Ray.
-BOTH_WAYS = """
-import json, sys
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray.data
-from cluster.resources import PROFILES
-from cluster.session import ray_session
-from pipelines.execution.survey import survey, with_augmentations, with_passages
-from pipelines.execution.tables import group_by_columns, iter_blocks, map_blocks, read_parts
-from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
-from prag_core.recipe import Recipe
-from prag_core.records import Passage, schema
-from prag_core.store.objects import Store
+@pytest.mark.slow
+def test_no_function_is_called_with_an_empty_block(ray_here: str) -> None:
+    def keep_one(table: pa.Table) -> pa.Table:
+        return table.filter(pc.equal(table["key"], 1))
 
-store = Store(sys.argv[1])
-recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
-def keep_one(table):
-    return table.filter(pc.equal(table["key"], 1))
+    def count(table: pa.Table) -> pa.Table:
+        return pa.table({"rows": [table.num_rows]})
 
-def count(table):
-    return pa.table({"rows": [table.num_rows]})
-
-made = []
-with ray_session(PROFILES["laptop"]):
     some = map_blocks(ray.data.from_items([{"key": n} for n in range(4)], override_num_blocks=4), keep_one)
     none = map_blocks(ray.data.from_items([{"key": 2}, {"key": 3}], override_num_blocks=2), keep_one)
     datasets = some, none, none.materialize(), group_by_columns(some, ["key"], 3), some.union(none)
     counted = [[row["rows"] for row in map_blocks(rows, count).iter_rows()] for rows in datasets]
-    counted.append([block.num_rows for block in iter_blocks(none)])
-    for profile in PROFILES["laptop"], PROFILES["laptop"].tuned(partitions=3):
-        passages = read_parts(store, "corpus", schema(Passage).names, profile.partitions)
-        found = survey(store, passages, 9, recipe, profile)
-        lacking = with_passages(found, "to_augment", passages, profile)
-        ready = with_augmentations(store, found, "to_train", passages, recipe.augment.fingerprint, profile)
-        rows = [sorted(rows.take_all(), key=lambda row: row["key"]) for rows in (lacking, ready)]
-        made.append([found.counts, *rows])
-print(json.dumps([counted, *made]))
-"""
+    assert counted == [[1], [], [], [1], [1]]
+    assert [block.num_rows for block in iter_blocks(none)] == []
 
 
 @pytest.mark.slow
-def test_few_rows_and_many_rows_give_the_same_join(tmp_path: Path) -> None:
+def test_few_rows_and_many_rows_give_the_same_join(tmp_path: Path, ray_here: str) -> None:
     store = Store(str(tmp_path / "store"))
     for begin in (0, 3, 6):
         store.put_table("corpus", to_table(Passage, PASSAGES[begin : begin + 3]))
     stored = [make_augmentation(passage) for passage in PASSAGES[1:8]]
-    recipe = augment_recipe(AugmentConfig(), "none").fingerprint
-    put_augmentations(store, recipe, stored[:4])
-    put_augmentations(store, recipe, stored[3:])  # one of them again
-    put_augmentations(store, recipe, [make_augmentation(make_passage(77))])  # of another corpus
-    command = [sys.executable, "-c", BOTH_WAYS, store.url]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=200)
-    counted, few, many = json.loads(done.stdout.splitlines()[-1])
-    assert counted == [[1], [], [], [1], [1], []]  # no function is called with an empty block
+    recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
+    augmenting = recipe.augment.fingerprint
+    put_augmentations(store, augmenting, stored[:4])
+    put_augmentations(store, augmenting, stored[3:])  # one of them again
+    put_augmentations(store, augmenting, [make_augmentation(make_passage(77))])  # of another corpus
+    few, many = (
+        _surveyed(store, recipe, profile) for profile in (PROFILES["laptop"], PROFILES["laptop"].tuned(partitions=3))
+    )
     assert few == many
     counts, lacking, ready = few
     assert counts == {"to_augment": 2, "to_train": 7}
@@ -112,3 +88,12 @@ def test_few_rows_and_many_rows_give_the_same_join(tmp_path: Path) -> None:
         for passage, augmentation in zip(PASSAGES[1:8], stored, strict=True)
     )
     assert all(len(row["pairs"]) == 3 and row["rewrites"] for row in ready)
+
+
+def _surveyed(store: Store, recipe: Recipe, profile: Profile) -> tuple[dict[str, int], list[Any], list[Any]]:
+    """Return the counts of a survey, the passages that lack an augmentation and those that are ready for training."""
+    passages = read_parts(store, "corpus", schema(Passage).names, profile.partitions)
+    found = survey(store, passages, 9, recipe, profile)
+    lacking = with_passages(found, "to_augment", passages, profile)
+    ready = with_augmentations(store, found, "to_train", passages, recipe.augment.fingerprint, profile)
+    return found.counts, *(sorted(rows.take_all(), key=lambda row: row["key"]) for rows in (lacking, ready))

@@ -63,7 +63,7 @@ def test_written_augmentations_are_read_back(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.slow
-def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Path) -> None:
+def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Path, ray_here: str) -> None:
     work = publish_passages(tmp_path, PASSAGES)
 
     # 1. Export.
@@ -74,7 +74,7 @@ def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Pa
     # 2. Import a published file into an empty store, which gets the passages too. No model augments. Passages that the
     # store has forgotten are left out.
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**config, "store": "other"}))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**config, "store": str(tmp_path / "other")}))
     file, store = paper_file(tmp_path / "published.json"), Store(str(tmp_path / "other"))
     forgotten = passage_key("", PASSAGES[0].text)
     publish(store, with_tombstones(load_snapshot(Store(str(tmp_path / "store"))), [forgotten]))

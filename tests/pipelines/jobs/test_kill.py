@@ -3,11 +3,11 @@
 The moments are drawn from a seed over the time of an undisturbed run. An episode has its own store and kills each kind
 of process once: the workers of a stage and the S3 server, which the run survives, and the driver, after which it is
 run again. A kill that found no process does not count. There are as many episodes as it takes to kill each kind once.
-For forty kills, twenty on each backend:
+`make test-long` runs it with ten kills on each backend. For twenty and another seed:
 
-    PRAG_KILLS=20 python -m pytest tests/pipelines/jobs/test_kill.py -s --timeout 7200
+    PRAG_KILLS=20 PRAG_KILL_SEED=7 make test-long
 
-`-s` shows the seed, and who was killed how often. `PRAG_KILL_SEED` names another seed.
+It prints the seed, and who was killed how often.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.helpers.passages import make_passage
 from tests.helpers.s3 import S3Server
 from tests.helpers.workspace import Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.long
 
 PASSAGES = 60
 KILLS = int(os.environ.get("PRAG_KILLS", "1"))

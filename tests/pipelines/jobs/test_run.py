@@ -22,9 +22,7 @@ from prag_core.testing import write_tiny_model
 from tests.helpers.passages import make_passage
 from tests.helpers.workspace import Workspace, stage
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[3]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
 
 def new(report: dict) -> dict[str, int]:
@@ -88,9 +86,9 @@ def test_run_again_shuffle_change_and_ask(tmp_path: Path) -> None:
 
     # 6. Another base model must not touch this store.
     write_tiny_model(tmp_path / "other", seed=1)
-    refused = work.run("run", "-c", "config.yaml", "--set", "model.name=other", code=5)
+    refused = work.run("run", "-c", "config.yaml", "--set", f"model.name={tmp_path / 'other'}", code=5)
     assert "holds adapters for the base model" in refused
-    refused = work.run("ask", "-c", "config.yaml", "--set", "model.name=other", "Why?", code=5)
+    refused = work.run("ask", "-c", "config.yaml", "--set", f"model.name={tmp_path / 'other'}", "Why?", code=5)
     assert "holds adapters for the base model" in refused
 
 
@@ -101,8 +99,8 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
     layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
     export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", "tiny")
-    recipe = ["--set", "train.epochs=12", "--set", "train.last_layers=2", "--set", "train.initial_adapter=warm"]
-    process = work.start("run", "-c", "config.yaml", *recipe)
+    work.configure(train={"epochs": 12, "last_layers": 2, "initial_adapter": str(tmp_path / "warm")})
+    process = work.start("run", "-c", "config.yaml")
     ledger = tmp_path / "store" / "adapters"
     deadline = time.monotonic() + 240
     while not list(ledger.glob("*/ledger/**/*.parquet")):
@@ -114,7 +112,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     time.sleep(3)  # what its workers were writing when they noticed
     kept = {row.key for row in work.ledger()}
     assert 4 <= len(kept) < 24
-    report = json.loads(work.run("run", "-c", "config.yaml", *recipe, "--json"))
+    report = work.report()
     assert report["adapters"] == 24
     assert stage(report, "train")["earlier"] == len(kept)
     keys = [row.key for row in work.ledger()]
@@ -142,15 +140,16 @@ def test_too_many_rejects_fail_the_run_and_publish_nothing(tmp_path: Path) -> No
 
     # With a file that has them, they are tried again: the passages did not cause these rejects.
     augmentations.write_text(known)
-    report = json.loads(work.run("run", "-c", "config.yaml", "--json"))
+    report = work.report()
     assert report["adapters"] == 6
     assert report["rejected"] == {"augment/not_imported": 2, "corpus/invalid_json": 3}
 
 
-def test_an_error_of_a_worker_is_printed_without_a_traceback(tmp_path: Path) -> None:
+def test_an_error_of_a_worker_is_printed_without_a_traceback(tmp_path: Path, ray_here: str) -> None:
     work = Workspace(tmp_path, [make_passage(1)])
     (tmp_path / "bad.tsv").write_text("id\ttitel\tbody\n1\ta\tb\n")
-    message = work.run("run", "-c", "config.yaml", "--set", "corpus.path=bad.tsv", code=3)
+    wrong = ["--set", f"corpus.path={tmp_path / 'bad.tsv'}"]
+    message = work.run_alone("run", "-c", "config.yaml", *wrong, code=3, RAY_ADDRESS=ray_here)
     assert "bad.tsv: has no column 'text'" in message
     assert "corpus.columns.text" in message
     assert "Traceback" not in message

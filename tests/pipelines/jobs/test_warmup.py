@@ -99,6 +99,7 @@ def test_it_learns_and_two_workers_give_the_result_of_one(trainer: Trainer) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
 def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     passages = [make_passage(n) for n in range(2)]
     work = publish_passages(tmp_path, passages)
@@ -133,6 +134,7 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
 def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     passages = [make_passage(n) for n in range(2)]
     work = publish_passages(tmp_path, passages)

@@ -14,8 +14,7 @@ from tests.helpers.workspace import Workspace
 pytestmark = pytest.mark.slow
 
 
-def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"GPU": 1}))  # for scheduling; the tiny model needs none
+def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, ray_here: str) -> None:
     work = Workspace(tmp_path, [make_passage(n, words=20 + 5 * (n % 7)) for n in range(40)])
     settings = ["--set", "run.train_batch=2", "--set", "run.actor_gpus=0.5", "--set", "run.actors_max=4"]
     measured = ["--measure", "10", "--price-gpu-hour", "2.5"]

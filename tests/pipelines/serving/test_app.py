@@ -28,7 +28,7 @@ from prag_core.store.objects import open_store
 from tests.helpers.live import publish_adapters, write_config
 from tests.helpers.passages import make_passage
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 PASSAGES = [make_passage(n, words=4) for n in range(6)]
 QUESTION = "What is Quorl 3?"

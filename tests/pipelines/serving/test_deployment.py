@@ -43,7 +43,7 @@ from tests.helpers.live import Server, publish_adapters, write_config
 from tests.helpers.passages import make_passage
 from tests.helpers.s3 import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 PASSAGES = [make_passage(n, words=4) for n in range(12)]

@@ -22,7 +22,7 @@ from tests.helpers.faulty_proxy import Fault, FaultyProxy
 from tests.helpers.live import Server, publish_adapters, write_config
 from tests.helpers.passages import make_passage
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 WAIT_S = 60
 EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script></li>"""

@@ -344,7 +344,6 @@ def test_odd_passages_are_rejects_and_nothing_worse(text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_real_small_model_makes_usable_pairs() -> None:
     import torch
 

@@ -26,9 +26,7 @@ from prag_core.store.runs import (
     wait_for_lease,
 )
 
-pytestmark = pytest.mark.serial
-
-TTL_S = 1.0
+TTL_S = 1.5
 
 
 def elsewhere(now: float, **changes: object) -> LeaseRecord:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from botocore.retries.standard import ExponentialBackoff
 
 from prag_core.config_file import parse_config
 from prag_core.errors import ConflictError, StoreError, UnreachableError
@@ -28,7 +29,7 @@ from tests.helpers.faulty_proxy import Fault, FaultyProxy, Kind
 from tests.helpers.s3 import S3Server
 from tests.helpers.stores import RECIPE, SEEDS, VERSION, all_snapshots, run_again, served, verify
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 RETRIES = 2
 TIMEOUT_S = 0.5
@@ -42,7 +43,15 @@ def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
 
 
 @pytest.fixture
-def store(proxy: FaultyProxy, s3_server: S3Server) -> Store:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between tries are a tenth as long as in use."""
+    pause = ExponentialBackoff.delay_amount
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: pause(self, context) / 10)
+    monkeypatch.setattr("prag_core.store.s3.MAX_PAUSE_S", 0.2)
+
+
+@pytest.fixture
+def store(proxy: FaultyProxy, s3_server: S3Server, short_pauses: None) -> Store:
     proxy.fail()
     url = f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"
     return Store(url, {"endpoint_url": proxy.endpoint}, RETRIES, TIMEOUT_S)
@@ -99,8 +108,8 @@ def test_what_stays_is_one_error_within_a_bounded_time(
     begun = time.monotonic()
     with pytest.raises(UnreachableError, match=rf"{store.url}/\w*: cannot be [\w ]+: {cause}"):
         OPERATIONS[operation](store)
-    # 3 tries, the pauses between them (up to 1 and 2 s), and some room for a busy machine.
-    assert time.monotonic() - begun < 3 * TIMEOUT_S + 3 + 3
+    # 3 tries, the pauses between them (up to 0.1 and 0.2 s), and some room for a busy machine.
+    assert time.monotonic() - begun < 3 * TIMEOUT_S + 0.3 + 3
     # The client's HTTP library sends a request again by itself when a connection that it kept was closed.
     assert RETRIES < len(proxy.seen) <= (RETRIES + 1) * (2 if kind == "reset" else 1)
 

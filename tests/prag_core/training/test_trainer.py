@@ -290,7 +290,6 @@ def test_a_start_that_does_not_fit_is_refused(tiny: BaseModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_small_real_model_equals_peft() -> None:
     base = load_base_model(ModelConfig(dtype="float32", device="cpu"))
     recipe = replace(RECIPES["small"], epochs=1)
