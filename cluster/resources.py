@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,8 +95,12 @@ class Profile:
         actor_gpus: float | None = None,
         partitions: int | None = None,
         tokens_per_step: int | None = None,
+        cores: int = 1,
     ) -> Profile:
-        """Return this profile with the given numbers in place of its own."""
+        """Return this profile with the given numbers in place of its own.
+
+        Several actors that would each compute on all cores of the machine share its `cores`.
+        """
 
         def actors(pool: Actors) -> Actors:
             max_size = pool.max_size if actors_max is None else actors_max
@@ -107,7 +110,7 @@ class Profile:
             # An actor computes with as many threads as it takes CPUs, unless the profile gives it all cores.
             threads = pool.threads if actor_cpus is None else max(1, int(actor_cpus))
             if pool.threads is None:
-                threads = None if max_size == 1 else share_of_cores(max_size)
+                threads = None if max_size == 1 else max(1, cores // max_size)
             return Actors(cpus, gpus, min_size, max_size, threads)
 
         return replace(
@@ -119,12 +122,6 @@ class Profile:
             rows_per_task=self.rows_per_task if partitions is None else 0,
             tokens_per_step=self.tokens_per_step if tokens_per_step is None else tokens_per_step,
         )
-
-
-def share_of_cores(processes: int) -> int:
-    """Return this machine's cores divided by `processes`, at least 1: no process then waits for another's cores."""
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(os.environ.get("PRAG_CORES") or seen) // processes)
 
 
 _LAPTOP = Actors(cpus=1, gpus=0, min_size=1, max_size=1, threads=None)

@@ -11,6 +11,7 @@ from prag_core.identity import is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import model_facts, model_fingerprint
+from prag_core.llm.threads import available_cores
 from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
@@ -89,4 +90,5 @@ def profile_of(config: Config) -> Profile:
         actor_gpus=run.actor_gpus,
         partitions=run.partitions,
         tokens_per_step=run.tokens_per_step,
+        cores=available_cores(),
     )

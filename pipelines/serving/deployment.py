@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from cluster.resources import Actors, share_of_cores
+from cluster.resources import Actors
 from pipelines.serving.app import make_app
 from pipelines.serving.dispatcher import Dispatcher, longest_s
 from pipelines.serving.metrics import Metrics, merge_metrics
@@ -25,7 +25,7 @@ from pipelines.settings import profile_of
 from prag_core.config import Config, check_defaults
 from prag_core.config_file import load_config, parse_config
 from prag_core.inference.service import Service, open_service
-from prag_core.llm.threads import compute_elsewhere
+from prag_core.llm.threads import available_cores, compute_elsewhere
 from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import open_store
 
@@ -71,7 +71,7 @@ def application(config: Config) -> Application:
     open_keys(config.serve)
     check_defaults(config)
     actors = profile_of(config).model_actors
-    cores = share_of_cores(config.serve.max_replicas) if actors.threads is None else actors.threads
+    cores = actors.threads or max(1, available_cores() // config.serve.max_replicas)
     deployment = serve.deployment(name=DEPLOYMENT, **_options(config, actors))(serve.ingress()(AnswerQuestions))
     return deployment.bind(config.model_dump(mode="json"), cores)
 

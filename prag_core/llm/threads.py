@@ -12,11 +12,23 @@ from __future__ import annotations
 import os
 import threading
 
+from prag_core.errors import ConfigError
+
 
 def available_cores() -> int:
-    """Return how many cores this process may use: PRAG_CORES where the machine is shared, else all that it sees."""
+    """Return how many cores this process may use: PRAG_CORES if it is set, else all that the system grants.
+
+    Set it where the machine also works for others: threads that spin would wait for their cores.
+
+    Raises:
+        ConfigError: when PRAG_CORES is no positive whole number.
+    """
     if chosen := os.environ.get("PRAG_CORES"):
-        return max(1, int(chosen))
+        if chosen.isdecimal() and int(chosen) > 0:
+            return int(chosen)
+        raise ConfigError(
+            f"PRAG_CORES = {chosen!r}: not a positive whole number", "name a number of cores"
+        )
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from pipelines.execution.child_process import Child, Limits
-from prag_core.llm.threads import compute_elsewhere, compute_here
+from prag_core.errors import ConfigError
+from prag_core.llm.threads import available_cores, compute_elsewhere, compute_here
 from tests.helpers.passages import make_passage
 from tests.helpers.training import training_batch
 
@@ -52,6 +53,15 @@ def test_the_computing_thread_has_the_cores_and_later_threads_have_one(restored:
     thread.start()
     thread.join()
     assert seen == {"computing": 3, "later": 1}
+
+
+def test_cores_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRAG_CORES", "3")
+    assert available_cores() == 3
+    for wrong in ("none", "0", "-1", "1.5"):
+        monkeypatch.setenv("PRAG_CORES", wrong)
+        with pytest.raises(ConfigError, match="PRAG_CORES"):
+            available_cores()
 
 
 def test_elsewhere_is_one_core_for_all(restored: None) -> None:
