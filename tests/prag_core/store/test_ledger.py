@@ -1,4 +1,4 @@
-"""The ledger as columns: what a dictionary of the latest rows would say, of any number of parts."""
+"""The ledger as columns: the latest row of each key, from any number of parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(dice: random.Random, key: str, created: float) -> LedgerRow:
     )
 
 
-def test_it_says_what_a_dictionary_would(store: Store) -> None:
+def test_the_latest_row_of_each_key_is_found(store: Store) -> None:
     dice = random.Random(1)
     keys = [f"{dice.getrandbits(128):032x}" for _ in range(300)]
     # Bytes of zero at the end are part of a key.
@@ -72,7 +72,7 @@ def test_an_altered_part_is_no_ledger(store: Store, monkeypatch: pytest.MonkeyPa
             LedgerColumns(store, [part])
 
 
-def test_none_and_nonsense(store: Store) -> None:
+def test_an_empty_ledger_and_malformed_keys(store: Store) -> None:
     empty = LedgerColumns(store, [])
     assert (len(empty), empty.find("a" * 32)) == (0, None)
     for key in ("a" * 33, "a" * 30 + "  ", "k" * 32, "a" * 31 + "ü", ""):

@@ -1,4 +1,4 @@
-"""The run lease: one run at a time, the dead are followed, and who lost it is told; on a folder and on S3."""
+"""The run lease: one run at a time, free again after a crash, and its loss is noticed; on a folder and on S3."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_second_run_is_told_who_holds_it(store: Store) -> None:
     assert record.released
 
 
-def test_of_runs_at_once_one_gets_it(store: Store) -> None:
+def test_of_several_runs_one_gets_the_lease(store: Store) -> None:
     def take(run: int) -> RunLease | str:
         try:
             return acquire_lease(store, f"run-{run}")
@@ -79,7 +79,7 @@ def test_of_runs_at_once_one_gets_it(store: Store) -> None:
     winner.release()
 
 
-def test_heartbeats_keep_it_beyond_its_time(store: Store) -> None:
+def test_heartbeats_extend_the_lease(store: Store) -> None:
     with hold_lease(store, "run-1", ttl_s=TTL_S) as lease:
         first = lease.record
         time.sleep(2 * TTL_S)
@@ -92,7 +92,7 @@ def test_heartbeats_keep_it_beyond_its_time(store: Store) -> None:
             acquire_lease(store, "run-2", skew_s=0)
 
 
-def test_an_expired_one_is_taken_but_only_after_the_skew(store: Store) -> None:
+def test_an_expired_lease_is_free_only_after_the_skew(store: Store) -> None:
     write(store, elsewhere(time.time() - TTL_S - 5))
     with pytest.raises(LeaseError, match=r"run run-7: process 4711 on far-host"):
         acquire_lease(store, "run-8", skew_s=60)
@@ -102,7 +102,7 @@ def test_an_expired_one_is_taken_but_only_after_the_skew(store: Store) -> None:
         assert record.run == "run-8"
 
 
-def test_a_dead_one_is_waited_for_and_a_live_one_no_longer_than_asked(store: Store) -> None:
+def test_waiting_ends_when_the_lease_expires_or_the_time_is_up(store: Store) -> None:
     assert wait_for_lease(store, 0) is None
     write(store, elsewhere(time.time()))
     held = wait_for_lease(store, 0.1, look_every_s=0.05)
@@ -117,7 +117,7 @@ def test_a_dead_one_is_waited_for_and_a_live_one_no_longer_than_asked(store: Sto
     assert wait_for_lease(store, 0) is None
 
 
-def test_it_can_be_taken_over_and_its_holder_notices(store: Store) -> None:
+def test_a_lease_can_be_taken_over_and_its_holder_notices(store: Store) -> None:
     first = acquire_lease(store, "run-1", ttl_s=TTL_S)
     with hold_lease(store, "run-2", take_over=True) as second:
         wait_until(first, lost=True)
@@ -148,7 +148,7 @@ def test_a_lease_that_was_removed_is_lost(store: Store) -> None:
     assert read_lease(store) is None
 
 
-def test_a_heartbeat_of_which_no_answer_came_is_its_own(store: Store) -> None:
+def test_a_heartbeat_whose_answer_was_lost_keeps_the_lease(store: Store) -> None:
     lease = acquire_lease(store, "run-1", ttl_s=TTL_S)
     write(store, replace(lease.record, heartbeat=lease.record.heartbeat + 0.01))
     time.sleep(TTL_S)
@@ -167,7 +167,7 @@ def test_the_error_of_the_work_is_not_hidden(store: Store) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which processes can be seen")
-def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> None:
+def test_the_lease_of_a_dead_process_on_this_machine_is_free_at_once(store: Store) -> None:
     code = (
         "import os, pickle, sys; from prag_core.store.runs import acquire_lease\n"
         "acquire_lease(pickle.loads(bytes.fromhex(sys.argv[1])), 'run-1', ttl_s=1000); os._exit(1)"
@@ -191,7 +191,7 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which processes can be seen")
-def test_a_killed_process_that_nobody_asked_for_is_dead(store: Store) -> None:
+def test_a_zombie_process_counts_as_dead(store: Store) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with hold_lease(store, "run-1") as lease:
         write(store, replace(lease.record, pid=process.pid, started="", token="its own"))
@@ -203,7 +203,7 @@ def test_a_killed_process_that_nobody_asked_for_is_dead(store: Store) -> None:
         process.communicate()
 
 
-def test_who_works_for_a_run_elsewhere_sees_that_another_has_the_lease(store: Store) -> None:
+def test_a_worker_sees_that_another_run_has_the_lease(store: Store) -> None:
     check_holder(store, "run-1")  # nobody ever took it
     with hold_lease(store, "run-1"):
         check_holder(store, "run-1")
@@ -212,7 +212,7 @@ def test_who_works_for_a_run_elsewhere_sees_that_another_has_the_lease(store: St
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_makes_it_uncertain_and_comes_back(s3_server) -> None:
+def test_the_lease_counts_as_lost_while_the_store_is_unreachable(s3_server) -> None:
     store = Store(f"s3://{s3_server.bucket}/lease-{os.getpid()}", {}, 0, 0.5)
     lease = acquire_lease(store, "run-1", ttl_s=TTL_S)
     s3_server.kill()

@@ -1,4 +1,4 @@
-"""S3 that fails: what is passing passes unseen, what stays is one error with a remedy, and half a body is no data."""
+"""S3 that fails: passing failures are retried, lasting ones become one error, and half a body is never data."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PASSING: list[tuple[str, Kind]] = [
 
 
 @pytest.mark.parametrize(("operation", "kind"), PASSING)
-def test_what_passes_is_not_noticed(store: Store, proxy: FaultyProxy, operation: str, kind: Kind) -> None:
+def test_passing_failures_are_retried(store: Store, proxy: FaultyProxy, operation: str, kind: Kind) -> None:
     store.put("there", DATA)
     times = RETRIES if operation in ("get", "put") else 1
     proxy.fail(Fault(kind, times=times))
@@ -100,7 +100,7 @@ def test_what_passes_is_not_noticed(store: Store, proxy: FaultyProxy, operation:
     ],
 )
 @pytest.mark.parametrize("operation", ["range", "put", "replace", "list"])
-def test_what_stays_is_one_error_within_a_bounded_time(
+def test_lasting_failures_become_one_error_within_a_bounded_time(
     store: Store, proxy: FaultyProxy, operation: str, kind: Kind, cause: str
 ) -> None:
     store.put("there", DATA)
@@ -178,7 +178,7 @@ def test_a_lost_answer_at_the_last_try_is_resolved(store: Store, proxy: FaultyPr
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "truncated"])
-def test_files_and_columns_take_the_same_way(
+def test_files_and_columns_are_retried_too(
     store: Store, proxy: FaultyProxy, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(DATA)
@@ -202,8 +202,8 @@ def test_files_and_columns_take_the_same_way(
             store.get_columns(part, ["value"])
 
 
-def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: BaseModel) -> None:
-    """From whatever request on the server fails: nothing whole is found damaged, and no good adapter is taken out."""
+def test_an_outage_is_not_taken_for_damage(store: Store, proxy: FaultyProxy, tiny_session: BaseModel) -> None:
+    """Whichever request the server fails at: nothing intact is found damaged, and no good adapter is removed."""
     layout = find_targets(tiny_session.model, RECIPE.train)[0]
     store = Store(store.url, store.options, 0, TIMEOUT_S)
     put_inputs(store, "run0", RunInputs(VERSION, RECIPE.fingerprint))
@@ -225,7 +225,7 @@ def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: 
             proxy.fail()
         return False
 
-    # 1. Who looks is told that the store is away, and never something else.
+    # 1. A check or a search for garbage ends with UnreachableError, and with nothing else.
     found = verify(store)
     assert [finding.name for finding in found] == [victim.shard]
     for look in (lambda: verify(store), lambda: find_garbage(store, objects, kept, grace_s=0)):
@@ -233,7 +233,7 @@ def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: 
         while is_cut_off(after, look):
             after += 3
         assert after > 10
-    # 2. Who mends keeps what is good, and ends the same when the store is back.
+    # 2. A repair keeps every good adapter, and ends the same when the store is back.
     after = 0
     while is_cut_off(after, repair, store, found):
         assert good <= {*served(store)}, after
@@ -244,7 +244,7 @@ def test_an_outage_is_no_damage(store: Store, proxy: FaultyProxy, tiny_session: 
     assert {*served(store)} == good
 
 
-def test_a_server_that_was_killed_is_waited_for(s3_server: S3Server) -> None:
+def test_a_restarted_server_is_waited_for(s3_server: S3Server) -> None:
     store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}", retries=8)
     store.put("before", DATA)
     s3_server.kill()

@@ -1,4 +1,4 @@
-"""Snapshots: what is in service moves by one write, and what was published is never lost; on a folder and on S3."""
+"""Snapshots: publication is one conditional write, and no published snapshot is lost; on a folder and on S3."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_candidates_that_never_served_push_nothing_out(store: Store) -> None:
     assert store.list("snapshots", ".candidate") == [f"snapshots/{failed[n].id}.candidate" for n in (0, 2)]
 
 
-def test_what_marks_a_candidate_goes_with_it(store: Store) -> None:
+def test_the_mark_of_a_candidate_is_removed_with_it(store: Store) -> None:
     publish(store, snapshot_of("p1"))
     first, second = snapshot_of("c1"), snapshot_of("c2")
     for candidate in (first, second):
@@ -163,7 +163,7 @@ def test_tombstones_add_up_and_make_another_snapshot(store: Store) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "not json", '{"other": 1}'])
-def test_documents_that_were_damaged_are_named(store: Store, text: str) -> None:
+def test_damaged_documents_are_named(store: Store, text: str) -> None:
     (id,) = publish_dated(store, 1)
     store.put(document_name(id), text.encode())
     with pytest.raises(StoreError, match=rf"snapshots/{id}\.json: not (a snapshot|JSON)"):
@@ -177,7 +177,7 @@ def test_documents_that_were_damaged_are_named(store: Store, text: str) -> None:
     ("field", "value"),
     [("tombstones", []), ("tombstones", ["a", "c"]), ("ledger_parts", ["p2"]), ("created", "2026-01-02"), ("more", 1)],
 )
-def test_a_snapshot_that_was_altered_is_none(store: Store, field: str, value: object) -> None:
+def test_an_altered_snapshot_is_refused(store: Store, field: str, value: object) -> None:
     """Least of all may a passage be taken off the list of what was forgotten."""
     snapshot = with_tombstones(snapshot_of("p1"), ["a", "b"])
     publish(store, snapshot)
