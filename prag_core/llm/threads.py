@@ -26,9 +26,7 @@ def available_cores() -> int:
     if chosen := os.environ.get("PRAG_CORES"):
         if chosen.isdecimal() and int(chosen) > 0:
             return int(chosen)
-        raise ConfigError(
-            f"PRAG_CORES = {chosen!r}: not a positive whole number", "name a number of cores"
-        )
+        raise ConfigError(f"PRAG_CORES = {chosen!r}: not a positive whole number", "name a number of cores")
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

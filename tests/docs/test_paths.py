@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,19 @@ def test_settings_exist(document: Path) -> None:
     named = {name for span in code(document) for name in re.findall(pattern, span)}
     files = (".json", ".jsonl", ".md", ".py", ".yaml")
     assert {name for name in named if not name.endswith(files)} - known == set()
+
+
+def test_what_scripts_import_exists() -> None:
+    files = [ROOT / "Makefile", ROOT / "ray_job.yaml", *(ROOT / "cluster").iterdir(), *(ROOT / "docs").glob("*.md")]
+    imports = {
+        (module, name.strip())
+        for file in files
+        if file.is_file()
+        for module, names in re.findall(
+            r"\bfrom ((?:prag_core|pipelines|cluster)[\w.]*) import ([\w, ]+)", file.read_text(encoding="utf-8")
+        )
+        for name in names.split(",")
+    }
+    assert imports
+    for module, name in imports:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
