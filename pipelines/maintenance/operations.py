@@ -167,11 +167,7 @@ def forget(store: Store, names: Sequence[str], *, undo: bool) -> ForgetReport:
 
 
 def list_rejects(store: Store, stage: str | None) -> list[Reject]:
-    """Return the different rejects of all runs, sorted by stage, reason and source; with `stage`, only those of one.
-
-    Raises:
-        StoreError: if they cannot be read.
-    """
+    """Return the different rejects of all runs, sorted by stage, reason and source; with `stage`, only those of one."""
     parts = store.list(f"rejects/{stage}" if stage else "rejects", ".parquet")
     rows = from_table(Reject, store.get_table(Reject, parts))
     found = {(row.stage, row.reason, row.source, row.key, row.recipe): row for row in rows}

@@ -48,11 +48,7 @@ class VerifyReport:
 
 
 def verify_store(store: Store, profile: Profile, console: Console, *, full: bool) -> VerifyReport:
-    """Check each object of a store, and each shard against all ledger rows that name it. Nothing is changed.
-
-    Raises:
-        UnreachableError: if the store does not answer, which is not damage.
-    """
+    """Check each object of a store, and each shard against all ledger rows that name it. Nothing is changed."""
     begun = time.perf_counter()
     # Read a document before listing the objects that it names: a run at work stores the objects first.
     serving = serving_id(store)

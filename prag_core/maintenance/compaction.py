@@ -94,9 +94,6 @@ def compact_shards(store: Store, marked: pa.Table, forgotten: Sequence[str]) -> 
         store: The store.
         marked: Rows with the columns of `MARKED`. All rows of a shard must be among them.
         forgotten: Keys of which no byte may stay.
-
-    Raises:
-        StoreError: if the store cannot be read or written.
     """
     rows = from_table(LedgerRow, marked)
     live = marked["live"].to_pylist()

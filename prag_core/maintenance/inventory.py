@@ -73,11 +73,7 @@ def object_kind(name: str) -> str:
 
 
 def check_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
-    """Return the readable snapshots, oldest first, and a finding for each damaged one.
-
-    Raises:
-        UnreachableError: if the store does not answer.
-    """
+    """Return the readable snapshots, oldest first, and a finding for each damaged one."""
     snapshots, findings = [], []
     for id in snapshot_ids(store):
         try:
@@ -88,11 +84,7 @@ def check_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:
 
 
 def serving_id(store: Store) -> str | None:
-    """Return the id of the snapshot in service, or None if `CURRENT` is missing or damaged.
-
-    Raises:
-        UnreachableError: if the store does not answer.
-    """
+    """Return the id of the snapshot in service, or None if `CURRENT` is missing or damaged."""
     try:
         return current_id(store)
     except DamagedError:

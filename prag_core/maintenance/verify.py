@@ -57,11 +57,7 @@ def check_references(objects: Iterable[str], snapshots: Sequence[Snapshot], serv
 
 
 def check_pins_and_lease(store: Store, snapshots: Sequence[Snapshot]) -> list[Finding]:
-    """Return findings for `PINS` and the lease. `snapshots` are the readable ones.
-
-    Raises:
-        UnreachableError: if the store does not answer.
-    """
+    """Return findings for `PINS` and the lease. `snapshots` are the readable ones."""
     findings = []
     try:
         unknown = sorted({*pinned(store)} - {snapshot.id for snapshot in snapshots})
@@ -93,9 +89,6 @@ def check_object(store: Store, name: str, full: bool) -> list[Finding]:
 
     With `full`, every byte is read. Otherwise only the footer of a Parquet part and the size of an archive are
     checked. A ledger part is always read in full, because everything else depends on it.
-
-    Raises:
-        UnreachableError: if the store does not answer.
     """
     kind = object_kind(name)
     try:

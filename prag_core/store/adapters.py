@@ -52,11 +52,7 @@ class AdapterStore:
             self.store.put_json(name, seal({"recipe": self.recipe.to_json(), "layout": asdict(self.layout)}))
 
     def committed(self, task: str) -> list[LedgerRow]:
-        """Return the rows that a task has committed; none, unless an earlier attempt of the task was lost.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Return the rows that a task has committed; none, unless an earlier attempt of the task was lost."""
         parts = self.store.list(f"{self.folder}/ledger/{task}", ".parquet")
         return from_table(LedgerRow, self.store.get_table(LedgerRow, parts))
 

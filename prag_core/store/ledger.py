@@ -131,11 +131,7 @@ class Compaction:
 
 
 def visible_parts(store: Store, recipe: str) -> list[str]:
-    """Return the ledger parts of a recipe that count now: all that no compaction has replaced.
-
-    Raises:
-        StoreError: if the store cannot be read.
-    """
+    """Return the ledger parts of a recipe that count now: all that no compaction has replaced."""
     parts = store.list(f"adapters/{recipe}/ledger", ".parquet")
     replaced = replaced_parts(store, recipe, parts)
     return [part for part in parts if part not in replaced]
@@ -155,11 +151,7 @@ def replaced_parts(store: Store, recipe: str, parts: Collection[str]) -> set[str
 
 
 def compactions(store: Store, recipe: str) -> dict[str, Compaction]:
-    """Return a recipe's compactions by the names of their records, without the damaged ones.
-
-    Raises:
-        StoreError: if the store cannot be read.
-    """
+    """Return a recipe's compactions by the names of their records, without the damaged ones."""
     found = {}
     for name in store.list(f"adapters/{recipe}/compactions", ".json"):
         try:

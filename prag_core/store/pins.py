@@ -83,9 +83,6 @@ def kept_snapshots(store: Store, newest: int) -> list[str]:
 
     These are the last `newest` snapshots that have been in service, the newest candidate, the pinned snapshots, and
     the one in service.
-
-    Raises:
-        StoreError: if the store cannot be read.
     """
     marks = {*store.list("snapshots", ".candidate")}
     candidates = [id for id in snapshot_ids(store) if candidate_mark(id) in marks]

@@ -230,9 +230,6 @@ def wait_for_lease(
     """Wait up to `wait_s` until no run holds the store's lease; return the record of the run that still does, or None.
 
     This helps a job that is started again on another machine: it finds the lease of the lost one, which expires.
-
-    Raises:
-        StoreError: if the store cannot be read.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -246,11 +243,7 @@ def wait_for_lease(
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
-    """Return the record of the store's lease, or None if no run ever took it.
-
-    Raises:
-        StoreError: if it cannot be read.
-    """
+    """Return the record of the store's lease, or None if no run ever took it."""
     return _read(store)[1]
 
 

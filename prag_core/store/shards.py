@@ -73,9 +73,6 @@ def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
     """Return the keys of all adapters in a shard, named by a ledger or not, and the size of its tensors in bytes.
 
     Return None if the shard is missing or its header is damaged.
-
-    Raises:
-        UnreachableError: if the store does not answer.
     """
     try:
         size_bytes = store.size(shard)

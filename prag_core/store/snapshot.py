@@ -95,11 +95,7 @@ def snapshot_id(name: str) -> str:
 
 
 def snapshot_ids(store: Store) -> list[str]:
-    """Return the ids of all snapshots of a store, the oldest first.
-
-    Raises:
-        StoreError: if the store cannot be listed.
-    """
+    """Return the ids of all snapshots of a store, the oldest first."""
     return [snapshot_id(name) for name in store.list("snapshots", ".json")]
 
 
@@ -137,9 +133,6 @@ def forgotten_now(store: Store) -> set[str]:
 
     If no snapshot is in service, or it is damaged, these are the tombstones of all readable snapshots. If unsure,
     keep a passage forgotten.
-
-    Raises:
-        UnreachableError: if the store does not answer.
     """
     try:
         if (serving := current_id(store)) is not None:
@@ -295,9 +288,5 @@ def check_base_model(snapshot: Snapshot, store: Store, name: str, found: str) ->
 
 
 def forgotten_keys(store: Store, snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the keys that must not be used when answering from a snapshot: its own tombstones and those of now.
-
-    Raises:
-        UnreachableError: if the store does not answer.
-    """
+    """Return the keys that must not be used when answering from a snapshot: its own tombstones and those of now."""
     return tuple(sorted({*snapshot.tombstones} | forgotten_now(store)))
