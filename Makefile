@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tests that start Ray wait for a third of their time, so two run at once; each process computes on one core.
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check slow test-long format clean help s3 browser \
 	bench-augment bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import secrets
 import uuid
@@ -83,6 +84,7 @@ def ray_here() -> Iterator[str]:
             patch.delenv("RAY_ADDRESS", raising=False)
             patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
             stack.enter_context(ray_session(PROFILES["laptop"]))
+        faulthandler.disable()  # Ray enables it, and a Java machine that this process has started uses its signals
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr("ray.init", lambda *_, **__: None)
         patch.setattr("ray.shutdown", lambda: None)
