@@ -29,17 +29,19 @@ def has_credentials(url: str) -> bool:
     return _CREDENTIALS.search(url) is not None
 
 
-def _without_credentials(url: str) -> str:
+def _check_url(url: str) -> str:
     if has_credentials(url):
         raise PydanticCustomError("credentials", "holds credentials")
+    if not url.strip():
+        raise PydanticCustomError("empty", "is empty: it would be the working folder")
     return url
 
 
-Url = Annotated[str, AfterValidator(_without_credentials)]
+Url = Annotated[str, AfterValidator(_check_url)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Columns(_Strict):

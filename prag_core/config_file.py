@@ -1,11 +1,15 @@
-"""Reading a configuration from YAML and dotted overrides, and writing it back."""
+"""Reading a configuration from YAML and dotted overrides, and writing it back.
+
+YAML guesses what a plain text means: `no` is false, `010` is eight, `1e-4` is a text, a second section replaces the
+first. Here every value stays the text that was typed, and the type of its setting decides what it means.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +18,8 @@ from prag_core.config import NO_CREDENTIALS_HERE, Config
 from prag_core.errors import ConfigError
 from prag_core.packaged import local_path
 
+_NULLS = ("", "~", "null", "Null", "NULL")
+_UNTAGGED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _EXAMPLE = "`prag --help` says where an example is"
 # Old name → new name. A configuration of an older version gets an error that names the new one.
 _RENAMED = {"train.start": "train.initial_adapter", "train.without": "train.ablation"}
@@ -30,13 +36,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value; the message carries the key's dotted path.
     """
     try:
-        data = yaml.safe_load(Path(local_path(str(path))).read_text(encoding="utf-8"))
+        text = Path(local_path(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", _EXAMPLE) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}", "fix the line that the message names") from None
+    data = _parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no settings", f"write a YAML mapping; {_EXAMPLE}")
     for override in overrides:
@@ -62,7 +67,10 @@ def dump_config(config: Config) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one value of `data` in place, as `KEY=VALUE` says."""
+    """Set one value of `data` in place, as `KEY=VALUE` says; the value is the text as typed.
+
+    Only for a setting that takes no text may it be a YAML list or mapping in one line, such as `[q_proj, v_proj]`.
+    """
     dotted, separator, text = override.partition("=")
     if not separator or not dotted.strip():
         raise ConfigError(f"override {override!r} is not KEY=VALUE", "write it as train.epochs=4")
@@ -73,10 +81,54 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {name!r} holds no settings", _EXAMPLE)
         node = child
+    if text.strip() in _NULLS:
+        node[last] = None
+    elif text.lstrip().startswith(("[", "{")) and _takes_many(dotted.strip().split(".")):
+        node[last] = _parse_yaml(text, f"override {override!r}")
+    else:
+        node[last] = text
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    """Return the mappings, lists and texts of a YAML document; a plain `null`, `~` or nothing is None.
+
+    Raises:
+        ConfigError: for text that is not one YAML document, a key that is given twice, a merge key or a tag; `origin`
+            and the line begin the message.
+    """
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from None
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        return _plain(node, origin) if node else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}", "fix the line that the message names") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: nested too deeply, or an alias holds itself", _EXAMPLE) from None
+
+
+def _plain(node: yaml.Node, origin: str) -> Any:
+    place = f"{origin}: line {node.start_mark.line + 1}"
+    if node.tag not in _UNTAGGED:
+        raise ConfigError(f"{place}: the tag {node.tag!r} is not allowed", "leave it out")
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in _NULLS else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, origin) for item in node.value]
+    found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = key.value, key.start_mark.line + 1
+        if not isinstance(name, str) or name == "<<":
+            raise ConfigError(
+                f"{origin}: line {line}: a key must be one name, and no merge key `<<`", "write out each setting"
+            )
+        if name in lines:
+            raise ConfigError(
+                f"{origin}: line {line}: the key {name} is given twice, first in line {lines[name]}",
+                "keep one of the two",
+            )
+        lines[name] = line
+        found[name] = _plain(value, origin)
+    return found
 
 
 def _explain(item: Any, origin: str) -> str:
@@ -94,14 +146,31 @@ def _explain(item: Any, origin: str) -> str:
         return f"{origin}: {dotted} is required\n  → add it; {_EXAMPLE}"
     if item["type"] == "credentials":  # the value must not be repeated
         return f"{origin}: {dotted} {item['msg']}\n  → {NO_CREDENTIALS_HERE}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"{origin}: {dotted} is a section\n  → write its settings below it, or leave it out; {_EXAMPLE}"
     return f"{origin}: {dotted} = {item.get('input')!r}: {item['msg']}"
+
+
+def _takes_many(location: Sequence[str]) -> bool:
+    """Return whether a setting is a section or a list."""
+    *parents, last = location
+    try:
+        annotation = _section_at(parents).model_fields[last].annotation
+    except (KeyError, StopIteration):  # an unknown setting, which the caller reports
+        return True
+    kinds = [annotation, *get_args(annotation)]
+    return any(get_origin(kind) is tuple or (isinstance(kind, type) and issubclass(kind, BaseModel)) for kind in kinds)
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:
     """Return the names of the settings in one section."""
+    return list(_section_at(location).model_fields)
+
+
+def _section_at(location: Sequence[str]) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for name in location:
         annotation = model.model_fields[name].annotation
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +45,7 @@ def settings_of(path: str, overrides: list[str] | None, options: Mapping[str, ob
     Raises:
         ConfigError: see `prag_core.config_file.load_config`.
     """
-    given = [f"{name}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
+    given = [f"{name}={value}" for name, value in (options or {}).items() if value is not None]
     return load_config(path, [*(overrides or []), *given])
 
 

@@ -37,7 +37,7 @@ def test_defaults_and_overrides(write) -> None:
         (MINIMAL, ["train.epoch=4"], r"unknown key train\.epoch\n.*did you mean train\.epochs\?"),
         (MINIMAL + "trian: {}\n", [], r"unknown key trian\n.*did you mean train\?"),
         (MINIMAL, ["augment.endpoint.modle=x"], r"unknown key augment\.endpoint\.modle\n.*augment\.endpoint\.model\?"),
-        (MINIMAL, ["train.epochs=0"], r"train\.epochs = 0"),
+        (MINIMAL, ["train.epochs=0"], r"train\.epochs = '0'"),
         (MINIMAL, ["answer.mode=fast"], r"answer\.mode = 'fast'"),
         ("corpus: {path: x}\n", [], r"store is required"),
         ("store: [\n", [], r"not valid YAML"),
@@ -71,6 +71,90 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(write, key: str, url:
 )
 def test_a_url_without_credentials_is_accepted(write, url: str) -> None:
     assert load_config(write(MINIMAL), [f"store={url}"]).store == url
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("train: {epochs: 1}\ntrain: {rank: 2}\n", [], "line 4: the key train is given twice, first in line 3"),
+        ("train:\n  epochs: 1\n  rank: 2\n  epochs: 2\n", [], "line 6: the key epochs is given twice.* in line 4"),
+        ("augment: {endpoint: {model: a, model: b}}\n", [], "line 3: the key model is given twice"),
+        ("'store': t\n", [], "line 3: the key store is given twice"),
+        ("", ["corpus.columns={id: a, id: b}"], "override .*: line 1: the key id is given twice"),
+        ("train: &a {rank: 2}\nrun: {<<: *a}\n", [], "line 4: a key must be one name, and no merge key"),
+        ("? [a, b]\n: 1\n", [], "line 3: a key must be one name"),
+        ("train: {rank: !!int 3}\n", [], "line 3: the tag .*int' is not allowed"),
+        ("train: &a {rank: *a}\n", [], "an alias holds itself"),
+        ("---\nrun: {}\n", [], "single document(.|\n)*line 3"),
+        ("train:\n\tepochs: 1\n", [], "cannot start any token(.|\n)*line 4"),
+        ("train:\n", [], "train is a section\n.*write its settings below"),
+        ("train: closed_book\n", [], "train is a section"),
+        ("train: {learning_rate: .inf}\n", [], r"train\.learning_rate = '\.inf'"),
+        ("", ["train.learning_rate=inf"], r"train\.learning_rate = 'inf': .*finite"),
+        ("", ["train.epochs=0x10"], r"train\.epochs = '0x10': Input should be a valid integer"),
+        ("", ["store="], r"store = None"),
+        ("", ["store= "], r"store = None"),
+        ("", ["serve.modes=[rag"], r"override 'serve.modes=\[rag': not valid YAML"),
+    ],
+)
+def test_what_yaml_would_guess_or_drop_is_refused(write, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(MINIMAL + text), overrides)
+
+
+def test_an_empty_store_is_not_the_working_folder(write) -> None:
+    with pytest.raises(ConfigError, match="store = '': is empty"):
+        load_config(write("store: ''\ncorpus: {path: c.jsonl}\n"))
+
+
+@pytest.mark.parametrize("as_override", [False, True])
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("index.language", "no", "no"),
+        ("model.name", "2024-01-01", "2024-01-01"),
+        ("model.name", "010", "010"),
+        ("model.name", "1_000", "1_000"),
+        ("model.name", "12:30", "12:30"),
+        ("model.name", "Off", "Off"),
+        ("train.epochs", "010", 10),
+        ("train.learning_rate", "1e-4", 1e-4),
+        ("train.learning_rate", "5E-4", 5e-4),
+        ("run.checkpoint_activations", "on", True),
+        ("train.eos", "no", False),
+        ("corpus.limit", "null", None),
+        ("corpus.limit", "~", None),
+        ("train.targets", "[q_proj, no]", ("q_proj", "no")),
+        ("serve.modes", "[rag]", ("rag",)),
+    ],
+)
+def test_a_value_is_what_was_typed(write, as_override: bool, key: str, typed: str, value: object) -> None:
+    section, name = key.split(".")
+    text = "" if section == "corpus" else f"{section}: {{{name}: {typed}}}\n"
+    corpus = f"corpus: {{path: c.jsonl{f', {name}: {typed}' if section == 'corpus' else ''}}}\n"
+    config = (
+        load_config(write(MINIMAL), [f"{key}={typed}"])
+        if as_override
+        else load_config(write(f"store: s\n{corpus}{text}"))
+    )
+    assert getattr(getattr(config, section), name) == value
+
+
+@pytest.mark.parametrize(
+    "value", ["/data/run #1", "a: b", "[x]", "{x}", "*x", "&x", "!x", "'x'", '"x"', "%x", "null/x"]
+)
+def test_the_value_of_an_override_is_a_text_where_the_setting_is_one(write, value: str) -> None:
+    assert load_config(write(MINIMAL), [f"store={value}"]).store == value
+
+
+def test_a_byte_order_mark_and_an_alias_are_read(write) -> None:
+    text = "store: &here s\ncorpus: {path: c.jsonl}\nmodel: {name: *here}\n"
+    assert load_config(write("\ufeff" + text)).model.name == "s"
+
+
+def test_strings_that_look_like_something_else_survive_writing_and_reading(write) -> None:
+    config = load_config(write(MINIMAL), ["store=1e5", "model.name=no", "augment.model='null'", "train.ablation=qa"])
+    assert load_config(write(dump_config(config))) == config
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
