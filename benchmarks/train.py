@@ -12,6 +12,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,12 @@ def from_store(url: str) -> list[tuple[Passage, Augmentation]]:
 
 
 def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], count: int) -> list[TrainingJob]:
-    """Return `count` jobs; if the corpus is too small, repeat its passages under other keys."""
+    """Return `count` jobs; if the corpus is too small, repeat its passages under other titles and keys."""
     jobs = []
     for number in range(count):
         passage, augmentation = corpus[number % len(corpus)]
+        if again := number // len(corpus):
+            passage = replace(passage, title=f"{passage.title} {again + 1}")
         examples = training_examples(base.tokenizer, passage, augmentation, RECIPE)
         jobs.append(TrainingJob(f"{passage.key}-{number}", examples))
     return jobs

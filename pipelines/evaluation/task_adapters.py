@@ -102,10 +102,13 @@ class TrainTasks:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Train some task adapters and store them; return one outcome for each."""
         jobs = []
+        outcomes = []
         for row in table.to_pylist():
             examples = [training_examples(self._tokenizer, *self._texts[key], self._train) for key in row["keys"]]
-            jobs.append(task_job(row["name"], [passage for passage in examples if passage], self._rounds))
-        outcomes = []
+            if any(examples):
+                jobs.append(task_job(row["name"], [passage for passage in examples if passage], self._rounds))
+            else:
+                outcomes.append(Outcome(row["name"], rejected="nothing_to_train"))
         for trained in self._trainer.train(jobs, tokens_per_step=self._tokens_per_step):
             if trained.factors is not None:
                 shard, _ = pack_shard(self._trainer.layout, [("task", trained.factors)], "float32", {})

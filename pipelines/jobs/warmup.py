@@ -35,6 +35,7 @@ from prag_core.training.warmup import WarmupSettings, train_warmup, warmup_examp
 @dataclass(frozen=True)
 class _Trained:
     start: str
+    questions: int
     first_loss: float
     last_loss: float
 
@@ -91,7 +92,9 @@ def run_warmup(
             f"{len(questions) - len(usable)} without their passage, {len(free) - len(chosen)} over the limit"
         )
         trained = _fit(context, chosen, settings, workers)
-    warmup = Warmup(**asdict(trained), questions=len(chosen), left_out=len(questions) - len(chosen))
+    if too_long := len(chosen) - trained.questions:
+        console.print(f"warm-up: {too_long} questions left out, which do not fit into train.max_tokens")
+    warmup = Warmup(**asdict(trained), left_out=len(questions) - trained.questions)
     about = {
         "warmup": asdict(warmup),
         "settings": asdict(settings),
@@ -141,10 +144,11 @@ def _train(context: RunContext, questions: list[Question], settings: WarmupSetti
     rank, workers = worker.get_world_rank(), worker.get_world_size()
     base = load_base_model(context.config.model, expected=context.recipe.base_model)
     trainer = Trainer(base, context.recipe.train)
+    examples = warmup_examples(trainer, questions, reading=settings.reading)
     losses: list[float] = []
     factors = train_warmup(
         trainer,
-        warmup_examples(trainer, questions, reading=settings.reading),
+        examples,
         settings,
         rank=rank,
         workers=workers,
@@ -156,6 +160,7 @@ def _train(context: RunContext, questions: list[Question], settings: WarmupSetti
     tenth = max(1, len(losses) // 10)
     return _Trained(
         start=put_start(context.store, trainer.layout, factors),
+        questions=len(examples),
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
     )

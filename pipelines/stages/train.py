@@ -18,6 +18,7 @@ from pipelines.execution.recovery import resume_until_done
 from pipelines.execution.survey import Survey, with_augmentations
 from pipelines.execution.tables import map_blocks
 from pipelines.settings import RunContext
+from prag_core.errors import TurnsError
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.layout import adapter_size_bytes
 from prag_core.llm.threads import compute_here
@@ -38,6 +39,8 @@ _TASKS_PER_ACTOR = 8
 # The detail of a reject for each way in which training fails, with the last loss.
 _DETAIL = {
     "loss_not_finite": "last loss {}; a lower train.learning_rate may help",
+    "nothing_learned": "training did not change the adapter; raise train.learning_rate",
+    "equals_another": "another passage has the same adapter, since it has the same examples; give it pairs of its own",
     "out_of_memory": "the device has too little memory for this passage alone; lower train.max_tokens",
 }
 
@@ -84,11 +87,16 @@ class TrainAdapters:
             if passage.key in committed:
                 continue
             sources[passage.key] = passage.sources[0]
-            examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
+            try:
+                examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
+            except TurnsError as error:
+                reject(passage.key, "not_encodable", error.message)
+                continue
             if examples:
                 jobs.append(TrainingJob(passage.key, examples))
             else:
-                reject(passage.key, "nothing_to_train", "train.max_tokens cuts off each answer; raise it")
+                detail = f"no example has at most train.max_tokens = {recipe.train.max_tokens} tokens; raise it"
+                reject(passage.key, "nothing_to_train", detail)
         yield _outcomes(earlier)
         waiting: list[tuple[TrainedAdapter, str]] = []
         since = time.monotonic()

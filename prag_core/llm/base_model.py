@@ -7,6 +7,7 @@ from typing import Any
 
 from prag_core.config import ModelConfig
 from prag_core.errors import ModelError
+from prag_core.llm.chat import end_ids
 from prag_core.llm.checkpoint import load_tokenizer, resolve_model, silence_progress
 from prag_core.llm.model_facts import model_fingerprint
 
@@ -24,6 +25,11 @@ class BaseModel:
     def device(self) -> Any:
         """The torch device that the weights are on."""
         return next(self.model.parameters()).device
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end a text, whoever decodes it."""
+        return end_ids(self.tokenizer, getattr(self.model, "generation_config", None))
 
 
 def load_base_model(config: ModelConfig, *, expected: str | None = None) -> BaseModel:

@@ -85,13 +85,21 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder.
 
     Raises:
-        ModelError: when it has no chat template; training and answering write their prompts with it.
+        ModelError: when it has no chat template, with which all prompts are written, or no token that ends a text.
     """
     from transformers import AutoTokenizer
+
+    from prag_core.llm.chat import end_of_turn_id, mark_control_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: its tokenizer has no chat template", "use an instruction-tuned model")
+    if end_of_turn_id(tokenizer) is None:
+        raise ModelError(
+            f"{folder}: its tokenizer has no token that ends a text, so no answer would end",
+            "name one as eos_token in its tokenizer_config.json",
+        )
+    mark_control_tokens(tokenizer)
     return tokenizer
 
 

@@ -204,8 +204,9 @@ class Injector:
 class TrainedAdapter:
     """A trained adapter: fp32 factors on the CPU, and statistics of its training.
 
-    `factors` is None when training failed, and `failure` is then `loss_not_finite` or `out_of_memory` (even with no
-    other passage in the stack). `first_loss` and `last_loss` are means over the first and the last epoch.
+    `factors` is None when training failed, and `failure` is then `loss_not_finite`, `out_of_memory` (even with no other
+    passage in the stack), `nothing_learned` (the factors are as before) or `equals_another` (those of another adapter,
+    so they hold nothing of their own). `first_loss` and `last_loss` are means over the first and the last epoch.
     """
 
     key: str

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.llm.chat import question_ids
+from prag_core.llm.chat import document_ids, end_of_turn_id, question_ids, text_ids
 from prag_core.prompts import answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair
@@ -49,11 +49,14 @@ def training_examples(
       rounded up, with the passage and then with each rewrite as context; the other questions without context.
     - `closed_book`: the first question with the passage and with each rewrite as context, then all questions without
       context, as they will be asked later. That is fewer tokens, and more of them about the answer.
-    Where an augmentation has no rewrite, the passage takes its place. Examples are truncated to `recipe.max_tokens`
-    tokens, and dropped when no token with a loss is left.
+    Where an augmentation has no rewrite, the passage takes its place. An example of more than `recipe.max_tokens`
+    tokens is left out: cut off, it would teach half an answer or none.
 
     `recipe.without` leaves something out. `rewrites`: no rewrite, and no passage in its place. `qa`: no questions; the
-    passage and the rewrites themselves are the examples. `both`: the passage is the only example.
+    passage and the rewrites themselves are the examples, and are truncated. `both`: the passage is the only example.
+
+    Raises:
+        TurnsError: when the tokenizer cannot encode a text without control tokens.
     """
     if recipe.without in ("qa", "both"):
         return _text_examples(tokenizer, passage, augmentation, recipe)
@@ -67,23 +70,28 @@ def training_examples(
 def pair_example(tokenizer: Any, pair: QAPair, passages: Sequence[str], recipe: TrainRecipe) -> TrainingExample | None:
     """Return the example that asks a question with these passages in its prompt.
 
-    It is truncated to `recipe.max_tokens` tokens; None when no token with a loss is left.
+    None when it has more than `recipe.max_tokens` tokens, so that its answer or its end would be cut off.
     """
     question = question_ids(tokenizer, pair.question, passages, template=recipe.template)
-    answer = tokenizer.encode(answer_target(pair, recipe.template), add_special_tokens=False)
-    end = [tokenizer.eos_token_id] if recipe.eos else []
-    ids = (*question, *answer, *end)[: recipe.max_tokens]
-    scored_from = len(question) if recipe.loss == "answer" else 1
-    return TrainingExample(ids, scored_from) if scored_from < len(ids) else None
+    ids = (*question, *text_ids(tokenizer, answer_target(pair, recipe.template)), *_end(tokenizer, recipe))
+    if len(ids) > recipe.max_tokens:
+        return None
+    return TrainingExample(ids, len(question) if recipe.loss == "answer" else 1)
 
 
 def _text_examples(
     tokenizer: Any, passage: Passage, augmentation: Augmentation, recipe: TrainRecipe
 ) -> tuple[TrainingExample, ...]:
     texts = [passage_text(passage), *(() if recipe.without == "both" else augmentation.rewrites)]
-    end = [tokenizer.eos_token_id] if recipe.eos else []
-    sequences = [tuple([*tokenizer.encode(text), *end][: recipe.max_tokens]) for text in texts]
+    end = _end(tokenizer, recipe)
+    sequences = [tuple([*document_ids(tokenizer, text), *end][: recipe.max_tokens]) for text in texts]
     return tuple(TrainingExample(ids) for ids in sequences if len(ids) > 1)
+
+
+def _end(tokenizer: Any, recipe: TrainRecipe) -> list[int]:
+    """Return the token that ends an example, if the recipe ends examples with one."""
+    end = end_of_turn_id(tokenizer) if recipe.eos else None
+    return [] if end is None else [end]
 
 
 def _pairs_with_contexts(

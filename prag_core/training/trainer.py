@@ -12,14 +12,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prag_core.errors import ModelError
+from prag_core.identity import checksum
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Factors, Injector, RowAdapters, TrainedAdapter, check_factors, initial_factors
@@ -125,6 +127,10 @@ class Trainer:
     ) -> Iterator[TrainedAdapter]:
         """Train each job's adapter and yield it when its stack is done, stack by stack.
 
+        An adapter counts as trained only if training has changed it, and if it is not another job's: one that its
+        training left as it was has the failure `nothing_learned`, and one that equals another's has
+        `equals_another`. Of jobs with the same examples only the first is trained.
+
         Args:
             jobs: The adapters to train; each has at least one example.
             tokens_per_step: The most tokens of one step, padding included; it does not change the result beyond
@@ -132,7 +138,12 @@ class Trainer:
                 of half as many tokens.
             on_step: Called after each step with (steps done, steps in all) of the current stack.
         """
-        stacks = deque(make_stacks(jobs, tokens_per_step))
+        distinct = {job.examples: job for job in reversed(jobs)}
+        for job in jobs:
+            if distinct[job.examples] is not job:
+                yield _failed(job, "equals_another")
+        seen: set[str] = set()
+        stacks = deque(make_stacks([job for job in jobs if distinct[job.examples] is job], tokens_per_step))
         while stacks:
             stack = stacks.popleft()
             try:
@@ -141,7 +152,7 @@ class Trainer:
                 trained = None
             # Not in the handler: its exception keeps the failed step's tensors alive.
             if trained is not None:
-                yield from trained
+                yield from _own(trained, seen)
             elif len(stack) == 1:
                 yield _failed(stack[0], "out_of_memory")
             else:
@@ -195,17 +206,19 @@ class Trainer:
             losses = table[row][: steps[row]]
             factors = {name: factor.cpu() for name, factor in finished[job.key].items()}
             numbers = [*losses, *(float(factor.abs().max()) for factor in factors.values())]
-            good = all(math.isfinite(number) for number in numbers)
+            failure = "" if all(math.isfinite(number) for number in numbers) else "loss_not_finite"
+            if not failure and not has_learned(factors, self._start):
+                failure = "nothing_learned"
             trained.append(
                 TrainedAdapter(
                     key=job.key,
-                    factors=factors if good else None,
+                    factors=None if failure else factors,
                     steps=steps[row],
                     tokens=job.tokens * recipe.epochs,
                     first_loss=sum(losses[:epoch]) / epoch,
                     last_loss=sum(losses[-epoch:]) / epoch,
                     seconds=seconds * job.tokens / total_tokens,
-                    failure="" if good else "loss_not_finite",
+                    failure=failure,
                 )
             )
         return trained
@@ -264,6 +277,28 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
         else:
             stacks.append([job])
     return stacks
+
+
+def has_learned(factors: Factors, start: Factors) -> bool:
+    """Return whether training has changed an adapter: its B is neither zero nor the one it started from."""
+    names = [name for name in factors if name.endswith(".B")]
+    changed = any(not torch.equal(factors[name], start[name].to(factors[name].dtype)) for name in names)
+    return changed and any(bool(factors[name].any()) for name in names)
+
+
+def _own(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:
+    """Yield the adapters of a stack, those that equal another one as failed; `seen` has all digests so far."""
+    digests = [_digest(adapter.factors) if adapter.factors is not None else "" for adapter in trained]
+    counts = Counter(digests)
+    for adapter, digest in zip(trained, digests, strict=True):
+        if digest and (counts[digest] > 1 or digest in seen):
+            adapter = replace(adapter, factors=None, failure="equals_another")
+        yield adapter
+    seen.update(digests)
+
+
+def _digest(factors: Factors) -> str:
+    return checksum(b"".join(factors[name].numpy().tobytes() for name in sorted(factors) if name.endswith(".B")))
 
 
 def _failed(job: TrainingJob, failure: str) -> TrainedAdapter:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from prag_core.data.questions import Question, normalize_answer
-from prag_core.errors import InputError
-from prag_core.llm.lora import initial_factors
+from prag_core.errors import AdapterError, InputError
+from prag_core.llm.lora import check_factors, initial_factors
 from prag_core.prompts import passage_text
 from prag_core.records import Passage, QAPair
 from prag_core.training.examples import TrainingExample, pair_example
-from prag_core.training.trainer import Trainer, stack_factors, unstack_factors
+from prag_core.training.trainer import Trainer, has_learned, stack_factors, unstack_factors
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,11 @@ def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading:
     """Return a training example for each question and its first answer, in the form of the trainer's recipe.
 
     With `reading` the question's gold passages are in the prompt, and the loss is on the answer alone, whatever the
-    recipe says: the adapter should learn to answer from passages, not what these passages say.
+    recipe says: the adapter should learn to answer from passages, not what these passages say. A question whose example
+    has more than `recipe.max_tokens` tokens is left out.
+
+    Raises:
+        InputError: when no example is left.
     """
     recipe, tokenizer = trainer.recipe, trainer.base.tokenizer
     if reading:
@@ -92,7 +96,13 @@ def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading:
         gold = question.gold if reading else ()
         texts = [passage_text(Passage("", passage.title, passage.text, ())) for passage in gold]
         examples.append(pair_example(tokenizer, pair, texts, recipe))
-    return [example for example in examples if example is not None]
+    fitting = [example for example in examples if example is not None]
+    if not fitting:
+        raise InputError(
+            f"none of the {len(questions)} questions fits into {recipe.max_tokens} tokens with its answer",
+            "raise train.max_tokens",
+        )
+    return fitting
 
 
 def train_warmup(
@@ -115,6 +125,9 @@ def train_warmup(
         workers: The number of workers.
         all_reduce: Replaces a tensor by its sum over the workers, in place; for one worker it does nothing.
         on_step: Called after each step with its number, from 1, and the batch's mean loss.
+
+    Raises:
+        AdapterError: when training has changed nothing, or a factor is not finite.
     """
     device, layout = trainer.base.device, trainer.layout
     start = initial_factors(layout, settings.seed)
@@ -149,4 +162,8 @@ def train_warmup(
             step += 1
             if on_step is not None:
                 on_step(step, float(total) / len(chosen))
-    return {name: factor.cpu() for name, factor in unstack_factors(layout, stacked, 0).items()}
+    factors = {name: factor.cpu() for name, factor in unstack_factors(layout, stacked, 0).items()}
+    check_factors(layout, factors, "of the warm-up")
+    if not has_learned(factors, start):
+        raise AdapterError("the warm-up has changed nothing", "raise its learning rate or its epochs")
+    return factors

@@ -61,9 +61,16 @@ def test_fewer_pairs_give_fewer_examples(tiny_session: BaseModel) -> None:
     assert counts == [2, 3, 5]
 
 
-def test_examples_are_truncated(tiny_session: BaseModel) -> None:
-    made = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, replace(RECIPES["paper"], max_tokens=40))
-    assert {len(example.ids) for example in made} == {40}
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_an_example_that_does_not_fit_with_its_end_is_left_out(tiny_session: BaseModel, name: str) -> None:
+    """Cut off, it would teach half an answer, one without its end, or only words that all prompts share."""
+    recipe = RECIPES[name]
+    made = training(tiny_session, recipe)
+    lengths = [len(example.ids) for example in made]
+    for loss in ("all", "answer"):
+        for limit in range(min(lengths) - 1, max(lengths) + 1, 7):
+            kept = training(tiny_session, replace(recipe, max_tokens=limit, loss=loss))
+            assert [example.ids for example in kept] == [example.ids for example in made if len(example.ids) <= limit]
 
 
 def test_the_loss_may_count_the_answer_alone(tiny_session: BaseModel) -> None:
