@@ -181,6 +181,17 @@ def check_resources(cpus: float, gpus: float, user: str, nodes: Sequence[NodeRep
     )
 
 
+def check_cuda(nodes: Sequence[NodeReport]) -> list[CheckResult]:
+    """Find the nodes on which torch cannot use a GPU, for actors that need one but reserve none."""
+    remedy = "set run.actor_gpus, so that only nodes with GPUs get such actors, or model.device=auto"
+    findings = [
+        CheckResult("device", "failed", "model.device = 'cuda', but torch can use no GPU", remedy, node.name)
+        for node in nodes
+        if not node.findings and not (node.gpus and node.cuda)
+    ]
+    return findings or [CheckResult("device", "ok", f"each of {len(nodes)} nodes has a GPU")]
+
+
 def check_gpu_memory(needed_bytes: int, breakdown: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
     """Find the nodes to which Ray assigns GPUs that are missing or have too little memory.
 

@@ -14,6 +14,7 @@ from cluster.preflight import (
     CheckResult,
     NodeReport,
     ask_nodes,
+    check_cuda,
     check_gpu_memory,
     check_resources,
     compare_versions,
@@ -30,6 +31,7 @@ from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.files import list_files
 from prag_core.errors import ClusterError, StoreError
+from prag_core.llm.base_model import check_device
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.model_facts import parameter_count
@@ -65,6 +67,8 @@ def check_here(config: Config) -> PreflightReport:
         report.add(
             [CheckResult("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
         )
+        if config.model.device == "cuda":
+            report.check("device", lambda: (check_device(config.model.device), None))
         if report.layout is not None:
             report.add(_check_machine(config, profile_of(config), report.layout))
     return report
@@ -93,6 +97,8 @@ def check_nodes(config: Config, profile: Profile, report: PreflightReport) -> No
     known = {finding.detail for finding in report.findings if finding.outcome == "failed"}
     report.add(_merge_passed([answer for answer in answers if answer.detail not in known]))
     report.add([check_resources(profile.train.cpus, profile.train.gpus, "a training actor", workers)])
+    if config.model.device == "cuda" and not profile.train.gpus:
+        report.add(check_cuda(workers))
     if profile.train.gpus and report.layout is not None:
         report.add(_gpu_memory(config, profile, report.layout, nodes))
 

@@ -55,18 +55,45 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
             f"model.name = {config.name!r} has the fingerprint {found} here, but {expected} where the run started",
             "put the same model files on each node",
         )
+    check_device(config.device)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Its declared type is that of a call without the loading info.
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config.dtype, device))
-        model.to(device)  # type: ignore[arg-type]  # its decorator hides the parameter's type
-    except (OSError, ValueError, RuntimeError) as error:
+        model, loaded = load(folder, dtype=_dtype(config.dtype, device), output_loading_info=True)
+        if missing := sorted(loaded["missing_keys"]):
+            raise ModelError(
+                f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be random",
+                "get the model again, or name the config.json that belongs to these weights",
+            )
+        model.to(device)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded on {device}: {error}") from error
     model.requires_grad_(False)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     use_few_rows(model)
     return BaseModel(config.name, found, model, load_tokenizer(folder))
+
+
+def check_device(device: str) -> str:
+    """Check that this machine has the device that `model.device` names; return what will be used, in words.
+
+    Raises:
+        ModelError: when it is `cuda`, and torch finds no GPU here.
+    """
+    if device != "cuda":
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ModelError(
+            f"model.device = 'cuda', but torch ({build}) finds no GPU on this machine",
+            "set model.device to auto or cpu, or check that nvidia-smi shows the GPU and that torch is built for CUDA",
+        )
+    return torch.cuda.get_device_name()
 
 
 def _dtype(name: str, device: str) -> Any:

