@@ -10,7 +10,7 @@ from prag_core.config import Config, augment_recipe, train_recipe
 from prag_core.identity import is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
-from prag_core.llm.model_facts import model_facts, model_fingerprint
+from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 from prag_core.llm.threads import available_cores
 from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
@@ -56,15 +56,16 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     facts = model_facts(folder)
     layout = find_layout(facts.linear, train)
     if start := config.train.initial_adapter:
-        train = replace(train, start=start if is_checksum(start) else _fingerprint_of(layout, Path(start)))
+        train = replace(train, start=start if is_checksum(start) else _fingerprint_of(config, facts, layout))
     augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint))
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
-def _fingerprint_of(layout: LoraLayout, start: Path) -> str:
-    from prag_core.llm.peft import import_peft
+def _fingerprint_of(config: Config, facts: ModelFacts, layout: LoraLayout) -> str:
+    from prag_core.llm.peft import import_peft, peft_base
 
-    return start_fingerprint(import_peft(layout, start))
+    folder = Path(str(config.train.initial_adapter))
+    return start_fingerprint(import_peft(layout, folder, peft_base(config.model.name, facts)))
 
 
 def generator_fingerprint(config: Config, base_model: str) -> str:

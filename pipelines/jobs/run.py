@@ -124,13 +124,14 @@ def _run(context: RunContext, lease: RunLease, console: Console, begun: float, g
 def _store_start(context: RunContext, start: str) -> None:
     """Store the factors that all adapters start from; if they are given by name, check those in the store."""
     from prag_core.llm.lora import check_factors
-    from prag_core.llm.peft import import_peft
+    from prag_core.llm.peft import import_peft, peft_base
 
     store, layout = context.store, context.layout
     if is_checksum(start):
         check_factors(layout, get_start(store, start), f"start {start}")
     else:
-        put_start(store, layout, import_peft(layout, Path(start)))
+        base = peft_base(context.config.model.name)
+        put_start(store, layout, import_peft(layout, Path(start), base))
 
 
 def _run_stages(

@@ -23,7 +23,7 @@ from prag_core.errors import ConfigError, InputError, PragError
 from prag_core.evaluation.plan import draw
 from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.peft import export_peft
+from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_here
 from prag_core.store.adapters import get_start, put_start
 from prag_core.store.objects import Store
@@ -104,7 +104,7 @@ def run_warmup(
     }
     store.put_json(f"starts/{warmup.start}.json", about)
     if export is not None:
-        export_peft(context.layout, get_start(store, warmup.start), export, config.model.name)
+        export_peft(context.layout, get_start(store, warmup.start), export, peft_base(config.model.name))
     return warmup
 
 

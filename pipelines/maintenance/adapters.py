@@ -9,7 +9,7 @@ from prag_core.errors import InputError
 from prag_core.records import LedgerRow, to_table
 from prag_core.store.objects import Store, open_store
 from prag_core.store.runs import hold_lease, new_run_id
-from prag_core.store.snapshot import load_snapshot, publish, with_ledger
+from prag_core.store.snapshot import check_base_model, load_snapshot, publish, with_ledger
 from prag_core.store.tables import find_passages
 
 
@@ -34,9 +34,10 @@ def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> 
     Raises:
         InputError: if there is no such passage, it was forgotten, or the folder is not empty.
         AdapterError: if the passage has no adapter, or it is damaged.
+        ModelError: if the configured base model cannot be found.
+        StoreError: if the store was made with another base model.
     """
-    from prag_core.llm.checkpoint import PACKAGED, resolve_model
-    from prag_core.llm.peft import export_peft
+    from prag_core.llm.peft import export_peft, peft_base
     from prag_core.store.adapters import find_row, open_adapters
 
     store = open_store(config)
@@ -48,10 +49,9 @@ def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> 
         raise InputError(f"{folder}: exists and is not an empty folder", "name another with --to")
     adapters, _ = open_adapters(store, snapshot.recipe)
     factors = adapters.fetch(find_row(store, snapshot.ledger_parts, key))
-    model = config.model.name
-    if model in PACKAGED or Path(model).is_dir():
-        model = str(resolve_model(model).resolve())
-    export_peft(adapters.layout, factors, folder, model)
+    base = peft_base(config.model.name)
+    check_base_model(snapshot, store, config.model.name, base.facts.fingerprint)
+    export_peft(adapters.layout, factors, folder, base)
     return key
 
 
@@ -62,11 +62,13 @@ def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> 
 
     Raises:
         InputError: if the corpus in service has no such passage, or no run has augmented it.
-        AdapterError: if the folder holds no adapter of the recipe's shape.
+        AdapterError: if the folder holds no plain LoRA adapter of the recipe's shape and base model.
+        ModelError: if the configured base model cannot be found.
+        StoreError: if the store was made with another base model.
         LeaseError: if a run works on the store.
     """
     from prag_core.llm.lora import TrainedAdapter
-    from prag_core.llm.peft import import_peft
+    from prag_core.llm.peft import import_peft, peft_base
     from prag_core.store.adapters import AdapterStore, open_adapters
 
     store = open_store(config)
@@ -75,9 +77,11 @@ def import_adapter(config: Config, name: str, folder: Path, take_over: bool) -> 
         key = one_key(store, snapshot.corpus_version, name)
         if key in snapshot.tombstones:
             raise InputError(f"{name}: was forgotten", "see `prag forget --help`")
+        base = peft_base(config.model.name)
+        check_base_model(snapshot, store, config.model.name, base.facts.fingerprint)
         found, _ = open_adapters(store, snapshot.recipe)
         adapters = AdapterStore(store, found.recipe, found.layout, config.storage.adapter_dtype)
-        trained = TrainedAdapter(key, import_peft(adapters.layout, folder), 0, 0, 0.0, 0.0, 0.0)
+        trained = TrainedAdapter(key, import_peft(adapters.layout, folder, base), 0, 0, 0.0, 0.0, 0.0)
         rows = adapters.commit([(trained, _augmentation(store, adapters.recipe.augment.fingerprint, key))])
         part = store.put_table(
             f"{adapters.folder}/ledger", to_table(LedgerRow, rows)

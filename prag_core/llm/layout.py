@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prag_core.errors import AdapterError, ModelError
@@ -112,6 +112,15 @@ def find_layout(linear: Mapping[str, tuple[int, int]], recipe: TrainRecipe) -> L
             raise ModelError(f"{target} differs in shape between layers: {sorted(found)}", "choose another model")
         shapes.append(found.pop())
     return LoraLayout(recipe.rank, recipe.scale, layers, targets, tuple(shapes))
+
+
+def module_names(linear: Iterable[str], layout: LoraLayout) -> dict[tuple[int, str], str]:
+    """Return the full name of each module that a layout adapts, by (layer, target).
+
+    `linear` are the names of the linear modules of the model that the layout was made for.
+    """
+    names = {place: name for name in linear if (place := place_of(name)) is not None}
+    return {(layer, target): names[layer, target] for target in layout.targets for layer in layout.layers}
 
 
 def adapter_size_bytes(layout: LoraLayout, dtype: str) -> int:

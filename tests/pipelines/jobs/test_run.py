@@ -14,7 +14,7 @@ import pytest
 from prag_core.config import ModelConfig
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.lora import find_targets, initial_factors
-from prag_core.llm.peft import export_peft
+from prag_core.llm.peft import export_peft, peft_base
 from prag_core.recipe import RECIPES
 from prag_core.records import Passage
 from prag_core.store.adapters import start_fingerprint
@@ -98,7 +98,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     # A recipe that starts from an adapter and trains only the topmost layers.
     base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
     layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
-    export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", "tiny")
+    export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", peft_base(str(tmp_path / "tiny")))
     work.configure(train={"epochs": 12, "last_layers": 2, "initial_adapter": str(tmp_path / "warm")})
     process = work.start("run", "-c", "config.yaml")
     ledger = tmp_path / "store" / "adapters"
