@@ -22,6 +22,7 @@ from measure import machine
 from prag_core.augmentation.augment import augment
 from prag_core.config import CorpusConfig, ModelConfig
 from prag_core.data.corpus import Piece, merge_pieces, read_records
+from prag_core.data.listing import list_files
 from prag_core.errors import GenerationError
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.generator import Prompt, TransformersGenerator
@@ -63,7 +64,8 @@ class Recorder:
 
 def passages_of(corpus: str, count: int) -> list[Passage]:
     config = CorpusConfig(path=corpus, limit=count)
-    pieces = (piece for piece in read_records(config.path, config) if isinstance(piece, Piece))
+    (file,) = list_files(config).files
+    pieces = (piece for piece in read_records(file, config) if isinstance(piece, Piece))
     return [merge_pieces([piece]) for piece, _ in zip(pieces, range(count), strict=False)]
 
 

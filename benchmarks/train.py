@@ -22,6 +22,7 @@ from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacke
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import CorpusConfig, ModelConfig
 from prag_core.data.corpus import Piece, merge_pieces, read_records
+from prag_core.data.listing import list_files
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Passage, from_table
@@ -37,7 +38,8 @@ RECIPE = RECIPES["paper"]
 def from_atlas() -> list[tuple[Passage, Augmentation]]:
     config = CorpusConfig(path=str(ATLAS / "passages.jsonl"))
     augmentations = read_augmentations(str(ATLAS / "augmentations.jsonl"))
-    passages = [merge_pieces([p]) for p in read_records(config.path, config) if isinstance(p, Piece)]
+    (file,) = list_files(config).files
+    passages = [merge_pieces([p]) for p in read_records(file, config) if isinstance(p, Piece)]
     found = [(passage, augmentations.find(passage)) for passage in passages]
     return [(passage, augmentation) for passage, augmentation in found if augmentation is not None]
 

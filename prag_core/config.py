@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -64,6 +64,11 @@ class CorpusConfig(_Strict):
     format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1, description="Read only this many records, from the first on.")
+    multiline_fields: bool = Field(
+        False,
+        description="In TSV, let a quoted field go on in the next line. By default such a row is rejected, because a "
+        "stray quote looks the same and would swallow the rows after it.",
+    )
     max_words: int = Field(200, ge=20, description="Longer texts are split at sentence ends.")
     max_record_bytes: int = Field(1_000_000, ge=1_000, description="Larger records are rejected.")
 
@@ -225,8 +230,9 @@ class RunConfig(_Strict):
 
 
 class StorageConfig(_Strict):
-    """How to reach the store, and what to keep in it: machine facts, which never enter a fingerprint.
+    """How to reach the store and the input files, and what to keep in the store.
 
+    These are machine facts, which never enter a fingerprint. Inputs at s3:// URLs are on the same server as the store.
     Credentials do not belong here: they come from the AWS_* environment, or from the profile that `profile` names.
     """
 
@@ -301,3 +307,26 @@ def train_recipe(config: TrainConfig) -> TrainRecipe:
     if config.ablation is not None:
         overrides["without"] = config.ablation
     return replace(RECIPES[config.recipe], **overrides)
+
+
+def s3_options(config: StorageConfig) -> dict[str, Any]:
+    """Return the arguments of `s3fs.S3FileSystem` that say which server to ask, and as whom."""
+    options: dict[str, Any] = {}
+    if config.endpoint_url is not None:
+        options["endpoint_url"] = config.endpoint_url
+    if config.region is not None:
+        options["client_kwargs"] = {"region_name": config.region}
+    if config.profile is not None:
+        options["profile"] = config.profile
+    if config.anon:
+        options["anon"] = True
+    return options
+
+
+def s3_client_config(retries: int, timeout_s: float) -> dict[str, Any]:
+    """Return botocore's settings for how often a failed request is repeated, and how long one may take."""
+    return {
+        "connect_timeout": timeout_s,
+        "read_timeout": timeout_s,
+        "retries": {"mode": "standard", "total_max_attempts": retries + 1},
+    }

@@ -32,7 +32,8 @@ def import_augmentations(
 
     given: dict[str, object] = {"augment.import_file": file}
     if passages_to is not None:
-        progress_to.print(f"{passages_to}: {write_corpus(file, passages_to)} passages")
+        written = write_corpus(file, passages_to, options.settings_of(config, set_).storage)
+        progress_to.print(f"{passages_to}: {written} passages")
         given["corpus.path"] = str(passages_to)
     with result_only():
         counts = import_into_store(options.settings_of(config, set_, given), progress_to)

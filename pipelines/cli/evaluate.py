@@ -17,6 +17,7 @@ from prag_core.errors import ConfigError
 from prag_core.records import MAX_STRENGTH, MODES, MergeRule
 
 if TYPE_CHECKING:
+    from prag_core.config import StorageConfig
     from prag_core.data.questions import Question
 
 app = typer.Typer()
@@ -95,7 +96,7 @@ def evaluate(
         task_passages=task_passages,
         task_rounds=task_rounds,
     )
-    questions = read_question_set(dataset)
+    questions = read_question_set(dataset, settings.storage)
     described = {"name": dataset, "questions": len(questions), "digest": fingerprint([q.id for q in questions])}
     if split is not None:
         questions = [question for question in questions if question.split == split]
@@ -123,7 +124,7 @@ def evaluate(
     print_json(summary_line(summary))
 
 
-def read_question_set(name: str) -> list[Question]:
+def read_question_set(name: str, storage: StorageConfig | None = None) -> list[Question]:
     """Read a set of questions that an option names: `FILE`, `FORM:FILE`, or a set that comes with the project.
 
     Raises:
@@ -133,7 +134,7 @@ def read_question_set(name: str) -> list[Question]:
 
     form, colon, path = name.partition(":")
     form, path = (form, path) if colon and form in FORMATS else ("", name)
-    return read_questions(_NAMED.get(path, path), form)
+    return read_questions(_NAMED.get(path, path), form, storage)
 
 
 def _names(option: str, values: str, known: tuple[T, ...]) -> tuple[T, ...]:

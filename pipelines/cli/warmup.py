@@ -44,12 +44,13 @@ def warmup(
     from pipelines.jobs.warmup import run_warmup
     from prag_core.training.warmup import WarmupSettings
 
-    excluded = [question for name in exclude or [] for question in read_question_set(name)]
+    configured = options.settings_of(config, set_)
+    excluded = [question for name in exclude or [] for question in read_question_set(name, configured.storage)]
     settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, reading=reading)
     with result_only():
         trained = run_warmup(
-            options.settings_of(config, set_),
-            read_question_set(data),
+            configured,
+            read_question_set(data, configured.storage),
             excluded,
             settings,
             progress_to,

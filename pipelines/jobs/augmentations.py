@@ -43,7 +43,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     store, profile, run = context.store, context.profile, context.run
     progress = RunProgress(store, run, console)
     with hold_lease(store, run), progress.running(), ray_session(profile):
-        corpus = ingest(config.corpus, profile, forgotten_now(store))
+        corpus = ingest(config.corpus, profile, forgotten_now(store), config.storage)
         store_corpus(store, corpus, run)
         passages = stored_passages(store, corpus.version, profile.partitions)
 

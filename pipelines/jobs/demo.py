@@ -45,7 +45,8 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     scores, answers = _ask_all(config, engine, questions, passages, console)
     seconds = {stage.stage: round(stage.seconds, 1) for stage in report.stages}
     seconds["ask"] = round(time.perf_counter() - begun, 1)
-    imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+    file = config.augment.import_file
+    imported = read_augmentations(file, config.storage) if file else None
     generated = {id for id, passage in passages.items() if imported is None or imported.find(passage) is None}
     _print_tables(console, questions, scores, generated)
     _print_examples(console, questions, answers, scores)

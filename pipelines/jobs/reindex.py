@@ -90,7 +90,7 @@ def reindex(
     begun = time.perf_counter()
     if canary_min is not None and canary is None:
         raise ConfigError("--canary-min has no questions to ask", "name a file of them with --canary")
-    gate = _CandidateGate(read_questions(str(canary), JSONL) if canary else [], canary_min)
+    gate = _CandidateGate(read_questions(str(canary), JSONL, config.storage) if canary else [], canary_min)
     store, run = open_store(config), new_run_id()
     name = f"runs/{run}/reindex.json"
     try:

@@ -195,6 +195,6 @@ def _run_stages(
 
 
 def _read_corpus(context: RunContext, tombstones: tuple[str, ...]) -> Corpus:
-    corpus = ingest(context.config.corpus, context.profile, tombstones)
+    corpus = ingest(context.config.corpus, context.profile, tombstones, context.config.storage)
     store_corpus(context.store, corpus, context.run)
     return corpus

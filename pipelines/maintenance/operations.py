@@ -158,7 +158,9 @@ def forget(store: Store, names: Sequence[str], *, undo: bool) -> ForgetReport:
     """
     snapshot = load_snapshot(store)
     passages = find_passages(store, snapshot.corpus_version, names)
-    keys = tuple(sorted({*(passage.key for passage in passages), *filter(is_checksum, names)}))
+    ids = {source for passage in passages for source in passage.sources}
+    unknown = {name for name in names if is_checksum(name) and name not in ids}  # keys of an earlier corpus
+    keys = tuple(sorted({*(passage.key for passage in passages), *unknown}))
     if undo and (remembered := sorted({*keys} - {*snapshot.tombstones})):
         raise InputError(f"{remembered[0]} was not forgotten", "see `prag snapshots show` for what was")
     new = without_tombstones(snapshot, keys) if undo else with_tombstones(snapshot, keys)

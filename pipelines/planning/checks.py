@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from fsspec.core import url_to_fs
-
 from cluster.preflight import CheckResult
 from prag_core.config import Config
-from prag_core.data.files import list_files
-from prag_core.errors import InputError, PragError, PreflightError, StoreError
+from prag_core.data.corpus import read_first_records
+from prag_core.data.files import check_readable
+from prag_core.data.listing import list_files
+from prag_core.errors import PragError, PreflightError, StoreError
 from prag_core.llm.checkpoint import find_model
-from prag_core.packaged import local_path
+from prag_core.records import Reject
 from prag_core.retrieval.kinds import index_kind
 from prag_core.store.objects import open_store
 
@@ -85,8 +85,23 @@ class PreflightReport:
             raise PreflightError(f"{len(self.errors)} things are wrong:\n{listed}", "fix them all, then run again")
 
 
+def check_corpus(config: Config) -> tuple[str, list[str]]:
+    """List the corpus, and read the first record of each kind of file: what can be listed cannot always be read.
+
+    Returns:
+        A line about the files, and what is left out or rejected.
+
+    Raises:
+        InputError: when the corpus cannot be listed, or such a file cannot be read.
+    """
+    listing = list_files(config.corpus, config.storage)
+    first = read_first_records(listing.files, config.corpus, config.storage)
+    rejects = [f"{r.source} is rejected: {r.reason}: {r.detail}" for r in first if isinstance(r, Reject)]
+    return f"{len(listing.files)} files", [*(f"left out: {item}" for item in listing.left_out), *rejects]
+
+
 def check_node(config: Config, probe: str) -> list[CheckResult]:
-    """Run the checks that only a node can make about itself. They load, convert and fetch nothing.
+    """Run the checks that only a node can make about itself. They load and convert nothing.
 
     `probe` names an object in the store that holds its own name; if it is empty, the store is not checked.
     """
@@ -103,12 +118,9 @@ def check_node(config: Config, probe: str) -> list[CheckResult]:
         return "the same store, writable", None
 
     def inputs() -> tuple[str, None]:
-        list_files(config.corpus)
-        file = config.augment.import_file
-        if file:
-            fs, path = url_to_fs(local_path(file))
-            if not fs.exists(path):
-                raise InputError(f"augment.import_file = {file!r}: no such file", "put it where every node sees it")
+        check_corpus(config)
+        if file := config.augment.import_file:
+            check_readable(file, "put it where every node sees it", config.storage)
         return "readable", None
 
     if probe:

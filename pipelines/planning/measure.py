@@ -92,7 +92,8 @@ def _augmentations(
 ) -> tuple[list[Augmentation], list[tuple[float, float]]]:
     """Return an augmentation of each passage, and the (passages, seconds) of each batch."""
     config, recipe = context.config, context.recipe
-    imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+    file = config.augment.import_file
+    imported = read_augmentations(file, config.storage) if file else None
     found = {p.key: augmentation for p in passages if imported and (augmentation := imported.find(p)) is not None}
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)

@@ -82,7 +82,7 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     context = make_context(config)
     store, profile, recipe = context.store, context.profile, context.recipe
     with ray_session(profile):
-        corpus = ingest(config.corpus, profile, forgotten_now(store))
+        corpus = ingest(config.corpus, profile, forgotten_now(store), config.storage)
         found = survey(store, corpus.passages, corpus.count, recipe, profile)
         to_augment = found.counts["to_augment"]
         to_train = to_augment + found.counts["to_train"]

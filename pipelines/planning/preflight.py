@@ -25,11 +25,10 @@ from cluster.preflight import (
 )
 from cluster.resources import Profile
 from cluster.session import JoinError, ray_session
-from pipelines.planning.checks import PreflightReport, check_node
+from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
-from prag_core.data.files import list_files
 from prag_core.errors import ClusterError, StoreError
 from prag_core.llm.base_model import check_device
 from prag_core.llm.checkpoint import resolve_model
@@ -52,7 +51,8 @@ def check_here(config: Config) -> PreflightReport:
     If Ray will be started on this machine, check too that the machine can hold an actor.
     """
     report = PreflightReport()
-    report.check("corpus", lambda: (f"{len(list_files(config.corpus))} files", None))
+    warnings = report.check("corpus", lambda: check_corpus(config))
+    report.add([CheckResult("corpus", "warning", warning) for warning in warnings or ()])
     if config.augment.import_file:
         report.check("augmentations", lambda: (_import_file(config), None))
     described = report.check("model", lambda: _describe(config))
@@ -131,7 +131,7 @@ def _store(config: Config) -> tuple[str, Store]:
 
 
 def _import_file(config: Config) -> str:
-    imported = read_augmentations(str(config.augment.import_file))
+    imported = read_augmentations(str(config.augment.import_file), config.storage)
     return f"{config.augment.import_file}: {len(imported.rejects)} bad lines"
 
 

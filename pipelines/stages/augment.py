@@ -46,7 +46,8 @@ class AugmentPassages:
         self._recipe = context.recipe.augment
         self._run = context.run
         self._threads = context.profile.augment.threads
-        self._imported = read_augmentations(config.augment.import_file) if config.augment.import_file else None
+        file = config.augment.import_file
+        self._imported = read_augmentations(file, config.storage) if file else None
         self._generator: Generator | None = None
 
     def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> pa.Table:
@@ -100,7 +101,8 @@ def run_augment(
     """
     begun, config = time.perf_counter(), context.config
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
-    imported = read_augmentations(config.augment.import_file).rejects if config.augment.import_file else ()
+    file = config.augment.import_file
+    imported = read_augmentations(file, config.storage).rejects if file else ()
     put_rejects(context.store, context.run, imported)
     batch = config.run.augment_batch
     # The actor returns a batch at once, so its time limit is that of all passages together.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,9 +17,9 @@ import ray.data
 from cluster.resources import Profile
 from pipelines.execution.outcomes import StageReport
 from pipelines.execution.tables import drop_keys, group_by_columns, iter_blocks, map_blocks, read_columns
-from prag_core.config import CorpusConfig
+from prag_core.config import CorpusConfig, StorageConfig
 from prag_core.data.corpus import Piece, merge_pieces, read_records, resolve_ids
-from prag_core.data.files import list_files
+from prag_core.data.listing import list_files
 from prag_core.errors import InputError
 from prag_core.identity import seal
 from prag_core.records import Passage, Reject, from_table, passage_table, schema
@@ -28,9 +29,15 @@ from prag_core.store.tables import corpus_parts, put_rejects
 T = TypeVar("T")
 
 _ROWS_PER_BLOCK = 500
-# A row of the first half of this stage is a piece of a record, or a reject if `reason` is not empty.
+# A row of the first half of this stage is a piece of a record, or a reject if `reason` is not empty. If `is_name`, it
+# has no text: it brings the name of a part of a split record to the records that have this name as their id.
 _PIECE_OR_REJECT = pa.schema(
-    [*schema(Piece), pa.field("first", pa.bool_()), *(pa.field(n, pa.string()) for n in ("reason", "detail"))]
+    [
+        *schema(Piece),
+        pa.field("first", pa.bool_()),
+        *(pa.field(n, pa.string()) for n in ("reason", "detail")),
+        pa.field("is_name", pa.bool_()),
+    ]
 )
 
 
@@ -45,8 +52,13 @@ class Corpus:
     report: StageReport
 
 
-def ingest(config: CorpusConfig, profile: Profile, tombstones: Collection[str] = ()) -> Corpus:
-    """Read a corpus into passages; stores nothing.
+def ingest(
+    config: CorpusConfig,
+    profile: Profile,
+    tombstones: Collection[str] = (),
+    storage: StorageConfig | None = None,
+) -> Corpus:
+    """Read a corpus into passages; stores nothing. `storage` says how to reach servers.
 
     Each record is a reject or gives at least one piece. Pieces of equal content become one passage with all their
     ids. Passages whose keys are among `tombstones` are left out and counted.
@@ -55,11 +67,12 @@ def ingest(config: CorpusConfig, profile: Profile, tombstones: Collection[str] =
         InputError: when a file cannot be read at all, or no record is found.
     """
     begun = time.perf_counter()
-    files = list_files(config)
+    listing = list_files(config, storage)
     # A limit counts records over all files in order, so one task reads them all.
-    groups = [files] if config.limit else [[file] for file in files]
-    items = ray.data.from_items([{"files": group} for group in groups], override_num_blocks=len(groups))
-    rows = map_blocks(items, _read, config=config).materialize()
+    groups = [listing.files] if config.limit else [(file,) for file in listing.files]
+    # Pickled, because a name of a file may hold what Arrow cannot: bytes that are not UTF-8.
+    items = ray.data.from_items([{"files": pickle.dumps(group)} for group in groups], override_num_blocks=len(groups))
+    rows = map_blocks(items, _read, config=config, storage=storage).materialize()
     blocks = profile.blocks(rows.count())
     resolved = map_blocks(group_by_columns(rows, ["record_id"], blocks), _resolve_ids).materialize()
     records = sum(_count_records(block) for block in iter_blocks(rows.select_columns(["first"])))
@@ -83,7 +96,14 @@ def ingest(config: CorpusConfig, profile: Profile, tombstones: Collection[str] =
         earlier=0,
         rejected=dict(Counter(reject.reason for reject in rejects)),
         seconds=time.perf_counter() - begun,
-        extra={"pieces": pieces, "passages": count, "duplicates": pieces - unique, "forgotten": unique - count},
+        extra={
+            "files": len(listing.files),
+            "files_left_out": {item.reason: item.count for item in listing.left_out},
+            "pieces": pieces,
+            "passages": count,
+            "duplicates": pieces - unique,
+            "forgotten": unique - count,
+        },
     )
     return Corpus(version, merged, count, tuple(rejects), report)
 
@@ -110,12 +130,12 @@ def stored_passages(
     return read_columns(store, parts, list(columns), partitions)
 
 
-def _read(table: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
-    files = itertools.chain.from_iterable(table["files"].to_pylist())
+def _read(table: pa.Table, config: CorpusConfig, storage: StorageConfig | None) -> Iterator[pa.Table]:
+    files = itertools.chain.from_iterable(map(pickle.loads, table["files"].to_pylist()))
     seen: set[tuple[str, int]] = set()
     rows: list[dict[str, Any]] = []
     records = 0
-    for item in itertools.chain.from_iterable(read_records(file, config) for file in files):
+    for item in itertools.chain.from_iterable(read_records(file, config, storage) for file in files):
         # Pieces of one record follow each other, so only the last record's place has to be known.
         place = (item.file, item.line) if isinstance(item, Piece) else None
         first = place is None or place not in seen
@@ -125,6 +145,9 @@ def _read(table: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
             if config.limit and records > config.limit:
                 break
         rows.append(_row(item, first))
+        if isinstance(item, Piece) and item.id != item.record_id:
+            blank = {"title": "", "text": "", "access": []}
+            rows.append({**_row(item, False), **blank, "record_id": item.id, "is_name": True})
         if len(rows) >= _ROWS_PER_BLOCK:
             yield pa.Table.from_pylist(rows, schema=_PIECE_OR_REJECT)
             rows = []
@@ -133,7 +156,7 @@ def _read(table: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
 
 def _row(item: Piece | Reject, first: bool) -> dict[str, Any]:
     if isinstance(item, Piece):
-        return {**asdict(item), "first": first, "reason": "", "detail": ""}
+        return {**asdict(item), "first": first, "reason": "", "detail": "", "is_name": False}
     blank = {**dict.fromkeys(("key", "title", "text", "id", "record_key"), ""), "access": []}
     # The record id of a reject is its place, so that each reject is alone in its group.
     return {
@@ -144,15 +167,20 @@ def _row(item: Piece | Reject, first: bool) -> dict[str, Any]:
         "first": True,
         "reason": item.reason,
         "detail": item.detail,
+        "is_name": False,
     }
 
 
 def _resolve_ids(table: pa.Table) -> pa.Table:
     rejects = table.filter(pc.not_equal(table["reason"], ""))
-    pieces = from_table(Piece, table.filter(pc.equal(table["reason"], "")))
+    good = table.filter(pc.equal(table["reason"], ""))
+    pieces = from_table(Piece, good.filter(pc.invert(good["is_name"])))
+    parts: dict[str, list[Piece]] = {}
+    for part in from_table(Piece, good.filter(good["is_name"])):
+        parts.setdefault(part.id, []).append(part)
     rows: list[dict[str, Any]] = []
     for group in _groups(pieces, lambda piece: piece.record_id):
-        kept, refused = resolve_ids(group)
+        kept, refused = resolve_ids(group, parts.get(group[0].record_id, ()))
         rows += [_row(piece, False) for piece in kept] + [_row(reject, True) for reject in refused]
     return pa.concat_tables([rejects, pa.Table.from_pylist(rows, schema=_PIECE_OR_REJECT)])
 
@@ -192,10 +220,12 @@ def _count(table: pa.Table) -> dict[str, list[int]]:
 
 
 def _rejects(resolved: ray.data.Dataset) -> list[Reject]:
-    rejects = []
-    for block in iter_blocks(resolved.select_columns(["reason", "detail", "file"])):
-        rejects += [
-            Reject(stage="corpus", reason=row["reason"], detail=row["detail"], source=row["file"])
-            for row in block.filter(pc.not_equal(block["reason"], "")).to_pylist()
-        ]
-    return sorted(rejects, key=lambda reject: reject.source)
+    blocks = iter_blocks(resolved.select_columns(["reason", "detail", "file"]))
+    return sorted((reject for block in blocks for reject in _rejects_of(block)), key=lambda reject: reject.source)
+
+
+def _rejects_of(table: pa.Table) -> list[Reject]:
+    return [
+        Reject(stage="corpus", reason=row["reason"], detail=row["detail"], source=row["file"])
+        for row in table.filter(pc.not_equal(table["reason"], "")).to_pylist()
+    ]

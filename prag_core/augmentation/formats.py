@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prag_core.augmentation.paper import to_pair
-from prag_core.data.files import json_lines, parse_json, read_text
+from prag_core.config import StorageConfig
+from prag_core.data.files import read_text, shown, without_query
+from prag_core.data.parsing import is_storable, json_lines, parse_json
 from prag_core.data.readers import BadRecordError
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
@@ -38,8 +40,8 @@ class ImportedAugmentations:
         return replace(found, key=passage.key) if found else None
 
 
-def read_augmentations(path: str) -> ImportedAugmentations:
-    """Read a file of augmentations (any fsspec URL, gzipped or not) into memory.
+def read_augmentations(path: str, storage: StorageConfig | None = None) -> ImportedAugmentations:
+    """Read a file of augmentations (any fsspec URL, gzipped or not) into memory. `storage` says how to reach servers.
 
     Our form is JSON Lines, one passage a line: `id` or `key`, `rewrites` (a list of texts) and `qa` (a list of
     `question`, `answer`, `full_answer`). A line with a `key` belongs to the passage with that key, whatever its `id`.
@@ -50,7 +52,7 @@ def read_augmentations(path: str) -> ImportedAugmentations:
     Raises:
         InputError: when the file as a whole cannot be read.
     """
-    text = read_text(path, "set augment.import_file to a file of augmentations")
+    text = read_text(path, "set augment.import_file to a file of augmentations", storage)
     by_name: dict[str, Augmentation] = {}
     rejects: list[Reject] = []
     paper = text.lstrip().startswith("[")
@@ -60,6 +62,8 @@ def read_augmentations(path: str) -> ImportedAugmentations:
                 raise item
             if isinstance(item, ValueError):
                 raise BadRecordError("invalid_json", str(item))
+            if not is_storable(json.dumps(item, ensure_ascii=False)):
+                raise BadRecordError("invalid_utf8", "a text holds a lone surrogate, which is no character")
             names, augmentation = _from_paper(item) if paper else _from_line(item)
             if not augmentation.pairs:
                 detail = f"refused: {', '.join(augmentation.refused) or 'it has no pairs'}"
@@ -67,20 +71,20 @@ def read_augmentations(path: str) -> ImportedAugmentations:
             if not paper and any(name in by_name for name in names):
                 raise BadRecordError("duplicate_id", f"{names[0]!r} came before; the first one is kept")
         except BadRecordError as bad:
-            rejects.append(Reject("augment", bad.reason, bad.detail, f"{path}:{place}"))
+            rejects.append(Reject("augment", bad.reason, bad.detail, f"{shown(without_query(path))}:{place}"))
         else:
             for name in names:
                 by_name.setdefault(name, augmentation)
     return ImportedAugmentations(by_name, tuple(rejects))
 
 
-def paper_passages(path: str) -> list[str]:
+def paper_passages(path: str, storage: StorageConfig | None = None) -> list[str]:
     """Return the texts of the passages in a file of the paper's form, each once, in the order of the file.
 
     Raises:
         InputError: when the file cannot be read, is of another form, or holds no passage.
     """
-    text = read_text(path, "set augment.import_file to a file of augmentations")
+    text = read_text(path, "set augment.import_file to a file of augmentations", storage)
     if not text.lstrip().startswith("["):
         raise InputError(f"{path}: is not in the paper's form", "only that form has passages: a JSON list of records")
     items = (item for _, item in _paper_records(text, path) if isinstance(item, dict))
@@ -155,9 +159,9 @@ def _is_full(pair: QAPair) -> bool:
     return all(text.strip() for text in (pair.question, pair.answer, pair.full_answer))
 
 
-def write_corpus(file: str, corpus: Path) -> int:
+def write_corpus(file: str, corpus: Path, storage: StorageConfig | None = None) -> int:
     """Write the passages of a file in the paper's form as a corpus in JSON Lines; return their number."""
-    texts = paper_passages(file)
+    texts = paper_passages(file, storage)
     lines = [json.dumps({"id": f"paper-{i}", "title": "", "text": text}) for i, text in enumerate(texts)]
     corpus.parent.mkdir(parents=True, exist_ok=True)
     corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -6,17 +6,18 @@ No record is lost: each becomes one or more `Piece`s, or exactly one `Reject`.
 
 from __future__ import annotations
 
+import itertools
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-import fsspec
 import pyarrow as pa
 
-from prag_core.config import CorpusConfig
+from prag_core.config import CorpusConfig, StorageConfig
 from prag_core.data.chunking import split_text
-from prag_core.data.files import detect_format, file_label
+from prag_core.data.files import open_file, open_filesystem
+from prag_core.data.listing import CorpusFile
 from prag_core.data.readers import (
     BAD_RECORD,
     BadRecordError,
@@ -52,7 +53,9 @@ class Piece:
     access: tuple[str, ...] = ()
 
 
-def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
+def read_records(
+    file: CorpusFile, config: CorpusConfig, storage: StorageConfig | None = None
+) -> Iterator[Piece | Reject]:
     """Read one file lazily; yield the pieces of each record in order, or one reject with the reason.
 
     `config.limit` is not applied here, because it counts the records of all files.
@@ -61,37 +64,64 @@ def read_records(path: str, config: CorpusConfig) -> Iterator[Piece | Reject]:
         InputError: when the file cannot be read at all: it is missing, a broken archive, or has no column of texts.
     """
     read = {"jsonl": read_jsonl, "tsv": read_tsv, "parquet": read_parquet, "text": read_plain_text}
-    reader = read[detect_format(path, config)]
-    file = file_label(path, config)
     try:
-        with fsspec.open(path, "rb", compression="infer") as stream:
-            for line, record in reader(stream, path, config):
+        fs, _ = open_filesystem(config.path, storage)
+        with open_file(fs, file.name, seekable=file.format == "parquet") as stream:
+            for line, record in read[file.format](stream, file, config):
                 try:
                     if isinstance(record, BAD_RECORD):
                         raise record
-                    pieces: list[Piece] | list[Reject] = _pieces(record, file, line, config)
+                    pieces: list[Piece] | list[Reject] = _pieces(record, file.label, line, config)
                 except BadRecordError as bad:
-                    pieces = [_reject(bad.reason, bad.detail, file, line)]
+                    pieces = [_reject(bad.reason, bad.detail, file.label, line)]
                 except (UnicodeDecodeError, UnicodeEncodeError) as bad:
-                    pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file, line)]
+                    pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file.label, line)]
                 yield from pieces
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         what = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read: {what}", "the file is missing or damaged: get it again") from error
+        raise InputError(
+            f"{file.url}: cannot be read: {what}", "the file is missing or damaged: get it again"
+        ) from error
 
 
-def resolve_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Reject]]:
-    """Keep one content for a record id, given all pieces with that id in any order.
+def read_first_records(
+    files: Sequence[CorpusFile], config: CorpusConfig, storage: StorageConfig | None = None
+) -> list[Piece | Reject]:
+    """Return the first record, or its reject, of the first file of each kind, as the ending of the name tells kinds.
+
+    Raises:
+        InputError: when one of these files cannot be read at all.
+    """
+    kinds: dict[tuple[str, str], CorpusFile] = {}
+    for file in files:
+        kinds.setdefault((file.format, PurePosixPath(file.label).suffix.lower()), file)
+    found: list[Piece | Reject] = []
+    for file in kinds.values():
+        found += itertools.islice(read_records(file, config, storage), 1)
+    return found
+
+
+def resolve_ids(pieces: Sequence[Piece], parts: Sequence[Piece] = ()) -> tuple[list[Piece], list[Reject]]:
+    """Keep one content for an id, given all pieces of the records with that id in any order.
 
     The first record by file and line decides. Records with the same content are kept, to be merged; records with
-    other content are rejected.
+    other content are rejected. `parts` are pieces of other records that were split and have that id as the name of a
+    part: a whole record with that id and another text is rejected, so that no two texts share a name.
     """
     ordered = sorted(pieces, key=lambda piece: (piece.file, piece.line, piece.id))
-    first = ordered[0]
-    kept = [piece for piece in ordered if piece.record_key == first.record_key]
-    refused = sorted({(piece.file, piece.line) for piece in ordered if piece.record_key != first.record_key})
-    detail = f"id {first.record_id!r} has another text at {first.file}:{first.line}, which is kept"
-    return kept, [_reject("duplicate_id", detail, file, line) for file, line in refused]
+    refused: dict[tuple[str, int], str] = {}
+    for piece in ordered:
+        for part in parts:
+            if piece.id == part.id and piece.key != part.key:
+                where = f"of the record at {part.file}:{part.line}"
+                refused[piece.file, piece.line] = f"id {piece.id!r} is the name of a part {where}, which is kept"
+    rest = [piece for piece in ordered if (piece.file, piece.line) not in refused]
+    kept = [piece for piece in rest if piece.record_key == rest[0].record_key]
+    for piece in rest:
+        if piece.record_key != rest[0].record_key:
+            where = f"{rest[0].file}:{rest[0].line}"
+            refused[piece.file, piece.line] = f"id {piece.record_id!r} has another text at {where}, which is kept"
+    return kept, [_reject("duplicate_id", detail, file, line) for (file, line), detail in sorted(refused.items())]
 
 
 def merge_pieces(pieces: Sequence[Piece]) -> Passage:

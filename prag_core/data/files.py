@@ -1,149 +1,246 @@
-"""Finds the files of a corpus, and reads small text files and JSON Lines; errors say what to do."""
+"""Opens input files on any fsspec file system as the files that Python knows; errors say what to do.
+
+fsspec promises little of the files that it opens: one on S3 reads no line of a limited length, one on HTTP cannot seek,
+and each file system has errors of its own. So readers get a buffered file over it, whose errors are OSErrors.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping
-from glob import has_magic
-from pathlib import PurePosixPath
-from typing import Any, Literal
+import contextlib
+import inspect
+import io
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.core import url_to_fs
+from fsspec.compression import compr
+from fsspec.core import get_compression, split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from prag_core.config import CorpusConfig
+from prag_core.config import StorageConfig, s3_client_config, s3_options
 from prag_core.errors import InputError
 from prag_core.packaged import local_path
 
-Format = Literal["jsonl", "tsv", "parquet", "text"]
-_ENDINGS: Mapping[Format, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "tsv": (".tsv",),
-    "parquet": (".parquet",),
-    "text": (".txt", ".md"),
-}
-_KNOWN = ".jsonl, .ndjson, .json, .tsv, .parquet, .txt, .md (.gz may follow)"
+_BUFFER_BYTES = 1 << 20
+HTTP = ("http://", "https://")
+# Endings of compressed files that only a further package reads; without it, fsspec would not unpack them.
+_PACKAGES = {"zst": "zstandard", "lz4": "lz4"}
 
 
-def read_text(path: str, missing: str) -> str:
-    """Return the text of a UTF-8 file (any fsspec URL, gzipped or not).
+def shown(name: str) -> str:
+    """Return a path as text that can be printed and stored: bytes that are not UTF-8 are spelled out (`\\xe9`)."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def without_query(name: str) -> str:
+    """Return a path, and of an HTTP URL only what stands before the query, which may be a signature."""
+    return urlsplit(name)._replace(query="", fragment="").geturl() if name.startswith(HTTP) else name
+
+
+def open_filesystem(url: str, storage: StorageConfig | None = None) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path in it. `storage` says how to reach servers.
+
+    A path without `://` is one on this machine, whatever other characters it has.
+
+    Raises:
+        ValueError: when no file system has the URL's scheme.
+        ImportError: when the file system's package is not installed.
+        FileNotFoundError: when this machine lacks the package of a `package://` URL.
+    """
+    path = local_path(url).removeprefix("file://")
+    if "://" not in path:
+        local = Path(path).expanduser() if path.startswith("~/") else Path(path)
+        return LocalFileSystem(), str(local.absolute())
+    options = _options(path, storage or StorageConfig())
+    protocol = split_protocol(path)[0]
+    arguments = inspect.signature(fsspec.get_filesystem_class(protocol).__init__).parameters
+    if "::" not in path or {"fo", "target_protocol"} & arguments.keys():
+        fs, name = url_to_fs(path, **options)
+        return fs, name
+    # This file system reads from no other one, so `::` is a part of the name.
+    fs = fsspec.filesystem(protocol, **options.get(protocol, {}))
+    return fs, fs._strip_protocol(path)
+
+
+def _options(url: str, storage: StorageConfig) -> dict[str, dict[str, Any]]:
+    """Return the arguments of the file systems in a URL, by protocol."""
+    options: dict[str, dict[str, Any]] = {}
+    for protocol in ("s3", "s3a"):
+        if f"{protocol}://" in url:
+            config = s3_client_config(storage.retries, storage.timeout_s)
+            options[protocol] = {**s3_options(storage), "use_listings_cache": False, "config_kwargs": config}
+    for protocol in ("http", "https"):
+        if f"{protocol}://" in url:
+            from aiohttp import ClientTimeout  # takes time to import
+
+            # A large file may take longer than aiohttp's five minutes, but each wait is limited.
+            timeout = ClientTimeout(total=None, sock_connect=storage.timeout_s, sock_read=storage.timeout_s)
+            options[protocol] = {"client_kwargs": {"timeout": timeout}}
+    return options
+
+
+@contextlib.contextmanager
+def open_file(fs: Any, name: str, *, seekable: bool = False) -> Iterator[io.BufferedReader]:
+    """Open a file of a file system for reading, unpacked as its ending says (`.gz`, `.bz2`, `.xz`, `.zip`).
+
+    With `seekable` it can be read in any order; where it could not, it is copied to a temporary file first.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        OSError: for any other failure, here or while the file is read.
+        InputError: when the file is packed in a way that cannot be read.
+    """
+    plain = without_query(name)
+    ending = plain.rpartition(".")[2].lower()
+    packed = get_compression(plain, "infer")
+    if packed is None and ending in _PACKAGES:
+        raise InputError(f"{shown(plain)}: cannot be unpacked", f"install {_PACKAGES[ending]}, or pack it as .gz")
+    with contextlib.ExitStack() as stack:
+        # Over HTTP, a block size of 0 reads the file by one request; not each server offers ranges.
+        whole = {"block_size": 0} if name.startswith(HTTP) else {}
+        if seekable or packed == "zip":
+            file = _buffered(stack, partial(_open, fs, name))
+            if not _can_seek(file):
+                file = _copied(stack, _buffered(stack, partial(_open, fs, name, **whole)))
+        else:
+            file = _buffered(stack, partial(_open, fs, name, **whole))
+        if packed == "zip":
+            file = _buffered(stack, partial(_only_member, file, shown(plain)))
+        elif packed is not None:
+            file = _buffered(stack, partial(compr[packed], file, mode="rb"))
+        # A packed file would be unpacked from its start each time that a reader seeks.
+        yield _copied(stack, file) if seekable and packed else file
+
+
+def read_text(path: str, missing: str, storage: StorageConfig | None = None) -> str:
+    """Return the text of a UTF-8 file (any fsspec URL, gzipped or not). `storage` says how to reach servers.
 
     Raises:
         InputError: when the file is missing (then `missing` is the remedy), unreadable or not UTF-8.
     """
-    try:
-        with fsspec.open(local_path(path), "rb", compression="infer") as stream:
-            data: bytes = stream.read()
+    with _input_errors(path, missing):
+        with open_file(*open_filesystem(path, storage)) as stream:
+            data = stream.read()
         return data.decode("utf-8-sig")
+
+
+def check_readable(path: str, missing: str, storage: StorageConfig | None = None) -> None:
+    """Read the beginning of a file.
+
+    Raises:
+        InputError: as `read_text`.
+    """
+    with _input_errors(path, missing), open_file(*open_filesystem(path, storage)) as stream:
+        stream.read(1)
+
+
+@contextlib.contextmanager
+def _input_errors(path: str, missing: str) -> Iterator[None]:
+    name = shown(without_query(path))
+    try:
+        yield
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file", missing) from None
+        raise InputError(f"{name}: no such file", missing) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}", "write the file again as UTF-8") from None
-    except (OSError, EOFError, ValueError, ImportError, zlib.error) as error:
-        what = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read: {what}", "check the file and your access to it") from error
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}", "write the file again as UTF-8") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{name}: cannot be read: {error}", "check the file and your access to it") from error
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
+def http_failure(name: str, error: FileNotFoundError) -> str:
+    """Return why an HTTP server gave no file, empty if it has none: fsspec calls each failure a missing file."""
+    cause = error.__cause__
+    if not name.startswith(HTTP) or cause is None or getattr(cause, "status", None) == 404:
+        return ""
+    return str(cause) or type(cause).__name__
 
-    Raises:
-        ValueError: for text that is not JSON, and for nesting or numbers beyond Python's limits.
-    """
+
+def _open(fs: Any, name: str, **options: Any) -> Any:
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+        return fs.open(name, "rb", **options)
+    except FileNotFoundError as error:
+        if failure := http_failure(name, error):
+            raise OSError(failure) from error
+        raise
 
 
-def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the line number, from 1, and the value of each line of JSON Lines; a bad line gives its ValueError.
-
-    Blank lines are left out.
-    """
-    # Not splitlines, which also splits at line separators that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, parse_json(line)
-            except ValueError as error:
-                yield number, error
+def _only_member(archive: io.BufferedReader, name: str) -> Any:
+    content = zipfile.ZipFile(archive)
+    names = [item.filename for item in content.infolist() if not item.is_dir()]
+    if len(names) != 1:
+        raise InputError(f"{name}: holds {len(names)} files, and one is read", "unpack it, and name the folder")
+    return content.open(names[0])
 
 
-def list_files(config: CorpusConfig) -> list[str]:
-    """Return the corpus files, sorted: the configured file, or the files of the folder or glob.
+def _buffered(stack: contextlib.ExitStack, opener: Callable[[], Any]) -> io.BufferedReader:
+    with _os_errors():
+        return stack.enter_context(io.BufferedReader(_InputFile(opener()), _BUFFER_BYTES))
 
-    Folders and globs leave out hidden files (a part of the path starts with `.` or `_`) and files of unknown format.
 
-    Raises:
-        InputError: when there is no file, when no file has a known format, or when a file is empty.
-    """
+def _copied(stack: contextlib.ExitStack, file: io.BufferedReader) -> io.BufferedReader:
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    shutil.copyfileobj(file, copy, _BUFFER_BYTES)
+    copy.seek(0)
+    return _buffered(stack, lambda: copy)
+
+
+def _can_seek(file: io.BufferedReader) -> bool:
+    """Whether the end of a file can be read, as a Parquet reader does first; the file is at its start afterwards."""
     try:
-        fs, root = url_to_fs(local_path(config.path))
-        single = fs.isfile(root)
-        if single:
-            found = {root: fs.info(root)}
-        elif fs.isdir(root):
-            found = fs.find(root, detail=True)
-        else:
-            found = fs.glob(root, detail=True) if has_magic(root) else {}
-    except Exception as error:  # each file system has its own errors; botocore's are not OSErrors
-        raise InputError(
-            f"{config.path}: cannot be listed: {error}", "check corpus.path and your access to it"
-        ) from error
-    if not found:
-        raise InputError(
-            f"{config.path}: no such file or folder, or nothing in it",
-            "set corpus.path to a file, a folder, a glob or an fsspec URL, and check your access to it",
-        )
-    sizes = {
-        name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name): info.get("size")
-        for name, info in found.items()
-        if info["type"] == "file"
-    }
-    if single:
-        detect_format(root, config)
-    shown = (p for p in sizes if not any(part.startswith((".", "_")) for part in file_label(p, config).split("/")))
-    files = list(sizes) if single else sorted(path for path in shown if _format_of(path, config))
-    if not files:
-        raise InputError(
-            f"{config.path}: has no file of a known format",
-            f"name the files {_KNOWN}, or set corpus.format",
-        )
-    for path in files:
-        if sizes[path] == 0:
-            raise InputError(f"{path}: is empty", "remove it, or write it again")
-    return files
+        file.seek(-1, io.SEEK_END)
+        file.read(1)
+        file.seek(0)
+    except OSError:
+        return False
+    return True
 
 
-def detect_format(path: str, config: CorpusConfig) -> Format:
-    """Return the format of a file: the configured one, or the one of its name's ending.
-
-    Raises:
-        InputError: when neither gives a format.
-    """
-    if found := _format_of(path, config):
-        return found
-    raise InputError(
-        f"{path}: its name has no known ending: {_KNOWN}",
-        "set corpus.format to jsonl, tsv, parquet or text",
-    )
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turn the errors of a file system or a decompressor into OSErrors: botocore's, aiohttp's and zlib's are none."""
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        raise OSError(str(error) or type(error).__name__) from error
 
 
-def file_label(path: str, config: CorpusConfig) -> str:
-    """Return a file's path below `corpus.path`; ids made from it do not change when the corpus moves."""
-    root = url_to_fs(local_path(config.path))[1]
-    if has_magic(root):
-        root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
-    full, folder = url_to_fs(path)[1], root.rstrip("/") + "/"
-    return full.removeprefix(folder) if full.startswith(folder) else PurePosixPath(full).name
+class _InputFile(io.RawIOBase):
+    """A file that a file system or a decompressor has opened; nothing but its `read`, `seek` and `tell` is used."""
 
+    def __init__(self, source: Any) -> None:
+        self._source = source
 
-def _format_of(path: str, config: CorpusConfig) -> Format | None:
-    if config.format != "auto":
-        return config.format
-    name = path.lower().removesuffix(".gz")
-    return next((form for form, endings in _ENDINGS.items() if name.endswith(endings)), None)
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _os_errors():
+            data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _os_errors():
+            self._source.seek(offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        with _os_errors():
+            return int(self._source.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with contextlib.suppress(Exception):  # everything that was asked for has been read
+                self._source.close()

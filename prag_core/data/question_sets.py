@@ -6,14 +6,14 @@ text; `prag_core.data.gold` finds those in a corpus.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.data.files import json_lines, parse_json, read_text
+from prag_core.config import StorageConfig
+from prag_core.data.files import read_text, without_query
+from prag_core.data.parsing import is_storable, json_lines, parse_json, parse_tsv, repeated
 from prag_core.data.questions import Gold, Question
 from prag_core.errors import InputError
 
@@ -34,7 +34,8 @@ class _Place:
 
     def error(self, field: str, problem: str) -> InputError:
         remedy = f"fix the record, or name the set's form as FORM:FILE; forms are {', '.join(FORMATS)}"
-        return InputError(f"{self.path}: {self.where}: field {field!r}: {problem}", remedy)
+        named = f"field {field!r}: " if field else ""
+        return InputError(f"{self.path}: {self.where}: {named}{problem}", remedy)
 
     def take(self, record: Any, field: str, kind: type | tuple[type, ...]) -> Any:
         """Return a field of a record; raise an InputError if it is missing or not of this kind."""
@@ -51,25 +52,38 @@ class _Place:
         value: str = self.take(record, field, str).strip()
         if not value:
             raise self.error(field, "is empty")
-        return value
+        return self._stored(value, field)
+
+    def name(self, record: dict[str, Any], field: str, default: object = "") -> str:
+        """Return a field that names something as a text; without it, or if it is null, return the default."""
+        if record.get(field) is None:
+            return str(default)
+        return self._stored(str(self.take(record, field, (str, int))), field)
 
     def texts(self, values: Any, field: str) -> tuple[str, ...]:
         """Return a list of texts without duplicates; a single text counts as a list of one."""
         listed = [values] if isinstance(values, str) else values
         if not isinstance(listed, list) or not all(isinstance(value, str) for value in listed):
             raise self.error(field, "is not a text or a list of texts")
-        kept = tuple(dict.fromkeys(value.strip() for value in listed if value.strip()))
+        kept = tuple(dict.fromkeys(self._stored(value.strip(), field) for value in listed if value.strip()))
         if not kept:
             raise self.error(field, "has no text in it")
         return kept
 
+    def _stored(self, value: str, field: str) -> str:
+        """Return a text that can be stored: JSON can spell a lone surrogate, but UTF-8 cannot."""
+        if not is_storable(value):
+            raise self.error(field, "holds a lone surrogate, which is no character")
+        return value
 
-def read_questions(path: str, form: str = "") -> list[Question]:
+
+def read_questions(path: str, form: str = "", storage: StorageConfig | None = None) -> list[Question]:
     """Read a set of questions from a file (any fsspec URL, gzipped or not).
 
     Args:
         path: The file. If `id_aliases.json` lies beside a file of 2WikiMultihopQA, it is read too.
         form: One of `FORMATS`; detected from the content when empty.
+        storage: How to reach servers.
 
     Raises:
         InputError: when the file cannot be read or has no questions, or for the first record that lacks a field of
@@ -77,8 +91,8 @@ def read_questions(path: str, form: str = "") -> list[Question]:
     """
     if form and form not in FORMATS:
         raise InputError(f"{form!r} is not a form of question sets", f"known are {', '.join(FORMATS)}")
-    text = read_text(path, "name a file of questions")
-    if not form and path.lower().removesuffix(".gz").endswith(".tsv"):
+    text = read_text(path, "name a file of questions", storage)
+    if not form and without_query(path).lower().removesuffix(".gz").endswith(".tsv"):
         form = POPQA
     if form in (JSONL, POPQA) or (not form and not _is_document(text)):
         questions = list((_popqa if form == POPQA else _jsonl)(path, text))
@@ -87,7 +101,8 @@ def read_questions(path: str, form: str = "") -> list[Question]:
             document = parse_json(text)
         except ValueError as error:
             raise InputError(f"{path}: not JSON: {error}", "fix the file, or name its form as FORM:FILE") from None
-        questions = list(_READERS[form or _form_of(path, document)](path, document))
+        form = form or _form_of(path, document)
+        questions = list(_two_wiki(path, document, storage) if form == TWO_WIKI else _READERS[form](path, document))
     if not questions:
         raise InputError(f"{path}: holds no questions", "name a file with at least one")
     seen: set[str] = set()
@@ -105,8 +120,10 @@ def _is_document(text: str) -> bool:
         return False
     try:
         parse_json(first)
-    except ValueError:
+    except json.JSONDecodeError:
         return True
+    except ValueError:  # complete, but refused: as a line, its error names the line
+        return False
     return first.startswith("[") or (not rest.strip() and '"data"' in first)
 
 
@@ -135,18 +152,18 @@ def _jsonl(path: str, text: str) -> Iterator[Question]:
     for number, place, record in _lines(path, text):
         question = place.text(record, "question")
         answers = "answer" if "answer" in record and "answers" not in record else "answers"
-        kind = str(record.get("type", ""))
+        kind = place.name(record, "type")
         if not kind and "covered" in record:
             kind = COVERED if place.take(record, "covered", bool) else UNCOVERED
         ids = "gold_ids" if "gold_ids" in record else "passage_id"
         gold = place.texts(record[ids], ids) if record.get(ids) else ()
         yield Question(
-            id=str(record.get("id", number)),
+            id=place.name(record, "id", number),
             question=question,
             answers=place.texts(place.take(record, answers, (str, list)), answers),
             type=kind,
             gold=tuple(Gold(id=id) for id in gold),
-            split=str(record.get("split", "")),
+            split=place.name(record, "split"),
         )
 
 
@@ -155,7 +172,7 @@ def _squad(path: str, document: Any) -> Iterator[Question]:
     top = _Place(path, "the document")
     for a, article in enumerate(top.take(document, "data", list)):
         place = _Place(path, f"data[{a}]")
-        title = str(article.get("title", "")) if isinstance(article, dict) else ""
+        title = place.name(article, "title") if isinstance(article, dict) else ""
         for p, paragraph in enumerate(place.take(article, "paragraphs", list)):
             place = _Place(path, f"data[{a}].paragraphs[{p}]")
             gold = (Gold(title=title.replace("_", " "), text=place.text(paragraph, "context")),)
@@ -177,8 +194,8 @@ def _hotpotqa(path: str, document: Any) -> Iterator[Question]:
         yield _multi_hop(place, record, (), retrieved=True)
 
 
-def _two_wiki(path: str, document: Any) -> Iterator[Question]:
-    aliases = _aliases(path)
+def _two_wiki(path: str, document: Any, storage: StorageConfig | None) -> Iterator[Question]:
+    aliases = _aliases(path, storage)
     for place, record in _records(path, document):
         yield _multi_hop(place, record, aliases.get(str(record.get("answer_id")), ()), retrieved=False)
 
@@ -208,12 +225,12 @@ def _multi_hop(place: _Place, record: Any, aliases: Sequence[str], *, retrieved:
     )
 
 
-def _aliases(path: str) -> dict[str, tuple[str, ...]]:
+def _aliases(path: str, storage: StorageConfig | None) -> dict[str, tuple[str, ...]]:
     """Return other names of answers by the answer's id, from the file of aliases beside the set, if there is one."""
     folder, slash, _ = path.rpartition("/")
     beside = f"{folder}{slash}{_ALIASES}"
     try:
-        text = read_text(beside, "")
+        text = read_text(beside, "", storage)
     except InputError as error:
         if isinstance(error.__context__, FileNotFoundError):
             return {}
@@ -226,11 +243,24 @@ def _aliases(path: str) -> dict[str, tuple[str, ...]]:
 
 
 def _popqa(path: str, text: str) -> Iterator[Question]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-    for row in rows:
-        place = _Place(path, f"line {rows.line_num}")
-        # csv gives None for the cells that a short row lacks.
-        record = {name: value for name, value in row.items() if isinstance(value, str)}
+    header: list[str] = []
+    # Not splitlines, which also splits at line separators that fields may contain.
+    for number, line in enumerate(text.split("\n"), start=1):
+        place = _Place(path, f"line {number}")
+        try:
+            row = parse_tsv(line)
+        except ValueError as error:
+            raise place.error("", str(error)) from None
+        if not row:
+            continue
+        if not header:
+            header = row
+            if twice := repeated(header):
+                raise place.error(twice[0], "is there twice in the header")
+            continue
+        if len(row) != len(header):
+            raise place.error("", f"the row has {len(row)} fields, the header has {len(header)}")
+        record = dict(zip(header, row, strict=True))
         # The published file lists each object's names twice; `possible_answers` is the complete list.
         field = "possible_answers" if "possible_answers" in record else "o_aliases"
         try:
@@ -263,7 +293,7 @@ def _cwq(path: str, document: Any) -> Iterator[Question]:
             id=str(place.take(record, name, (str, int))),
             question=place.text(record, "question"),
             answers=answers,
-            type=str(record.get("compositionality_type", "")),
+            type=place.name(record, "compositionality_type"),
         )
 
 
@@ -288,6 +318,5 @@ def _records(path: str, document: Any) -> Iterator[tuple[_Place, Any]]:
 _READERS: dict[str, Callable[[str, Any], Iterator[Question]]] = {
     SQUAD: _squad,
     HOTPOTQA: _hotpotqa,
-    TWO_WIKI: _two_wiki,
     CWQ: _cwq,
 }

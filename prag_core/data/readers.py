@@ -14,7 +14,8 @@ from typing import IO, cast
 import pyarrow.parquet as pq
 
 from prag_core.config import CorpusConfig
-from prag_core.data.files import file_label, parse_json
+from prag_core.data.listing import CorpusFile
+from prag_core.data.parsing import NOT_CLOSED, explain_tsv, parse_json, parse_tsv, repeated
 from prag_core.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
@@ -80,7 +81,7 @@ class _Lines:
         self._number -= len(self._record) - 1
 
 
-def read_jsonl(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+def read_jsonl(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:
     """Read JSON Lines, one object a line, and ignore blank lines."""
     lines = _Lines(stream, config.max_record_bytes)
     rows = map(_parse_json, lines)
@@ -110,25 +111,25 @@ def _parse_json(line: bytes) -> Mapping[str, object] | None:
     return cast("dict[str, object] | None", value)
 
 
-def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
-    """Read a TSV file with a header line, such as DPR's `psgs_w100.tsv`.
+def read_tsv(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:
+    """Read a TSV file with a header line, such as DPR's `psgs_w100.tsv`. Each line is a row.
+
+    With `corpus.multiline_fields`, a quoted field may go on in the next line.
 
     Raises:
-        InputError: when the header cannot be read or has no column of texts.
+        InputError: when the header cannot be read, has no column of texts, or has a column twice.
     """
-    # csv limits a field to 131,072 characters, for the whole process. `_Lines` checks the size instead.
-    csv.field_size_limit(max(csv.field_size_limit(), config.max_record_bytes))
     lines = _Lines(stream, config.max_record_bytes)
     # Bytes that are not UTF-8 become lone surrogates, so that csv continues. Later they make the record a reject.
     texts = map(partial(str, encoding="utf-8", errors="surrogateescape"), lines)
-    rows = csv.reader(texts, delimiter="\t", strict=True)
+    rows = _MultilineRows(texts, lines, config) if config.multiline_fields else map(_parse_tsv, texts)
     try:
         header = [name.strip() for name in next(rows, [])]
-    except (csv.Error, BadRecordError) as error:
+    except BadRecordError as error:
         raise InputError(
-            f"{path}: its first line is not a TSV header: {error}", "name the columns there, or set corpus.format"
+            f"{file.url}: its first line is not a TSV header: {error}", "name the columns there, or set corpus.format"
         ) from None
-    _require_text_column(header, path, config)
+    _check_columns(header, file, config)
     while True:
         number = lines.start_record()
         try:
@@ -137,11 +138,6 @@ def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Raw
             return
         except BadRecordError as bad:
             yield number, bad
-        except csv.Error as error:
-            # A stray quote may have swallowed the records after it: reject the first line and read the others again.
-            lines.keep_first_only()
-            detail = f"{error}; a field with a double quote must be quoted, its quotes doubled"
-            yield number, BadRecordError("invalid_tsv", detail)
         else:
             if len(row) == len(header):
                 yield number, dict(zip(header, row, strict=True))
@@ -150,15 +146,46 @@ def read_tsv(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Raw
                 yield number, BadRecordError("invalid_tsv", detail)
 
 
-def read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+def _parse_tsv(line: str) -> list[str]:
+    try:
+        return parse_tsv(line)
+    except ValueError as error:
+        hint = "; if fields go on in the next line, set corpus.multiline_fields" if NOT_CLOSED in str(error) else ""
+        raise BadRecordError("invalid_tsv", f"{error}{hint}") from None
+
+
+class _MultilineRows:
+    """The rows of TSV lines in which a quoted field may go on in the next line.
+
+    This is an iterator and not a generator, because it continues after an error.
+    """
+
+    def __init__(self, texts: Iterator[str], lines: _Lines, config: CorpusConfig) -> None:
+        csv.field_size_limit(max(csv.field_size_limit(), config.max_record_bytes))
+        self._rows = csv.reader(texts, delimiter="\t", strict=True)
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        try:
+            return next(self._rows)
+        except csv.Error as error:
+            # A stray quote may have swallowed the records after it: reject the first line and read the others again.
+            self._lines.keep_first_only()
+            raise BadRecordError("invalid_tsv", explain_tsv(error)) from None
+
+
+def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:
     """Read the configured columns of a Parquet file.
 
     Raises:
-        InputError: when it has no column of texts.
+        InputError: when it has no column of texts, or has a column twice.
     """
     table = pq.ParquetFile(stream)
     there = table.schema_arrow.names
-    _require_text_column(there, path, config)
+    _check_columns(there, file, config)
     columns = config.columns
     wanted = (columns.id, columns.title, columns.text, columns.access)
     names = [name for name in wanted if name is not None and name in there]
@@ -175,9 +202,9 @@ def read_parquet(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator
                 yield number, bad
 
 
-def read_plain_text(stream: IO[bytes], path: str, config: CorpusConfig) -> Iterator[RawRecord]:
+def read_plain_text(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:
     """Read a text file as one record; its id is the file's path and its title the file's name."""
-    name = file_label(path, config).removesuffix(".gz")
+    name = file.label.removesuffix(".gz")
     data = stream.read(config.max_record_bytes + 1)
     try:
         rest = sum(len(chunk) for chunk in iter(lambda: stream.read(_CHUNK_BYTES), b""))
@@ -189,11 +216,15 @@ def read_plain_text(stream: IO[bytes], path: str, config: CorpusConfig) -> Itera
         yield 1, bad
 
 
-def _require_text_column(there: Sequence[str], path: str, config: CorpusConfig) -> None:
+def _check_columns(there: Sequence[str], file: CorpusFile, config: CorpusConfig) -> None:
     if config.columns.text not in there:
         raise InputError(
-            f"{path}: has no column {config.columns.text!r}; it has {quote_names(there)}",
+            f"{file.url}: has no column {config.columns.text!r}; it has {quote_names(there)}",
             "set corpus.columns.text to the column that holds the texts",
+        )
+    if twice := repeated([name for name in there if name]):
+        raise InputError(
+            f"{file.url}: has the column {twice[0]!r} more than once", "rename one of them, so that it is clear which"
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials
+from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials, s3_options
 from prag_core.errors import ConflictError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
 from prag_core.records import schema
@@ -314,14 +314,5 @@ def open_store(config: Config) -> Store:
         StoreError: see `Store`.
     """
     storage = config.storage
-    options: dict[str, Any] = {}
-    if is_s3(config.store):
-        if storage.endpoint_url is not None:
-            options["endpoint_url"] = storage.endpoint_url
-        if storage.region is not None:
-            options["client_kwargs"] = {"region_name": storage.region}
-        if storage.profile is not None:
-            options["profile"] = storage.profile
-        if storage.anon:
-            options["anon"] = True
+    options = s3_options(storage) if is_s3(config.store) else {}
     return Store(config.store, options, storage.retries, storage.timeout_s)

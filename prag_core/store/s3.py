@@ -17,6 +17,7 @@ import fsspec
 from botocore import exceptions as boto
 from fsspec.asyn import sync
 
+from prag_core.config import s3_client_config
 from prag_core.store.backend import TooShortError
 from prag_core.store.filesystem import FilesystemBackend
 
@@ -47,12 +48,7 @@ class CutShortError(OSError):
 
 def open_s3(url: str, options: Mapping[str, Any], retries: int, timeout_s: float) -> S3Backend:
     """Return the backend for an S3 URL; see `prag_core.store.backends.open_backend` for the arguments."""
-    config = {
-        "connect_timeout": timeout_s,
-        "read_timeout": timeout_s,
-        "retries": {"mode": "standard", "total_max_attempts": retries + 1},
-        **options.get("config_kwargs", {}),
-    }
+    config = {**s3_client_config(retries, timeout_s), **options.get("config_kwargs", {})}
     fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **options, "config_kwargs": config})
     fs.retries = 1  # s3fs would repeat, without jitter, what botocore has already repeated
     return S3Backend(fs, root, retries, timeout_s)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prag_core.data.files import shown
+from prag_core.data.parsing import is_storable
 from prag_core.errors import InputError
 from prag_core.identity import is_checksum
 from prag_core.records import Augmentation, Reject, from_table, to_table
@@ -34,7 +36,8 @@ def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> li
         StoreError: if the corpus cannot be read.
     """
     found: list[PassageRef] = []
-    wanted = pa.array(sorted(set(names)), pa.string())
+    # A name that cannot be stored, such as an argument that is not UTF-8, names nothing.
+    wanted = pa.array(sorted({name for name in names if is_storable(name)}), pa.string())
     for part in corpus_parts(store, corpus_version):
         table = store.get_columns(part, ["key", "title", "sources"])
         sources = table["sources"].combine_chunks()
@@ -46,7 +49,7 @@ def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> li
     unknown = sorted(name for name in {*names} - known if not is_checksum(name))
     if unknown:
         raise InputError(
-            f"store = {store.url!r}: the corpus {corpus_version} has no passage {', '.join(unknown[:5])}",
+            f"store = {store.url!r}: the corpus {corpus_version} has no passage {', '.join(map(shown, unknown[:5]))}",
             "give a passage's key, or the id under which the corpus has it",
         )
     return sorted(found, key=lambda passage: passage.key)

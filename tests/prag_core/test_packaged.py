@@ -8,7 +8,8 @@ import pytest
 
 from prag_core.config import CorpusConfig
 from prag_core.config_file import load_config
-from prag_core.data.files import file_label, list_files, read_text
+from prag_core.data.files import read_text
+from prag_core.data.listing import list_files
 from prag_core.errors import ConfigError, InputError
 from prag_core.packaged import local_path
 
@@ -23,9 +24,9 @@ def test_other_paths_stay_as_they_are() -> None:
 def test_readers_find_packaged_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     corpus = CorpusConfig(path=f"{ATLAS}/passages.jsonl")
-    (file,) = list_files(corpus)
-    assert Path(file).is_absolute()
-    assert file_label(file, corpus) == "passages.jsonl"
+    (file,) = list_files(corpus).files
+    assert Path(file.name).is_absolute()
+    assert file.label == "passages.jsonl"
     assert read_text(f"{ATLAS}/questions.jsonl", "").count("\n") == 256
 
 

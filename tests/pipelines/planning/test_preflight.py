@@ -22,13 +22,14 @@ from cluster.preflight import (
     gpus,
     versions,
 )
-from pipelines.planning.checks import PreflightReport
+from pipelines.planning.checks import PreflightReport, check_node
 from pipelines.planning.preflight import PACKAGES, _gpu_memory, check_here
 from pipelines.settings import profile_of
 from prag_core.config import Config
 from prag_core.config_file import dump_config, parse_config
 from prag_core.errors import PragError, PreflightError
 from prag_core.store.objects import Store
+from tests.helpers.http_files import serve_folder
 from tests.helpers.passages import make_passage
 
 ROOT = Path(__file__).parents[3]
@@ -103,6 +104,37 @@ def test_all_errors_are_named_at_once(config: Config, tmp_path: Path) -> None:
     assert message.startswith("4 things are wrong:")
     for part in ("none.jsonl", "nobody.jsonl", "./nowhere", "file/store", "→"):
         assert part in message
+
+
+def test_what_is_left_out_of_the_corpus_is_said(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "A"}\n')
+    (folder / "b.jsonl.bak").write_text("x")
+    (folder / "c.tsv").write_text('text\n"never closed\n')
+    found = check_here(changed(config, corpus__path=str(folder)))
+    assert [f.outcome for f in found.findings if f.check == "corpus"] == ["ok", "warning", "warning"]
+    assert "b.jsonl.bak" in found.summary()
+    assert "c.tsv:2 is rejected: invalid_tsv" in found.summary()
+    found.raise_errors()
+
+
+def test_the_first_record_of_each_kind_of_file_is_read(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "A"}\n')
+    (folder / "b.jsonl.gz").write_text("not gzipped")
+    checked = changed(config, corpus__path=str(folder))
+    for failed in (check_here(checked).findings, check_node(checked, "")):
+        (detail,) = [f.detail for f in failed if f.outcome == "failed"]
+        assert "b.jsonl.gz: cannot be read" in detail
+    with serve_folder(tmp_path) as url:
+        served = changed(config, corpus__path=f"{url}/corpus.jsonl", augment__import_file=f"{url}/none.jsonl")
+        outcomes = {f.check: f.outcome for f in check_here(served).findings}
+        assert (outcomes["corpus"], outcomes["augmentations"]) == ("ok", "failed")
+        assert [f.detail for f in check_node(served, "") if f.outcome == "failed"] == [
+            f"{url}/none.jsonl: no such file"
+        ]
 
 
 def test_a_single_error_is_raised_as_it_is(config: Config, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import csv
 import gzip
 import itertools
 import json
@@ -8,59 +7,22 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prag_core.config import CorpusConfig
 from prag_core.data.chunking import split_text
 from prag_core.data.corpus import Piece, merge_pieces, read_records, resolve_ids
-from prag_core.data.files import detect_format, list_files
+from prag_core.data.listing import list_files
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
 from prag_core.records import Passage, Reject, from_table, to_table
-
-ROWS = [
-    {"id": "a", "title": "Otters", "text": "Otters hold hands.\nThey sleep afloat."},
-    {"id": "b", "title": 'The "Sea" Otter', "text": 'It is called "the old man of the sea".\tIt uses tools.'},
-    {"id": "c", "title": "カワウソ", "text": "カワウソは川に住む。魚を食べる。"},
-]
+from tests.helpers.corpora import ROWS, config_of, jsonl, read, write
 
 REASONS = {"invalid_utf8", "invalid_json", "invalid_tsv", "not_an_object", "missing_column", "wrong_type"}
 REASONS |= {"empty_text", "too_long", "duplicate_id"}
-
-
-def config_of(path: Path | str, **settings: Any) -> CorpusConfig:
-    return CorpusConfig(path=str(path), **settings)
-
-
-def read(path: Path | str, **settings: Any) -> tuple[list[Piece], list[Reject]]:
-    config = config_of(path, **settings)
-    out = [item for file in list_files(config) for item in read_records(file, config)]
-    return [p for p in out if isinstance(p, Piece)], [r for r in out if isinstance(r, Reject)]
-
-
-def write(path: Path, rows: list[dict[str, Any]] = ROWS, columns: tuple[str, ...] = ("id", "text", "title")) -> Path:
-    opener = gzip.open if path.suffix == ".gz" else open
-    if ".parquet" in path.name:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif ".tsv" in path.name:
-        with opener(path, "wt", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([row[c] for c in columns] for row in rows)
-    else:
-        with opener(path, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
-
-
-def jsonl(path: Path, *lines: bytes | str) -> Path:
-    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
-    return path
 
 
 def only_reject(path: Path, **settings: Any) -> Reject:
@@ -88,7 +50,7 @@ def only_reject(path: Path, **settings: Any) -> Reject:
     ],
 )
 def test_each_format_gives_the_same_pieces(tmp_path, name, lines):
-    pieces, rejects = read(write(tmp_path / name))
+    pieces, rejects = read(write(tmp_path / name), multiline_fields=True)
     assert rejects == []
     assert [(p.id, p.title, p.text) for p in pieces] == [(r["id"], r["title"], r["text"]) for r in ROWS]
     assert [(p.file, p.line) for p in pieces] == [(name, line) for line in lines]
@@ -112,7 +74,8 @@ def test_a_text_file_is_one_record(tmp_path, name):
 def test_columns_are_mapped(tmp_path, name):
     rows = [{"docid": r["id"], "head": r["title"], "body": r["text"], "url": "-"} for r in ROWS]
     path = write(tmp_path / name, rows, ("url", "body", "head", "docid"))
-    pieces, rejects = read(path, columns={"id": "docid", "title": "head", "text": "body"})
+    columns = {"id": "docid", "title": "head", "text": "body"}
+    pieces, rejects = read(path, columns=columns, multiline_fields=True)
     assert [(p.id, p.title, p.text) for p in pieces] == [(r["id"], r["title"], r["text"]) for r in ROWS]
     assert rejects == []
 
@@ -120,7 +83,6 @@ def test_columns_are_mapped(tmp_path, name):
 def test_the_configured_format_beats_the_name(tmp_path):
     path = jsonl(tmp_path / "corpus.txt", json.dumps(ROWS[0]))
     assert [p.id for p in read(path, format="jsonl")[0]] == ["a"]
-    assert detect_format("s3://bucket/x.TSV.gz", config_of(path)) == "tsv"
 
 
 def test_dpr_tsv_with_windows_line_ends_blank_lines_and_a_byte_order_mark(tmp_path):
@@ -154,80 +116,6 @@ def test_control_characters_are_removed(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", json.dumps({"id": "a\0", "title": "T\x1b\n U", "text": "A\0B\x07\tC\x85D\x9f"}))
     (piece,), _ = read(path)
     assert (piece.id, piece.title, piece.text) == ("a", "T U", "AB\tC\x85D")
-
-
-# Finding files
-
-
-def test_a_folder_is_read_in_order_without_hidden_and_unknown_files(tmp_path):
-    for name in (
-        "b.txt",
-        "a.md",
-        "sub/a.md",
-        ".hidden.txt",
-        "_SUCCESS",
-        "_tmp/x.txt",
-        "readme.pdf",
-        "sub/.git/x.txt",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_text("" if name == "_SUCCESS" else f"text of {name}")
-    files = list_files(config_of(tmp_path))
-    assert files == [str(tmp_path / name) for name in ("a.md", "b.txt", "sub/a.md")]
-    pieces, _ = read(tmp_path)
-    assert [p.id for p in pieces] == ["a.md", "b.txt", "sub/a.md"]  # below the folder, so both a.md stay apart
-
-
-def test_a_glob(tmp_path):
-    for name in ("part-2.jsonl", "part-1.jsonl", "other.jsonl", ".part-3.jsonl"):
-        write(tmp_path / name)
-    assert list_files(config_of(tmp_path / "*part-*")) == [str(tmp_path / f"part-{n}.jsonl") for n in (1, 2)]
-    assert {p.file for p in read(tmp_path / "**/part-?.jsonl")[0]} == {"part-1.jsonl", "part-2.jsonl"}
-
-
-def test_ids_made_of_file_names_do_not_change_when_the_corpus_moves(tmp_path):
-    ids = []
-    for folder in ("here", "there/deep"):
-        (tmp_path / folder / "sub").mkdir(parents=True)
-        jsonl(tmp_path / folder / "sub" / "x.jsonl", '{"text": "A"}')
-        ids += [read(tmp_path / folder)[0][0].id, read(tmp_path / folder / "*" / "x.jsonl")[0][0].id]
-    assert ids == ["sub/x.jsonl:1"] * 4
-
-
-def test_any_fsspec_url():
-    fs = fsspec.filesystem("memory")
-    fs.pipe("/corpus-test/x.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode()))
-    fs.pipe("/corpus-test/y.txt", b"hello")
-    try:
-        assert [p.id for p in read("memory://corpus-test")[0]] == ["a", "y.txt"]
-        assert [p.id for p in read("memory://corpus-test/*.gz")[0]] == ["a"]
-        assert list_files(config_of("memory://corpus-test/y.txt")) == ["memory:///corpus-test/y.txt"]
-    finally:
-        fs.rm("/corpus-test", recursive=True)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("missing.jsonl", "no such file"),
-        ("no-*.jsonl", "no such file"),
-        ("empty-folder", "no such file or folder, or nothing in it"),
-        ("unknown-folder", "no file of a known format"),
-        ("unknown-folder/x.pdf", "no known ending"),
-        ("empty.jsonl", "is empty"),
-        ("nosuch://x", "cannot be listed"),
-    ],
-)
-def test_a_path_that_cannot_be_used_is_an_input_error(tmp_path, path, message):
-    (tmp_path / "empty-folder").mkdir()
-    (tmp_path / "unknown-folder").mkdir()
-    (tmp_path / "unknown-folder" / "x.pdf").write_text("x")
-    (tmp_path / "empty.jsonl").touch()
-    path = path if "://" in path else str(tmp_path / path)
-    with pytest.raises(InputError, match=message) as caught:
-        list_files(config_of(path))
-    assert path in caught.value.message
-    assert caught.value.remedy
 
 
 # Files that cannot be read
@@ -271,8 +159,11 @@ def test_a_file_without_the_text_column_fails_at_once(tmp_path, name):
 
 
 def test_a_missing_file_fails_when_it_is_read(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.jsonl"):
-        list(read_records(str(tmp_path / "gone.jsonl"), config_of(tmp_path)))
+    path = jsonl(tmp_path / "gone.jsonl", *GOOD)
+    (file,) = list_files(config_of(path)).files
+    path.unlink()
+    with pytest.raises(InputError, match=r"gone\.jsonl: cannot be read"):
+        list(read_records(file, config_of(path)))
 
 
 # Records that cannot be used
@@ -290,6 +181,11 @@ GOOD = ('{"id": "g1", "text": "good"}', '{"id": "g2", "text": "good too"}')
         (b'{"id": ' + b"9" * 5_000 + b', "text": "x"}', "invalid_json", "digits"),
         (b'["text"]', "not_an_object", "list"),
         (b"null", "not_an_object", "NoneType"),
+        (b'{"text": "one", "text": "two"}', "invalid_json", "the key 'text' comes twice"),
+        (b'{"text": "x", "meta": {"n": 1, "n": 2}}', "invalid_json", "the key 'n' comes twice"),
+        (b'{"text": NaN}', "wrong_type", "'text' holds a float"),
+        (b'{"id": NaN, "text": "x"}', "wrong_type", "'id' holds a float"),
+        (b'{"text": "x"}{"text": "y"}', "invalid_json", "Extra data"),
         (b'{"id": "x", "body": "b"}', "missing_column", "'text'; there are 'id', 'body'; corpus.columns.text"),
         (b"{}", "missing_column", "none"),
         (b'{"text": " \\n\\u0000"}', "empty_text", "'text'"),
@@ -313,6 +209,8 @@ def test_a_bad_line_is_rejected_and_the_others_are_read(tmp_path, line, reason, 
         (b"x\tcaf\xe9\tt", "invalid_utf8", 3),
         (b"x\t \tt", "empty_text", 3),
         (b"x\ttext", "invalid_tsv", 3),
+        (b"x\ttext\rmore\tt", "invalid_tsv", 3),
+        (b'x\t"text" more\tt', "invalid_tsv", 3),
         (b"x\ttext\tt\tmore", "invalid_tsv", 3),
         (b'x\t"Heroes" is a song\tt', "invalid_tsv", 3),
         (b'x\t"never closed\tt', "invalid_tsv", 3),
@@ -324,7 +222,7 @@ def test_a_bad_line_is_rejected_and_the_others_are_read(tmp_path, line, reason, 
 def test_a_bad_row_is_rejected_and_the_others_are_read(tmp_path, row, reason, line, end):
     path = tmp_path / "x.tsv"
     path.write_bytes(b"id\ttext\ttitle\n1\tgood\tt\n" + row + b"\n2\tgood too\tt\n" + end)
-    pieces, rejects = read(path, max_record_bytes=50_000)
+    pieces, rejects = read(path, max_record_bytes=50_000, multiline_fields=b"w\n" in row)
     if b"w\n" in row:  # where the limit falls, reading goes on: the rest of the record is rejected by line
         assert {r.reason for r in rejects[1:]} <= {"invalid_tsv"}
         assert "is a quote never closed?" in rejects[0].detail
@@ -332,6 +230,68 @@ def test_a_bad_row_is_rejected_and_the_others_are_read(tmp_path, row, reason, li
         assert len(rejects) == 1 + bool(end)
     assert (rejects[0].reason, rejects[0].source) == (reason, f"x.tsv:{line}")
     assert [p.id for p in pieces] == ["1", "2"]
+
+
+# What follows the header line: each row is taken or rejected, and none is swallowed by another.
+ODD_ROWS = [
+    (b'1\t"Heroes is a song\tt\n2\tsecond\tt\n3\tthird\tt\n4\tby "Bowie"\tt\n5\tlast\tt\n', ["2", "3", "4", "5"]),
+    (b'1\t"Heroes is a song\tt\n2\tsecond\tt\n3\t"\tt\n', ["2"]),
+    (b'1\t"a\n2\tb"\tt\n', ["2"]),
+    (b'"1\ta\tt\n2"\tb\tt\n3\tc\tt\n', ['2"', "3"]),
+    (b'1\ta\t"t\n2\tb\t"t\n', []),
+    (b'1\t"a""b"\tt\n2\t"""a"" b"\tt\n3\ta""b\tt\n', ["1", "2", "3"]),
+    (b'1\t"a\tb"\tt\n2\t"a"\t"t"\r\n3\ta\rb\tt\n', ["1", "2"]),
+    (b"1\ta\0b\tt\n2\tb\tt\0\n\0\tc\tt\n", ["1", "2", "x.tsv:4"]),
+    (b"1\ta\xe2\x80\xa8b\xc2\x85c\x0bd\tt\n2\tb\tt", ["1", "2"]),
+    (b"1\t" + b"w" * 140_000 + b"\tt\n2\t" + b"w" * 210_000 + b"\tt\n3\tc\tt\n", ["1", "3"]),
+    (b'1\t"\xff\n2\tb"\tt\n3\tc\tt\n', ["2", "3"]),
+]
+
+
+@pytest.mark.parametrize(("rows", "ids"), ODD_ROWS)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_each_row_of_a_tsv_file_is_taken_or_rejected(tmp_path, rows, ids, end):
+    path = tmp_path / "x.tsv"
+    path.write_bytes((b"id\ttext\ttitle\n" + rows).replace(b"\n", end))
+    pieces, rejects = read(path, max_record_bytes=200_000, max_words=10_000)
+    assert [p.id for p in pieces] == ids
+    places = sorted([p.line for p in pieces] + [int(r.source.partition(":")[2]) for r in rejects])
+    assert places == [*range(2, 3 + rows.rstrip(b"\n").count(b"\n"))]
+
+
+@given(st.lists(st.text('ab"\t\r \0', max_size=12), min_size=1, max_size=8))
+def test_no_line_of_a_tsv_file_vanishes(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("tsv") / "x.tsv"
+    path.write_text("text\tid\n" + "\n".join(lines) + "\n", newline="")
+    pieces, rejects = read(path)
+    places = [p.line for p in pieces] + [int(r.source.partition(":")[2]) for r in rejects]
+    assert len(set(places)) == len(places)
+    blank = [n for n, line in enumerate(lines, start=2) if not line.strip(' "\r')]
+    assert {*range(2, 2 + len(lines))} - {*blank} <= {*places}
+
+
+def test_a_field_may_span_lines_if_that_is_asked_for(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text('id\ttext\n1\t"a\nb"\n2\tc\n3\t"d\n4\te\n')
+    pieces, rejects = read(path, multiline_fields=True)
+    assert [(p.id, p.text, p.line) for p in pieces] == [("1", "a\nb", 2), ("2", "c", 4), ("4", "e", 6)]
+    assert [r.source for r in rejects] == ["x.tsv:5"]
+    pieces, rejects = read(path)
+    assert [p.id for p in pieces] == ["2", "4"]
+    assert [(r.source, "corpus.multiline_fields" in r.detail) for r in rejects] == [
+        ("x.tsv:2", True),
+        ("x.tsv:3", False),
+        ("x.tsv:5", True),
+    ]
+
+
+def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
+    (tmp_path / "x.tsv").write_text("id\ttext\ttext \n1\ta\tb\n")
+    columns = [pa.array(["1"]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "id", "id"]), tmp_path / "x.parquet")
+    for name, column in (("x.tsv", "text"), ("x.parquet", "id")):
+        with pytest.raises(InputError, match=rf"{name}: has the column '{column}' more than once"):
+            read(tmp_path / name)
 
 
 def test_a_bad_parquet_row_is_rejected_and_the_others_are_read(tmp_path):
@@ -402,8 +362,9 @@ def test_reading_is_lazy(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", *GOOD)
     with path.open("ab") as file:
         file.writelines(json.dumps({"text": f"text {n}"}).encode() + b"\n" for n in range(200_000))
+    (file,) = list_files(config_of(path)).files
     start = time.perf_counter()
-    assert [p.id for p in itertools.islice(read_records(str(path), config_of(path)), 2)] == ["g1", "g2"]
+    assert [p.id for p in itertools.islice(read_records(file, config_of(path)), 2)] == ["g1", "g2"]
     assert time.perf_counter() - start < 0.2
 
 
@@ -499,6 +460,21 @@ def test_the_first_record_of_an_id_decides_whatever_the_order(pieces):
     assert [r.source for r in rejects] == ["x.jsonl:11", "x.jsonl:100", "z.jsonl:1"]
     assert {r.reason for r in rejects} == {"duplicate_id"}
     assert all("'a'" in r.detail and "x.jsonl:9" in r.detail for r in rejects)
+
+
+@given(st.randoms(use_true_random=False))
+def test_no_two_texts_share_a_name(chance):
+    parts = [Piece(f"k{n}", "", "", f"a#{n}", f"a#{n}", "record", "x.jsonl", 1) for n in range(3)]
+    same, other = (Piece(key, "", "t", "a#1", "a#1", key, "y.jsonl", line) for line, key in enumerate(("k1", "z"), 1))
+    split = [Piece(f"s{n}", "", "t", f"a#1#{n}", "a#1", "whole", "z.jsonl", 1) for n in range(2)]
+    chance.shuffle(parts)
+    pieces = [same, other]
+    chance.shuffle(pieces)
+    kept, rejects = resolve_ids(pieces, parts)
+    assert kept == [same]
+    assert [(r.source, r.reason) for r in rejects] == [("y.jsonl:2", "duplicate_id")]
+    assert "'a#1' is the name of a part of the record at x.jsonl:1" in rejects[0].detail
+    assert resolve_ids(split, parts) == (split, [])  # its own parts have other names
 
 
 @given(st.randoms(use_true_random=False))

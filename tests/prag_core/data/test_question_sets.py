@@ -126,6 +126,9 @@ def test_plain_lines(tmp_path: Path) -> None:
     first, second = read_questions(write(tmp_path, "q.jsonl", f"{json.dumps(LINE)}\n\n{json.dumps(other)}\n"))
     assert first == Question("q1", "What is Quorl?", ("a hill",), "fact in a QA pair", (Gold(id="p1"),))
     assert second == Question("3", "Why?", ("because",), "why", (Gold(id="a"), Gold(id="b")), "test")
+    nothing = json.dumps({**other, "id": None, "type": None, "split": None})
+    (third,) = read_questions(write(tmp_path, "null.jsonl", nothing))
+    assert (third.id, third.type, third.split) == ("1", "", "")
     (alone,) = read_questions(write(tmp_path, "one.jsonl", json.dumps(LINE)))
     assert alone == first
 
@@ -161,7 +164,14 @@ def broken(record: dict, **changes: Any) -> dict:
             "'text': is missing",
         ),
         ("p.tsv", POPQA.replace('"[""climber""', '"oh'), "line 2", "'possible_answers': is not a JSON list"),
-        ("p.tsv", POPQA + "8\tonly two\n", "line 3", "is missing"),
+        ("p.tsv", POPQA + "8\tonly two\n", "line 3", "the row has 2 fields, the header has 8"),
+        ("p.tsv", POPQA + '8\t"Mira\n9\tOss"\n', "line 3", "a quote is not closed"),
+        ("p.tsv", POPQA.replace("subj", "obj"), "line 1", "'obj': is there twice"),
+        ("q.jsonl", '{"question": "a?", "answer": "b", "question": "c?"}', "line 1", "the key 'question' comes twice"),
+        ("q.jsonl", '{"question": "a?", "answer": "\\ud83d"}', "line 1", "'answer': holds a lone surrogate"),
+        ("q.jsonl", '{"question": "\\ud83d?", "answer": "b"}', "line 1", "'question': holds a lone surrogate"),
+        ("q.jsonl", '{"question": "a?", "answer": "b", "id": {"n": 1}}', "line 1", "'id': is a dict"),
+        ("q.jsonl", '{"question": "a?", "answer": "b", "id": NaN}', "line 1", "'id': is a float"),
         ("c.json", [broken(CWQ, answers=[{"aliases": []}])], "record 0", "'answer': is missing"),
         ("c.json", [broken(CWQ_FLAT, test_id=None)], "record 0", "'test_id': is a NoneType"),
     ],
