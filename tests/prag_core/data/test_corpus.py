@@ -266,7 +266,7 @@ def test_no_line_of_a_tsv_file_vanishes(tmp_path_factory, lines):
     pieces, rejects = read(path)
     places = [p.line for p in pieces] + [int(r.source.partition(":")[2]) for r in rejects]
     assert len(set(places)) == len(places)
-    blank = [n for n, line in enumerate(lines, start=2) if not line.strip(' "\r')]
+    blank = [n for n, line in enumerate(lines, start=2) if not {*line} & {*"ab"}]
     assert {*range(2, 2 + len(lines))} - {*blank} <= {*places}
 
 

@@ -42,3 +42,5 @@ def test_passages_are_found_by_key_and_by_id(store: Store) -> None:
     )
     with pytest.raises(InputError, match="has no passage nobody"):
         find_passages(store, VERSION, ["p3", "nobody"])
+    with pytest.raises(InputError, match=r"has no passage caf\\xe9"):
+        find_passages(store, VERSION, ["caf\udce9"])  # as a terminal passes bytes that are not UTF-8
