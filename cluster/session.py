@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -42,6 +43,9 @@ def ray_session(profile: Profile) -> Iterator[None]:
     import ray.data
     import ray.exceptions
 
+    # When the interpreter exits, a thread may still be at work in this context: Ray's end would fail it, and its next
+    # call would start another Ray. Ray's processes end with this one anyway.
+    atexit.unregister(ray.shutdown)
     if os.environ.get("RAY_ADDRESS"):
         passed_on = {name: value for name, value in os.environ.items() if is_passed_on(name)}
         # A job of the job server already has an environment; by default Ray refuses a variable that is in both.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 # What the command line's exit codes mean. An error class that sets no `exit_code` has that of its base class.
+# A signal ends a command with 128 and its number, as shells count.
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
     1: "failed",
@@ -23,6 +24,8 @@ EXIT_CODES: Mapping[int, str] = {
     14: "the service is overloaded",
     15: "a request missed its deadline",
     16: "the canary",
+    130: "stopped by SIGINT (Ctrl+C)",
+    143: "stopped by SIGTERM",
 }
 
 

@@ -25,6 +25,7 @@ from pipelines.cli import (
     store,
     warmup,
 )
+from pipelines.cli.stopping import run_until_stopped
 from prag_core.errors import EXIT_CODES, ClusterError, PragError
 from prag_core.packaged import local_path
 
@@ -51,12 +52,14 @@ app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
-    """Run the command line. An expected error is shown as its message and exit code, without a traceback."""
+    """Run the command line. An expected error, or a signal, ends it with a message and an exit code, no traceback."""
     logging.basicConfig(level=os.environ.get("PRAG_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Ray would print a stack when this process gets a SIGTERM, which is no failure. It reads this when it is imported.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     try:
-        app()
+        run_until_stopped(lambda stop: app(obj=stop))
     except (PragError, JoinError) as raised:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")

@@ -10,6 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from pipelines.cli import options
+from pipelines.cli.stopping import stop_of
 from pipelines.cli.terminal import out, print_json, print_raw, print_table, progress_to, result_only
 from prag_core.errors import ConfigError
 
@@ -123,6 +124,8 @@ def submit(
     ] = "http://127.0.0.1:8265",
     env: Annotated[list[str] | None, typer.Option("--env", help="NAME=VALUE for the job. May be given again.")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once the job is submitted.")] = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Run a command as a job on a Ray cluster, and follow it: `prag submit -c config.yaml run`.
 
@@ -134,11 +137,9 @@ def submit(
 
     variables = dict(_variable(item) for item in env or [])
     settings = options.settings_of(config, set_, {"run.profile": profile})
-    try:
-        outcome = start(settings, command, address, variables, print_raw, wait=not no_wait)
-    except KeyboardInterrupt:
-        print_raw("the job goes on; run the same command to follow it again, or `ray job stop` to end it\n")
-        raise typer.Exit(130) from None
+    stop = stop_of(context)
+    stop.remedy = f"a job that was submitted goes on; `ray job stop` ends it; {stop.remedy}"
+    outcome = start(settings, command, address, variables, print_raw, wait=not no_wait)
     if outcome.exit_code is not None:
         print_raw(f"job {outcome.id}: {outcome.message}\n")
         raise typer.Exit(outcome.exit_code)
@@ -151,6 +152,8 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Follow the newest run until it ends.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.1, help="With --watch: seconds between two checks.")] = 2.0,
     as_json: options.Json = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Show the snapshot in service and how far the last runs are, from any machine that reaches the store.
 
@@ -160,6 +163,8 @@ def status(
 
     store = options.store_of(config, set_)
     if watch:
+        stop = stop_of(context)
+        stop.remedy = f"the run goes on; {stop.remedy}"
         raise typer.Exit(_watch(store, every_s, as_json))
     found = read_status(store)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli import options
+from pipelines.cli.stopping import stop_of
 from pipelines.cli.terminal import out, result_only
 from prag_core.config import Config
 
@@ -20,6 +21,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on; default: serve.host.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port; default: serve.port.")] = None,
     set_: options.Set = None,
+    *,
+    context: typer.Context,
 ) -> None:
     """Answer questions over HTTP until interrupted: the same answers as `prag ask`, for many users at once.
 
@@ -30,11 +33,16 @@ def serve(
 
     from pipelines.serving.local import serve_here  # takes seconds: a wrong setting is reported before
 
+    stop = stop_of(context)
+
     def show_welcome(url: str) -> None:
+        # From now on a signal lets it answer the requests under way.
+        stop.awaited = True
+        stop.remedy = f"the requests under way were answered; {stop.remedy}"
         out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
 
     with result_only():
-        serve_here(settings, show_welcome)
+        serve_here(settings, show_welcome, stop.noted)
 
 
 def _welcome(config: Config, url: str) -> str:

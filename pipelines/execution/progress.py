@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ class RunProgress:
         self._current: dict[str, Any] | None = None
         self._recoveries = 0
         self._written = 0.0
+        self._stopped = False
 
     @cached_property
     def _metrics(self) -> PipelineMetrics:
@@ -103,14 +105,24 @@ class RunProgress:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Record that the run is running within this context, and how it ended."""
+        """Record that the run is running within this context, and how it ended.
+
+        If the interpreter exits meanwhile, the run was stopped, whatever the context raises then.
+        """
         self._write()
+        atexit.register(self._stop)
         try:
             yield
         except BaseException as error:
             self._write("failed", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            atexit.unregister(self._stop)
         self._write("finished")
+
+    def _stop(self) -> None:
+        self._write("stopped")
+        self._stopped = True
 
     def _describe(self, stage: str, total: int, tally: Tally) -> None:
         finished = tally.done + tally.rejected.total()
@@ -127,6 +139,8 @@ class RunProgress:
         }
 
     def _write(self, state: str = "running", error: str = "") -> None:
+        if self._stopped:
+            return
         document = {
             "run": self.run,
             "state": state,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prag_core.records import from_dict
 from prag_core.store.objects import Store
-from prag_core.store.runs import SKEW_S, LeaseRecord, read_lease
+from prag_core.store.runs import LeaseRecord, is_over, read_lease
 from prag_core.store.snapshot import Snapshot, current_id, load_snapshot
 
 State = Literal["running", "finished", "failed", "stopped"]
@@ -19,8 +19,8 @@ State = Literal["running", "finished", "failed", "stopped"]
 class RunStatus:
     """A run according to its `runs/<run>/progress.json`.
 
-    `state` is `stopped` when the run neither ended nor holds the store's lease: it was killed, or its machine is
-    gone. `current` is the stage that is running.
+    `state` is `stopped` when the run neither ended nor holds the store's lease: a signal stopped it, it was killed, or
+    its machine is gone. `current` is the stage that is running.
     """
 
     run: str
@@ -86,7 +86,7 @@ def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
     name = f"runs/{run}/progress.json"
     document = store.get_json(name) if store.exists(name) else {"run": run, "state": "running"}
     status = from_dict(RunStatus, document)
-    alive = lease and lease.run == run and not lease.released and time.time() <= lease.expires + SKEW_S
+    alive = lease and lease.run == run and not is_over(lease)
     return replace(status, state="stopped") if status.state == "running" and not alive else status
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +24,16 @@ from prag_core.store.objects import open_store
 from prag_core.store.snapshot import load_snapshot
 
 
-def serve_here(config: Config, on_ready: Callable[[str], None]) -> None:
-    """Serve on this machine, or on the cluster that RAY_ADDRESS names, until interrupted or terminated.
+def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.Event) -> None:
+    """Serve on this machine, or on the cluster that RAY_ADDRESS names, until `end` is set.
 
-    Requests under way are then still answered, unless a second signal comes. On a cluster only the application is
-    removed: Ray Serve and its other applications stay.
+    Requests under way are then still answered. On a cluster only the application is removed: Ray Serve and its other
+    applications stay.
 
     Args:
         config: The configuration.
         on_ready: Called with the server's URL once it answers.
+        end: Set by another thread when the server is to end.
 
     Raises:
         ConfigError: when another server listens on `serve.port`; see also `application`.
@@ -51,12 +50,10 @@ def serve_here(config: Config, on_ready: Callable[[str], None]) -> None:
     if profile.logical_cpus is not None:
         cpus = math.ceil(limits.max_replicas * profile.model_actors.cpus)
         profile = replace(profile, logical_cpus=max(profile.logical_cpus, cpus))
-    end = threading.Event()
     with ray_session(profile):
-        with _on_signals(end):
-            start(config, made)
-            on_ready(url_of(config))
-            end.wait()
+        start(config, made)
+        on_ready(url_of(config))
+        end.wait()
         stop()
         if alone:
             serve.shutdown()  # type: ignore[no-untyped-call]
@@ -123,13 +120,3 @@ def url_of(config: Config) -> str:
     host = config.serve.host
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{config.serve.port}"
-
-
-@contextlib.contextmanager
-def _on_signals(end: threading.Event) -> Iterator[None]:
-    before = {number: signal.signal(number, lambda *_: end.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

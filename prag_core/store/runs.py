@@ -13,6 +13,7 @@ longer.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -69,7 +70,10 @@ class LeaseRecord:
 
 
 class RunLease:
-    """A lease that this process holds. A thread renews it until `release`. Made by `acquire_lease`."""
+    """A lease that this process holds. A thread renews it until `release`. Made by `acquire_lease`.
+
+    It is released when the interpreter exits, too.
+    """
 
     def __init__(self, store: Store, record: LeaseRecord) -> None:
         self._store = store
@@ -79,6 +83,7 @@ class RunLease:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
+        atexit.register(self.release)
 
     @property
     def record(self) -> LeaseRecord:
@@ -110,6 +115,7 @@ class RunLease:
 
     def release(self) -> None:
         """Stop the heartbeat and give the lease back, unless it is lost or the store cannot be written."""
+        atexit.unregister(self.release)
         self._ended.set()
         self._thread.join(self._record.ttl_s)
         if not self._thread.is_alive():
@@ -177,7 +183,7 @@ def acquire_lease(
         if not take_over:
             raise
         before, held = store.get_if_exists(LEASE), None
-    if held is not None and not (take_over or held.released or _is_over(held, now, skew_s)):
+    if held is not None and not (take_over or is_over(held, skew_s=skew_s)):
         raise _held(store, held, skew_s)
     try:
         store.swap(LEASE, before, _encode(mine))
@@ -234,7 +240,7 @@ def wait_for_lease(
     deadline = time.monotonic() + wait_s
     while True:
         held = _read(store)[1]
-        if held is None or held.released or _is_over(held, time.time(), skew_s):
+        if held is None or is_over(held, skew_s=skew_s):
             return None
         left = deadline - time.monotonic()
         if left <= 0:
@@ -263,8 +269,12 @@ def _encode(record: LeaseRecord) -> bytes:
     return json.dumps(asdict(record), sort_keys=True).encode()
 
 
-def _is_over(record: LeaseRecord, now: float, skew_s: float) -> bool:
-    return now > record.expires + skew_s or _is_dead(record)
+def is_over(record: LeaseRecord, *, skew_s: float = SKEW_S) -> bool:
+    """Return whether nobody holds a lease any more.
+
+    It was released, it has expired, or its process ran on this machine and is gone.
+    """
+    return record.released or time.time() > record.expires + skew_s or _is_dead(record)
 
 
 def _is_dead(record: LeaseRecord) -> bool:

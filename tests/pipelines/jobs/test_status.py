@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -43,6 +45,22 @@ def test_a_run_is_running_while_it_holds_the_lease_and_stopped_after(progress: R
         assert run.state == "stopped"
     (run,) = read_status(store).runs
     assert run.state == "finished"
+
+
+def test_a_killed_run_is_stopped_at_once_on_its_own_machine(progress: RunProgress, tmp_path: Path) -> None:
+    """The lease still counts for two minutes, but its process is gone."""
+    script = (
+        "import os, signal, sys; from prag_core.store.objects import Store; from prag_core.store.runs import *\n"
+        "acquire_lease(Store(sys.argv[1]), 'r1'); print('taken', flush=True); signal.pause()"
+    )
+    store = store_of(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", script, store.url], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert read_status(store).runs[0].state == "running"
+        process.kill()
+        process.wait()
+        assert read_status(store).runs[0].state == "stopped"
 
 
 def test_a_failed_run_has_its_error_in_its_status(progress: RunProgress, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_port_that_another_server_has_is_named() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"serve\.port = {port}: cannot listen on 127\.0\.0\.1: .*in use"):
-            serve_here(config(serve={"port": port}), print)
+            serve_here(config(serve={"port": port}), print, threading.Event())
 
 
 def test_a_replica_has_the_resources_of_the_configuration() -> None:
