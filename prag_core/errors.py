@@ -108,6 +108,10 @@ class PromptTooLongError(GenerationError):
     """A prompt and the tokens to generate do not fit into the model's context."""
 
 
+class UnfinishedReplyError(GenerationError):
+    """A model was still reasoning when its reply had to end, so it has said nothing yet."""
+
+
 class NotFiniteError(GenerationError):
     """The model's output for a prompt is not finite, so no token can be chosen."""
 

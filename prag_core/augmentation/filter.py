@@ -95,7 +95,10 @@ def _trigrams(words: list[str]) -> list[tuple[str, ...]]:
 
 @dataclass
 class Draft:
-    """The augmentation of one passage while a call of `augment` makes it."""
+    """The augmentation of one passage while a call of `augment` makes it.
+
+    `error` is the last attempt's. `reasons` says that a reply was cut off in its reasoning, so later ones need room.
+    """
 
     passage: Passage
     rewrites: list[str] = field(default_factory=list)
@@ -103,6 +106,7 @@ class Draft:
     refused: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
     error: GenerationError | None = None
+    reasons: bool = False
 
     def offer(self, pair: QAPair) -> None:
         """Accept the pair, or count the reason for refusing it."""

@@ -7,20 +7,23 @@ import re
 from collections.abc import Sequence
 
 from prag_core.augmentation.filter import Draft, is_rewrite
-from prag_core.augmentation.prompts import questions_prompt, rewrite_prompt
-from prag_core.errors import GenerationError
+from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE, questions_prompt, rewrite_prompt
+from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.generator import Generator, Prompt
+from prag_core.llm.reply import reply_content, without_fence
 from prag_core.prompts import passage_text
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import QAPair
 
+_NO_REASONING = "augment with a model that does not reason, or turn its reasoning off"
 _TEMPERATURE = 0.7
 _TOP_K = 50
 _REWRITE_TOKENS = 1024
 _QUESTION_TOKENS = 160
-# How many opening brackets of a reply to try as the start of its JSON array.
-_ARRAY_STARTS = 20
+# What a passage's replies may have in addition, once one of them was cut off in its reasoning.
+_REASONING_TOKENS = 2048
 
+_ARRAY_START = re.compile(r"\[\s*\{")
 # "Here is the rewritten passage:" or "Rewritten passage:", which small models write before the rewrite.
 _LEAD_IN = re.compile(
     r"\A\s*(?:(?:sure|certainly|here)\b[^\n:]{0,80}|[^\n:]{0,30}(?:passage|version)):\s*", re.IGNORECASE
@@ -39,19 +42,22 @@ def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentR
         for draft in lacking:
             text = passage_text(draft.passage)
             # About 1.3 times the passage's tokens: counted as three bytes a token, and English has about four.
-            prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=max(32, len(text.encode()) // 3)))
+            limit = min(_REWRITE_TOKENS, max(32, len(text.encode()) // 3))
+            prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=limit + _room(draft)))
         replies = generator.generate(
             prompts,
-            max_new_tokens=_REWRITE_TOKENS,
+            max_new_tokens=_REWRITE_TOKENS + max(map(_room, lacking)),
             temperature=_TEMPERATURE,
             top_k=_TOP_K,
             seed=_seed(recipe, attempt, number),
         )
         for draft, reply in zip(lacking, replies, strict=True):
-            if isinstance(reply, GenerationError):
-                draft.error = reply
+            content = _content(draft, reply)
+            if content is None:
                 continue
-            text = _CUT_OFF.sub("", _LEAD_IN.sub("", reply)).strip()
+            # The fence may stand around the lead-in, or after it.
+            text = without_fence(_LEAD_IN.sub("", without_fence(content)))
+            text = _CUT_OFF.sub("", text).strip()
             if text not in draft.rewrites and is_rewrite(text, draft.passage):
                 draft.rewrites.append(text)
 
@@ -61,19 +67,21 @@ def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentReci
 
     The first attempt decodes greedily; later attempts sample.
     """
-    prompts = [Prompt(questions_prompt(passage_text(draft.passage), recipe.pairs)) for draft in drafts]
+    limit = _QUESTION_TOKENS * recipe.pairs
+    prompts = [
+        Prompt(questions_prompt(passage_text(draft.passage), recipe.pairs), max_new_tokens=limit + _room(draft))
+        for draft in drafts
+    ]
     replies = generator.generate(
         prompts,
-        max_new_tokens=_QUESTION_TOKENS * recipe.pairs,
+        max_new_tokens=limit + max(map(_room, drafts), default=0),
         temperature=_TEMPERATURE if attempt else 0.0,
         top_k=_TOP_K if attempt else 0,
         seed=_seed(recipe, attempt, 0),
     )
     for draft, reply in zip(drafts, replies, strict=True):
-        if isinstance(reply, GenerationError):
-            draft.error = reply
-            continue
-        for pair in parse_pairs(reply):
+        content = _content(draft, reply)
+        for pair in parse_pairs(content) if content is not None else ():
             if pair is None:
                 draft.refused["bad_json"] += 1
             elif len(draft.pairs) < recipe.pairs:
@@ -81,19 +89,28 @@ def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentReci
 
 
 def parse_pairs(reply: str) -> list[QAPair | None]:
-    """Return the pairs of the first JSON array of objects in a reply, with None for each item that is not a pair.
+    """Return the pairs of the last JSON array with a pair in a reply, with None for each item that is not a pair.
 
-    Text and code fences around the array are ignored. A reply without such an array gives one None.
+    Models correct themselves, and repeat the prompt's example; the example counts only where nothing else is. Text and
+    code fences around the array are ignored. A reply without such an array gives one None.
     """
     decoder = json.JSONDecoder()
-    for match in list(re.finditer(r"\[", reply))[:_ARRAY_STARTS]:
+    example = json.loads(QUESTIONS_EXAMPLE)
+    found: list[QAPair | None] = [None]
+    echoed = True
+    position = 0
+    while start := _ARRAY_START.search(reply, position):
         try:
-            items, _ = decoder.raw_decode(reply, match.start())
-        except (ValueError, RecursionError):
+            items, position = decoder.raw_decode(reply, start.start())
+        except RecursionError:
+            break
+        except ValueError:
+            position = start.end()
             continue
-        if isinstance(items, list) and any(isinstance(item, dict) for item in items):
-            return [to_pair(item) for item in items]
-    return [None]
+        pairs = [to_pair(item) for item in items]
+        if (any(pairs) or found == [None]) and (echoed or items != example):
+            found, echoed = pairs, items == example
+    return found
 
 
 def to_pair(item: object) -> QAPair | None:
@@ -106,6 +123,25 @@ def to_pair(item: object) -> QAPair | None:
         return None
     question, answer, full_answer = texts
     return QAPair(question, answer.removesuffix(".").strip(), full_answer)
+
+
+def _room(draft: Draft) -> int:
+    """Return how many more tokens than usual the replies about a draft may have."""
+    return _REASONING_TOKENS if draft.reasons else 0
+
+
+def _content(draft: Draft, reply: str | GenerationError) -> str | None:
+    """Return what a reply says; if it says nothing, note the reason in the draft and return None."""
+    if isinstance(reply, PromptTooLongError) and draft.reasons:
+        reply = UnfinishedReplyError(f"there is no room for the model's reasoning: {reply.message}", _NO_REASONING)
+    if isinstance(reply, str):
+        content = reply_content(reply, passage_text(draft.passage))
+        if content is not None:
+            return content
+        reply = UnfinishedReplyError("the model's reply ended before its reasoning did", _NO_REASONING)
+    draft.reasons = draft.reasons or isinstance(reply, UnfinishedReplyError)
+    draft.error = reply
+    return None
 
 
 def _seed(recipe: AugmentRecipe, attempt: int, number: int) -> int:

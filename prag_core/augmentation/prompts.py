@@ -24,7 +24,7 @@ _QUESTIONS = (
     "Passage: {text}"
 )
 
-_QUESTIONS_EXAMPLE = """[
+QUESTIONS_EXAMPLE = """[
   {
     "question": "Who carved the doors of the Ombrel Granary?",
     "answer": "Sefa Durrin",
@@ -92,7 +92,7 @@ def rewrite_prompt(text: str) -> str:
 
 def questions_prompt(text: str, pairs: int) -> str:
     """Return the prompt that asks for `pairs` question-answer pairs as JSON."""
-    return _QUESTIONS.format(text=text, pairs=pairs, example=_QUESTIONS_EXAMPLE)
+    return _QUESTIONS.format(text=text, pairs=pairs, example=QUESTIONS_EXAMPLE)
 
 
 def asking_prompt(topic: str, sentence: str, answer: str, opening: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from prag_core.errors import GenerationError
 from prag_core.llm.generator import Generator, Prompt
+from prag_core.llm.reply import reply_content
 
 # Raise it whenever the prompt changes.
-JUDGE_VERSION = 1
+JUDGE_VERSION = 2
 
 _PROMPT = (
     "Question: {question}\nAccepted answers: {answers}\nGiven answer: {given}\n\n"
@@ -31,10 +32,11 @@ def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str],
     ]
     verdicts = [0.0] * len(rows)
     unclear: list[str] = []
-    for i, reply in zip(asked, generator.generate(prompts, max_new_tokens=8), strict=True):
+    for i, prompt, reply in zip(asked, prompts, generator.generate(prompts, max_new_tokens=8), strict=True):
         if isinstance(reply, GenerationError):
             raise reply
-        word = reply.strip().lower().lstrip("*\"'").partition(" ")[0].rstrip(".,!*\"'")
+        words = (reply_content(reply, prompt.text) or "").lower().split()
+        word = words[0].strip(".,!*\"'") if words else ""
         if word not in ("yes", "no"):
             unclear.append(reply)
         verdicts[i] = float(word == "yes")

@@ -22,6 +22,8 @@ from prag_core.retrieval.kinds import Retriever
 
 # The most passages to retrieve in search of some that the asker may read.
 _MAX_HITS = 1024
+# An answer is one line. Its end is looked for in the text: tokens that hold a line end may hold other text as well.
+_LINE_END = "\n"
 _MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
 
 
@@ -76,6 +78,7 @@ class RequestProcessor:
     ) -> None:
         self.snapshot = snapshot
         self._tokenizer = base.tokenizer
+        self._end_ids = base.end_ids
         self._model_name = base.name
         self._retriever = retriever
         self.template = template
@@ -83,9 +86,6 @@ class RequestProcessor:
         self._combine_strength = combine_strength
         self._reader = reader
         self._hidden = frozenset(hidden)
-        # An answer is one line: a newline ends it, as the end of turn does.
-        newline = self._tokenizer.encode("\n", add_special_tokens=False)
-        self._stop_ids = frozenset([self._tokenizer.eos_token_id, *newline[-1:]])
 
     def search(self, request: Request) -> tuple[Hit, ...]:
         """Return the passages for a request, best first: its own hits, or the best ones that its asker may read.
@@ -156,8 +156,8 @@ class RequestProcessor:
         decode = DecodeRequest(
             prompt,
             request.max_new_tokens or self.max_new_tokens,
-            stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
-            stop_strings=request.stop,
+            stop_ids=frozenset() if request.ignore_eos else self._end_ids,
+            stop_strings=request.stop if request.ignore_eos else (_LINE_END, *request.stop),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,

@@ -220,7 +220,7 @@ class Decoder:
             return False
         # A token has at least one byte. A few more tokens, since a tokenizer may decode the first one differently.
         window = max(len(stop.encode()) for stop in stops) + 8
-        text = self._base.tokenizer.decode(row.tokens[-window:])
+        text = self._base.tokenizer.decode(row.tokens[-window:], skip_special_tokens=True)
         return any(stop in text for stop in stops)
 
     def _result(self, row: Row, finish: DecodeFinish, now: float) -> Decoded:

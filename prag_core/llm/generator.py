@@ -10,14 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.errors import GenerationError, PromptTooLongError, TurnsError
 from prag_core.llm.base_model import BaseModel
+from prag_core.llm.chat import WITHOUT_REASONING, chat_ids, document_ids, text_ids
+from prag_core.llm.reply import is_mark, open_mark
 
 if TYPE_CHECKING:
+    from prag_core.llm.decode_request import Decoded
     from prag_core.llm.prefix_cache import Prefix
 
 # Larger than in serving: here no user waits for the next token while a prompt is read.
 _PREFILL_CHUNK = 2048
+# More tokens than a chat template writes to open the assistant's turn.
+_OPENING_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ class Generator(Protocol):
         seed: int = 0,
     ) -> list[str | GenerationError]:
         """Return one result for each prompt, in order: its text, or the error because of which it failed.
+
+        A model may reason before it replies; `prag_core.llm.reply` separates the two.
 
         Temperature 0 takes the most likely token each time; `top_k` 0 considers all tokens. Equal prompts in one call
         get equal texts; another `seed` gives another text.
@@ -92,9 +99,10 @@ class TransformersGenerator:
         self._tokens_per_batch = tokens_per_batch
         self._max_batch = max_batch
         self._decoder = Decoder(base, slots=max_batch, prefill_chunk=_PREFILL_CHUNK, max_tokens=tokens_per_batch)
-        stops = base.model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        self._stop_ids = frozenset(i for i in [*stops, base.tokenizer.eos_token_id] if i is not None)
+        self._end_ids = base.end_ids
+        # Reasoning may be marked by special tokens, which a decoded text leaves out.
+        tokens = base.tokenizer.added_tokens_decoder.items()
+        self._mark_ids = frozenset(id for id, token in tokens if token.special and is_mark(token.content))
 
     def generate(
         self,
@@ -105,29 +113,32 @@ class TransformersGenerator:
         top_k: int = 0,
         seed: int = 0,
     ) -> list[str | GenerationError]:
-        """Return one result for each prompt; a prompt that exceeds the model's context gets an error."""
+        """Return one result for each prompt; a prompt that exceeds the model's context gets an error.
+
+        The model is asked not to reason, if its chat template knows how. If it does reason, that is part of the result.
+        """
         from prag_core.llm.decode_request import DecodeRequest
 
         results: list[str | GenerationError] = [""] * len(prompts)
         requests: dict[int, DecodeRequest] = {}
         for index, prompt in enumerate(prompts):
-            request = DecodeRequest(
-                self._prompt_ids(prompt),
-                prompt.limit(max_new_tokens),
-                stop_ids=self._stop_ids,
-                stop_strings=(prompt.stop,) if prompt.stop else (),
-                temperature=temperature,
-                top_k=top_k,
-                seed=seed,
-            )
             try:
+                request = DecodeRequest(
+                    self._prompt_ids(prompt),
+                    prompt.limit(max_new_tokens),
+                    stop_ids=self._end_ids,
+                    stop_strings=(prompt.stop,) if prompt.stop else (),
+                    temperature=temperature,
+                    top_k=top_k,
+                    seed=seed,
+                )
                 self._decoder.check(request)
                 requests[index] = request
-            except PromptTooLongError as error:
+            except (PromptTooLongError, TurnsError) as error:
                 results[index] = error
         self._decoder.prefixes.share([list(request.prompt[:-1]) for request in requests.values()])
         for index, decoded in zip(requests, self._decoder.run(list(requests.values())), strict=True):
-            results[index] = decoded.text
+            results[index] = self._reply(prompts[index], requests[index].prompt, decoded)
             if decoded.finish == "not_finite":
                 results[index] = GenerationError(
                     f"{self._base.name}: the model's output for a prompt is not finite",
@@ -140,7 +151,7 @@ class TransformersGenerator:
         results = [float("-inf")] * len(pairs)
         rows: list[_ScoredPair] = []
         for index, (before, text) in enumerate(pairs):
-            ids, target = self._text_ids(before), self._encode(text)
+            ids, target = document_ids(self._base.tokenizer, before), text_ids(self._base.tokenizer, text)
             if ids and target and len(ids) + len(target) <= self._decoder.context:
                 rows.append(_ScoredPair(index, ids + target, len(target)))
         prefix, shared = self._decoder.prefixes.share([row.ids[: -row.target_length - 1] for row in rows])
@@ -149,23 +160,20 @@ class TransformersGenerator:
                 results[row.index] = mean
         return results
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._base.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def _text_ids(self, text: str) -> list[int]:
-        """Return the ids of a plain text, with the BOS token in front that some models expect."""
-        ids: list[int] = self._base.tokenizer.encode(text)
-        eos = self._base.tokenizer.eos_token_id
-        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
-
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not prompt.chat:
-            return self._text_ids(prompt.text)
-        message = [{"role": "user", "content": prompt.text}]
-        return self._encode(
-            self._base.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        )
+            return document_ids(self._base.tokenizer, prompt.text)
+        message = {"role": "user", "content": prompt.text}
+        return chat_ids(self._base.tokenizer, [message], **WITHOUT_REASONING)
+
+    def _reply(self, prompt: Prompt, ids: Sequence[int], decoded: Decoded) -> str:
+        """Return the decoded text, in a chat with the marks of its reasoning."""
+        if not prompt.chat:
+            return decoded.text
+        tokenizer, text = self._base.tokenizer, decoded.text
+        if not self._mark_ids.isdisjoint(decoded.tokens):
+            text = tokenizer.decode(decoded.tokens)
+        return open_mark(tokenizer.decode(ids[-_OPENING_TOKENS:])) + text
 
     def _batches(self, rows: list[_ScoredPair]) -> Iterator[list[_ScoredPair]]:
         """Yield the rows, longest first, in batches whose tokens, padding included, are within the budget."""

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prag_core.config import EndpointConfig
-from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
+from prag_core.llm.chat import WITHOUT_REASONING
 from prag_core.llm.generator import Prompt
+
+if TYPE_CHECKING:
+    import openai
+
+
+log = logging.getLogger(__name__)
+
+# Tells vLLM, SGLang and llama.cpp what to hand to the model's chat template.
+_TEMPLATE = "chat_template_kwargs"
+# The words with which endpoints refuse a setting, and not its value or the prompt.
+_REFUSES = re.compile(
+    r"un(?:supported|recogni[sz]ed|known|expected)|not (?:support|permit|allow|recogni[sz])|instead|extra|deprecated",
+    re.IGNORECASE,
+)
 
 
 class OpenAIGenerator:
     """Sends prompts to an OpenAI-compatible endpoint, many at the same time, and retries failed ones with back-off.
 
     Chat prompts go to `/chat/completions`, plain ones to `/completions`. `top_k` is not part of the protocol and
-    is ignored. Call it from a thread without a running event loop.
+    is ignored. A setting that the endpoint refuses by name is left out from then on; `max_tokens` is then called
+    `max_completion_tokens`. Call it from a thread without a running event loop.
     """
 
     def __init__(self, endpoint: EndpointConfig) -> None:
         # URL and key belong to one machine; only the model decides the text.
         self.fingerprint = f"openai:{endpoint.model}"
         self._endpoint = endpoint
+        # The settings that the endpoint does not know, as ("chat" or "plain", name).
+        self._unknown: set[tuple[str, str]] = set()
 
     def generate(
         self,
@@ -66,18 +86,19 @@ class OpenAIGenerator:
     ) -> str | GenerationError:
         import openai
 
-        settings: dict[str, Any] = {"max_tokens": limit, "temperature": temperature, "seed": seed}
-        if prompt.stop:
-            settings["stop"] = [prompt.stop]
         model = self._endpoint.model
+        settings = self._settings(prompt, limit, temperature, seed)
+        body = {"extra_body": {_TEMPLATE: settings.pop(_TEMPLATE)}} if _TEMPLATE in settings else {}
         try:
             if prompt.chat:
                 messages = [{"role": "user", "content": prompt.text}]
-                reply = await client.chat.completions.create(model=model, messages=messages, **settings)
-                text = reply.choices[0].message.content
-            else:
-                reply = await client.completions.create(model=model, prompt=prompt.text, **settings)
-                text = reply.choices[0].text
+                reply = await client.chat.completions.create(model=model, messages=messages, **settings, **body)
+                return self._content(reply.choices[0], key, prompt, limit)
+            reply = await client.completions.create(model=model, prompt=prompt.text, **settings)
+            text = reply.choices[0].text
+            if text is None:
+                return self._error("the reply has no text", key, "see what the server logs")
+            return _before(text, prompt.stop)
         except openai.APITimeoutError as error:
             return self._error(error, key, "raise augment.endpoint.timeout_s or lower augment.endpoint.concurrency")
         except openai.APIConnectionError as error:
@@ -92,20 +113,79 @@ class OpenAIGenerator:
             raise self._error(
                 error, key, "check augment.endpoint.model and that augment.endpoint.url ends in /v1"
             ) from None
-        except openai.BadRequestError as error:
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if error.code == "context_length_exceeded" or "context length" in str(error):
                 return PromptTooLongError(*self._error(error, key, "split the passage (corpus.max_words)").args)
-            return self._error(error, key, "the endpoint refuses this prompt; see its message")
+            if not self._learn(error, [*settings, *body.get("extra_body", {})], prompt):
+                return self._error(error, key, "the endpoint refuses this prompt; see its message")
+            return await self._ask(client, key, prompt, limit, temperature, seed)
         except openai.APIStatusError as error:
             return self._error(error, key, "raise augment.endpoint.retries, or try again when the endpoint is healthy")
         except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
             return self._error(error, key, "the reply does not follow the OpenAI protocol; check the server")
-        return text or ""
 
-    def _error(self, error: BaseException, key: str, remedy: str) -> GenerationError:
+    def _settings(self, prompt: Prompt, limit: int, temperature: float, seed: int) -> dict[str, Any]:
+        """Return the settings of a request, in the form that the endpoint is known to accept."""
+        settings: dict[str, Any] = {"max_tokens": limit, "temperature": temperature, "seed": seed}
+        if prompt.stop:
+            settings["stop"] = [prompt.stop]
+        if prompt.chat:
+            settings[_TEMPLATE] = dict(WITHOUT_REASONING)
+            if (_kind(prompt), "max_tokens") in self._unknown:
+                settings["max_completion_tokens"] = limit
+        return {name: value for name, value in settings.items() if (_kind(prompt), name) not in self._unknown}
+
+    def _learn(self, error: openai.APIStatusError, sent: Sequence[str], prompt: Prompt) -> bool:
+        """Note the setting that an endpoint has refused by name; return whether there is one to do without."""
+        text = str(error)
+        if not _REFUSES.search(text):
+            return False
+        known = {"max_completion_tokens"} if prompt.chat else {"max_tokens"}
+        for name in sent:
+            # Names of one word may be words of the prompt, which some endpoints repeat.
+            named = (
+                rf"\b{name}\b"
+                if "_" in name
+                else rf"['\"`]{name}['\"`]|(?:parameter|argument|field|supplied)s?:? {name}\b"
+            )
+            if name not in known and (error.param == name or re.search(named, text)):
+                if (_kind(prompt), name) not in self._unknown:
+                    log.warning("%s refuses the setting %s for %r", self._endpoint.url, name, self._endpoint.model)
+                self._unknown.add((_kind(prompt), name))
+                return True
+        return False
+
+    def _content(self, choice: Any, key: str, prompt: Prompt, limit: int) -> str | GenerationError:
+        """Return the text of a chat's reply; reasoning that has a field of its own is left out."""
+        message = choice.message
+        text = message.content
+        if isinstance(text, list):  # Mistral's form: parts of reasoning and of text
+            text = "".join(part["text"] for part in text if part.get("type") == "text")
+        if text is not None and text.strip():
+            return _before(text, prompt.stop)
+        if choice.finish_reason == "length":
+            error = self._error(
+                f"the model has used its {limit} tokens, for reasoning, before it replied",
+                key,
+                "turn its reasoning off",
+            )
+            return UnfinishedReplyError(*error.args)
+        why = getattr(message, "refusal", None) or choice.finish_reason
+        return self._error(f"the reply has no content ({why})", key, "see what the server logs")
+
+    def _error(self, error: BaseException | str, key: str, remedy: str) -> GenerationError:
         """Return an error for the caller; its message never holds the key, even if the server's does."""
-        cause = f"{type(error).__name__}: {error}".replace(key, "[key]")[:500]
+        cause = (error if isinstance(error, str) else f"{type(error).__name__}: {error}").replace(key, "[key]")[:500]
         endpoint = self._endpoint
         return GenerationError(
             f"{endpoint.url}, model {endpoint.model!r}, after up to {endpoint.retries} retries: {cause}", remedy
         )
+
+
+def _kind(prompt: Prompt) -> str:
+    return "chat" if prompt.chat else "plain"
+
+
+def _before(text: str, stop: str) -> str:
+    """Return a text up to its stop, which some endpoints ignore or leave in."""
+    return text.split(stop)[0] if stop else text

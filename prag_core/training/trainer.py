@@ -152,7 +152,7 @@ class Trainer:
                 trained = None
             # Not in the handler: its exception keeps the failed step's tensors alive.
             if trained is not None:
-                yield from _own(trained, seen)
+                yield from check_distinct(trained, seen)
             elif len(stack) == 1:
                 yield _failed(stack[0], "out_of_memory")
             else:
@@ -280,14 +280,14 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
 
 
 def has_learned(factors: Factors, start: Factors) -> bool:
-    """Return whether training has changed an adapter: its B is neither zero nor the one it started from."""
+    """Return whether training has changed an adapter: its B is neither zero, as bf16, nor the one it started from."""
     names = [name for name in factors if name.endswith(".B")]
     changed = any(not torch.equal(factors[name], start[name].to(factors[name].dtype)) for name in names)
-    return changed and any(bool(factors[name].any()) for name in names)
+    return changed and any(bool(factors[name].bfloat16().any()) for name in names)
 
 
-def _own(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:
-    """Yield the adapters of a stack, those that equal another one as failed; `seen` has all digests so far."""
+def check_distinct(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:
+    """Yield the adapters of a stack; those whose B equals another's have failed. `seen` has all digests so far."""
     digests = [_digest(adapter.factors) if adapter.factors is not None else "" for adapter in trained]
     counts = Counter(digests)
     for adapter, digest in zip(trained, digests, strict=True):

@@ -13,7 +13,7 @@ from pipelines.settings import describe
 from prag_core.config_file import load_config
 from prag_core.data.question_sets import read_questions
 from prag_core.data.questions import Gold, Question
-from prag_core.errors import InputError
+from prag_core.errors import AdapterError, InputError
 from prag_core.evaluation.plan import EvaluationReply
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.lora import initial_factors
@@ -96,6 +96,18 @@ def test_it_learns_and_two_workers_give_the_result_of_one(trainer: Trainer) -> N
     for name, tensor in whole.items():
         # AdamW's first step is the sign of the gradient: where that is zero up to rounding, either is right.
         assert (torch.isclose(both[name], tensor, atol=1e-6)).float().mean() > 0.99
+
+
+def test_a_warm_up_that_learns_nothing_is_no_warm_up(trainer: Trainer) -> None:
+    examples = warmup_examples(trainer, QUESTIONS)
+    with pytest.raises(AdapterError, match="changed nothing"):
+        train_warmup(trainer, examples, replace(SETTINGS, learning_rate=1e-45))
+    with pytest.raises(AdapterError, match="not finite"):
+        train_warmup(trainer, examples, replace(SETTINGS, learning_rate=float("inf")))
+    short = Trainer(trainer.base, replace(trainer.recipe, max_tokens=60))
+    with pytest.raises(InputError, match="none of the 10 questions fits into 60 tokens"):
+        warmup_examples(short, QUESTIONS)
+    short.close()
 
 
 @pytest.mark.slow

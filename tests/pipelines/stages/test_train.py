@@ -8,12 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipelines.execution.outcomes import TASK
 from pipelines.settings import make_context
 from pipelines.stages.train import TrainAdapters, adapters_per_shard, passages_per_task
 from prag_core.config import Config
 from prag_core.config_file import parse_config
 from prag_core.errors import LeaseError
-from prag_core.records import LedgerRow, from_table
+from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
 from tests.helpers.passages import make_passage
@@ -22,7 +23,7 @@ from tests.helpers.training import training_batch
 ADAPTER_BYTES = 2880  # of the tiny model, in bf16
 
 
-def settings(folder: Path, model: Path, **run: object) -> Config:
+def settings(folder: Path, model: Path, recipe: dict | None = None, **run: object) -> Config:
     return parse_config(
         {
             "store": str(folder / "store"),
@@ -30,7 +31,7 @@ def settings(folder: Path, model: Path, **run: object) -> Config:
             "corpus": {"path": "none"},
             "model": {"name": str(model), "dtype": "float32"},
             "augment": {"generator": "none"},
-            "train": {"epochs": 1},
+            "train": {"epochs": 1, **(recipe or {})},
             "run": run,
         }
     )
@@ -82,6 +83,38 @@ def test_a_retried_batch_trains_only_what_was_not_committed(tmp_path: Path, tiny
     assert train(config, table.slice(3, 4))[1] == again
     # Another batch of the same passages is another task.
     assert len(train(config, batch_of(11))[1]) == 23
+
+
+def rejects(store: Store) -> dict[str, str]:
+    found = from_table(Reject, store.get_table(Reject, store.list("rejects/train", ".parquet")))
+    return {reject.source: f"{reject.reason}: {reject.detail}" for reject in found}
+
+
+def test_passages_without_an_answer_to_learn_are_rejects(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder, recipe={"max_tokens": 60})
+    store, rows, outcomes = train(config, batch_of(3))
+    assert rows == []
+    assert [outcome["rejected"] for outcome in outcomes] == ["nothing_to_train"] * 3
+    assert set(rejects(store)) == {"p0", "p1", "p2"}
+    assert "train.max_tokens = 60" in rejects(store)["p0"]
+
+
+def test_of_passages_with_the_same_examples_one_is_trained(tmp_path: Path, tiny_model_folder: Path) -> None:
+    passages = [make_passage(n) for n in range(3)]
+    twin = replace(passages[0], key="f" * 32, sources=("twin",))
+    table = pa.concat_tables([training_batch(passages), training_batch([twin])])
+    table = table.set_column(table.column_names.index(TASK), TASK, pa.array(["task"] * 4))
+    store, rows, outcomes = train(settings(tmp_path, tiny_model_folder), table)
+    assert {row.key for row in rows} == {passage.key for passage in passages}
+    assert len(outcomes) == 4
+    assert rejects(store)["twin"].startswith("equals_another: ")
+
+
+def test_a_rate_too_small_to_learn_is_a_reject(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = settings(tmp_path, tiny_model_folder, recipe={"learning_rate": 1e-45})
+    store, rows, _ = train(config, batch_of(2))
+    assert rows == []
+    assert "train.learning_rate" in rejects(store)["p1"]
 
 
 def test_each_training_step_sends_a_heartbeat(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from prag_core.config import EndpointConfig
-from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.generator import Generator, Prompt, Scorer, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
@@ -176,6 +176,8 @@ def serve(reply: Reply) -> Iterator[Endpoint]:
             endpoint.requests.append((self.path, body, self.headers.get("Authorization", "")))
             asked[text] = asked.get(text, 0) + 1
             status, content = reply(text, asked[text])
+            if callable(content):
+                status, content = content(body)
             if status == 200 and isinstance(content, str):
                 choice = {"message": {"role": "assistant", "content": content}} if chat else {"text": content}
                 content = {"choices": [{"index": 0, "finish_reason": "stop", **choice}]}
@@ -330,3 +332,101 @@ def test_a_local_server_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(lambda text, _: (200, text)) as endpoint:
         assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["a"]
     assert endpoint.requests[0][2] == "Bearer unused"
+
+
+def refusing(*names: str, words: str = "Unsupported parameter: '{}' is not supported with this model.") -> Any:
+    """Return a reply of an endpoint that refuses these settings, one after the other."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        for name in names:
+            if name in body:
+                return 400, error(words.format(name))
+        return 200, {"choices": [{"message": {"content": "fine"}, "text": "fine", "finish_reason": "stop"}]}
+
+    return lambda *_: (200, reply)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Unsupported parameter: '{}' is not supported with this model. Use 'max_completion_tokens' instead.",
+        "Unrecognized request argument supplied: {}",
+        "[{{'type': 'extra_forbidden', 'loc': ('body', '{}'), 'msg': 'Extra inputs are not permitted'}}]",
+    ],
+)
+def test_a_setting_that_the_endpoint_refuses_is_left_out_from_then_on(words: str) -> None:
+    refused = ("max_tokens", "chat_template_kwargs", "temperature", "seed")
+    with serve(refusing(*refused, words=words)) as endpoint:
+        generator = endpoint.generator(concurrency=4)
+        prompts = [Prompt(str(i), stop="\n") for i in range(6)]
+        assert generator.generate(prompts, max_new_tokens=7) == ["fine"] * 6
+        needed = len(endpoint.requests)
+        assert generator.generate(prompts[:1], max_new_tokens=7) == ["fine"]
+    assert len(endpoint.requests) == needed + 1
+    body = endpoint.requests[-1][1]
+    assert body["max_completion_tokens"] == 7
+    assert set(body) == {"model", "messages", "stop", "max_completion_tokens"}
+
+
+def test_endpoints_are_asked_not_to_let_the_model_reason() -> None:
+    with serve(lambda text, _: (200, text)) as endpoint:
+        endpoint.generator().generate([Prompt("a"), Prompt("b", chat=False)], max_new_tokens=4)
+    bodies = {path: body for path, body, _ in endpoint.requests}
+    assert bodies["/v1/chat/completions"]["chat_template_kwargs"]["enable_thinking"] is False
+    assert "chat_template_kwargs" not in bodies["/v1/completions"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("max_completion_tokens", "'max_completion_tokens' is not supported"), ("seed", "a word of seed is not allowed")],
+)
+def test_what_can_not_be_left_out_is_an_error(name: str, words: str) -> None:
+    with serve(refusing("max_tokens", name) if "max" in name else lambda *_: (400, error(words))) as endpoint:
+        (failed,) = endpoint.generator().generate([Prompt("a")], max_new_tokens=4)
+    assert isinstance(failed, GenerationError)
+    assert "refuses this prompt" in str(failed)
+    assert len(endpoint.requests) == (2 if "max" in name else 1)
+
+
+def test_a_context_that_is_too_short_is_no_refused_setting() -> None:
+    words = "'max_tokens' is too large: 9. This model's maximum context length is 8 tokens, more is not supported."
+    with serve(lambda *_: (400, error(words))) as endpoint:
+        (failed,) = endpoint.generator().generate([Prompt("a")], max_new_tokens=9)
+    assert isinstance(failed, PromptTooLongError)
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind", "message"),
+    [
+        ({"message": {"content": None}, "finish_reason": "stop"}, GenerationError, "no content"),
+        ({"message": {"content": " \n"}, "finish_reason": "stop"}, GenerationError, "no content"),
+        ({"message": {"content": None, "refusal": "I must not"}}, GenerationError, "I must not"),
+        ({"message": {}, "finish_reason": "content_filter"}, GenerationError, "content_filter"),
+        ({"message": {"content": None, "reasoning_content": "[{}]"}, "finish_reason": "length"}, None, "4 tokens"),
+        ({"message": {"content": "", "reasoning": "[{}]"}, "finish_reason": "length"}, None, "reasoning"),
+        ({"text": None}, GenerationError, "no text"),
+        ({"message": None}, GenerationError, "protocol"),
+        ({"message": {"content": {"a": 1}}}, GenerationError, "protocol"),
+    ],
+)
+def test_a_reply_without_content_is_no_answer(choice: dict[str, Any], kind: Any, message: str) -> None:
+    """So the next run asks again, where an empty text would be the passage's last word."""
+    with serve(lambda *_: (200, {"choices": [choice]})) as endpoint:
+        prompt = Prompt("a", chat="text" not in choice)
+        (failed,) = endpoint.generator().generate([prompt], max_new_tokens=4)
+    assert type(failed) is (kind or UnfinishedReplyError)
+    assert message in str(failed)
+
+
+def test_reasoning_in_a_field_or_a_part_of_its_own_is_left_out() -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "no"}]}, {"type": "text", "text": "yes"}]
+    for message in ({"content": "yes", "reasoning_content": "no"}, {"content": parts}):
+        with serve(lambda *_, m=message: (200, {"choices": [{"message": m, "finish_reason": "stop"}]})) as endpoint:
+            assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["yes"]
+
+
+def test_a_stop_that_the_endpoint_ignores_ends_the_text() -> None:
+    with serve(lambda *_: (200, "a?\nb")) as endpoint:
+        prompts = [Prompt("p", chat=False, stop="\n"), Prompt("q", stop="\n")]
+        assert endpoint.generator().generate(prompts, max_new_tokens=4) == ["a?", "a?"]

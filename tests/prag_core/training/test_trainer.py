@@ -17,11 +17,11 @@ from prag_core.config import ModelConfig
 from prag_core.errors import AdapterError, ModelError
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Factors, find_targets, initial_factors
+from prag_core.llm.lora import Factors, TrainedAdapter, find_targets, initial_factors
 from prag_core.recipe import RECIPES, TrainRecipe
 from prag_core.testing import FAMILIES, tiny_base_model
 from prag_core.training.examples import TrainingExample, TrainingJob, training_examples
-from prag_core.training.trainer import Trainer, make_stacks
+from prag_core.training.trainer import Trainer, check_distinct, has_learned, make_stacks
 from tests.helpers.passages import make_augmentation, make_passage
 
 RECIPE = replace(RECIPES["small"], epochs=2)
@@ -160,6 +160,50 @@ def test_a_loss_that_is_not_finite_fails_its_own_passage_only(tiny: BaseModel) -
         factors = trained[job.key].factors
         assert factors is not None
         assert worst_difference(delta_weights(factors, trainer.layout), reference[job.key]) < 1e-4
+
+
+def outcomes(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainRecipe = RECIPE, budget: int = 100_000) -> dict:
+    trainer = Trainer(base, recipe)
+    made = {a.key: a for a in trainer.train(jobs, tokens_per_step=budget)}
+    trainer.close()
+    assert all((a.factors is None) == bool(a.failure) for a in made.values())
+    return {key: adapter.failure for key, adapter in made.items()}
+
+
+def test_an_adapter_that_training_left_as_it_was_is_not_trained(tiny: BaseModel) -> None:
+    jobs = jobs_of(tiny, 2, RECIPE)
+    assert set(outcomes(tiny, jobs, replace(RECIPE, learning_rate=1e-45)).values()) == {"nothing_learned"}
+    assert set(outcomes(tiny, jobs, replace(RECIPE, learning_rate=1e-6)).values()) == {""}
+    layout, _ = find_targets(tiny.model, RECIPE)
+    start, zero = random_factors(layout), initial_factors(layout, 0)
+    assert not has_learned(start, start)
+    assert not has_learned(zero, start)
+    assert not has_learned({n: f if n.endswith(".B") else f + 1 for n, f in start.items()}, start)
+    assert has_learned({n: f + 1 if n == "up_proj.B" else f for n, f in start.items()}, start)
+
+
+@pytest.mark.parametrize("budget", [1, 100_000])
+def test_an_adapter_that_equals_another_is_not_trained(tiny: BaseModel, budget: int) -> None:
+    first, second = jobs_of(tiny, 2, RECIPE)
+    same = [first, TrainingJob("same", first.examples), second, TrainingJob("again", first.examples)]
+    expected = {first.key: "", "same": "equals_another", second.key: "", "again": "equals_another"}
+    assert outcomes(tiny, same, budget=budget) == expected
+
+
+def test_of_equal_adapters_nobody_knows_which_passage_they_are_of(tiny: BaseModel) -> None:
+    layout, _ = find_targets(tiny.model, RECIPE)
+    one, other, third = (random_factors(layout, seed) for seed in (1, 2, 3))
+    same_b = {name: factor if name.endswith(".B") else factor + 1 for name, factor in one.items()}
+
+    def trained(**factors: dict[str, torch.Tensor]) -> list[TrainedAdapter]:
+        return [TrainedAdapter(key, made, 1, 1, 1.0, 1.0, 1.0) for key, made in factors.items()]
+
+    seen: set[str] = set()
+    first = check_distinct(trained(a=one, b=same_b, c=other), seen)
+    assert {a.key: a.failure for a in first} == {"a": "equals_another", "b": "equals_another", "c": ""}
+    later = list(check_distinct([*trained(d=other, e=third), TrainedAdapter("f", None, 1, 1, 1, 1, 1, "x")], seen))
+    assert {a.key: a.failure for a in later} == {"d": "equals_another", "e": "", "f": "x"}
+    assert [a.key for a in later if a.factors is not None] == ["e"]
 
 
 def test_losses_fall_and_are_reported(tiny: BaseModel) -> None:
