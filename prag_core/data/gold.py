@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prag_core.data.questions import Gold, Question
+from prag_core.identity import normalize
 from prag_core.records import Passage
 
 
@@ -68,4 +69,4 @@ def record_id(source: str) -> str:
 
 def _letters(text: str) -> str:
     """Return the letters and digits of a text, without case; see `normalize_answer` for the other rules."""
-    return "".join(c for c in text.casefold() if c.isalnum())
+    return "".join(c for c in normalize(text).casefold() if c.isalnum())

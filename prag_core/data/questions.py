@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -34,7 +35,9 @@ class Question:
 def normalize_answer(text: str) -> str:
     """Return `text` in lower case, without ASCII punctuation and English articles, with single spaces.
 
-    This is SQuAD's rule for comparing answers. Other rules: `prag_core.identity.normalize` for keys,
-    `prag_core.data.gold` for gold texts, `prag_core.augmentation.filter.fold_text` for augmentations.
+    This is SQuAD's rule for comparing answers, and composed letters equal decomposed ones. Other rules:
+    `prag_core.identity.normalize` for keys, `prag_core.data.gold` for gold texts,
+    `prag_core.augmentation.filter.fold_text` for augmentations, `prag_core.retrieval.search_text` for searching.
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    composed = unicodedata.normalize("NFC", text)
+    return " ".join(_ARTICLES.sub(" ", composed.lower().translate(_PUNCTUATION)).split())

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prag_core.errors import AdapterError, GenerationError, NotFiniteError
+from prag_core.identity import normalize
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
@@ -213,7 +214,9 @@ class RequestProcessor:
     def _may_use(self, passage: Passage, request: Request) -> bool:
         if passage.key in self._hidden:
             return False
-        return request.access is None or not passage.access or not request.access.isdisjoint(passage.access)
+        if request.access is None or not passage.access:
+            return True
+        return not {*map(normalize, request.access)}.isdisjoint(map(normalize, passage.access))
 
 
 def hit_weights(hits: Sequence[Hit], weights: MergeRule) -> list[float]:

@@ -37,8 +37,9 @@ COPY_BYTES = 1 << 25  # on S3 each piece is a request
 class StoredIndex:
     """The record of an archived index, as `index.json` holds it.
 
-    `checksum` is that of the archive's bytes. `pyserini` is the version of the software that wrote the index. Records
-    of older releases have neither `kind` nor `language`: their indexes are Lucene's, in English.
+    `checksum` is that of the archive's bytes. `pyserini` is the version of the software that wrote the index, and
+    `rule` the kind's `INDEX_RULE`. Records of older releases have neither `kind` nor `language`: their indexes are
+    Lucene's, in English. Nor have they a `rule`: theirs is none of today's.
     """
 
     id: str
@@ -49,6 +50,7 @@ class StoredIndex:
     pyserini: str
     kind: str = "lucene"
     language: str = "en"
+    rule: int = 0
 
     @property
     def archive_name(self) -> str:
@@ -103,6 +105,7 @@ def archive_index(
             pyserini=index_kind(config).writer_version(),
             kind=config.kind,
             language=config.language,
+            rule=index_kind(config).INDEX_RULE,
         )
         store.put_file(f"indexes/{id}/{stored.archive_name}", packed)
         store.put_json(_record(id), seal(dataclasses.asdict(stored)))
@@ -144,7 +147,8 @@ def open_index(store: Store, id: str, cache_dir: Path, config: IndexConfig) -> R
     """Fetch an index and open it for searching.
 
     Raises:
-        RetrievalError: its kind or language is not the configured one, or it cannot be opened; see also `fetch_index`.
+        RetrievalError: its kind or language is not the configured one, it was built by another rule than this
+            version searches by, or it cannot be opened; see also `fetch_index`.
         StoreError: see `fetch_index`.
     """
     stored = read_record(store, id)
@@ -155,6 +159,12 @@ def open_index(store: Store, id: str, cache_dir: Path, config: IndexConfig) -> R
                 f"the index {id} was built with index.{setting} = {built!r}; index.{setting} is {configured!r} now",
                 f"set index.{setting} to {built!r}, or run `prag run` to build and publish another index",
             )
+    if stored and stored.rule != (rule := index_kind(config).INDEX_RULE):
+        raise RetrievalError(
+            f"the index {id} was built by another version of this software (rule {stored.rule or 'unknown'}, now "
+            f"{rule}), so a search in it would miss passages",
+            "run `prag run` to build and publish another index; no adapter is trained again for it",
+        )
     while True:
         folder = fetch_index(store, id, cache_dir)
         try:

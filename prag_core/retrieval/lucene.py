@@ -18,9 +18,10 @@ from prag_core.errors import RetrievalError
 from prag_core.records import Hit, Passage
 from prag_core.retrieval.jvm import JVM_ENV, MIN_JAVA, find_jdk, java_classes, prepare_jvm
 from prag_core.retrieval.local_cache import explain_os_errors, hold
+from prag_core.retrieval.search_text import search_text
 
-# Raise it when an analyzer, the stored fields or Lucene's major version change.
-INDEX_RULE = 2
+# Raise it when an analyzer, `search_text`, the stored fields or Lucene's major version change.
+INDEX_RULE = 3
 SEARCH_SETTINGS = frozenset({"k1", "b"})
 PROCESS_ENV = JVM_ENV
 REQUIREMENT = "Java"
@@ -88,9 +89,9 @@ def _analyzer(java: Any, language: str) -> Any:
 def _write_in(
     java: Any, directory: Path, mode: str, gone: Iterable[str], passages: Iterable[Passage], config: IndexConfig
 ) -> int:
-    keep_raw = java("io.anserini.index.IndexCollection$Args")()
-    keep_raw.storeRaw = True
-    generator = java("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(keep_raw)
+    options = java("io.anserini.index.IndexCollection$Args")()
+    generator = java("io.anserini.index.generator.DefaultLuceneDocumentGenerator")(options)
+    stored_field = java("org.apache.lucene.document.StoredField")
     document = java("io.anserini.collection.JsonCollection$Document")
     settings = java("org.apache.lucene.index.IndexWriterConfig")(_analyzer(java, config.language))
     settings.setRAMBufferSizeMB(INDEXING_BUFFER_MB)
@@ -105,15 +106,19 @@ def _write_in(
             # Replace by no documents: of the two overloads of `deleteDocuments`, jnius takes the wrong one.
             writer.updateDocuments(term("id", key), nothing)
         for passage in passages:
+            contents = f"{passage.title}\n{passage.text}"
+            indexed = {"id": passage.key, "contents": search_text(contents)}
+            row = generator.createDocument(document.fromString(json.dumps(indexed)))
             # Lucene returns this JSON with a hit, so a search needs no second look-up.
             fields = {
                 "id": passage.key,
                 "title": passage.title,
-                "contents": f"{passage.title}\n{passage.text}",
+                "contents": contents,
                 "sources": passage.sources,
                 "access": passage.access,
             }
-            writer.addDocument(generator.createDocument(document.fromString(json.dumps(fields))))
+            row.add(stored_field("raw", json.dumps(fields)))
+            writer.addDocument(row)
         writer.forceMerge(1)  # rewrites a single segment, too, if documents in it were deleted
         writer.commit()
         return int(writer.getDocStats().maxDoc)  # includes deleted documents, if any were left
@@ -154,6 +159,8 @@ class LuceneRetriever:
     def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
         """Return at most `top_k` hits, best first. A question without a known word has no hits.
 
+        The question is text: the signs of Lucene's query language have no meaning.
+
         Scores are Anserini's: rounded to four places; equal ones are separated by 1e-6, in the order of keys. Only
         the first 10,000 characters of the question count.
 
@@ -178,7 +185,7 @@ class LuceneRetriever:
 
     def _hits(self, question: str, top_k: int) -> list[Hit]:
         # A Python string may hold half a surrogate pair; Java and UTF-8 may not.
-        text = question[:MAX_QUESTION_CHARS].encode("utf-8", "replace").decode()
+        text = search_text(question[:MAX_QUESTION_CHARS].encode("utf-8", "replace").decode())[:MAX_QUESTION_CHARS]
         return [
             Hit(_passage(found.lucene_document.get("raw")), found.score) for found in self._searcher.search(text, top_k)
         ]

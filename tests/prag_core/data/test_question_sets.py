@@ -86,6 +86,15 @@ def test_hotpotqa_fullwiki_whose_contexts_were_retrieved(tmp_path: Path) -> None
     assert match_gold([question], [whole]) == {"h1": (whole,)}
 
 
+def test_gold_is_found_however_its_letters_are_composed(tmp_path: Path) -> None:
+    context = [["Mira Os\u0301", ["Mira Os\u0301 climbed Quorl."]]]
+    entry = {**HOTPOT, "context": context, "supporting_facts": [["Mira Os\u0301", 0]]}
+    (question,) = read_questions(write(tmp_path, "hotpot.json", [entry]))
+    whole = passage("Mira O\u015b", "Mira O\u015b climbed Quorl.", "w1")
+    assert GoldIndex([question]).is_gold(whole)
+    assert match_gold([question], [whole]) == {"h1": (whole,)}
+
+
 def test_two_wiki_with_its_aliases(tmp_path: Path) -> None:
     kinds = ("compositional", "comparison", "bridge_comparison", "inference")
     path = write(tmp_path, "dev.json", [{**TWO_WIKI, "_id": kind, "type": kind} for kind in kinds])

@@ -166,6 +166,7 @@ def test_containment(prediction: str, answers: list[str], expected: float) -> No
 
 def test_normalization() -> None:
     assert normalize_answer("  The  an-swer,\tis: A Test! ") == "answer is test"
+    assert normalize_answer("Cafe\u0301") == normalize_answer("caf\u00e9")
 
 
 def test_recall() -> None:

@@ -266,6 +266,10 @@ def test_passages_that_the_asker_may_not_read_are_not_used(world: World) -> None
     handed = tuple(Tagged().search(named([0, 1, 2]), 3))
     built = processor.build(Request("Who?", "rag", access=frozenset()), handed, {}, {})
     assert [p.title for p in built.passages] == [PASSAGES[2].title]
+    # A tag is the same however its letters are composed.
+    accented = (Hit(replace(PASSAGES[0], access=("cafe\u0301",)), 1.0),)
+    built = processor.build(Request("Who?", "rag", access=frozenset({"caf\u00e9"})), accented, {}, {})
+    assert [p.title for p in built.passages] == [PASSAGES[0].title]
     engine.close()
 
 

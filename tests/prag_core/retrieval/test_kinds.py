@@ -16,6 +16,7 @@ from prag_core.retrieval.archive import find_index, open_index, read_record
 from prag_core.retrieval.build import IndexBuild, make_index
 from prag_core.retrieval.kinds import IndexKind, index_id, index_kind
 from prag_core.store.objects import Store
+from tests.helpers import word_index
 from tests.helpers.passages import make_passage
 
 
@@ -51,8 +52,8 @@ def test_an_unknown_kind_or_language_is_refused_with_the_known_ones(tmp_path: Pa
 
 
 def test_an_id_names_content_and_not_how_it_is_searched(words: IndexConfig) -> None:
-    # The id that earlier releases gave: stored indexes are still found.
-    assert index_id("v1", IndexConfig()) == "82838d9c8b5728b4"
+    # Stored indexes are found by this id; it changes with the rule of the kind.
+    assert index_id("v1", IndexConfig()) == "ed88a6cf441d5378"
     assert index_id("v1", IndexConfig()) == index_id("v1", IndexConfig(k1=1.2, b=0.75))
     others = [index_id("v2", IndexConfig()), index_id("v1", words)]
     others += [index_id("v1", IndexConfig(language=name)) for name in LANGUAGES]
@@ -94,3 +95,22 @@ def test_an_index_of_another_kind_or_language_is_not_opened(words: IndexConfig, 
     store.put_json(f"indexes/{id}/index.json", record)
     assert read_record(store, id) == replace(read_record(store, id), language="en")
     assert open_index(store, id, tmp_path / "cache", words).search("hill", 3)
+
+
+def test_an_index_of_another_rule_is_not_opened_and_a_run_builds_another(
+    words: IndexConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    put_corpus(store, "v1", range(3))
+    old = make_index(store, "v1", None, words)[0]
+    record = store.get_json(f"indexes/{old.id}/index.json")
+    del record["rule"], record["seal"]
+    store.put_json(f"indexes/{old.id}/index.json", record)  # as earlier releases wrote it
+    with pytest.raises(RetrievalError, match=r"another version of this software \(rule unknown, now 1\)") as caught:
+        open_index(store, old.id, tmp_path / "cache", words)
+    assert "run `prag run` to build and publish another index" in caught.value.remedy
+    monkeypatch.setattr(word_index, "INDEX_RULE", 2)
+    new, build = make_index(store, "v1", "v1", words)
+    assert (new.id != old.id, new.rule, build.failed) == (True, 2, False)
+    assert build.anew
+    assert open_index(store, new.id, tmp_path / "cache", words).search("hill", 3)

@@ -193,7 +193,43 @@ def test_k1_and_b_act_when_searching(index: Path, retriever: LuceneRetriever) ->
 )
 def test_any_text_is_a_question(question: str, retriever: LuceneRetriever) -> None:
     assert isinstance(retriever.search(question, 3), list)
-    assert retriever.search(f"quennel {question}", 1)[0].passage == PASSAGES[5]
+    assert PASSAGES[5] in [hit.passage for hit in retriever.search(f"quennel {question}", 5)]
+
+
+# A passage's text, and questions that must find it, though they spell it in another way.
+SPELLINGS = [
+    ("The cafe\u0301 opened.", ["caf\u00e9", "cafe\u0301", "CAF\u00c9"]),
+    (
+        "Subject:meeting about the tower",
+        ["meeting", "subject", "Subject:meeting", "title:meeting AND", "Subject：meeting"],
+    ),
+    ("件名：meeting", ["meeting", "件名:meeting"]),
+    ("calls snake_case twice", ["snake", "case", "snake_case"]),
+    ("Input/output of the well‑known engine", ["input", "output", "well-known", "well‐known", "known"]),
+    ("O’Brien didn’t come", ["O'Brien", "o´brien", "didn't"]),
+    ("Quennel’s bell", ["Quennel", "Quennel's", "quennel＇s"]),
+    ("the \ufb01nance of Ｔｏｋｙｏ", ["finance", "tokyo"]),
+    ("a co\u00adop\u00aderation", ["cooperation"]),
+    ("right\u200e to \u2067left\u2069", ["left"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "questions"), SPELLINGS, ids=[ascii(text[:20]) for text, _ in SPELLINGS])
+def test_a_passage_is_found_however_question_and_text_are_spelled(
+    text: str, questions: list[str], tmp_path: Path
+) -> None:
+    passages = untitled(text, "Nothing here.")
+    build_index(passages, tmp_path / "index", CONFIG)
+    searcher = LuceneRetriever(tmp_path / "index", CONFIG)
+    for question in questions:
+        found = searcher.search(question, 2)
+        assert [hit.passage for hit in found] == passages[:1], question  # with its text as it was
+
+
+@pytest.mark.slow
+def test_a_long_question_stays_within_the_clauses_when_its_characters_expand(retriever: LuceneRetriever) -> None:
+    assert retriever.search("quennel " + "\ufdfa " * 5000, 1)[0].passage == PASSAGES[5]
 
 
 @pytest.mark.slow
