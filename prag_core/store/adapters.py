@@ -67,12 +67,18 @@ class AdapterStore:
             The rows of the ledger part.
 
         Raises:
-            AdapterError: if an adapter does not fit the layout; nothing is stored then.
+            AdapterError: if an adapter does not fit the layout, or changes nothing because its B is zero; nothing is
+                stored then.
             StoreError: if the store cannot be written.
         """
         from prag_core.store.shard_codec import pack_shard
 
         factors = [(a.key, a.factors) for a, _ in adapters if a.factors is not None]
+        for key, tensors in factors:
+            if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".B")):
+                raise AdapterError(
+                    f"adapter {key}: its B is zero, so it changes nothing", "train it before it is stored"
+                )
         metadata = {
             "base_model": self.recipe.base_model,
             "recipe": self.recipe.fingerprint,

@@ -132,6 +132,13 @@ def test_ledger_rows_name_what_they_hold(adapters: AdapterStore) -> None:
         )
 
 
+def test_an_adapter_that_changes_nothing_is_not_stored(adapters: AdapterStore) -> None:
+    zero = {n: f if n.endswith(".A") else 0 * f for n, f in random_adapter(adapters.layout, 1).items()}
+    with pytest.raises(AdapterError, match="its B is zero"):
+        adapters.commit([(trained(adapters, KEY, 1), "d"), (TrainedAdapter("z", zero, 1, 1, 1.0, 1.0, 1.0), "d")])
+    assert adapters.store.list("adapters", ".parquet") == []
+
+
 def test_an_initial_adapter_is_kept_under_its_fingerprint(tiny_session: BaseModel, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     layout, _ = find_targets(tiny_session.model, RECIPE.train)
