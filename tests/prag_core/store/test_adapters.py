@@ -13,7 +13,7 @@ from prag_core.errors import AdapterError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import adapter_size_bytes
 from prag_core.llm.lora import Injector, TrainedAdapter, find_targets
-from prag_core.llm.peft import export_peft
+from prag_core.llm.peft import export_peft, peft_base
 from prag_core.recipe import Recipe
 from prag_core.records import LedgerRow
 from prag_core.store.adapters import (
@@ -102,7 +102,7 @@ def test_damaged_bytes_are_never_an_adapter(adapters: AdapterStore, damage: str)
 
 def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: BaseModel, tmp_path: Path) -> None:
     factors = random_adapter(adapters.layout, 3)
-    export_peft(adapters.layout, factors, tmp_path / "peft", "base")
+    export_peft(adapters.layout, factors, tmp_path / "peft", peft_base(tiny.name))
     ids = torch.arange(3, 20)[None]
     injector = Injector(tiny.model, RECIPE.train)
     with torch.no_grad(), injector.active(stack_rows(adapters.layout, [[(factors, 1.0)]])):
