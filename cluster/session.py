@@ -6,7 +6,9 @@ import atexit
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from cluster.resources import Profile
 
@@ -14,7 +16,24 @@ from cluster.resources import Profile
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class JoinError(Exception):
+# Under Ray's folder a socket's path has up to 70 bytes more, and the system allows 107.
+MAX_SOCKET_FOLDER_BYTES = 37
+_SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
+
+
+class SessionError(Exception):
+    """Ray cannot be used; `remedy` says what to do."""
+
+    remedy = ""
+
+
+class StartError(SessionError):
+    """No folder of this machine can hold Ray's sockets."""
+
+    remedy = f"set RAY_TMPDIR to a writable folder whose path is ASCII and has at most {MAX_SOCKET_FOLDER_BYTES} bytes"
+
+
+class JoinError(SessionError):
     """The cluster that RAY_ADDRESS names cannot be reached, or runs another version of Ray or Python."""
 
     remedy = "check RAY_ADDRESS, that the cluster runs, and that Ray and Python have the same versions there and here"
@@ -28,6 +47,37 @@ def is_passed_on(name: str) -> bool:
     return name.startswith(("HF_", "PRAG_", "AWS_")) and not any(word in name for word in ("KEY", "SECRET", "TOKEN"))
 
 
+def socket_folder() -> str:
+    """Return the folder for sockets: RAY_TMPDIR or TMPDIR if its path is short and ASCII, else a usual short one.
+
+    A socket's path has a limit that a long TMPDIR exceeds, and Ray takes ASCII only. Files without such a limit stay
+    in TMPDIR.
+
+    Raises:
+        StartError: when no folder is short, ASCII and writable.
+    """
+    folders = [folder for folder in (wanted_folder(), *_SHORT_FOLDERS) if folder]
+    for folder in folders:
+        if folder.isascii() and len(folder) <= MAX_SOCKET_FOLDER_BYTES and _can_hold_files(folder):
+            return folder
+    raise StartError(f"no folder can hold Ray's sockets: {', '.join(map(ascii, folders))}")
+
+
+def wanted_folder() -> str:
+    """Return the folder that RAY_TMPDIR, or else TMPDIR, names for Ray's files; empty if neither is set."""
+    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+    return str(Path(named).absolute()) if named else ""
+
+
+def _can_hold_files(folder: str) -> bool:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="prag-"):
+            return True
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def ray_session(profile: Profile) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start Ray here, and leave or stop it at the end of the context.
@@ -37,6 +87,7 @@ def ray_session(profile: Profile) -> Iterator[None]:
 
     Raises:
         JoinError: when RAY_ADDRESS names a cluster that cannot be joined.
+        StartError: when Ray cannot be started on this machine.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     import ray
@@ -63,6 +114,7 @@ def ray_session(profile: Profile) -> Iterator[None]:
         # `local`: without it Ray would join the cluster that was started last on this machine.
         ray.init(
             "local",
+            _temp_dir=f"{socket_folder()}/ray",
             num_cpus=profile.logical_cpus,
             object_store_memory=profile.object_store_bytes,
             include_dashboard=False,

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from cluster.session import JoinError
+from cluster.session import SessionError
 from pipelines.cli import (
     ask,
     augmentations,
@@ -60,7 +60,7 @@ def main() -> None:
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     try:
         run_until_stopped(lambda stop: app(obj=stop))
-    except (PragError, JoinError) as raised:
+    except (PragError, SessionError) as raised:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ that the next one is ready in a fraction of a second.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -13,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.session import SessionError, socket_folder
 from prag_core.errors import PragError
 
 # Between two checks of the child's memory; it may grow beyond its limit for as long.
@@ -77,8 +80,9 @@ class Child:
             context.set_forkserver_preload(list(preload))
             self._connection, end = context.Pipe()
             self._process = context.Process(target=_serve, args=(end, work), daemon=True)
-            self._process.start()
-        except (OSError, EOFError) as error:  # EOF: the process from which children are forked has died
+            with _short_temporary_folder():
+                self._process.start()
+        except (OSError, EOFError, SessionError) as error:  # EOF: the process from which children are forked has died
             raise ChildLostError("failed", f"it cannot be started: {error}", starting=True) from None
         end.close()
         self._ready = False
@@ -148,6 +152,16 @@ class Child:
         if -code == signal.SIGKILL:
             return "out_of_memory", f"its process was ended by {name}, as the kernel does when memory is short"
         return "killed_worker", f"its process was ended by {name}"
+
+
+@contextlib.contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """Let multiprocessing make its socket where a socket's path is short enough."""
+    before, tempfile.tempdir = tempfile.tempdir, socket_folder()
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _serve(connection: Connection, work: bytes) -> None:

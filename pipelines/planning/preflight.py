@@ -24,7 +24,7 @@ from cluster.preflight import (
     versions,
 )
 from cluster.resources import Profile
-from cluster.session import JoinError, ray_session
+from cluster.session import JoinError, StartError, ray_session, socket_folder, wanted_folder
 from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
 from prag_core.augmentation.formats import read_augmentations
@@ -67,6 +67,7 @@ def check_here(config: Config) -> PreflightReport:
         report.add(
             [CheckResult("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
         )
+        report.add([_check_sockets()])
         if config.model.device == "cuda":
             report.check("device", lambda: (check_device(config.model.device), None))
         if report.layout is not None:
@@ -186,6 +187,18 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list
     here = NodeReport("", {"CPU": cpus, "GPU": count}, gpus=gpus(), cuda=torch_cuda())
     room = check_resources(actors.cpus, actors.gpus, "a training actor", [here])
     return [room, *_gpu_memory(config, profile, layout, [here])]
+
+
+def _check_sockets() -> CheckResult:
+    """Find the folder for the sockets and the other files of the Ray that will be started here."""
+    try:
+        folder, wanted = socket_folder(), wanted_folder()
+    except StartError as error:
+        return CheckResult("sockets", "failed", str(error), error.remedy)
+    if folder == (wanted or folder):
+        return CheckResult("sockets", "ok", folder)
+    detail = f"Ray's files go to {folder}: the path {wanted!a} is too long, not ASCII, or cannot be written"
+    return CheckResult("sockets", "warning", detail, StartError.remedy)
 
 
 def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: list[NodeReport]) -> list[CheckResult]:

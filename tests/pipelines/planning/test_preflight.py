@@ -79,6 +79,7 @@ def test_a_machine_on_which_all_checks_pass(config: Config, tmp_path: Path) -> N
         "Java": "ok",
         "snapshot": "ok",
         "nodes": "skipped",
+        "sockets": "ok",
         "resources": "ok",
     }
     found.raise_errors()
@@ -216,6 +217,23 @@ def test_a_device_that_a_node_lacks_is_found_before_the_run() -> None:
     assert [(f.outcome, f.where) for f in check_cuda([node("a"), bare, lost])] == [("failed", "b")]
     assert [(f.outcome, f.where) for f in check_cuda([node("a", cuda="")])] == [("failed", "a")]
     assert [f.outcome for f in check_cuda([node("a")])] == ["ok"]
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("folder", ["x" * 80, "ü", "file/x"])
+def test_a_folder_in_which_ray_cannot_start_is_said_and_another_used(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(name, str(tmp_path / folder))
+    found = {finding.check: finding for finding in check_here(config).findings}
+    assert (found["sockets"].outcome, "Ray's files go to /tmp: the path" in found["sockets"].detail) == (
+        "warning",
+        True,
+    )
+    monkeypatch.setattr("cluster.session._SHORT_FOLDERS", ())
+    with pytest.raises(PragError, match=r"sockets: no folder can hold Ray's sockets: .*\n.*set RAY_TMPDIR"):
+        check_here(config).raise_errors()
 
 
 def test_an_actor_that_fits_no_node_gives_a_warning() -> None:
