@@ -114,7 +114,7 @@ def _from_line(item: Any) -> tuple[tuple[str, ...], Augmentation]:
     names = [
         str(fields[name])
         for name in ("key", "id")
-        if isinstance(fields.get(name), str | int) and str(fields[name]).strip()
+        if type(fields.get(name)) in (str, int) and str(fields[name]).strip()
     ]
     if not names:
         raise BadRecordError("missing_field", "the line has neither 'id' nor 'key'")

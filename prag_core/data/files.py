@@ -54,13 +54,17 @@ def open_filesystem(url: str, storage: StorageConfig | None = None) -> tuple[Any
         FileNotFoundError: when this machine lacks the package of a `package://` URL.
     """
     path = local_path(url).removeprefix("file://")
+    if not path:
+        raise ValueError("it names no file")
     if "://" not in path:
         local = Path(path).expanduser() if path.startswith("~/") else Path(path)
         return LocalFileSystem(), str(local.absolute())
     options = _options(path, storage or StorageConfig())
-    protocol = split_protocol(path)[0]
-    arguments = inspect.signature(fsspec.get_filesystem_class(protocol).__init__).parameters
-    if "::" not in path or {"fo", "target_protocol"} & arguments.keys():
+    first = path.split("::", 1)[0]
+    protocol = split_protocol(first)[0] or first
+    classes = fsspec.get_filesystem_class(protocol).__mro__
+    arguments = {name for c in classes for name in inspect.signature(c.__init__).parameters}
+    if "::" not in path or {"fo", "target_protocol"} & arguments:
         fs, name = url_to_fs(path, **options)
         return fs, name
     # This file system reads from no other one, so `::` is a part of the name.
@@ -110,6 +114,8 @@ def open_file(fs: Any, name: str, *, seekable: bool = False) -> Iterator[io.Buff
                 file = _copied(stack, _buffered(stack, partial(_open, fs, name, **whole)))
         else:
             file = _buffered(stack, partial(_open, fs, name, **whole))
+        if packed == "gzip" and name.startswith(HTTP) and not file.peek(2).startswith(b"\x1f\x8b"):
+            packed = None  # the server calls the packing an encoding of the transfer, so the client has undone it
         if packed == "zip":
             file = _buffered(stack, partial(_only_member, file, shown(plain)))
         elif packed is not None:

@@ -32,7 +32,7 @@ _KNOWN = ".jsonl, .ndjson, .json, .tsv, .parquet, .txt, .md (.gz may follow)"
 # Why a file is left out, in a word for reports and in a phrase for people.
 REASONS: Mapping[str, str] = {
     "hidden": "hidden (a part of the path begins with . or _)",
-    "unknown_ending": f"of no known format (known are {_KNOWN})",
+    "unknown_ending": f"no known format (known are {_KNOWN})",
     "broken_link": "links that lead nowhere",
     "circle": "links to a folder that they are in",
     "folder": "folders where the pattern asks for files",
@@ -64,7 +64,7 @@ class LeftOut:
     first: str
 
     def __str__(self) -> str:
-        return f"{self.count} {REASONS[self.reason]}, such as {self.first}"
+        return f"{REASONS[self.reason]}: {self.count}, such as {self.first}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +176,11 @@ def _remote_info(fs: Any, name: str) -> dict[str, Any] | None:
 
 def _walk(root: str, depth: int | None = None) -> Iterator[_Found]:
     """Yield everything below a local folder, at most `depth` levels deep. Links are followed, but not in a circle."""
-    above = Path(root).resolve().parents
-    folders: list[tuple[Path, str, tuple[Path, ...]]] = [(Path(root), "", ())]
+    top = Path(root).resolve()
+    # Each folder with its path below the root, and the real folders on the way to it.
+    folders: list[tuple[Path, str, tuple[Path, ...]]] = [(Path(root), "", (top,))]
     while folders:
-        folder, label, path_to = folders.pop()
-        real = folder.resolve()
-        if real in path_to or real in above:
-            yield _Found(str(folder), label.rstrip("/"), reason="circle")
-            continue
-        if depth is not None and len(path_to) >= depth:
-            continue
+        folder, label, way = folders.pop()
         with scandir(folder) as entries:
             for entry in entries:
                 path, below = folder / entry.name, f"{label}{entry.name}"
@@ -197,8 +192,11 @@ def _walk(root: str, depth: int | None = None) -> Iterator[_Found]:
                     yield _Found(str(path), below, reason="broken_link")
                     continue
                 if stat.S_ISDIR(status.st_mode):
-                    yield _Found(str(path), below, reason="folder")
-                    folders.append((path, f"{below}/", (*path_to, real)))
+                    real = path.resolve() if entry.is_symlink() else way[-1] / entry.name
+                    is_circle = real in way or real in top.parents
+                    yield _Found(str(path), below, reason="circle" if is_circle else "folder")
+                    if not is_circle and (depth is None or len(way) < depth):
+                        folders.append((path, f"{below}/", (*way, real)))
                 elif stat.S_ISREG(status.st_mode):
                     yield _Found(str(path), below, status.st_size)
                 else:

@@ -12,7 +12,10 @@ from typing import Any
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Answers 403 to paths with `forbidden` in them, and breaks off in the middle of those with `cut`."""
+    """Answers 403 to paths with `forbidden` in them, and breaks off in the middle of those with `cut`.
+
+    Of those with `encoded` it says that the packing is an encoding of the transfer, as Apache can be told to.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -21,6 +24,11 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_error(403)
             return None
         return super().send_head()
+
+    def end_headers(self) -> None:
+        if "encoded" in self.path:
+            self.send_header("Content-Encoding", "gzip")
+        super().end_headers()
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         data = source.read()

@@ -152,6 +152,13 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
             assert [p.id for p in read(path, format="jsonl")[0]] == ["a", "b", "c"]
 
 
+def test_what_the_client_has_unpacked_is_not_unpacked_again(tmp_path: Path) -> None:
+    (tmp_path / "encoded.jsonl.gz").write_bytes(PACKED["x.jsonl.gz"])
+    with serve_folder(tmp_path) as url:
+        for path in (f"{url}/encoded.jsonl.gz", f"simplecache::{url}/encoded.jsonl.gz"):
+            assert [p.id for p in read(path)[0]] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty of meaning"])
 @pytest.mark.parametrize("name", PACKED)
 def test_a_damaged_packed_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
