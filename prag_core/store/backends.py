@@ -9,6 +9,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from prag_core.data.files import open_filesystem
 from prag_core.store.backend import Backend
 from prag_core.store.filesystem import FilesystemBackend
 from prag_core.store.folder import FolderBackend
@@ -31,7 +32,8 @@ def open_backend(url: str, options: Mapping[str, Any], retries: int, timeout_s: 
         from prag_core.store.s3 import open_s3  # botocore takes half a second to import
 
         return open_s3(url, options, retries, timeout_s)
-    fs, root = fsspec.core.url_to_fs(url, **options)
+    # A path without `://` is a folder: fsspec would take the part behind `::` for another URL.
+    fs, root = fsspec.core.url_to_fs(url, **options) if "://" in url else open_filesystem(url)
     if isinstance(fs, LocalFileSystem):
         return FolderBackend(fs, root)
     if isinstance(fs, MemoryFileSystem):

@@ -26,8 +26,8 @@ from tests.helpers.http_files import serve_folder
 from tests.helpers.s3 import S3Server
 
 NAMES = ["x.jsonl", "x.jsonl.gz", "x.tsv", "x.tsv.gz", "x.parquet", "x.txt", "x.txt.gz"]
-# Over 5 MiB, fsspec's block: a server that knows no ranges can only be read from the start.
-LONG = [{"id": str(n), "title": f"Title {n}", "text": f"Record {n}. " + "word " * 190} for n in range(6_000)]
+# Over 6 MiB, which fsspec reads at first: a server that knows no ranges can only be read from the start.
+LONG = [{"id": str(n), "title": f"Title {n}", "text": f"Record {n}. " + "word " * 190} for n in range(8_000)]
 ONE_LINE = [{**row, "text": row["text"].replace("\n", " ")} for row in ROWS]
 
 

@@ -78,3 +78,12 @@ def test_a_disk_that_fails_is_not_an_empty_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(UnreachableError, match=r"cannot be listed: .*Input/output error"):
         store.objects()
+
+
+@pytest.mark.parametrize("name", ["log::2", "memory::x", "a[1]", "100%41 #1?"])
+def test_any_name_of_a_folder_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in (name, f"./{name}/", str(tmp_path / name)):
+        Store(url).put("x", url.encode())
+        assert (tmp_path / name / "x").read_bytes() == url.encode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
