@@ -41,12 +41,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such configuration file", _EXAMPLE) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
-    data = _parse_yaml(text, str(path))
+    return read_config(text, str(path), overrides)
+
+
+def read_config(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration that a YAML text describes, after applying dotted overrides.
+
+    Raises:
+        ConfigError: as `load_config` does; `origin` begins the message.
+    """
+    data = _parse_yaml(text, origin)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds no settings", f"write a YAML mapping; {_EXAMPLE}")
+        raise ConfigError(f"{origin}: holds no settings", f"write a YAML mapping; {_EXAMPLE}")
     for override in overrides:
         _apply(data, override)
-    return parse_config(data, str(path))
+    return parse_config(data, origin)
 
 
 def parse_config(data: dict[str, Any], origin: str = "configuration") -> Config:

@@ -80,14 +80,17 @@ def repair(
 ) -> None:
     """Repair the store: find what is damaged, remove it, and run the job, which makes it again.
 
-    Good adapters beside a damaged one are kept. If the command is killed, the same command continues. Until the run
-    is done, passages without an adapter go into the prompt.
+    The job has the configuration that the run in service stored; `--set` changes it. `--config` and `--set` say where
+    the store is. Good adapters beside a damaged one are kept. If the command is killed, the same command continues.
+    Until the run is done, passages without an adapter go into the prompt.
     """
     from pipelines.maintenance import operations
 
     settings = options.settings_of(config, set_)
     with result_only():
-        report = operations.repair_store(settings, progress_to, full=not fast, run=run, take_over=take_over)
+        report = operations.repair_store(
+            settings, progress_to, full=not fast, run=run, take_over=take_over, overrides=set_ or ()
+        )
     if as_json:
         print_json(report.to_json())
     else:

@@ -27,7 +27,7 @@ from prag_core.config import Config
 from prag_core.config_file import dump_config
 from prag_core.identity import is_checksum
 from prag_core.store.adapters import AdapterStore, get_start, put_start
-from prag_core.store.runs import RunInputs, RunLease, hold_lease, new_run_id, put_inputs, wait_for_lease
+from prag_core.store.runs import RunInputs, RunLease, hold_lease, new_run_id, put_config, put_inputs, wait_for_lease
 from prag_core.store.snapshot import (
     Snapshot,
     created_now,
@@ -106,7 +106,7 @@ def run_job(
 
 def _run(context: RunContext, lease: RunLease, console: Console, begun: float, gate: Gate | None) -> RunReport:
     config, store = context.config, context.store
-    store.put(f"runs/{context.run}/config.yaml", dump_config(config).encode())
+    put_config(store, context.run, dump_config(config))
     AdapterStore(store, context.recipe, context.layout).describe()
     if config.train.initial_adapter:
         _store_start(context, config.train.initial_adapter)

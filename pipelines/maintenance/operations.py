@@ -13,7 +13,8 @@ from pipelines.maintenance.compact import CompactionReport, compact
 from pipelines.maintenance.verify import VerifyReport, verify_store
 from pipelines.settings import profile_of
 from prag_core.config import Config
-from prag_core.errors import InputError
+from prag_core.config_file import read_config
+from prag_core.errors import ConfigError, InputError
 from prag_core.identity import is_checksum
 from prag_core.maintenance.erasure import erase_rows, snapshots_to_keep
 from prag_core.maintenance.garbage import Garbage, collect, find_garbage, needed_corpora
@@ -22,7 +23,7 @@ from prag_core.maintenance.repair import RepairResult, repair
 from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
 from prag_core.store.pins import kept_snapshots
-from prag_core.store.runs import RunLease, hold_lease, new_run_id
+from prag_core.store.runs import RunInputs, RunLease, find_config, hold_lease, new_run_id
 from prag_core.store.snapshot import current_id, load_snapshot, publish, with_tombstones, without_tombstones
 from prag_core.store.tables import PassageRef, clear_rejects, find_passages
 
@@ -46,12 +47,16 @@ class RepairReport:
         return {"verified": self.verified.to_json(), "repaired": repaired, "run": self.run}
 
 
-def repair_store(config: Config, console: Console, *, full: bool, run: bool, take_over: bool) -> RepairReport:
-    """Check the store, remove damaged objects, and run the job of the configuration, which makes them again.
+def repair_store(
+    config: Config, console: Console, *, full: bool, run: bool, take_over: bool, overrides: Sequence[str] = ()
+) -> RepairReport:
+    """Check the store, remove damaged objects, and run the job that made the snapshot in service, to make them again.
 
-    With `full`, the check reads every byte. Without `run`, the job is left to a later command.
+    The job has the configuration that its run stored, with these `overrides`; `config` says where the store is and
+    how to reach it. With `full`, the check reads every byte. Without `run`, the job is left to a later command.
 
     Raises:
+        ConfigError: if the stored configuration is not valid any more.
         LeaseError: if a run works on the store.
         PragError: see `run_job`. Removed objects stay removed, and the same command continues.
     """
@@ -65,8 +70,28 @@ def repair_store(config: Config, console: Console, *, full: bool, run: bool, tak
             return RepairReport(verified, None, None)
         lease.check()
         repaired = repair(store, verified.findings, lease.check)
-    report = run_job(config, console).to_json() if run else None
-    return RepairReport(verified, repaired, report)
+    if not run:
+        return RepairReport(verified, repaired, None)
+    report = run_job(_config_of_service(store, config, console, overrides), console)
+    return RepairReport(verified, repaired, report.to_json())
+
+
+def _config_of_service(store: Store, config: Config, console: Console, overrides: Sequence[str]) -> Config:
+    """Return the stored configuration of the run that made the snapshot in service; `config` if there is none."""
+    found = None
+    if current_id(store):
+        snapshot = load_snapshot(store)
+        found = find_config(store, RunInputs(snapshot.corpus_version, snapshot.recipe))
+    if found is None:
+        console.print("no run stored its configuration for the snapshot in service: the given one is used")
+        return config
+    id, text = found
+    console.print(f"making again what was removed, with the configuration of run {id} (relative paths: from here)")
+    try:
+        made = read_config(text, f"{store.url}/runs/{id}/config.yaml", overrides)
+    except ConfigError as error:  # of an older version, or damaged
+        raise ConfigError(error.message, "run `prag run` with a configuration that makes the same") from None
+    return made.model_copy(update={"store": config.store, "storage": config.storage})
 
 
 @dataclass(frozen=True)

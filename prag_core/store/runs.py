@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import json
 import os
+import posixpath
 import secrets
 import socket
 import threading
@@ -340,3 +341,23 @@ class RunInputs:
 def put_inputs(store: Store, run: str, inputs: RunInputs) -> None:
     """Store the inputs of a run, so that `prag gc` keeps everything from which the run would resume."""
     store.put_json(f"runs/{run}/inputs.json", seal(asdict(inputs)))
+
+
+def put_config(store: Store, run: str, text: str) -> None:
+    """Store the configuration of a run, as a text."""
+    store.put(f"runs/{run}/config.yaml", text.encode())
+
+
+def find_config(store: Store, inputs: RunInputs) -> tuple[str, str] | None:
+    """Return the newest run that worked on these inputs and its configuration, as a text; None if there is none.
+
+    Raises:
+        StoreError: if the store cannot be read, or the inputs of a run are damaged.
+    """
+    runs = {posixpath.dirname(name).partition("/")[2] for name in store.list("runs", "/config.yaml")}
+    for run in sorted(runs, key=lambda run: run.split("-")[-2:], reverse=True):  # without the command's name
+        if not store.exists(name := f"runs/{run}/inputs.json"):
+            continue
+        if from_dict(RunInputs, store.get_sealed(name, "corpus_version", "recipe")) == inputs:
+            return run, store.get(f"runs/{run}/config.yaml").decode("utf-8", "replace")
+    return None

@@ -107,7 +107,9 @@ def test_damage_is_repaired_and_a_passage_forgotten_meanwhile_is_removed(
 
     # 2. One command repairs it. A passage that is forgotten meanwhile is not published over.
     earlier = set(store.list("runs", "inputs.json"))
-    repairing = made.start("repair", "-c", str(folder / "config.yaml"), RAY_ADDRESS=ray_here)
+    # Its configuration names the store alone: what is made again is what the run's stored configuration says.
+    (folder / "store.yaml").write_text(f"store: {folder / 'store'}\ncorpus: {{path: none.jsonl}}\n")
+    repairing = made.start("repair", "-c", str(folder / "store.yaml"), RAY_ADDRESS=ray_here)
     deadline = time.monotonic() + 240
     while set(store.list("runs", "inputs.json")) == earlier:
         assert repairing.poll() is None, repairing.communicate()[1][-3000:]

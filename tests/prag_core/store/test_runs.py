@@ -18,10 +18,14 @@ from prag_core.store.objects import Store
 from prag_core.store.runs import (
     LEASE,
     LeaseRecord,
+    RunInputs,
     RunLease,
     acquire_lease,
     check_holder,
+    find_config,
     hold_lease,
+    put_config,
+    put_inputs,
     read_lease,
     wait_for_lease,
 )
@@ -225,3 +229,20 @@ def test_the_lease_counts_as_lost_while_the_store_is_unreachable(s3_server) -> N
     wait_until(lease, lost=False)
     lease.check()
     lease.release()
+
+
+def test_the_configuration_of_the_newest_run_on_the_same_inputs_is_found(store: Store) -> None:
+    wanted = RunInputs("v1", "recipe")
+    assert find_config(store, wanted) is None
+    runs = {
+        "20260101T000000-aaaaaa": wanted,
+        "20260103T000000-bbbbbb": RunInputs("v2", "recipe"),
+        "reindex-20260102T000000-cccccc": wanted,
+        "20260104T000000-dddddd": RunInputs("v1", "another"),
+    }
+    for run, inputs in runs.items():
+        put_config(store, run, f"store: é {run}\n")
+        put_inputs(store, run, inputs)
+    put_config(store, "20260105T000000-eeeeee", "store: x\n")  # it ended before it knew its inputs
+    found = "reindex-20260102T000000-cccccc"
+    assert find_config(store, wanted) == (found, f"store: é {found}\n")
