@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -26,7 +27,8 @@ from pipelines.cli import (
     warmup,
 )
 from pipelines.cli.stopping import run_until_stopped
-from prag_core.errors import EXIT_CODES, ClusterError, PragError
+from prag_core.data.parsing import is_storable
+from prag_core.errors import EXIT_CODES, ClusterError, ConfigError, PragError
 from prag_core.packaged import local_path
 
 app = typer.Typer(
@@ -58,9 +60,30 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Ray would print a stack when this process gets a SIGTERM, which is no failure. It reads this when it is imported.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a sign that the terminal lacks is no reason to fail
     try:
+        _check_utf8()
         run_until_stopped(lambda stop: app(obj=stop))
     except (PragError, SessionError) as raised:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)
+
+
+def _check_utf8() -> None:
+    """Check that everything a user has typed can be stored and shown.
+
+    Raises:
+        ConfigError: when an argument, or a variable of ours, holds bytes that are not UTF-8.
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith("PRAG_")}
+    for name, value in [*(("argument", argument) for argument in sys.argv[1:]), *variables.items()]:
+        if not is_storable(value):
+            from prag_core.data.files import shown
+
+            raise ConfigError(
+                f'{name} "{shown(value)}": holds bytes that are not UTF-8',
+                "type it in UTF-8, and rename a file whose name is not UTF-8",
+            )

@@ -12,6 +12,7 @@ from rich.markup import escape
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_table, result_only
 from prag_core.config import Config
+from prag_core.inference.question import check_question
 from prag_core.records import MODES, Answer, Mode, UsedPassage
 
 app = typer.Typer()
@@ -35,6 +36,7 @@ def ask(
     """
     given = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
     settings = options.settings_of(config, set_, given)
+    check_question(question, settings.serve.max_question_chars)
     with result_only():
         answers = _answers(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
     if as_json:

@@ -35,6 +35,7 @@ _ERRORS = {
     400: "the body is not JSON",
     401: "no valid key",
     413: "the body is too large",
+    415: "the header Content-Type is not application/json",
     422: "a field is wrong or beyond a limit",
     429: "this key asks too often (Retry-After)",
     500: "the model's output is not finite",

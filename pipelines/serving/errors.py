@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from pipelines.serving.fields import explain
 from prag_core.errors import DeadlineError, NotFiniteError, OverloadedError, PragError, PromptTooLongError, TurnsError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,11 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
+_BY_STATUS = {
+    400: ("bad_request", "the body is not JSON that can be read: UTF-8, numbers of up to 4,000 digits, not too deep"),
+    404: ("not_found", "there is no such path; /openapi.json lists them"),
+    405: ("method_not_allowed", "this path has another method; /openapi.json lists them"),
+}
 
 
 class ErrorBody(BaseModel):
@@ -117,11 +123,10 @@ def add_error_handlers(app: FastAPI) -> None:
         return api_error(error).response()
 
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        code = _CODES.get(error.status_code, "bad_request" if error.status_code < 500 else "server_error")
-        return ApiError(error.status_code, code, str(error.detail), headers=error.headers or {}).response()
+        return _by_status(error).response()
 
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _first_problem(error).response()
+        return _first_problem(error, request.headers.get("content-type", "")).response()
 
     app.add_exception_handler(HTTPException, on_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]
@@ -129,11 +134,19 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
 
 
-def _first_problem(error: RequestValidationError) -> ApiError:
+def _by_status(error: HTTPException) -> ApiError:
+    """Return our error for one that the web framework raised before a route could."""
+    code, message = _BY_STATUS.get(error.status_code, ("bad_request", "the request cannot be read"))
+    return ApiError(error.status_code, code, message, headers=error.headers or {})
+
+
+def _first_problem(error: RequestValidationError, content_type: str) -> ApiError:
     """Return the first problem of a request, without the text that the client sent."""
     found = error.errors()[0]
     if found["type"] == "json_invalid":
-        return ApiError(400, "invalid_json", f"the body is not JSON: {found['ctx']['error']}")
-    # The first part of `loc` is the place (body, query). The rest is empty when the body as a whole is wrong.
-    param = ".".join(str(part) for part in found["loc"][1:])[:200].encode("utf-8", "replace").decode()
-    return ApiError(422, "invalid_request", f"{param or 'the body'}: {found['msg']}", param or None)
+        return ApiError(400, "invalid_json", f"the body is not JSON: see its character {found['loc'][-1]}")
+    if not re.match(r"application/([^;\s]+\+)?json\s*(;|$)", content_type, re.IGNORECASE):
+        # A web page of another origin may send any other type without being asked, so none is read.
+        return ApiError(415, "not_json", "the body must be JSON, under the header Content-Type: application/json")
+    param, problem = explain(found)
+    return invalid_field(param, problem) if param else ApiError(422, "invalid_request", f"the body {problem}")

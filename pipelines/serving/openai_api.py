@@ -10,13 +10,15 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from pipelines.serving.dispatcher import Dispatcher, while_connected
 from pipelines.serving.errors import ApiError, ErrorResponse, invalid_field
+from pipelines.serving.fields import Strict
 from pipelines.serving.middleware import Caller
 from pipelines.serving.schemas import (
     QUESTION,
@@ -24,7 +26,6 @@ from pipelines.serving.schemas import (
     PassageUse,
     Seed,
     Stop,
-    Strict,
     Temperature,
     Text,
     TopP,
@@ -34,17 +35,50 @@ from pipelines.serving.schemas import (
 )
 from pipelines.serving.sse import EVENTS, EventStream, event
 from prag_core.config import Config
+from prag_core.inference.question import question_problem
 from prag_core.inference.request import Request as AskRequest
 from prag_core.prompts import Role
 from prag_core.records import MAX_STRENGTH, Answer, MergeRule, Mode
 
+# Fields of OpenAI's protocol that do not change the answer.
+_IGNORED = frozenset(
+    (
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "reasoning_effort", "verbosity", "parallel_tool_calls",
+    )
+)  # fmt: skip
+# Fields that would change it but are not supported, with the values that ask for nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class _Lenient(BaseModel):
-    """A body of OpenAI's protocol. Fields without a meaning here are ignored."""
+_CALLS: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "function_call": (), "audio": ()}
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+def _case(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+class _Lenient(Strict):
+    """A part of a body of OpenAI's protocol. Fields without a meaning here are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class ContentPart(_Lenient):
@@ -57,8 +91,12 @@ class ContentPart(_Lenient):
 class ChatMessage(_Lenient):
     """A turn of the conversation."""
 
+    WITHOUT_EFFECT = MappingProxyType(_CALLS)
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart]
+    content: Annotated[
+        Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")], Discriminator(_case)
+    ]
 
     @property
     def text(self) -> str:
@@ -78,22 +116,26 @@ class PragOptions(Strict):
     top_k: int | None = Field(None, ge=1)
     weights: MergeRule | None = None
     strength: float | None = Field(None, gt=0, le=MAX_STRENGTH)
-    min_score: float = Field(0.0, ge=0)
+    min_score: float | None = Field(None, ge=0)
     deadline_s: float | None = Field(None, gt=0)
 
 
-class ResponseFormat(_Lenient):
-    """The format of the answer; only text is accepted."""
+class ChatRequest(Strict):
+    """A chat. The last message, by the user, is the question, and the turns before it are its context.
 
-    type: Literal["text"] = "text"
+    Fields of OpenAI's protocol that would change the answer but are not supported here (tools, several choices,
+    penalties, JSON) are refused, except with a value that asks for nothing. The rest of the protocol is ignored.
+    """
 
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class ChatRequest(_Lenient):
-    """A chat. The last message, by the user, is the question, and the turns before it are its context."""
+    IGNORED = _IGNORED
+    WITHOUT_EFFECT = MappingProxyType(_WITHOUT_EFFECT)
+    ELSEWHERE = MappingProxyType(
+        {
+            **{name: f'belongs into prag, as in "prag": {{"{name}": …}}' for name in PragOptions.model_fields},
+            "mode": "the model's name chooses the mode, as in <base>:prag",
+            "question": "the question is the last one of the messages",
+        }
+    )
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -108,14 +150,16 @@ class ChatRequest(_Lenient):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
-    stop: Annotated[Annotated[list[Stop], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("<text>")] | Annotated[list[Stop], Field(max_length=4), Tag("<list>")],
+            Discriminator(_case),
+        ]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    tools: list[Any] | None = Field(None, max_length=0, description="Tools are not supported.")
-    response_format: ResponseFormat | None = None
-    prag: PragOptions = PragOptions()
+    prag: PragOptions | None = None
 
 
 class Usage(BaseModel):
@@ -194,7 +238,7 @@ def model_ids(config: Config) -> dict[str, Mode]:
 def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     """Return `/v1/chat/completions` and `/v1/models`."""
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
+        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 500, 503, 504)
     }
     routes = APIRouter(prefix="/v1", tags=["openai"])
     ids = model_ids(dispatcher.config)
@@ -219,13 +263,14 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         """Answer the last message of a chat. With `stream`, the answer comes as chunks, and `[DONE]` ends it."""
         caller: Caller = http.state.caller
         request = _to_request(body, _mode_of(body.model, ids), dispatcher.config, caller)
+        deadline_s = body.prag.deadline_s if body.prag else None
         dispatcher.admit(caller)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if not body.stream:
-            answer = await while_connected(http, dispatcher.answer("chat", request, body.prag.deadline_s))
+            answer = await while_connected(http, dispatcher.answer("chat", request, deadline_s))
             choice = Choice(message=ReplyMessage(content=answer.text), finish_reason=_finish_reason(answer))
             return ChatResponse(**head, choices=[choice], usage=_usage(answer), prag=_extra(answer))
-        pieces = dispatcher.stream("chat", request, body.prag.deadline_s)
+        pieces = dispatcher.stream("chat", request, deadline_s)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return await while_connected(http, EventStream.begin(_chunks(head, pieces, usage)))
 
@@ -242,24 +287,30 @@ def _to_request(body: ChatRequest, mode: Mode, config: Config, caller: Caller) -
     *turns, last = body.messages
     if last.role != "user":
         raise invalid_field("messages", "the last one must be the user's question")
-    if not last.text.strip():
-        raise invalid_field("messages", "the last one is blank")
+    if problem := question_problem(last.text):
+        raise invalid_field("messages", f"the last one {problem}")
     check_length("messages", "".join(message.text for message in body.messages), config.serve)
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise invalid_field("max_tokens", "is not max_completion_tokens; give one of them")
+    options = body.prag or PragOptions()
     plain = AnswerRequest(
         question=last.text,
         mode=mode,
-        top_k=body.prag.top_k,
-        weights=body.prag.weights,
-        strength=body.prag.strength,
+        top_k=options.top_k,
+        weights=options.weights,
+        strength=options.strength,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        temperature=body.temperature or 0.0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed or 0,
-        stop=body.stop or [],
-        min_score=body.prag.min_score,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        min_score=options.min_score,
     )
     history = tuple((_ROLES[turn.role], turn.text) for turn in turns)
-    return to_request(plain, config, caller.access, history)
+    names = {"mode": "model", "question": "messages", "top_k": "prag.top_k"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    return to_request(plain, config, caller.access, history, names)
 
 
 async def _chunks(head: dict[str, Any], pieces: AsyncGenerator[str | Answer], with_usage: bool) -> AsyncGenerator[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
-from pydantic_core import PydanticCustomError
 
 from pipelines.serving.errors import ErrorBody, check_limit, invalid_field
+from pipelines.serving.fields import Strict, unicode_text
 from prag_core.config import Config, ServeConfig
+from prag_core.inference.question import question_problem
 from prag_core.inference.request import Request
 from prag_core.prompts import Role
 from prag_core.records import MAX_STRENGTH, Answer, Finish, MergeRule, Mode, UsedPassage
@@ -28,16 +31,7 @@ _ANSWER: JsonDict = {
 }  # fmt: skip
 
 
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which is not Unicode text.
-        raise PydanticCustomError("not_text", "holds half a surrogate pair") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
+Text = Annotated[str, AfterValidator(unicode_text)]
 Temperature = Annotated[float, Field(ge=0, le=2, description="0 takes the most likely token each time.")]
 TopP = Annotated[
     float, Field(gt=0, le=1, description="Draw among the most likely tokens that have this share of the probability.")
@@ -46,14 +40,8 @@ Seed = Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED, description="The same see
 Stop = Annotated[Text, Field(min_length=1, max_length=100)]
 
 
-class Strict(BaseModel):
-    """A body that is read strictly: no unknown field, no text in place of a number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class AnswerRequest(Strict):
-    """A question and how to answer it. Absent fields are as the server's `answer` section says."""
+    """A question and how to answer it. Fields that are absent or null are as the server's `answer` section says."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"question": QUESTION, "mode": "combine", "top_k": 3}, {"question": QUESTION}]}
@@ -75,18 +63,18 @@ class AnswerRequest(Strict):
         description="A factor for the adapters' weights: by default 1, in `combine` `answer.combine_strength`.",
     )
     max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer, at most `serve.max_tokens`.")
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: Seed = 0
-    stop: list[Stop] = Field([], max_length=4, description="Texts that end the answer.")
-    min_score: float = Field(0.0, ge=0, description="Passages with a lower score are not used.")
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Annotated[list[Stop], Field(max_length=4)] | None = Field(None, description="Texts that end the answer.")
+    min_score: float | None = Field(None, ge=0, description="Passages with a lower score are not used.")
     deadline_s: float | None = Field(
         None,
         gt=0,
         description="Seconds after which the answer is useless; at most `serve.deadline_s`. In a batch they count "
         "from when the question's turn comes.",
     )
-    stream: bool = Field(False, description="Send the text as server-sent events as it is made.")
+    stream: bool | None = Field(None, description="Send the text as server-sent events as it is made.")
 
 
 class PassageUse(BaseModel):
@@ -162,26 +150,32 @@ def to_request(
     config: Config,
     access: frozenset[str] | None,
     history: tuple[tuple[Role, str], ...] = (),
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Request:
     """Return the request for the service, within the server's limits.
 
-    `access` are the caller's tags, `history` the turns before the question.
+    `access` are the caller's tags, `history` the turns before the question. `names` are what the caller calls the
+    fields, where it is something else.
 
     Raises:
-        ApiError: naming the field that is wrong or beyond a limit.
+        ApiError: naming the field that is wrong or beyond a limit, as the caller calls it.
     """
+
+    def name(field: str) -> str:
+        return names.get(field, field)
+
     limits = config.serve
     mode = body.mode or config.answer.mode
     if mode not in limits.modes:
-        raise invalid_field("mode", f"served here: {', '.join(limits.modes)}")
-    if not body.question.strip():
-        raise invalid_field("question", "is blank")
-    check_length("question", body.question, limits)
+        raise invalid_field(name("mode"), f"served here: {', '.join(limits.modes)}")
+    check_length(name("question"), body.question, limits)
+    if problem := question_problem(body.question):
+        raise invalid_field(name("question"), problem)
     top_k = body.top_k or config.answer.top_k
-    check_limit("top_k", top_k, limits.max_top_k)
+    check_limit(name("top_k"), top_k, limits.max_top_k)
     # None is the default of the recipe's template, which was checked against the limit at the start.
     max_tokens = body.max_tokens or config.answer.max_new_tokens
-    check_limit("max_tokens", max_tokens or 1, limits.max_tokens)
+    check_limit(name("max_tokens"), max_tokens or 1, limits.max_tokens)
     return Request(
         question=body.question,
         mode=mode,
@@ -189,11 +183,11 @@ def to_request(
         weights=body.weights or config.answer.weights,
         strength=body.strength,
         max_new_tokens=max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        stop=tuple(body.stop),
-        min_score=body.min_score,
+        temperature=body.temperature or 0.0,
+        top_p=body.top_p or 1.0,
+        seed=body.seed or 0,
+        stop=tuple(body.stop or ()),
+        min_score=body.min_score or 0.0,
         history=history,
         access=access,
     )

@@ -227,6 +227,8 @@ class Decoder:
         text = self._base.tokenizer.decode(row.tokens, skip_special_tokens=True)
         for stop in row.request.stop_strings:
             text = text.split(stop)[0]
+        # A character of several tokens that the limit cuts off is no character.
+        text = text.rstrip("\ufffd") if finish == "length" else text
         return Decoded(
             tokens=row.tokens,
             text=text,

@@ -138,6 +138,51 @@ def test_a_store_without_a_snapshot_is_reported(prag: Prag) -> None:
     assert json.loads(output)["snapshot"] is None
 
 
+@pytest.mark.parametrize("question", ["", " \n", "\u200b", "\u2060\ufeff", "\x00\x1b", "\u0301", "x" * 4001])
+def test_what_is_no_question_is_refused_before_anything_is_loaded(prag: Prag, question: str) -> None:
+    """The store has no snapshot, which is said only of a question."""
+    code, output = prag("ask", "-c", "config.yaml", question)
+    assert (code, "the question " in output) == (3, True), output
+    assert prag("ask", "-c", "config.yaml", "x" * 4000)[0] == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (b"ask", b"caf\xe9?"),
+        (b"run", b"-c", b"caf\xe9.yaml"),
+        (b"run", b"--set", b"store=/tmp/caf\xe9"),
+        (b"forget", b"caf\xe9"),
+        (b"export", b"caf\xe9", b"--to", b"x"),
+        (b"import", b"caf\xe9", b"--id", b"p"),
+        (b"import-augmentations", b"caf\xe9.jsonl"),
+        (b"snapshots", b"pin", b"caf\xe9"),
+        (b"keys", b"add", b"caf\xe9"),
+        (b"retry", b"--reason", b"caf\xe9"),
+        (b"evaluate", b"--dataset", b"caf\xe9.jsonl"),
+        (b"caf\xe9",),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_shown(prag: Prag, arguments: tuple[bytes, ...]) -> None:
+    code, output = prag(*map(os.fsdecode, arguments))
+    assert code == 2
+    assert "caf\\xe9" in output
+    assert "not UTF-8" in output
+
+
+def test_a_variable_that_is_not_utf8_is_named(prag: Prag, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRAG_CONFIG", os.fsdecode(b"caf\xe9.yaml"))
+    code, output = prag("status")
+    assert (code, "PRAG_CONFIG" in output) == (2, True), output
+
+
+def test_a_terminal_that_knows_only_ascii_gets_everything(folder: Path) -> None:
+    code, output = prag_process(folder, "ask", "-c", "config.yaml", "é 😀?", PYTHONIOENCODING="ascii")
+    assert (code, "run `prag run` first" in output) == (5, True), output
+    code, output = prag_process(folder, "--help", PYTHONIOENCODING="ascii")
+    assert (code, "Parametric RAG" in output) == (0, True), output
+
+
 def test_an_answer_is_shown_with_its_reasoning_and_without_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_batch_keeps_the_order_of_its_questions(api: Api) -> None:
         (b'{"question": "a", "adapter": "/etc/passwd"}', 422, "invalid_request"),
         (b'{"question": null}', 422, "invalid_request"),
         (b'{"question": ""}', 422, "invalid_request"),
+        ('{"question": "\u200b"}'.encode(), 422, "invalid_request"),
         (b'{"question": "a", "mode": "lora"}', 422, "invalid_request"),
         (b'{"question": "a", "stop": [""]}', 422, "invalid_request"),
         (b'{"question": "a", "top_k": 0}', 422, "invalid_request"),
@@ -181,7 +182,7 @@ def test_a_wrong_body_gets_a_status_and_a_code(api: Api, body: bytes, status: in
 def test_other_errors_have_the_same_shape(api: Api) -> None:
     assert error_of(api.get("/v1/nothing")) == (404, "not_found")
     assert error_of(api.get("/v1/answer")) == (405, "method_not_allowed")
-    assert error_of(api.post("/v1/answer", content=b"question=a")) == (422, "invalid_request")
+    assert error_of(api.post("/v1/answer", content=b"question=a")) == (415, "not_json")
     chat = {"model": "gpt-4", "messages": [{"role": "user", "content": "a"}]}
     assert error_of(api.post("/v1/chat/completions", chat)) == (404, "model_not_found")
     assert error_of(api.get("/v1/models/none:prag")) == (404, "model_not_found")
@@ -189,7 +190,7 @@ def test_other_errors_have_the_same_shape(api: Api) -> None:
 
 def test_a_chat_ends_with_a_question(api: Api, config: Config) -> None:
     (model, *_) = model_ids(config)
-    for role, text in (("user", " \n"), ("user", ""), ("assistant", "Why?")):
+    for role, text in (("user", " \n"), ("user", ""), ("user", "\u200b"), ("assistant", "Why?")):
         refused = api.post("/v1/chat/completions", {"model": model, "messages": [{"role": role, "content": text}]})
         assert error_of(refused) == (422, "invalid_request")
         assert refused.json()["error"]["param"] == "messages"

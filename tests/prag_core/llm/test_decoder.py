@@ -214,6 +214,23 @@ def test_a_row_ends_at_a_stop_token_a_stop_string_or_its_limit(tiny_session: Bas
     assert ended[0].text == "".join(letters[:stop])
 
 
+def test_a_limit_within_a_character_leaves_no_part_of_it(tiny: BaseModel) -> None:
+    text = "hé, 😀"
+    tokens = tiny.tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) == len(text.encode())
+    made: list[int] = []
+
+    def say_the_text(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        made.append(tokens[len(made)])
+        return torch.zeros_like(logits).index_fill_(-1, torch.tensor(made[-1:]), 1.0)
+
+    tiny.model.get_output_embeddings().register_forward_hook(say_the_text)
+    for limit in range(1, len(tokens) + 1):
+        made.clear()
+        (decoded,) = Decoder(tiny, Injector(tiny.model, RECIPE)).run([DecodeRequest([5], limit)])
+        assert (decoded.text, decoded.finish) == (text.encode()[:limit].decode(errors="ignore"), "length")
+
+
 def test_a_cancelled_row_leaves_the_others_alone(tiny_session: BaseModel, injector: Injector) -> None:
     rng = random.Random(1)
     requests = [
