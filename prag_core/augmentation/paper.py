@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from prag_core.augmentation.filter import Draft, is_rewrite
 from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE, questions_prompt, rewrite_prompt
+from prag_core.data.parsing import is_storable
 from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.generator import Generator, Prompt
 from prag_core.llm.reply import reply_content, without_fence
@@ -27,6 +29,11 @@ _ARRAY_START = re.compile(r"\[\s*\{")
 # "Here is the rewritten passage:" or "Rewritten passage:", which small models write before the rewrite.
 _LEAD_IN = re.compile(
     r"\A\s*(?:(?:sure|certainly|here)\b[^\n:]{0,80}|[^\n:]{0,30}(?:passage|version)):\s*", re.IGNORECASE
+)
+# The same at the beginning of a later line, after a plan or remarks.
+_LABEL = re.compile(
+    r"^\W*(?:here(?: is|'s) )?(?:the |my |final )*(?:rewrit|revis|rephras|paraphras)\w+\b[^\n:]{0,30}:[*_\s]*",
+    re.IGNORECASE | re.MULTILINE,
 )
 # The last sentence if the token limit cut it off and a complete sentence comes before it.
 _CUT_OFF = re.compile(r"(?<=[.!?])\s+[^.!?]*\Z")
@@ -55,8 +62,10 @@ def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentR
             content = _content(draft, reply)
             if content is None:
                 continue
-            # The fence may stand around the lead-in, or after it.
-            text = without_fence(_LEAD_IN.sub("", without_fence(content)))
+            # The fence may stand around the label or the lead-in, or after it.
+            text = without_fence(content)
+            label = next((label for label in _LABEL.finditer(text) if label[0].strip() not in draft.passage.text), None)
+            text = without_fence(text[label.end() :] if label else _LEAD_IN.sub("", text))
             text = _CUT_OFF.sub("", text).strip()
             if text not in draft.rewrites and is_rewrite(text, draft.passage):
                 draft.rewrites.append(text)
@@ -107,7 +116,7 @@ def parse_pairs(reply: str) -> list[QAPair | None]:
         except ValueError:
             position = start.end()
             continue
-        pairs = [to_pair(item) for item in items]
+        pairs = [pair if pair and all(map(is_storable, astuple(pair))) else None for pair in map(to_pair, items)]
         if (any(pairs) or found == [None]) and (echoed or items != example):
             found, echoed = pairs, items == example
     return found

@@ -23,6 +23,8 @@ from prag_core.llm.layout import LoraLayout, find_layout, place_of
 from prag_core.recipe import TrainRecipe
 
 Factors = Mapping[str, Tensor]
+# Smaller values of B change no output, and as int8 they are stored as zero.
+_LEAST = 1e-9
 
 
 def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
@@ -47,6 +49,11 @@ def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+def changes_nothing(factors: Factors) -> bool:
+    """Return whether an adapter is without effect: each value of its B is zero, or would be zero when it is stored."""
+    return all(float(factor.abs().max()) < _LEAST for name, factor in factors.items() if name.endswith(".B"))
 
 
 def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:

@@ -187,5 +187,6 @@ def _kind(prompt: Prompt) -> str:
 
 
 def _before(text: str, stop: str) -> str:
-    """Return a text up to its stop, which some endpoints ignore or leave in."""
+    """Return a text up to its stop, which some endpoints ignore or leave in; half a character becomes U+FFFD."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.split(stop)[0] if stop else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_TAGS = r"think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|seed:think"
+_TAGS = r"think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|seed:think|details"
 _MARK = re.compile(
     rf"(?P<open><(?:{_TAGS})(?:\s[^<>]*)?(?<!/)>|\[THINK\]|<\|(?:begin_of_thought|START_THINKING)\|>|◁think▷|<\|channel>)"
     rf"|</(?:{_TAGS})\s*>|\[/THINK\]|<\|(?:end_of_thought|END_THINKING)\|>|◁/think▷|<channel\|>",
@@ -26,6 +26,7 @@ _END_OF_TURN = re.compile(
 )
 _AROUND = re.compile(r"<\|(?:begin_of_solution|end_of_solution|START_RESPONSE|END_RESPONSE)\|>")
 _TAGGED = re.compile(r"\s*<(answer|output|response|result|rewrite)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCED_LINE = re.compile(r"\s*(```+)([^`\n]+)\1\s*\Z")
 _FENCED = re.compile(r"\s*(```+|~~~+)[^\n`]*\n(.*?)(?:\n[ \t]*\1|\Z)", re.DOTALL)
 
 
@@ -71,7 +72,7 @@ def is_mark(token: str) -> bool:
 
 def without_fence(text: str) -> str:
     """Return the text inside the code fence with which `text` begins; without a fence, all of it."""
-    fenced = _FENCED.match(text)
+    fenced = _FENCED.match(text) or _FENCED_LINE.match(text)
     return fenced[2] if fenced else text
 
 

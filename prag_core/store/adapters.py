@@ -71,11 +71,12 @@ class AdapterStore:
                 stored then.
             StoreError: if the store cannot be written.
         """
+        from prag_core.llm.lora import changes_nothing
         from prag_core.store.shard_codec import pack_shard
 
         factors = [(a.key, a.factors) for a, _ in adapters if a.factors is not None]
         for key, tensors in factors:
-            if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".B")):
+            if changes_nothing(tensors):
                 raise AdapterError(
                     f"adapter {key}: its B is zero, so it changes nothing", "train it before it is stored"
                 )

@@ -24,7 +24,15 @@ from prag_core.errors import ModelError
 from prag_core.identity import checksum
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Factors, Injector, RowAdapters, TrainedAdapter, check_factors, initial_factors
+from prag_core.llm.lora import (
+    Factors,
+    Injector,
+    RowAdapters,
+    TrainedAdapter,
+    changes_nothing,
+    check_factors,
+    initial_factors,
+)
 from prag_core.recipe import TrainRecipe
 from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingExample, TrainingJob
@@ -280,10 +288,10 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
 
 
 def has_learned(factors: Factors, start: Factors) -> bool:
-    """Return whether training has changed an adapter: its B is neither zero, as bf16, nor the one it started from."""
+    """Return whether training has changed an adapter: its B is neither zero nor the one it started from."""
     names = [name for name in factors if name.endswith(".B")]
-    changed = any(not torch.equal(factors[name], start[name].to(factors[name].dtype)) for name in names)
-    return changed and any(bool(factors[name].bfloat16().any()) for name in names)
+    unchanged = all(torch.equal(factors[name], start[name].to(factors[name].dtype)) for name in names)
+    return not unchanged and not changes_nothing(factors)
 
 
 def check_distinct(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:

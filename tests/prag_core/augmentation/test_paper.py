@@ -55,6 +55,8 @@ def replies(pairs: str, rewrite: str) -> Replies:
         f"{GOOD}\nNone of them is in the list [{{}}] or [1].",
         f"{'[a] ' * 40}{GOOD}",
         f"draft {DRAFT}</think>{GOOD}",
+        f'{GOOD} and not [{{"question": "W\\ud83d?", "answer": "1871", "full_answer": "f"}}]',
+        json.dumps({"draft": DRAFT, "pairs": json.loads(GOOD)}),
         f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}",
     ],
 )
@@ -73,6 +75,9 @@ def test_the_array_that_was_asked_for_is_taken(pairs: str) -> None:
         f"```\nRewritten passage: {REWRITE}\n```",
         f"<thinking>\nok\n</thinking>Sure, here it is: {REWRITE}",
         f"<rewrite>{REWRITE}</rewrite>",
+        f"Thinking: I keep the names.\n\n**Rewritten passage:**\n{REWRITE}",
+        f"1. Keep the names.\nRewrite: ```{REWRITE}```",
+        f"<details type='reasoning'>ok</details>\n{REWRITE}",
     ],
 )
 def test_a_rewrite_is_stored_without_what_surrounds_it(rewrite: str) -> None:

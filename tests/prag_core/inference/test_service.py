@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from prag_core.records import MODES, Answer, Hit
 from prag_core.store.adapters import LedgerSource
 from prag_core.store.snapshot import load_snapshot, publish, with_ledger, with_tombstones
 from tests.helpers.adapters import random_adapter
+from tests.helpers.scripted_model import follow, with_tokens
 from tests.helpers.serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
 
 RECIPE = RECIPES["small"]
@@ -310,6 +312,23 @@ def test_no_piece_ever_has_to_be_changed(tiny_session: BaseModel, template: str)
         whole = final_answer(text.split("no")[0].split("STOP")[0], template)
         assert "".join([*pieces, stream.end(whole)]) == whole
         assert any(pieces) == (template == "direct" and len(whole) > 0)
+
+
+def test_a_stream_ends_at_the_line_end_inside_a_token(tiny_session: BaseModel, tmp_path: Path) -> None:
+    base = with_tokens(tiny_session, tmp_path / "model", ["ĊX"])
+    world = World(base, tmp_path)
+    world.publish()
+    ids = base.tokenizer.convert_tokens_to_ids
+    handle = follow(base, "The answer is", [ids("P"), ids("a"), ids("ĊX")])
+
+    async def collect() -> list[str | Answer]:
+        return [piece async for piece in service.stream(Request(named([1]), "closed"))]
+
+    with world.service() as service:
+        *pieces, last = asyncio.run(collect())
+    handle.remove()
+    assert isinstance(last, Answer)
+    assert "".join(map(str, pieces)) == last.text == "Pa"
 
 
 def test_closing_a_stream_frees_its_slot(world: World) -> None:

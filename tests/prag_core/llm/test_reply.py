@@ -86,6 +86,7 @@ def test_a_prompt_may_open_the_reasoning() -> None:
         ("\n```text\na\n```\nI hope that helps.", "a"),
         ("~~~\na", "a"),
         ("a ``` b", "a ``` b"),
+        ("```a```", "a"),
         ("````md\n```\na\n```\n````", "```\na\n```"),
     ],
 )
