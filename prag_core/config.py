@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
 from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
-from prag_core.records import MAX_STRENGTH, MODES, MergeRule, Mode, Template
+from prag_core.records import DEFAULT_TOP_K, MAX_STRENGTH, MODES, MergeRule, Mode, Template
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # In an S3 URL a key without a secret counts too, and a secret may hold a slash. A bucket may be an access point: arn:….
@@ -166,7 +166,7 @@ class AnswerConfig(_Strict):
     """How a question is answered where its request does not say."""
 
     mode: Mode = "combine"
-    top_k: int = Field(3, ge=1, le=20)
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
     weights: MergeRule = "sum"
     combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
     reader: str | None = Field(None, description="A reader to add in combine, as `prag warmup --reading` names it.")

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from prag_core.data.questions import Question
 from prag_core.errors import InputError
 from prag_core.identity import fingerprint
-from prag_core.records import Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, Hit, MergeRule, Mode
 
 # The controls that a plan may name: see `prag_core.evaluation.requests`.
 Control = Literal["wrong", "random", "task", "da"]
@@ -38,7 +38,7 @@ class EvaluationPlan:
     modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
     controls: tuple[Control, ...] = ()
     retrieval: Retrieval = "bm25"  # `oracle` takes the gold passages
-    top_k: tuple[int, ...] = (3,)  # how many passages a question retrieves
+    top_k: tuple[int, ...] = (DEFAULT_TOP_K,)  # how many passages a question retrieves
     weights: tuple[MergeRule, ...] = ("sum",)
     strengths: tuple[float, ...] = (1.0,)  # the adapters' weights are multiplied by it in the mode `combine`
     reader: str = ""  # the reader that is added in the mode `combine`, and its weight; empty for none

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prag_core.prompts import Role
-from prag_core.records import Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, Hit, MergeRule, Mode
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Request:
 
     question: str
     mode: Mode = "combine"
-    top_k: int = 3
+    top_k: int = DEFAULT_TOP_K
     weights: MergeRule = "sum"
     hits: tuple[Hit, ...] | None = None
     strength: float | None = None
