@@ -29,6 +29,10 @@ EXIT_CODES: Mapping[int, str] = {
 }
 
 
+# What to do about anything that is damaged. Without `--full` the check finds what is missing, but nothing altered.
+REPAIR = "run `prag verify --full` to see what is damaged, then `prag repair`"
+
+
 class PragError(Exception):
     """Base class of all expected errors. `message` says what happened, `remedy` what to do next.
 
@@ -76,6 +80,9 @@ class UnreachableError(StoreError):
 
 class DamagedError(StoreError):
     """The store has answered: an object is missing, altered, cut short, or not what it should be."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy or REPAIR)
 
 
 class AdapterError(StoreError):

@@ -31,6 +31,8 @@ from prag_core.data.parsing import is_storable
 from prag_core.errors import EXIT_CODES, ClusterError, ConfigError, PragError
 from prag_core.packaged import local_path
 
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
 app = typer.Typer(
     name="prag",
     help=(
@@ -55,7 +57,6 @@ app.add_typer(keys.app, name="keys")
 
 def main() -> None:
     """Run the command line. An expected error, or a signal, ends it with a message and an exit code, no traceback."""
-    logging.basicConfig(level=os.environ.get("PRAG_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Ray would print a stack when this process gets a SIGTERM, which is no failure. It reads this when it is imported.
@@ -65,11 +66,25 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a sign that the terminal lacks is no reason to fail
     try:
         _check_utf8()
+        logging.basicConfig(level=_log_level(), format="%(levelname)s %(name)s: %(message)s")
         run_until_stopped(lambda stop: app(obj=stop))
     except (PragError, SessionError) as raised:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)
+
+
+def _log_level() -> str:
+    """Return the level that PRAG_LOG names, and set it there as Ray Serve wants it.
+
+    Raises:
+        ConfigError: when there is no such level.
+    """
+    level = (os.environ.get("PRAG_LOG") or "WARNING").upper()
+    if level not in _LOG_LEVELS:
+        raise ConfigError(f"PRAG_LOG = {level!r}: no such level", f"known are {', '.join(_LOG_LEVELS)}")
+    os.environ["PRAG_LOG"] = level
+    return level
 
 
 def _check_utf8() -> None:

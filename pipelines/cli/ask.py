@@ -37,8 +37,9 @@ def ask(
     given = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
     settings = options.settings_of(config, set_, given)
     check_question(question, settings.serve.max_question_chars)
+    chosen = options.snapshot_of(settings, snapshot)
     with result_only():
-        answers = _answers(settings, question, MODES if compare else (settings.answer.mode,), snapshot)
+        answers = _answers(settings, question, MODES if compare else (settings.answer.mode,), chosen)
     if as_json:
         print_json([asdict(answer) for answer in answers])
     else:

@@ -54,6 +54,8 @@ def export_augmentations(
     """Write the augmentations of a snapshot's passages to a file that `import-augmentations` reads."""
     from pipelines.jobs.augmentations import export_from_store
 
+    settings = options.settings_of(config, set_)
+    chosen = options.snapshot_of(settings, snapshot)
     with result_only():
-        count = export_from_store(options.settings_of(config, set_), file, form, snapshot, progress_to)
+        count = export_from_store(settings, file, form, chosen, progress_to)
     out.print(f"{file}: {count} augmentations")

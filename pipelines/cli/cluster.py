@@ -135,6 +135,9 @@ def submit(
     """
     from pipelines.jobs.submit import submit as start
 
+    known = context.find_root().command.list_commands(context)  # type: ignore[attr-defined]
+    if command[0] not in known:
+        raise ConfigError(f"prag submit: there is no command {command[0]!r}", f"known are {', '.join(known)}")
     variables = dict(_variable(item) for item in env or [])
     settings = options.settings_of(config, set_, {"run.profile": profile})
     stop = stop_of(context)

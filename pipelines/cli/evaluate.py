@@ -101,6 +101,7 @@ def evaluate(
     if split is not None:
         questions = [question for question in questions if question.split == split]
     store = open_store(settings)
+    chosen = options.snapshot_of(settings, snapshot)
     with result_only():
         if url is not None:
             evaluation = evaluate_server(
@@ -113,7 +114,7 @@ def evaluate(
                 concurrency=concurrency,
             )
         else:
-            evaluation = run_evaluation(settings, questions, plan, progress_to, snapshot_id=snapshot, limit=limit)
+            evaluation = run_evaluation(settings, questions, plan, progress_to, snapshot_id=chosen, limit=limit)
         if judge_url is not None:
             generator = OpenAIGenerator(EndpointConfig(url=judge_url, model=judge_model))
             evaluation = judge(store, "evaluations", evaluation, generator, progress_to)

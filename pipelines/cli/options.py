@@ -9,6 +9,7 @@ import typer
 
 from prag_core import config
 from prag_core.config_file import load_config
+from prag_core.errors import InputError
 
 if TYPE_CHECKING:
     from prag_core.store.objects import Store
@@ -22,7 +23,9 @@ Profile = Annotated[
     str | None, typer.Option("--profile", help="Where to run: laptop, gpu or cluster; default: run.profile.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
-Snapshot = Annotated[str | None, typer.Option(help="Use this snapshot, not the one in service.")]
+Snapshot = Annotated[
+    str | None, typer.Option(help="Use this snapshot, not the one in service: its id, or the beginning of it.")
+]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the store's lease from a run that is known to be dead.")
 ]
@@ -71,3 +74,30 @@ def parse_age(text: str) -> float:
     if not text[:-1].replace(".", "", 1).isdigit() or text[-1:] not in units:
         raise ValueError(f"{text!r} is not an age: write 30s, 90m, 24h or 7d")
     return float(text[:-1]) * units[text[-1]]
+
+
+def snapshot_of(settings: config.Config, given: str | None) -> str | None:
+    """Return the id of the snapshot that `--snapshot` names in the configured store; None if it was not given.
+
+    Raises:
+        InputError: see `whole_id`.
+    """
+    from prag_core.store.objects import open_store
+
+    return None if given is None else whole_id(open_store(settings), given)
+
+
+def whole_id(store: Store, beginning: str) -> str:
+    """Return the id of the snapshot that a user names by its id or the beginning of it.
+
+    Raises:
+        InputError: when no snapshot begins so, or more than one.
+    """
+    from prag_core.store.snapshot import snapshot_ids
+
+    found = [id for id in snapshot_ids(store) if id.startswith(beginning)] if beginning else []
+    if beginning in found or len(found) == 1:
+        return beginning if beginning in found else found[0]
+    if found:
+        raise InputError(f"{len(found)} snapshots begin with {beginning!r}", "write more of the id")
+    raise InputError(f"store = {store.url!r} has no snapshot {beginning!r}", "see `prag snapshots list`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,7 +14,7 @@ from pipelines.cli.terminal import out, print_json, print_result
 
 app = typer.Typer()
 
-StageOption = Annotated[str | None, typer.Option(help="Only rejects of this stage: corpus, augment or train.")]
+StageOption = Annotated[Literal["corpus", "augment", "train"] | None, typer.Option(help="Only rejects of this stage.")]
 
 
 @app.command()
@@ -104,7 +104,8 @@ def export(
     """Write a passage's adapter as a PEFT folder, which `PeftModel.from_pretrained` loads."""
     from pipelines.maintenance import adapters
 
-    key = adapters.export(options.settings_of(config, set_), passage, to, snapshot)
+    settings = options.settings_of(config, set_)
+    key = adapters.export(settings, passage, to, options.snapshot_of(settings, snapshot))
     print_result({"key": key, "folder": str(to)}, f"the adapter of {key} is in {to}", as_json)
 
 

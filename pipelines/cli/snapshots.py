@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import print_json, print_result, print_table
-from prag_core.errors import InputError
-
-if TYPE_CHECKING:
-    from prag_core.store.objects import Store
 
 app = typer.Typer(no_args_is_help=True, help="List, show, roll back to, pin and unpin snapshots.")
 
@@ -60,7 +56,7 @@ def show(
     from prag_core.store.snapshot import load_snapshot
 
     store = options.store_of(config, set_)
-    found = load_snapshot(store, _whole_id(store, snapshot) if snapshot else None)
+    found = load_snapshot(store, options.whole_id(store, snapshot) if snapshot is not None else None)
     if as_json:
         print_json(asdict(found))
         return
@@ -80,7 +76,7 @@ def rollback(
     from prag_core.store.snapshot import rollback
 
     store = options.store_of(config, set_)
-    serving = rollback(store, _whole_id(store, snapshot)).id
+    serving = rollback(store, options.whole_id(store, snapshot)).id
     print_result({"serving": serving}, f"snapshot {serving} is in service", as_json)
 
 
@@ -95,7 +91,7 @@ def pin(
     from prag_core.store.pins import pin, pinned
 
     store = options.store_of(config, set_)
-    id = _whole_id(store, snapshot)
+    id = options.whole_id(store, snapshot)
     pin(store, id)
     print_result({"pinned": list(pinned(store))}, f"snapshot {id} is pinned", as_json)
 
@@ -111,20 +107,9 @@ def unpin(
     from prag_core.store.pins import pinned, unpin
 
     store = options.store_of(config, set_)
-    id = _whole_id(store, snapshot)
+    id = options.whole_id(store, snapshot)
     unpin(store, id)
     print_result({"pinned": list(pinned(store))}, f"snapshot {id} is no longer pinned", as_json)
-
-
-def _whole_id(store: Store, beginning: str) -> str:
-    from prag_core.store.snapshot import snapshot_ids
-
-    found = [id for id in snapshot_ids(store) if id.startswith(beginning)]
-    if beginning in found or len(found) == 1:
-        return beginning if beginning in found else found[0]
-    if found:
-        raise InputError(f"{len(found)} snapshots begin with {beginning!r}", "write more of the id")
-    raise InputError(f"store = {store.url!r} has no snapshot {beginning!r}", "see `prag snapshots list`")
 
 
 def _cut(names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from pipelines.settings import RunContext
 from prag_core.config import Config
 from prag_core.data.question_sets import JSONL, read_questions
 from prag_core.data.questions import Question
-from prag_core.errors import CanaryError, ConfigError, StoreError
+from prag_core.errors import REPAIR, CanaryError, ConfigError, StoreError
 from prag_core.retrieval.archive import find_index
 from prag_core.store.objects import Store, open_store
 from prag_core.store.runs import new_run_id
@@ -182,5 +182,5 @@ def check_complete(store: Store, snapshot: Snapshot, partitions: int) -> None:
         raise StoreError(
             f"{store.url}/{missing[0]}: the candidate snapshot names it, but the store lacks it "
             f"({len(missing)} such objects); nothing was published",
-            "check the store; what is missing is made again once no snapshot names it",
+            REPAIR,
         )

@@ -205,9 +205,17 @@ def retry(config: Config, *, stage: str | None, reason: str | None, take_over: b
     """Clear rejects, so that the next run tries their inputs again, and return how many; see `clear_rejects`.
 
     Raises:
+        InputError: if no reject has this reason.
         LeaseError: if a run works on the store.
     """
     store = open_store(config)
+    known = {row.reason for row in list_rejects(store, stage)}
+    if reason is not None and reason not in known:
+        what = f"rejects of the stage {stage}" if stage else "rejects"
+        raise InputError(
+            f"store = {store.url!r}: none of its {what} has the reason {reason!r}",
+            f"there are {', '.join(sorted(known))}" if known else "there are no such rejects",
+        )
     with hold_lease(store, new_run_id("retry"), take_over=take_over):
         return clear_rejects(store, stage, reason)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from prag_core.errors import ConflictError, DamagedError, StoreError
+from prag_core.errors import REPAIR, ConflictError, DamagedError, StoreError
 from prag_core.maintenance.inventory import Finding, FindingKind, check_snapshots, names_of, object_kind, serving_id
 from prag_core.records import from_dict
 from prag_core.store.backend import StoredObject
@@ -93,7 +93,7 @@ def needed_corpora(
 def _snapshots(store: Store) -> list[Snapshot]:
     snapshots, unreadable = check_snapshots(store)
     if unreadable:
-        raise StoreError(f"{store.url}/{unreadable[0].name}: {unreadable[0].detail}", "run `prag repair` first")
+        raise StoreError(f"{store.url}/{unreadable[0].name}: {unreadable[0].detail}", REPAIR)
     return snapshots
 
 
@@ -112,7 +112,7 @@ def find_garbage(store: Store, objects: Sequence[StoredObject], kept: Collection
     snapshots = _snapshots(store)
     serving = serving_id(store)
     if snapshots and serving not in {snapshot.id for snapshot in snapshots}:
-        raise StoreError(f"{store.url}/CURRENT: names {serving}, which is no snapshot", "run `prag repair` first")
+        raise StoreError(f"{store.url}/CURRENT: names {serving}, which is no snapshot", REPAIR)
     since = time.time() - grace_s
     old = {item.name for item in objects if item.modified <= since}
     # A young snapshot stays, and so must all that it names.
@@ -226,7 +226,7 @@ def _shards(store: Store, part: str) -> pa.ChunkedArray:
     try:
         return store.get_part(part, ["shard"])["shard"]
     except DamagedError as error:
-        raise StoreError(error.message, "run `prag repair` first: the shards that it names are unknown") from None
+        raise StoreError(f"{error.message}; the shards that it names are unknown", REPAIR) from None
 
 
 def _effective_compactions(store: Store, recipes: Collection[str], remaining: Collection[str]) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prag_core.errors import DamagedError, PragError, StoreError
+from prag_core.errors import REPAIR, DamagedError, PragError, StoreError
 from prag_core.records import Augmentation, LedgerRow, Passage, Reject
 from prag_core.store.backend import StoredObject
 from prag_core.store.objects import Store
@@ -149,4 +149,4 @@ def _rows(store: Store, part: str) -> int:
         with store.open(part) as stream:
             return int(pq.read_metadata(stream).num_rows)
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{store.url}/{part}: not a readable ledger part: {error}", "run `prag repair`") from None
+        raise StoreError(f"{store.url}/{part}: not a readable ledger part: {error}", REPAIR) from None

@@ -23,7 +23,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from prag_core.config import IndexConfig
-from prag_core.errors import RetrievalError, StoreError
+from prag_core.errors import REPAIR, RetrievalError, StoreError
 from prag_core.identity import KEY_BYTES, seal
 from prag_core.records import from_dict
 from prag_core.retrieval.kinds import Retriever, index_id, index_kind
@@ -179,26 +179,25 @@ def _fetch(store: Store, id: str, partial: Path) -> None:
     record = f"{store.url}/{_record(id)}"
     stored = read_record(store, id)
     if stored is None:
-        raise RetrievalError(f"{record}: no such index in the store", "run `prag run` to build it")
+        raise RetrievalError(f"{record}: no such index in the store", REPAIR)
     name = f"indexes/{id}/{stored.archive_name}"
     archive = f"{store.url}/{name}"
-    remedy = f"remove {record} and run `prag run` again: it rebuilds the index"
     found_bytes = store.size(name)
     if found_bytes is None:
-        raise RetrievalError(f"{archive}: missing, though index.json names it", remedy)
+        raise RetrievalError(f"{archive}: missing, though index.json names it", REPAIR)
     if found_bytes != stored.size_bytes:
-        raise RetrievalError(f"{archive}: has {found_bytes} bytes instead of {stored.size_bytes}", remedy)
+        raise RetrievalError(f"{archive}: has {found_bytes} bytes instead of {stored.size_bytes}", REPAIR)
     partial.mkdir()
     packed = partial / "packed"
     with store.open(name) as source, packed.open("wb") as target:
         shutil.copyfileobj(source, target, COPY_BYTES)
     if (checksum := _checksum(packed)) != stored.checksum:
-        raise RetrievalError(f"{archive}: altered (checksum {checksum} instead of {stored.checksum})", remedy)
+        raise RetrievalError(f"{archive}: altered (checksum {checksum} instead of {stored.checksum})", REPAIR)
     try:
         with pa.CompressedInputStream(str(packed), "zstd") as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
             tar.extractall(partial / "index", filter="data")
     except tarfile.TarError as error:
-        raise RetrievalError(f"{archive}: not an archive of an index: {error}", remedy) from error
+        raise RetrievalError(f"{archive}: not an archive of an index: {error}", REPAIR) from error
 
 
 def _pack(directory: Path, packed: Path) -> None:

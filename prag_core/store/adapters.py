@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
-from prag_core.errors import AdapterError, DamagedError, StoreError, UnreachableError
+from prag_core.errors import REPAIR, AdapterError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, seal
 from prag_core.llm.layout import LoraLayout
 from prag_core.recipe import Recipe, TrainRecipe
@@ -132,7 +132,7 @@ class AdapterStore:
         except UnreachableError as error:
             raise AdapterError(f"adapter {row.key}: {error.message}", error.remedy) from None
         except StoreError as error:
-            raise AdapterError(f"adapter {row.key}: {error.message}", "run `prag run` again to make it") from None
+            raise AdapterError(f"adapter {row.key}: {error.message}", REPAIR) from None
 
     def unpack(self, row: LedgerRow | AdapterLocation, data: bytes) -> dict[str, Tensor]:
         """Return the verified factors of an adapter's bytes.
@@ -250,6 +250,6 @@ def open_adapters(store: Store, fingerprint: str) -> tuple[AdapterStore, TrainRe
     document = store.get_sealed(name, "recipe", "layout")
     recipe = Recipe.from_json(document["recipe"])
     if recipe.fingerprint != fingerprint:
-        raise DamagedError(f"{store.url}/{name}: holds the recipe {recipe.fingerprint}", "run `prag repair`")
+        raise DamagedError(f"{store.url}/{name}: holds the recipe {recipe.fingerprint}")
     layout = from_dict(LoraLayout, document["layout"])
     return AdapterStore(store, recipe, layout), recipe.train

@@ -119,7 +119,7 @@ def _decode_hex(column: pa.ChunkedArray, what: str) -> npt.NDArray[np.bytes_]:
         found = bytes.fromhex(str(text, "ascii"))
         return np.frombuffer(found, f"S{KEY_BYTES}", len(values))
     except ValueError:
-        raise DamagedError(f"{what} is not {digits} hexadecimal digits", "this is not a ledger part") from None
+        raise DamagedError(f"{what} is not {digits} hexadecimal digits, so this is not a ledger part") from None
 
 
 @dataclass(frozen=True)

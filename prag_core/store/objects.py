@@ -197,7 +197,7 @@ class Store:
         try:
             return json.loads(self.get(name))
         except ValueError as error:
-            raise DamagedError(f"{self.url}/{name}: not JSON: {error}", "run `prag repair`") from None
+            raise DamagedError(f"{self.url}/{name}: not JSON: {error}") from None
 
     def get_sealed(self, name: str, *fields: str) -> dict[str, Any]:
         """Return a JSON object that was written with `prag_core.identity.seal`.
@@ -207,7 +207,7 @@ class Store:
         """
         document = self.get_json(name)
         if not isinstance(document, dict) or not is_intact(document) or not {*fields} <= {*document}:
-            raise DamagedError(f"{self.url}/{name}: altered or cut short", "run `prag repair`")
+            raise DamagedError(f"{self.url}/{name}: altered or cut short")
         return document
 
     def put_table(self, folder: str, table: pa.Table) -> str:
@@ -232,7 +232,7 @@ class Store:
         data = self.get(name)
         stem = posixpath.basename(name).removeprefix("part-").removesuffix(".parquet")
         if len(stem) == len(checksum(b"")) and stem != checksum(data):
-            raise DamagedError(f"{self.url}/{name}: altered or cut short", "run `prag verify --full`, `prag repair`")
+            raise DamagedError(f"{self.url}/{name}: altered or cut short")
         return self._parsed(name, pa.BufferReader(data), columns)
 
     def get_columns(self, name: str, columns: Sequence[str]) -> pa.Table:
@@ -257,9 +257,7 @@ class Store:
             table = pq.ParquetFile(source, page_checksum_verification=True).read(names, use_threads=False)
             return table if names is None else table.select(names)
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise DamagedError(
-                f"{self.url}/{name}: not a readable Parquet part: {error}", "run `prag verify --full`, `prag repair`"
-            ) from None
+            raise DamagedError(f"{self.url}/{name}: not a readable Parquet part: {error}") from None
 
     def get_table(self, record: type[T], names: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Read Parquet parts into one table with the columns of `record`; the order of `names` does not matter.

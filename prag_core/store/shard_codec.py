@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from prag_core.errors import AdapterError
+from prag_core.errors import REPAIR, AdapterError
 from prag_core.identity import checksum
 from prag_core.llm.layout import (
     GROUP,
@@ -93,7 +93,7 @@ def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expect
     if checksum(data) != expected:
         raise AdapterError(
             f"adapter {key}: {len(data)} bytes with checksum {checksum(data)}, the ledger says {expected}",
-            "its shard was altered or cut short; train the adapter again",
+            f"its shard was altered or cut short: {REPAIR}",
         )
     if len(data) != adapter_size_bytes(layout, dtype):
         raise AdapterError(

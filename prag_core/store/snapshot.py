@@ -115,7 +115,7 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         if snapshot.id != id or with_id(snapshot).id != id:
             raise ValueError("its content does not match its id")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{store.url}/{document_name(id)}: not a snapshot: {error}", "run `prag repair`") from None
+        raise DamagedError(f"{store.url}/{document_name(id)}: not a snapshot: {error}") from None
     return snapshot
 
 
@@ -248,7 +248,7 @@ def parse_field(store: Store, name: str, data: bytes, field: str) -> Any:
     try:
         return json.loads(data)[field]
     except (ValueError, TypeError, KeyError):
-        raise DamagedError(f"{store.url}/{name}: has no field {field!r}", "run `prag repair`") from None
+        raise DamagedError(f"{store.url}/{name}: has no field {field!r}") from None
 
 
 def collected_error(store: Store, id: str) -> ConflictError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -17,6 +19,15 @@ def test_alarms_name_metrics_that_exist() -> None:
     code = (ROOT / "pipelines" / "execution" / "metrics.py").read_text(encoding="utf-8")
     named = set(re.findall(r"\bray_(prag_[a-z_]+)", PAGE))
     assert named == set(re.findall(r'"(prag_[a-z_]+)"', code))
+
+
+def test_the_runbook_knows_what_a_server_cannot_answer_and_a_full_disk() -> None:
+    code = (ROOT / "pipelines" / "serving" / "errors.py").read_text(encoding="utf-8")
+    runbook = PAGE.partition("## Runbook")[2].partition("### ")[0]
+    refusals = set(re.findall(r'ApiError\(503, "(\w+)"', code))
+    assert len(refusals) == 2
+    assert set(re.findall(r"^\| HTTP 503 `(\w+)` \|", runbook, re.MULTILINE)) == refusals
+    assert os.strerror(errno.ENOSPC) in runbook
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from prag_core import errors
-from prag_core.errors import EXIT_CODES, OverloadedError, PragError
+from prag_core.errors import EXIT_CODES, DamagedError, OverloadedError, PragError
 
-OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+ROOT = Path(__file__).parents[2]
+OPERATIONS = ROOT / "docs" / "operations.md"
 
 
 def subclasses(base: type[PragError] = PragError) -> Iterator[type[PragError]]:
@@ -35,9 +36,10 @@ def test_each_exit_code_belongs_to_one_class_and_each_class_is_in_the_table() ->
 
 
 def test_the_documents_list_each_exit_code() -> None:
-    listed = re.findall(r"^\| (\d+) \| ([^|]+) \|", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {int(code): meaning for code, meaning in listed} == EXIT_CODES
-    assert len(listed) == len(EXIT_CODES)
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]*) \| ([^|]+) \|$", OPERATIONS.read_text("utf-8"), re.MULTILINE)
+    assert {int(code): meaning for code, meaning, _, _ in rows} == EXIT_CODES
+    assert len(rows) == len(EXIT_CODES)
+    assert [code for code, _, when, remedy in rows if not remedy.strip() or not (when.strip() or code == "0")] == []
 
 
 @pytest.mark.parametrize("cls", sorted(subclasses(), key=lambda cls: cls.__name__))
@@ -45,3 +47,16 @@ def test_errors_pickle(cls: type[PragError]) -> None:
     error = cls("what", 2.0) if cls is OverloadedError else cls("what", "do this")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (cls, str(error))
+
+
+def test_every_damage_has_the_remedy_of_an_operator() -> None:
+    """Whatever the place, the way is the same: look at all damage, then repair it."""
+    error = DamagedError("store/x.parquet: no such object")
+    assert "`prag verify --full`" in error.remedy
+    assert "`prag repair`" in error.remedy
+    assert pickle.loads(pickle.dumps(error)).remedy == error.remedy
+    for path in sorted((ROOT / "prag_core").rglob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # No other text sends to one of the two alone.
+            if path.name != "errors.py" and '"' in line and '"""' not in line:
+                assert "prag repair`" not in line, f"{path}: {line}"

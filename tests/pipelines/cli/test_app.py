@@ -15,7 +15,9 @@ import yaml
 from pipelines.cli import terminal
 from pipelines.cli.ask import _show_answers
 from prag_core.errors import EXIT_CODES
-from prag_core.records import Answer, UsedPassage
+from prag_core.records import Answer, Reject, UsedPassage
+from prag_core.store.objects import Store
+from prag_core.store.tables import put_rejects
 from tests.helpers.command_line import prag as call
 
 ROOT = Path(__file__).parents[3]
@@ -174,6 +176,49 @@ def test_a_variable_that_is_not_utf8_is_named(prag: Prag, monkeypatch: pytest.Mo
     monkeypatch.setenv("PRAG_CONFIG", os.fsdecode(b"caf\xe9.yaml"))
     code, output = prag("status")
     assert (code, "PRAG_CONFIG" in output) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("retry", "--reason", "no_pairs"), 3, "none of its rejects has the reason 'no_pairs'"),
+        (("retry", "--reason", "no_pairs"), 3, "there are bad_json, empty_text"),
+        (("retry", "--reason", "bad_json", "--stage", "train"), 3, "rejects of the stage train"),
+        (("retry", "--stage", "trian"), 2, "'trian' is not one of 'corpus', 'augment', 'train'"),
+        (("rejects", "--stage", "trian"), 2, "'trian' is not one of"),
+        (("ask", "Who?", "--snapshot", "2026"), 3, "has no snapshot '2026'"),
+        (("ask", "Who?", "--snapshot", ""), 3, "has no snapshot ''"),
+        (("snapshots", "show", ""), 3, "has no snapshot ''"),
+        (("export", "p1", "--to", "x", "--snapshot", "none"), 3, "see `prag snapshots list`"),
+        (("export-augmentations", "x", "--snapshot", "none"), 3, "see `prag snapshots list`"),
+        (("evaluate", "--snapshot", "none"), 3, "see `prag snapshots list`"),
+        (("submit", "--address", "http://127.0.0.1:9", "--", "rnu"), 2, "there is no command 'rnu'"),
+    ],
+)
+def test_a_name_that_is_not_known_fails_and_the_known_ones_are_listed(
+    folder: Path, prag: Prag, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    store = Store(str(folder / "store"))
+    put_rejects(store, "r1", [Reject("corpus", reason, "", f"c:{reason}") for reason in ("bad_json", "empty_text")])
+    place = 2 if arguments[0] == "snapshots" else 1
+    found, output = prag(*arguments[:place], "-c", "config.yaml", *arguments[place:])
+    assert (found, message in " ".join(output.replace("│", " ").split())) == (code, True), output
+    assert len(store.list("rejects", ".parquet")) == 1
+
+
+def test_a_reason_that_is_known_is_cleared(folder: Path, prag: Prag) -> None:
+    store = Store(str(folder / "store"))
+    put_rejects(store, "r1", [Reject("corpus", reason, "", f"c:{reason}") for reason in ("bad_json", "empty_text")])
+    assert prag("retry", "-c", "config.yaml", "--reason", "bad_json")[0] == 0
+    assert "bad_json" not in prag("rejects", "-c", "config.yaml")[1]
+
+
+def test_a_log_level_that_is_not_known_is_named(prag: Prag, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRAG_LOG", "loud")
+    code, output = prag("status", "-c", "config.yaml")
+    assert (code, "known are DEBUG, INFO" in output) == (2, True), output
+    monkeypatch.setenv("PRAG_LOG", "error")
+    assert prag("status", "-c", "config.yaml")[0] == 0
 
 
 def test_a_terminal_that_knows_only_ascii_gets_everything(folder: Path) -> None:

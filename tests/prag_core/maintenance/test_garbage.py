@@ -278,5 +278,5 @@ def latest(store: Store, recipe: str) -> dict[str, tuple[str, str]]:
 def test_a_damaged_store_is_not_collected(store: Store, layout: LoraLayout) -> None:
     part = adapters_of(store, layout).ledger_parts()[0]
     store.put(part, store.get(part)[:-20])
-    with pytest.raises(StoreError, match="run `prag repair` first"):
+    with pytest.raises(StoreError, match="then `prag repair`"):
         find_garbage(store, store.objects(), all_snapshots(store), grace_s=0)
