@@ -34,6 +34,8 @@ def _check_url(url: str) -> str:
         raise PydanticCustomError("credentials", "holds credentials")
     if not url.strip():
         raise PydanticCustomError("empty", "is empty: it would be the working folder")
+    if "\0" in url:
+        raise PydanticCustomError("zero_byte", "holds a zero byte, which no path may")
     return url
 
 

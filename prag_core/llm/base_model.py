@@ -69,8 +69,12 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
                 "get the model again, or name the config.json that belongs to these weights",
             )
         model.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model.name = {config.name!r} cannot be loaded on {device}: {error}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file makes transformers' code raise whatever it happens to lead to
+        raise ModelError(
+            f"model.name = {config.name!r} cannot be loaded on {device}: {type(error).__name__}: {error}"
+        ) from error
     model.requires_grad_(False)
     model.eval()
     use_few_rows(model)

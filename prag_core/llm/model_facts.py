@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -100,6 +101,9 @@ def _weights_digest(folder: Path) -> str:
     """Return a hash of all tensors of a folder, in the order of their names."""
     files = weight_files(folder)
     tensors = sorted((name, path, tensor) for path in files for name, tensor in _header(path).tensors.items())
+    for (name, path, _), (next_name, next_path, _) in itertools.pairwise(tensors):
+        if name == next_name:
+            raise ModelError(f"{next_path}: holds {name}, and so does {path.name}", "get the model again")
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
     for name, path, tensor in tensors:
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())

@@ -102,7 +102,9 @@ def test_what_yaml_would_guess_or_drop_is_refused(write, text: str, overrides: l
         load_config(write(MINIMAL + text), overrides)
 
 
-def test_an_empty_store_is_not_the_working_folder(write) -> None:
+def test_a_path_without_a_meaning_is_refused(write) -> None:
+    with pytest.raises(ConfigError, match="holds a zero byte"):
+        load_config(write('store: "a\\0b"\ncorpus: {path: c.jsonl}\n'))
     with pytest.raises(ConfigError, match="store = '': is empty"):
         load_config(write("store: ''\ncorpus: {path: c.jsonl}\n"))
 

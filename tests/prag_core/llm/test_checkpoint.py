@@ -121,6 +121,12 @@ def write_index(text: str) -> Callable[[Path], None]:
     return write
 
 
+def repeat_tensors(folder: Path) -> None:
+    into_shards(folder)
+    first, second = weight_files(folder)
+    second.write_bytes(first.read_bytes())
+
+
 def add_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
@@ -154,6 +160,7 @@ def set_in_config(**settings: object) -> Callable[[Path], None]:
         (write_index("[]"), r"index\.json: holds no JSON object"),
         (write_index('{"weight_map": {}}'), r"index\.json: its weight_map names no files"),
         (write_index('{"weight_map": {"a": 1}}'), r"index\.json: its weight_map names no files"),
+        (repeat_tensors, r"00002\.safetensors: holds .*, and so does model-00001-of-00002"),
         (add_adapter, r"holds an adapter beside the model .*\n.*merge"),
         (change("config.json", "{"), r"config\.json: cannot be read"),
         (change("config.json", "[]"), r"config\.json: holds no JSON object"),
@@ -180,6 +187,13 @@ def test_weights_that_lack_a_tensor_are_not_made_up(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight and 0 more, which would be random"
     ):
+        load_base_model(ModelConfig(name=str(folder), device="cpu"))
+
+
+def test_an_index_that_transformers_cannot_read_is_an_error(folder: Path) -> None:
+    index = into_shards(folder)
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(ModelError, match="cannot be loaded on cpu: KeyError: 'metadata'"):
         load_base_model(ModelConfig(name=str(folder), device="cpu"))
 
 
