@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import locale
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +79,8 @@ def prepare_jvm(heap: str = HEAP) -> Path:
                 options.append("--sun-misc-unsafe-memory-access=allow")
             jnius_config.set_options(*options)
             try:
-                import jnius
+                with _paths_as_in_python():
+                    import jnius
             except (SystemError, ImportError, OSError) as error:
                 raise RetrievalError(
                     f"the JVM of {home} does not start: {error}",
@@ -90,6 +93,25 @@ def prepare_jvm(heap: str = HEAP) -> Path:
         import jnius
 
         return Path(jnius.autoclass("java.lang.System").getProperty("java.home"))
+
+
+@contextmanager
+def _paths_as_in_python() -> Iterator[None]:
+    """Let the JVM that starts within this context write paths as Python does.
+
+    It writes them as the locale says. In the locale C (`LC_ALL=C`, as in many containers and cron jobs) Python uses
+    UTF-8, and Java could open no path that is not ASCII.
+    """
+    before = os.environ.get("LC_ALL")
+    if sys.getfilesystemencoding() == "utf-8" and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["LC_ALL"] = "C.UTF-8"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("LC_ALL", None)
+        else:
+            os.environ["LC_ALL"] = before
 
 
 def _anserini_jar() -> Path:
@@ -115,6 +137,8 @@ def java_classes(what: str, remedy: str) -> Iterator[Any]:
             yield jnius.autoclass
         except jnius.JavaException as error:
             reason = str(error).partition("\n")[0].removeprefix("JVM exception occurred: ")
+            if "InvalidPathException" in reason:
+                remedy = "this locale cannot write the path: set LC_ALL=C.UTF-8, or use folders with plain names"
             raise RetrievalError(f"{what}: {reason}", remedy) from None
         finally:
             if threading.current_thread() is not threading.main_thread():

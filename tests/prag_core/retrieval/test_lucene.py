@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -119,6 +120,28 @@ except KeyboardInterrupt:
     for environment in ({}, {"JAVA_HOME": old, "OPENAI_API_KEY": "mine", "EXPECTED": "mine"}):
         done = run_python(code, **environment)
         assert (done.returncode, done.stdout, done.stderr) == (42, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", ["C", "POSIX", "xx_YY", "C.UTF-8"])
+def test_paths_that_are_not_ascii_work_in_every_locale(index: Path, tmp_path: Path, locale: str) -> None:
+    """Java writes paths as the locale says, and the locale C says ASCII."""
+    folder = tmp_path / "café 寺 😀"
+    shutil.copytree(index, folder / "copy")
+    code = f"""
+import os
+from pathlib import Path
+from prag_core.config import IndexConfig
+from prag_core.retrieval.lucene import LuceneRetriever, build_index
+from tests.helpers.passages import make_passage
+folder = Path({str(folder)!r})
+assert LuceneRetriever(folder / "copy", IndexConfig()).search("glacier", 1)[0].passage.title == "Lake Sulva"
+build_index([make_passage(1)], folder / "built", IndexConfig())
+assert len(LuceneRetriever(folder / "built", IndexConfig()).search("Quorl", 1)) == 1
+assert os.environ["LC_ALL"] == {locale!r}
+"""
+    done = run_python(code, LC_ALL=locale)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # ---- build and search
