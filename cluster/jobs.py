@@ -58,7 +58,7 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise JobServerError(f"the job server at {address} refuses the token: {_first_line(error)}") from None
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:  # ValueError: it is no URL
         raise JobServerError(f"no job server answers at {address}: {_first_line(error)}") from None
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import typer
 
@@ -91,10 +92,16 @@ def _check_utf8() -> None:
     """Check that everything a user has typed can be stored and shown.
 
     Raises:
-        ConfigError: when an argument, or a variable of ours, holds bytes that are not UTF-8.
+        ConfigError: when an argument, a variable of ours or the current folder holds bytes that are not UTF-8, or
+            there is no current folder any more.
     """
-    variables = {name: value for name, value in os.environ.items() if name.startswith("PRAG_")}
-    for name, value in [*(("argument", argument) for argument in sys.argv[1:]), *variables.items()]:
+    try:
+        given = [("the current folder", str(Path.cwd()))]  # Ray sends it to its workers
+    except FileNotFoundError:
+        raise ConfigError("the current folder was removed", "go to another one") from None
+    given += [("argument", argument) for argument in sys.argv[1:]]
+    given += [(name, value) for name, value in os.environ.items() if name.startswith("PRAG_")]
+    for name, value in given:
         if not is_storable(value):
             from prag_core.data.files import shown
 

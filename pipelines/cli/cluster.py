@@ -31,7 +31,10 @@ def plan(
     set_: options.Set = None,
     profile: options.Profile = None,
     measure: Annotated[
-        int, typer.Option("--measure", min=0, help="Augment and train this many passages now; stores nothing.")
+        int,
+        typer.Option(
+            "--measure", min=0, max=1_000_000, help="Augment and train this many passages now; stores nothing."
+        ),
     ] = 0,
     price_gpu_hour: Annotated[
         float | None, typer.Option("--price-gpu-hour", min=0, help="The price of a GPU hour, in dollars.")

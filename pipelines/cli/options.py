@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,9 +72,10 @@ def parse_age(text: str) -> float:
         ValueError: when the text is not an age.
     """
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    if not text[:-1].replace(".", "", 1).isdigit() or text[-1:] not in units:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
+    if not found:
         raise ValueError(f"{text!r} is not an age: write 30s, 90m, 24h or 7d")
-    return float(text[:-1]) * units[text[-1]]
+    return float(found[1]) * units[found[2]]
 
 
 def snapshot_of(settings: config.Config, given: str | None) -> str | None:

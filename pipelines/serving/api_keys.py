@@ -70,8 +70,11 @@ class KeyFile:
         """Add a key and return it. It cannot be read again later.
 
         Raises:
-            ConfigError: when the file cannot be read or written, or a valid key already has this name.
+            ConfigError: when the name cannot be shown in one line, the file cannot be read or written, or a valid key
+                already has this name.
         """
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(f"{name!r} is no name for a key", "use letters, digits and signs, in one line")
         id, secret = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)
         made = ApiKey(id, name, _hash(secret), tuple(sorted(set(access))), rate_per_minute, created=_now())
         with self._lock():

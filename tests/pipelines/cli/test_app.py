@@ -221,6 +221,52 @@ def test_a_log_level_that_is_not_known_is_named(prag: Prag, monkeypatch: pytest.
     assert prag("status", "-c", "config.yaml")[0] == 0
 
 
+def test_the_current_folder_can_be_told_to_others(folder: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9"))
+    odd.mkdir()
+    code, output = prag_process(odd, "plan", PYTHONPATH=str(ROOT))
+    assert (code, "the current folder" in output, "caf\\xe9" in output) == (2, True, True), output
+    gone = folder / "gone"
+    gone.mkdir()
+    leave = f"rmdir {gone}; exec {sys.executable} -m pipelines.cli plan"
+    done = subprocess.run(
+        ["/bin/sh", "-c", leave],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, "the current folder was removed" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gc", "--grace", "1\u0663h"), "is not an age"),
+        (("gc", "--grace", "\u00b2h"), "is not an age"),
+        (("gc", "--grace", "1.h"), "is not an age"),
+        (("plan", "--measure", "9" * 30), "less than or equal to 1000000"),
+        (("keys", "add", "", "-f", "k.json"), "is no name for a key"),
+        (("keys", "add", "a\nb", "-f", "k.json"), "is no name for a key"),
+        (("keys", "add", "\u200b", "-f", "k.json"), "is no name for a key"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(
+    folder: Path, prag: Prag, arguments: tuple[str, ...], message: str
+) -> None:
+    code, output = prag(*arguments)
+    assert (code, message in " ".join(output.replace("│", " ").split())) == (2, True), output
+    assert not (folder / "k.json").exists()
+
+
+def test_an_address_that_is_no_url_is_named(prag: Prag) -> None:
+    code, output = prag(
+        "submit", "--address", "htp:/x", "--set", "store=s3://b/p", "--set", "corpus.path=s3://b/c", "run"
+    )
+    assert (code, "no job server answers at htp:/x" in output) == (12, True), output
+
+
 def test_a_terminal_that_knows_only_ascii_gets_everything(folder: Path) -> None:
     code, output = prag_process(folder, "ask", "-c", "config.yaml", "é 😀?", PYTHONIOENCODING="ascii")
     assert (code, "run `prag run` first" in output) == (5, True), output
