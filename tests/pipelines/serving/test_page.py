@@ -183,7 +183,8 @@ def test_text_of_users_and_passages_is_never_run_as_html(page: Page, world: Worl
     page.ask(question)
     for mode in ("rag", "prag", "combine"):
         assert page.text(f"[aria-labelledby=mode-{mode}] li bdi") == EVIL_TITLE
-        assert page.text(f"[aria-labelledby=mode-{mode}] .answer") == world.answer(question, mode)["answer"]
+        answer = world.answer(question, mode)["answer"] or "(an empty answer)"
+        assert page.text(f"[aria-labelledby=mode-{mode}] .answer") == answer
     assert page.browser.run("return document.querySelectorAll('img, script:not([src])').length") == 0
     assert page.browser.chrome.title == "Parametric RAG"
     assert page.browser.complaints() == []
