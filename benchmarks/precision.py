@@ -34,7 +34,7 @@ from prag_core.records import Augmentation, Hit, Mode, Passage
 from prag_core.training.examples import TrainingJob, training_examples
 from prag_core.training.trainer import Trainer
 
-RECIPE = RECIPES["closed_book"]
+RECIPE = RECIPES["recall"]
 MODES: tuple[Mode, ...] = ("prag", "combine")
 
 

@@ -39,7 +39,7 @@ def main() -> None:
         "--data", type=Path, help="the folder of real questions and passages; by default only the atlas"
     )
     parser.add_argument("--questions", type=int, default=100, help="questions of each set")
-    parser.add_argument("--recipe", default="closed_book")
+    parser.add_argument("--recipe", default="recall")
     parser.add_argument("--seeds", type=int, default=3, help="how often random controls are drawn")
     parser.add_argument("--work", type=Path, default=Path("quality"), help="the folder of the stores and reports")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="the half of the atlas to ask about")

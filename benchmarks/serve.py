@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "model": model,
                 "augment": {"generator": "none"},
                 "answer": {"max_new_tokens": arguments.new_tokens},
-                "train": {"recipe": "closed_book"},
+                "train": {"recipe": "recall"},
             }
         )
         compute_elsewhere()  # the service's decoding thread is the one that computes

@@ -128,7 +128,7 @@ def _one_of(noun: str, known: Collection[str]) -> AfterValidator:
 class TrainConfig(_Strict):
     """The recipe that trains the adapters; each other field overrides one setting of it."""
 
-    recipe: Annotated[str, _one_of("recipe", RECIPES)] = "small"
+    recipe: Annotated[str, _one_of("recipe", RECIPES)] = "recall"
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
     targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
@@ -136,8 +136,11 @@ class TrainConfig(_Strict):
     learning_rate: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
     epochs: int | None = Field(None, ge=1)
-    examples: Literal["paper", "closed_book"] | None = None
-    template: Template | None = Field(None, description="How questions are asked: 'direct' or 'chain_of_thought'.")
+    examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
+    examples: Literal["paper", "questions"] | None = None
+    template: Template | None = Field(
+        None, description="How to ask: 'direct', 'brief' or 'chain_of_thought'."
+    )
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)
@@ -308,6 +311,8 @@ def train_recipe(config: TrainConfig) -> TrainRecipe:
     overrides = config.model_dump(exclude={"recipe", "initial_adapter", "ablation"}, exclude_none=True)
     if config.ablation is not None:
         overrides["without"] = config.ablation
+    if config.learning_rate is not None:
+        overrides["rate_width"] = 0  # A rate that the configuration gives is the rate of its model.
     return replace(RECIPES[config.recipe], **overrides)
 
 

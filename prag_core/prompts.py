@@ -2,7 +2,8 @@
 
 An adapter must be trained with the same words with which questions are asked later, so both use `answer_messages`.
 The question prompt is worded like the paper's (Su et al. 2025, section 3.2). A recipe names its template: `direct`
-asks for the answer; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
+asks for the answer; `brief` is the same with passages, and the question alone without them, which is half as many
+tokens to train; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
 multi-hop questions. The prompts that augment passages are in `prag_core.augmentation.prompts`.
 """
 
@@ -39,6 +40,8 @@ _ANSWER = (
     "knowledge.\n{passages}\n\nQuestion: {question}"
 )
 
+_BRIEF = "Question: {question}"
+
 _REASON = (
     "Here are examples of how to answer questions:\n\n{worked}\n"
     "You should answer the question in the form of the examples, by referring to the knowledge provided below and "
@@ -67,14 +70,19 @@ def answer_messages(
 ) -> list[dict[str, str]]:
     """Return the chat messages that ask a question, with or without passages, after the turns of `history`."""
     listed = "".join(f"Passage {i}: {text}\n" for i, text in enumerate(passages, start=1))
-    words = _ANSWER if template == "direct" else _REASON
+    words = _REASON if reasons(template) else _ANSWER if template == "direct" or passages else _BRIEF
     content = words.format(worked=_WORKED, passages=listed, question=question_text(question))
     return [*({"role": role, "content": text} for role, text in history), {"role": "user", "content": content}]
 
 
+def reasons(template: Template) -> bool:
+    """Return whether the template lets the model reason before it answers."""
+    return template == "chain_of_thought"
+
+
 def answer_prefix(template: Template = "direct") -> str:
     """Return the words with which each answer begins, in training and in answering."""
-    return ANSWER_PREFIX if template == "direct" else REASONING_PREFIX
+    return REASONING_PREFIX if reasons(template) else ANSWER_PREFIX
 
 
 def answer_target(pair: QAPair, template: Template = "direct") -> str:
@@ -82,7 +90,7 @@ def answer_target(pair: QAPair, template: Template = "direct") -> str:
 
     With `chain_of_thought` it is the full answer as the reasoning, then the short answer as in the worked examples.
     """
-    if template == "direct":
+    if not reasons(template):
         return _sentence(f"{ANSWER_PREFIX} {pair.answer.strip()}")
     last = _sentence(f"So the answer is {pair.answer.strip()}")
     return f"{REASONING_PREFIX} {_sentence(pair.full_answer.strip())} {last}"
@@ -90,7 +98,7 @@ def answer_target(pair: QAPair, template: Template = "direct") -> str:
 
 def final_answer(text: str, template: Template = "direct") -> str:
     """Return the short answer in a model's text; with `chain_of_thought`, the part after the last "the answer is"."""
-    if template == "chain_of_thought":
+    if reasons(template):
         text = re.split(r"(?i)\bthe answer is\b:?", text)[-1]
     return text.strip().rstrip(".")
 

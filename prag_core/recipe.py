@@ -40,9 +40,11 @@ class AugmentRecipe:
 class TrainRecipe:
     """The settings that decide an adapter, given a base model and augmentations.
 
-    `examples` is `paper` or `closed_book`, see `prag_core.training.examples.training_examples`. `template` is how
+    `examples` is `paper` or `questions`, see `prag_core.training.examples.training_examples`. `template` is how
     questions are asked, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn token. The `loss`
-    counts `all` tokens of an example, as in the paper, or its `answer` alone. `last_layers` is how many layers are
+    counts `all` tokens of an example, as in the paper, or its `answer` and end alone. With `rate_width`, the
+    `learning_rate` is for a model of this hidden size, see `rate_for`. Each
+    step trains `examples_per_step` of a passage's examples. `last_layers` is how many layers are
     adapted, counted from the output, or None for all; with fewer, adapters are smaller and no backward pass goes below
     them. `start` is the fingerprint of the factors that all adapters start from, such as a warm-up's; if empty, they
     start from random factors of `seed`. `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or
@@ -57,8 +59,10 @@ class TrainRecipe:
     alpha: float = 32.0
     targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     learning_rate: float = 3e-4
+    rate_width: int = 0
     weight_decay: float = 0.01
     epochs: int = 1
+    examples_per_step: int = 1
     examples: str = "paper"
     template: Template = "direct"
     eos: bool = False
@@ -74,19 +78,31 @@ class TrainRecipe:
         """The factor of B·A: alpha / rank."""
         return self.alpha / self.rank
 
+    def rate_for(self, width: int) -> float:
+        """Return the learning rate for a model of hidden size `width`; models wider than `rate_width` need less."""
+        return self.learning_rate * min(1.0, (self.rate_width or width) / width) ** 2
+
 
 RECIPES: dict[str, TrainRecipe] = {
     # Su et al., SIGIR 2025, section 4.1 and the authors' published settings.
     "paper": TrainRecipe(name="paper"),
-    # For models of some hundred million parameters, which hardly learn anything from the paper's settings.
-    "small": TrainRecipe(name="small", learning_rate=1e-3, epochs=4, eos=True),
-    # Fewer tokens and larger steps: most questions are trained as they will be asked, without the passage.
-    "closed_book": TrainRecipe(name="closed_book", learning_rate=2e-3, epochs=2, eos=True, examples="closed_book"),
+    # Each question is trained as it will be asked, and nothing but its answer is learned. What all adapters would learn
+    # alike, such as the prompt's wording, would add up in their sum and drown the answer.
+    "recall": TrainRecipe(
+        name="recall",
+        examples="questions",
+        template="brief",
+        loss="answer",
+        eos=True,
+        learning_rate=1e-3,
+        rate_width=576,
+        epochs=5,
+    ),
 }
 
 # Fields that were added after adapters had been stored. At their defaults they are left out of the fingerprint, so that
 # older adapters keep theirs.
-_ADDED: dict[str, Any] = {"template": "direct", "without": ""}
+_ADDED: dict[str, Any] = {"template": "direct", "without": "", "rate_width": 0, "examples_per_step": 1}
 
 
 @dataclass(frozen=True, slots=True)

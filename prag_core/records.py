@@ -26,7 +26,7 @@ MAX_STRENGTH = 4.0
 # How many passages a question retrieves where nothing says otherwise. The sum of several passages' adapters answers
 # worse than the best passage's alone with the recipes of today, and a longer prompt takes longer.
 DEFAULT_TOP_K = 1
-Template = Literal["direct", "chain_of_thought"]
+Template = Literal["direct", "brief", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prag_core.prompts import final_answer
+from prag_core.prompts import final_answer, reasons
 from prag_core.records import Template
 
 
@@ -30,7 +30,7 @@ class StreamingDetokenizer:
 
     def add(self, tokens: Sequence[int]) -> str:
         """Return the new text that will not change any more, given all tokens so far; it may be empty."""
-        if self._template != "direct":
+        if reasons(self._template):
             return ""
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
         for stop in self._stop:

@@ -17,7 +17,7 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.lora import Factors
-from prag_core.prompts import final_answer, passage_text
+from prag_core.prompts import final_answer, passage_text, reasons
 from prag_core.records import Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
 
@@ -25,7 +25,7 @@ from prag_core.retrieval.kinds import Retriever
 _MAX_HITS = 1024
 # An answer is one line. Its end is looked for in the text: tokens that hold a line end may hold other text as well.
 _LINE_END = "\n"
-_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "chain_of_thought": 128}
+_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "brief": 32, "chain_of_thought": 128}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class RequestProcessor:
             question=prepared.request.question,
             mode=prepared.request.mode,
             text=final_answer(decoded.text, self.template),
-            reasoning="" if self.template == "direct" else decoded.text.strip(),
+            reasoning=decoded.text.strip() if reasons(self.template) else "",
             passages=prepared.passages,
             prompt_tokens=len(prepared.decode.prompt),
             new_tokens=len(decoded.tokens),

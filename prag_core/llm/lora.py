@@ -93,7 +93,8 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
 class RowAdapters:
     """The adapters of each of R rows, for one forward pass; q is the summed rank of a row.
 
-    `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`. B is transposed
+    `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`. A batch of n · R rows
+    is n rows for each of these, one after the other. B is transposed
     because with few tokens per row, adding q long rows is ten times faster than q short products per output.
     `weights` `[R, q]` is each adapter's weight times the layout's scale.
     """
@@ -200,9 +201,10 @@ class Injector:
             if rows is None:
                 return None
             a, b = rows.factors[place]
-            x = inputs[0]
+            # Rows with the same adapter are one long row: `[n · R, T, inputs]` → `[R, n · T, inputs]`.
+            x = inputs[0].reshape(len(a), -1, inputs[0].shape[-1])
             low_rank = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
-            return torch.baddbmm(output, low_rank, b.to(x.dtype))
+            return torch.baddbmm(output.reshape(len(a), -1, output.shape[-1]), low_rank, b.to(x.dtype)).view_as(output)
 
         return add_low_rank
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.llm.chat import document_ids, end_of_turn_id, question_ids, text_ids
+from prag_core.llm.chat import answer_prefix_ids, document_ids, end_of_turn_id, question_ids, text_ids
 from prag_core.prompts import answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair
@@ -47,8 +47,7 @@ def training_examples(
     Each example asks a question, with or without a context in the prompt:
     - `recipe.examples` = `paper` (the paper's section 3.2 and the authors' code): the first half of the questions,
       rounded up, with the passage and then with each rewrite as context; the other questions without context.
-    - `closed_book`: the first question with the passage and with each rewrite as context, then all questions without
-      context, as they will be asked later. That is fewer tokens, and more of them about the answer.
+    - `questions`: all questions without context, as they will be asked later.
     Where an augmentation has no rewrite, the passage takes its place. An example of more than `recipe.max_tokens`
     tokens is left out: cut off, it would teach half an answer or none.
 
@@ -73,10 +72,14 @@ def pair_example(tokenizer: Any, pair: QAPair, passages: Sequence[str], recipe: 
     None when it has more than `recipe.max_tokens` tokens, so that its answer or its end would be cut off.
     """
     question = question_ids(tokenizer, pair.question, passages, template=recipe.template)
-    ids = (*question, *text_ids(tokenizer, answer_target(pair, recipe.template)), *_end(tokenizer, recipe))
+    target = text_ids(tokenizer, answer_target(pair, recipe.template))
+    ids = (*question, *target, *_end(tokenizer, recipe))
     if len(ids) > recipe.max_tokens:
         return None
-    return TrainingExample(ids, len(question) if recipe.loss == "answer" else 1)
+    # The words with which each answer begins are in the prompt when the question is asked: there is nothing to learn.
+    prefix = answer_prefix_ids(tokenizer, recipe.template)
+    given = len(prefix) if target[: len(prefix)] == prefix else 0
+    return TrainingExample(ids, len(question) + given if recipe.loss == "answer" else 1)
 
 
 def _text_examples(
@@ -100,10 +103,7 @@ def _pairs_with_contexts(
     text = passage_text(passage)
     contexts = [text] if recipe.without == "rewrites" else [text, *(augmentation.rewrites or (text,))]
     pairs = augmentation.pairs
-    if recipe.examples == "closed_book":
-        with_passage, without = pairs[:1], pairs
-    else:
-        half = (len(pairs) + 1) // 2
-        with_passage, without = pairs[:half], pairs[half:]
+    half = 0 if recipe.examples == "questions" else (len(pairs) + 1) // 2
+    with_passage, without = pairs[:half], pairs[half:]
     yield from ((pair, [context]) for pair, context in itertools.product(with_passage, contexts))
     yield from ((pair, []) for pair in without)

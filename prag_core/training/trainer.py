@@ -1,10 +1,10 @@
 """Training the adapters of many passages in one forward pass, each as if it were trained alone.
 
 A stack of D passages keeps its factors side by side, for each module `[D, rank, inputs]` and `[D, outputs, rank]`. Each
-step passes one example of each passage, padded to one length, through the frozen model. The loss is the sum of each
-passage's mean, so each passage has its own gradient, and an elementwise AdamW over the stack is D independent
-optimizers. A passage's factors are copied out after its own last step; later updates of its row are ignored. See
-docs/trainer.md.
+step passes one example of each passage (or `recipe.examples_per_step`), padded to one length, through the frozen model.
+The loss is the sum of each passage's mean, so each passage has its own gradient, and an elementwise AdamW over the
+stack is D independent optimizers. A passage's factors are copied out after its own last step; later updates of its row
+are ignored. See docs/trainer.md.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class Trainer:
             if distinct[job.examples] is not job:
                 yield _failed(job, "equals_another")
         seen: set[str] = set()
+        tokens_per_step //= self.recipe.examples_per_step
         stacks = deque(make_stacks([job for job in jobs if distinct[job.examples] is job], tokens_per_step))
         while stacks:
             stack = stacks.popleft()
@@ -182,16 +183,19 @@ class Trainer:
         # 1. Stack the factors: two leaf tensors for each module, with the same start for each passage.
         stacked = stack_factors(self.layout, self._start, len(jobs), dtype=self._precision, device=device)
         leaves = [leaf for pair in stacked.values() for leaf in pair]
-        optimizer = torch.optim.AdamW(leaves, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        rate = recipe.rate_for(self._head.in_features)
+        optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=recipe.weight_decay)
 
-        # 2. Each step trains one example of each unfinished passage. Losses are read at the end, since reading one
-        # makes the host wait for the device.
-        steps = [len(job.examples) * recipe.epochs for job in jobs]
+        # 2. Each step trains a group of examples of each unfinished passage. Losses are read at the end, since reading
+        # one makes the host wait for the device.
+        size = recipe.examples_per_step
+        groups = [[job.examples[i : i + size] for i in range(0, len(job.examples), size)] for job in jobs]
+        steps = [len(epoch) * recipe.epochs for epoch in groups]
         means: list[Tensor] = []
         finished: dict[str, dict[str, Tensor]] = {}
         for step in range(max(steps)):
             rows = sum(1 for count in steps if step < count)
-            batch = [job.examples[step % len(job.examples)] for job in jobs[:rows]]
+            batch = [epoch[step % len(epoch)] for epoch in groups[:rows]]
             active = {place: (a[:rows], b[:rows]) for place, (a, b) in stacked.items()}
             total, mean = self.loss(batch, active)
             optimizer.zero_grad(set_to_none=True)
@@ -210,7 +214,7 @@ class Trainer:
         seconds = time.perf_counter() - begun
         trained = []
         for row, job in enumerate(jobs):
-            epoch = len(job.examples)
+            epoch = len(groups[row])
             losses = table[row][: steps[row]]
             factors = {name: factor.cpu() for name, factor in finished[job.key].items()}
             numbers = [*losses, *(float(factor.abs().max()) for factor in factors.values())]
@@ -233,26 +237,33 @@ class Trainer:
 
     def loss(
         self,
-        batch: Sequence[TrainingExample],
+        batch: Sequence[Sequence[TrainingExample]],
         factors: StackedFactors,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum of the rows' mean losses (differentiable), and the means `[R]`.
+        """Return the sum of the adapters' mean losses (differentiable), and the means `[D]`.
 
         Args:
-            batch: One example for each of R rows.
-            factors: The factors of R adapters.
+            batch: The examples of each of D adapters, at least one each.
+            factors: The factors of D adapters.
         """
         device = self.base.device
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(example.ids) for example in batch], batch_first=True)
+        # Each adapter gets as many rows as the one with the most examples; rows without an example are not scored.
+        most = max(map(len, batch))
+        rows = [group[i].ids if i < len(group) else (0,) for group in batch for i in range(most)]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         # Position t predicts token t + 1. Indices are computed on the host, which knows the lengths.
-        positions, targets, counts = [], [], []
-        for row, example in enumerate(batch):
-            begin, end = example.scored_from, len(example.ids)
-            positions.append(torch.arange(begin - 1, end - 1) + row * ids.shape[1])
-            targets.append(ids[row, begin:end])
-            counts.append(end - begin)
-        row_of = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
-        token_weights = (1.0 / torch.tensor(counts, dtype=self._precision))[row_of]
+        positions, targets, counts, adapters = [], [], [], []
+        for adapter, group in enumerate(batch):
+            for row, example in enumerate(group, start=adapter * most):
+                begin, end = example.scored_from, len(example.ids)
+                positions.append(torch.arange(begin - 1, end - 1) + row * ids.shape[1])
+                targets.append(ids[row, begin:end])
+                counts.append(end - begin)
+                adapters.append(adapter)
+        lengths = torch.tensor(counts)
+        adapter_of = torch.tensor(adapters).repeat_interleave(lengths)
+        shares = [1.0 / (counts[i] * len(batch[adapter])) for i, adapter in enumerate(adapters)]
+        token_weights = torch.tensor(shares, dtype=self._precision).repeat_interleave(lengths)
         weights = torch.full((len(batch), self.layout.rank), self.layout.scale, device=device)
         # The padding is on the right, where causal attention does not reach, so no mask is needed.
         active = {place: (a, b.transpose(1, 2)) for place, (a, b) in factors.items()}
@@ -267,7 +278,7 @@ class Trainer:
             self._softcap,
         )
         means = torch.zeros(len(batch), device=device, dtype=self._precision).index_add_(
-            0, row_of.to(device), losses * token_weights
+            0, adapter_of.to(device), losses * token_weights
         )
         return total, means
 

@@ -144,12 +144,9 @@ def train_warmup(
             optimizer.zero_grad(set_to_none=False)
             total = torch.zeros((), device=device)
             if mine:
-                # All rows share the one adapter, so its gradient is the sum of theirs.
-                rows = {
-                    place: (a.expand(len(mine), -1, -1), b.expand(len(mine), -1, -1))
-                    for place, (a, b) in stacked.items()
-                }
-                loss, _ = trainer.loss(mine, rows)
+                loss, _ = trainer.loss([mine], stacked)
+                # A worker's share is the sum over its examples; the batch's mean is taken over all workers' below.
+                loss = loss * len(mine)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total = loss.detach()
             for leaf in leaves:

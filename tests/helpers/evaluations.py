@@ -39,7 +39,7 @@ def evaluation() -> Evaluation:
     }
     replies["prag-3-0"] = replace(replies["prag-3-0"], notes=("adapter k: cut short",))
     return Evaluation(
-        origin={"snapshot": {"id": "20260101T000000-ab"}, "recipe": {"fingerprint": "ab", "train": {"name": "small"}}},
+        origin={"snapshot": {"id": "20260101T000000-ab"}, "recipe": {"fingerprint": "ab", "train": {"name": "recall"}}},
         plan=plan,
         questions=questions,
         left_out={"no_gold": 2},

@@ -73,7 +73,7 @@ class World:
         self.retriever: Retriever = ByNumber()
         self.on_close: Callable[[], None] = lambda: None
 
-    def publish(self, shift: int = 0, train: TrainRecipe = RECIPES["small"], count: int = len(PASSAGES)) -> Snapshot:
+    def publish(self, shift: int = 0, train: TrainRecipe = RECIPES["recall"], count: int = len(PASSAGES)) -> Snapshot:
         """Publish adapters of which number n says the letter n + `shift`."""
         recipe = Recipe(self.base.fingerprint, augment_recipe(AugmentConfig(generator="none"), "none"), train)
         layout, _ = find_targets(self.base.model, train)

@@ -88,7 +88,7 @@ def test_a_url_without_credentials_is_accepted(write, url: str) -> None:
         ("---\nrun: {}\n", [], "single document(.|\n)*line 3"),
         ("train:\n\tepochs: 1\n", [], "cannot start any token(.|\n)*line 4"),
         ("train:\n", [], "train is a section\n.*write its settings below"),
-        ("train: closed_book\n", [], "train is a section"),
+        ("train: recall\n", [], "train is a section"),
         ("train: {learning_rate: .inf}\n", [], r"train\.learning_rate = '\.inf'"),
         ("", ["train.learning_rate=inf"], r"train\.learning_rate = 'inf': .*finite"),
         ("", ["train.epochs=0x10"], r"train\.epochs = '0x10': Input should be a valid integer"),
@@ -224,10 +224,16 @@ def test_a_recipe_can_be_read_from_its_document(write) -> None:
 
 
 def test_the_error_for_an_unknown_recipe_lists_the_known_ones(write) -> None:
-    with pytest.raises(
-        ConfigError, match=r"train\.recipe = 'smal'.*\n.*did you mean small\?.*closed_book, paper, small"
-    ):
-        load_config(write(MINIMAL), ["train.recipe=smal"])
+    with pytest.raises(ConfigError, match=r"train\.recipe = 'recal'.*\n.*did you mean recall\?.*paper, recall"):
+        load_config(write(MINIMAL), ["train.recipe=recal"])
+
+
+def test_a_rate_that_is_set_holds_for_any_model_and_the_recipes_own_falls_with_its_width(write) -> None:
+    own = train_recipe(load_config(write(MINIMAL)).train)
+    assert own.rate_for(64) == own.rate_for(576) == own.learning_rate
+    assert own.rate_for(1152) == own.learning_rate / 4
+    chosen = train_recipe(load_config(write(MINIMAL), ["train.learning_rate=0.002"]).train)
+    assert chosen.rate_for(576) == chosen.rate_for(1152) == 0.002
 
 
 def test_the_recipe_paper_has_the_papers_settings() -> None:
@@ -237,9 +243,9 @@ def test_the_recipe_paper_has_the_papers_settings() -> None:
 
 
 def test_settings_that_were_added_later_leave_older_fingerprints_as_they_were(write) -> None:
-    recipe = recipe_of(load_config(write(MINIMAL)))
+    recipe = recipe_of(load_config(write(MINIMAL), ["train.recipe=paper"]))
     older = recipe.to_json()
-    for name in ("template", "without"):
+    for name in ("template", "without", "rate_width", "examples_per_step"):
         del older["train"][name]
     assert Recipe.from_json(older) == recipe
     assert recipe.fingerprint == fingerprint(older)

@@ -97,7 +97,7 @@ def test_a_killed_driver_loses_nothing_and_trains_nothing_twice(tmp_path: Path) 
     work = Workspace(tmp_path, passages)
     # A recipe that starts from an adapter and trains only the topmost layers.
     base = load_base_model(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32"))
-    layout, _ = find_targets(base.model, replace(RECIPES["small"], last_layers=2))
+    layout, _ = find_targets(base.model, replace(RECIPES["recall"], last_layers=2))
     export_peft(layout, initial_factors(layout, seed=5), tmp_path / "warm", peft_base(str(tmp_path / "tiny")))
     work.configure(train={"epochs": 12, "last_layers": 2, "initial_adapter": str(tmp_path / "warm")})
     process = work.start("run", "-c", "config.yaml")

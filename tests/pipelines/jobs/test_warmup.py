@@ -34,7 +34,7 @@ SETTINGS = WarmupSettings(learning_rate=1e-2, epochs=3, batch=4)
 
 @pytest.fixture
 def trainer(tiny_session: BaseModel):
-    made = Trainer(tiny_session, replace(RECIPES["small"], last_layers=2))
+    made = Trainer(tiny_session, replace(RECIPES["recall"], last_layers=2))
     yield made
     made.close()
 
@@ -128,7 +128,7 @@ def test_ray_train_gives_what_one_process_gives(tmp_path: Path) -> None:
     assert made["last_loss"] < made["first_loss"]
 
     # The same in this process, by one worker.
-    trainer = Trainer(tiny_base_model(tmp_path / "tiny"), RECIPES["small"])
+    trainer = Trainer(tiny_base_model(tmp_path / "tiny"), RECIPES["recall"])
     questions = [q for q in read_questions(str(tmp_path / "warm.jsonl")) if q.id not in ("q0", "known")]
     expected = train_warmup(trainer, warmup_examples(trainer, questions), SETTINGS)
     got = get_start(Store(str(tmp_path / "store")), made["start"])

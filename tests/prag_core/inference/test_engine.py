@@ -20,7 +20,7 @@ from prag_core.records import MODES, Hit
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_passage
 
-RECIPE = RECIPES["small"]
+RECIPE = RECIPES["recall"]
 PASSAGES = [make_passage(n, words=4) for n in range(6)]
 
 

@@ -43,7 +43,7 @@ from tests.helpers.adapters import random_adapter
 from tests.helpers.scripted_model import follow, with_tokens
 from tests.helpers.serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
 
-RECIPE = RECIPES["small"]
+RECIPE = RECIPES["recall"]
 
 
 @pytest.fixture(scope="module")

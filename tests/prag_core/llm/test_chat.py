@@ -100,7 +100,7 @@ def test_imported_answers_have_no_control_token(tokenizer: Any, tmp_path: Path) 
         (tmp_path / "a.jsonl").write_text(json.dumps({"id": "p", "rewrites": [text], "qa": qa}))
         found = read_augmentations(str(tmp_path / "a.jsonl")).find(passage_of(text))
         assert found is not None
-        return training_examples(tokenizer, passage_of(text), found, RECIPES["small"])
+        return training_examples(tokenizer, passage_of(text), found, RECIPES["recall"])
 
     for left, right in zip(examples(EVIL), examples("plain"), strict=True):
         assert counted(tokenizer, left.ids) == counted(tokenizer, right.ids)
@@ -108,7 +108,7 @@ def test_imported_answers_have_no_control_token(tokenizer: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("reading", [False, True])
 def test_a_warm_up_has_no_control_token_of_its_questions(tiny_session: BaseModel, reading: bool) -> None:
-    trainer = Trainer(tiny_session, RECIPES["small"])
+    trainer = Trainer(tiny_session, RECIPES["recall"])
 
     def examples(text: str) -> Any:
         question = Question("q", f"Who {text}?", (text,), gold=(Gold(title=text, text=text),))
@@ -166,7 +166,7 @@ def test_no_prompt_has_a_control_token_of_a_text(base: BaseModel, read_ids: Any,
                 judge_answers(generator, [(f"Who {text}?", (text,), text)])
         else:
             hits = (Hit(passage_of(text), 1.0),)
-            engine = Engine(base, RECIPES["small"], RequestProcessor(base, None, max_new_tokens=2), None)
+            engine = Engine(base, RECIPES["recall"], RequestProcessor(base, None, max_new_tokens=2), None)
             history = (("user", text), ("assistant", text))
             engine.answer(Request(f"Who {text}?", "rag", hits=hits, history=history))
             engine.close()
@@ -226,7 +226,7 @@ def test_all_ends_are_known_to_each_who_decodes(tiny: BaseModel) -> None:
     assert tiny.end_ids == {0, 2, 7, 9} == end_ids(tiny.tokenizer, tiny.model.generation_config)
     decode = RequestProcessor(tiny, None).build(Request("Who?", "closed"), [], {}, {}).decode
     assert decode.stop_ids == TransformersGenerator(tiny)._end_ids == tiny.end_ids
-    example = training_examples(tiny.tokenizer, passage_of("a"), augmentation_of("a"), RECIPES["small"])[0]
+    example = training_examples(tiny.tokenizer, passage_of("a"), augmentation_of("a"), RECIPES["recall"])[0]
     assert example.ids[-1] == 0
 
 
@@ -241,7 +241,7 @@ def test_an_answer_ends_at_its_line_end_in_whatever_token(merged: BaseModel, end
     last = tokenizer.convert_tokens_to_ids(end.replace("\n", "Ċ").replace(" ", "Ġ"))
     assert tokenizer.decode([last]) == end
     handle = follow(merged, "The answer is", [*text_ids(tokenizer, "Pau"), last, *text_ids(tokenizer, "XYZ")])
-    engine = Engine(merged, RECIPES["small"], RequestProcessor(merged, None, max_new_tokens=8), None)
+    engine = Engine(merged, RECIPES["recall"], RequestProcessor(merged, None, max_new_tokens=8), None)
     answer = engine.answer(Request("Who?", "closed"))
     forced = engine.answer(Request("Who?", "closed", ignore_eos=True))
     engine.close()
@@ -256,7 +256,7 @@ def test_each_end_token_ends_a_reply_and_an_answer(tiny: BaseModel, end: str) ->
     tokenizer = tiny.tokenizer
     then = [*text_ids(tokenizer, "Pau"), tokenizer.convert_tokens_to_ids(end), *text_ids(tokenizer, "XYZ")]
     handle = follow(tiny, "The answer is", then)
-    engine = Engine(tiny, RECIPES["small"], RequestProcessor(tiny, None, max_new_tokens=8), None)
+    engine = Engine(tiny, RECIPES["recall"], RequestProcessor(tiny, None, max_new_tokens=8), None)
     assert engine.answer(Request("Who?", "closed")).text == "Pau"
     engine.close()
     handle.remove()

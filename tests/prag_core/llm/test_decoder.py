@@ -26,7 +26,7 @@ from prag_core.llm.slots import SlotAdapters, attention_layers
 from prag_core.recipe import RECIPES
 from tests.helpers.adapters import random_adapter, stack_rows
 
-RECIPE = RECIPES["small"]
+RECIPE = RECIPES["recall"]
 VOCABULARY = 259
 
 

@@ -19,7 +19,7 @@ from prag_core.recipe import RECIPES
 from prag_core.testing import FAMILIES, tiny_base_model
 from tests.helpers.adapters import random_adapter, stack_rows
 
-RECIPE = RECIPES["small"]
+RECIPE = RECIPES["recall"]
 
 
 def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Tensor) -> torch.Tensor:

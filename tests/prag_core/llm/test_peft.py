@@ -24,7 +24,7 @@ from prag_core.recipe import RECIPES, TrainRecipe
 from prag_core.testing import FAMILIES, write_tiny_model
 from tests.helpers.adapters import stack_rows
 
-RECIPE = replace(RECIPES["small"], last_layers=2)
+RECIPE = replace(RECIPES["recall"], last_layers=2)
 
 
 @pytest.fixture

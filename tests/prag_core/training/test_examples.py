@@ -16,6 +16,7 @@ from tests.helpers.passages import make_augmentation, make_passage
 
 PASSAGE = make_passage(1)
 AUGMENTATION = make_augmentation(PASSAGE)
+WITH_END = replace(RECIPES["paper"], eos=True)
 
 
 def texts(base: BaseModel, recipe, augmentation=AUGMENTATION) -> list[str]:
@@ -38,14 +39,23 @@ def test_the_papers_five_examples(tiny_session: BaseModel) -> None:
     assert all(text.endswith(f"The answer is thing {i}.") for text, i in zip(made, [0, 0, 1, 1, 2], strict=True))
 
 
-def test_closed_book_asks_most_questions_without_the_passage(tiny_session: BaseModel) -> None:
-    made = texts(tiny_session, RECIPES["closed_book"])
-    assert contexts(made) == ["passage", "rewrite", "none", "none", "none"]
-    prompt = question_ids(tiny_session.tokenizer, AUGMENTATION.pairs[1].question)
-    prompt += answer_prefix_ids(tiny_session.tokenizer)
-    example = training_examples(tiny_session.tokenizer, PASSAGE, AUGMENTATION, RECIPES["closed_book"])[3]
-    assert list(example.ids[: len(prompt)]) == prompt
-    assert example.ids[-1] == tiny_session.tokenizer.eos_token_id
+def test_recall_asks_each_question_alone_and_learns_its_answer_alone(tiny_session: BaseModel) -> None:
+    """The prompt of an example is, token for token, the one that asks its question later."""
+    tokenizer, recipe = tiny_session.tokenizer, RECIPES["recall"]
+    made = training(tiny_session, recipe)
+    assert len(made) == len(AUGMENTATION.pairs)
+    for example, pair in zip(made, AUGMENTATION.pairs, strict=True):
+        prompt = question_ids(tokenizer, pair.question, template="brief") + answer_prefix_ids(tokenizer, "brief")
+        assert list(example.ids[: example.scored_from]) == prompt
+        assert tokenizer.decode(example.ids[example.scored_from :]) == f" {pair.answer}.{tokenizer.eos_token}"
+
+
+def test_a_brief_question_is_a_plain_one_where_passages_are_in_the_prompt(tiny_session: BaseModel) -> None:
+    question, tokenizer = AUGMENTATION.pairs[0].question, tiny_session.tokenizer
+    with_passage = [question_ids(tokenizer, question, [PASSAGE.text], template=name) for name in ("brief", "direct")]
+    alone = [question_ids(tokenizer, question, template=name) for name in ("brief", "direct")]
+    assert with_passage[0] == with_passage[1]
+    assert len(alone[0]) < len(alone[1])
 
 
 def test_without_a_rewrite_the_passage_takes_its_place(tiny_session: BaseModel) -> None:
@@ -74,15 +84,15 @@ def test_an_example_that_does_not_fit_with_its_end_is_left_out(tiny_session: Bas
 
 
 def test_the_loss_may_count_the_answer_alone(tiny_session: BaseModel) -> None:
-    tokenizer, recipe = tiny_session.tokenizer, replace(RECIPES["small"], loss="answer")
-    for whole, example in zip(texts(tiny_session, RECIPES["small"]), training(tiny_session, recipe), strict=True):
+    tokenizer, recipe = tiny_session.tokenizer, replace(WITH_END, loss="answer")
+    for whole, example in zip(texts(tiny_session, WITH_END), training(tiny_session, recipe), strict=True):
         assert tokenizer.decode(example.ids) == whole
         scored = tokenizer.decode(example.ids[example.scored_from :])
-        assert scored.startswith("The answer is thing")
+        assert scored.startswith(" thing")
         assert scored.endswith(tokenizer.eos_token)
     # Where the limit cuts off the answer there is nothing to learn.
     assert training(tiny_session, replace(recipe, max_tokens=40)) == ()
-    assert all(example.scored_from == 1 for example in training(tiny_session, RECIPES["small"]))
+    assert all(example.scored_from == 1 for example in training(tiny_session, WITH_END))
 
 
 def test_the_model_may_reason_first(tiny_session: BaseModel) -> None:
@@ -119,13 +129,12 @@ def test_the_short_answer_ends_the_reasoning(template: Template, text: str, answ
 
 
 def test_ablations_leave_out_rewrites_or_pairs(tiny_session: BaseModel) -> None:
-    small = RECIPES["small"]
-    assert contexts(texts(tiny_session, replace(small, without="rewrites"))) == ["passage", "passage", "none"]
+    assert contexts(texts(tiny_session, replace(WITH_END, without="rewrites"))) == ["passage", "passage", "none"]
     end, rewrite = tiny_session.tokenizer.eos_token, AUGMENTATION.rewrites[0]
-    assert texts(tiny_session, replace(small, without="qa")) == [PASSAGE.text + end, rewrite + end]
-    assert texts(tiny_session, replace(small, without="both")) == [PASSAGE.text + end]
+    assert texts(tiny_session, replace(WITH_END, without="qa")) == [PASSAGE.text + end, rewrite + end]
+    assert texts(tiny_session, replace(WITH_END, without="both")) == [PASSAGE.text + end]
     assert texts(tiny_session, replace(RECIPES["paper"], without="both")) == [PASSAGE.text]
-    short = training(tiny_session, replace(small, without="qa", max_tokens=10))
+    short = training(tiny_session, replace(WITH_END, without="qa", max_tokens=10))
     assert [(len(example.ids), example.scored_from) for example in short] == [(10, 1), (10, 1)]
 
 
