@@ -102,11 +102,13 @@ class AugmentConfig(_Strict):
     generator: Literal["transformers", "openai", "none"] = Field(
         "transformers", description="'none' uses the passages that `import_file` covers and rejects the others."
     )
-    strategy: Literal["paper", "small"] = "small"
+    strategy: Literal["paper", "lines", "small"] = Field(
+        "small", description="How pairs are written: as JSON, as lines, or completed from rules by a small model."
+    )
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
-    pairs: int = Field(3, ge=1, description="Question-answer pairs per passage.")
+    pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
     rewrites: int = Field(1, ge=0, description="Rewrites per passage.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
     seed: int = 0
@@ -138,9 +140,7 @@ class TrainConfig(_Strict):
     epochs: int | None = Field(None, ge=1)
     examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
     examples: Literal["paper", "questions"] | None = None
-    template: Template | None = Field(
-        None, description="How to ask: 'direct', 'brief' or 'chain_of_thought'."
-    )
+    template: Template | None = Field(None, description="How to ask: 'direct', 'brief' or 'chain_of_thought'.")
     eos: bool | None = None
     loss: Literal["all", "answer"] | None = None
     max_tokens: int | None = Field(None, ge=32)

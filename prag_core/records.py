@@ -63,7 +63,8 @@ class Augmentation:
     """The rewrites and question-answer pairs that a language model made of a passage.
 
     `origin` is `generated` or `imported`. `refused` counts the pairs that the filter rejected, as `reason=count`
-    strings. `attempts` and `seconds` say how many calls of the model it took, and how long.
+    strings. `attempts` and `seconds` say how many calls of the model it took, and how long. `coverage` is the share of
+    the passage's facts that its pairs ask about, see `prag_core.augmentation.coverage`.
     """
 
     key: str
@@ -73,6 +74,7 @@ class Augmentation:
     refused: tuple[str, ...] = ()
     attempts: int = 1
     seconds: float = 0.0
+    coverage: float = 0.0
 
     @property
     def digest(self) -> str:
@@ -211,7 +213,8 @@ def passage_table(passages: Iterable[Passage]) -> pa.Table:
 
 def from_table(record: type[T], table: pa.Table) -> list[T]:
     """Return the rows of `table` as records, ignoring columns that are no fields of the record."""
-    names = [f.name for f in dataclasses.fields(cast(Any, record))]
+    # A field that is newer than the table has its default.
+    names = [f.name for f in dataclasses.fields(cast(Any, record)) if f.name in table.column_names]
     return [from_dict(record, row) for row in table.select(names).to_pylist()]
 
 

@@ -23,14 +23,15 @@ TASK = "task"
 class Outcome:
     """The outcome of one passage in one stage; `rejected` is the reason, or empty when the passage is done.
 
-    Augmenting sets `pairs` (the number kept) and `refused` (those refused, as `reason=count`); training sets `bytes`
-    and `tokens`. `seconds` is the time that the actor spent on the passage.
+    Augmenting sets `pairs` (the number kept), `refused` (those refused, as `reason=count`) and `coverage`; training
+    sets `bytes` and `tokens`. `seconds` is the time that the actor spent on the passage.
     """
 
     key: str
     rejected: str = ""
     pairs: int = 0
     refused: tuple[str, ...] = ()
+    coverage: float = 0.0
     bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -43,6 +44,7 @@ class Tally:
     done: int = 0
     bytes: int = 0
     tokens: int = 0
+    coverage: float = 0.0
     rejected: Counter[str] = field(default_factory=Counter)
     pairs: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -62,6 +64,7 @@ class Tally:
             self.done += 1
             self.bytes += outcome.bytes
             self.tokens += outcome.tokens
+            self.coverage += outcome.coverage
             self.pairs[outcome.pairs] += 1
             for entry in outcome.refused:
                 reason, _, count = entry.partition("=")

@@ -16,7 +16,7 @@ from pipelines.execution.tables import map_objects
 from pipelines.planning.estimate import Moments
 from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
-from prag_core.augmentation.augment import augment
+from prag_core.augmentation.augment import augment, wanted_pairs
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here
@@ -42,10 +42,10 @@ class Measurement:
 
 def planned(passage: Passage, recipe: Recipe) -> Augmentation:
     """Return a typical augmentation: each rewrite is as long as the passage, each question has 15 words."""
-    pair = QAPair("word " * 15, "word " * 3, "")
-    return Augmentation(
-        passage.key, (passage.text,) * recipe.augment.rewrites, (pair,) * recipe.augment.pairs, "planned"
-    )
+    # The key makes each passage's examples its own, without which they would be trained once for all.
+    pair = QAPair(f"{passage.key} " + "word " * 14, "word " * 3, "")
+    pairs = (pair,) * wanted_pairs(passage, recipe.augment.pairs)
+    return Augmentation(passage.key, (passage.text,) * recipe.augment.rewrites, pairs, "planned")
 
 
 def measure(context: RunContext, passages: Sequence[Passage], console: Console) -> Measurement:

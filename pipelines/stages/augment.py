@@ -18,6 +18,7 @@ from pipelines.execution.recovery import resume_until_done
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.settings import RunContext
 from prag_core.augmentation.augment import augment
+from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
@@ -58,7 +59,7 @@ class AugmentPassages:
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
             if found is not None:
-                results.append(found)
+                results.append(replace(found, coverage=coverage(passage, found.pairs)))
             else:
                 missing.append(passage)
         results += self._generate(missing)
@@ -69,7 +70,10 @@ class AugmentPassages:
         put_rejects(self._store, self._run, rejects)
         return outcome_table(
             [
-                *(Outcome(r.key, pairs=len(r.pairs), refused=r.refused, seconds=r.seconds) for r in made),
+                *(
+                    Outcome(r.key, pairs=len(r.pairs), refused=r.refused, coverage=r.coverage, seconds=r.seconds)
+                    for r in made
+                ),
                 *(Outcome(reject.key, rejected=reject.reason) for reject in rejects),
             ]
         )
@@ -128,6 +132,7 @@ def run_augment(
         seconds=time.perf_counter() - begun,
         extra={
             "pairs": {str(pairs): n for pairs, n in sorted(tally.pairs.items())},
+            "coverage": round(tally.coverage / tally.done, 3) if tally.done else None,
             "refused": dict(tally.refused),
             "import_rejected": dict(Counter(reject.reason for reject in imported)),
         },

@@ -1,8 +1,8 @@
 """Passage → Augmentation or Reject: rewrites, and questions with their answers.
 
-Two strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
-section 3.1). With `small`, a model of about a hundred million parameters completes questions whose answers and first
-words are given (`prag_core.augmentation.small`).
+Three strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
+section 3.1); with `lines`, it writes them one a line, in several drafts. With `small`, a model of about a hundred
+million parameters completes questions whose answers and first words are given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.filter import Draft
+from prag_core.augmentation.lines import add_line_pairs
 from prag_core.augmentation.paper import add_pairs, add_rewrites
 from prag_core.augmentation.small import add_completed_pairs
 from prag_core.errors import PromptTooLongError
@@ -30,15 +32,15 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
         GenerationError: when the generator cannot be used, or failed for each of several passages.
     """
     started = time.monotonic()
-    drafts = [Draft(passage) for passage in passages]
-    add = add_completed_pairs if recipe.strategy == "small" else add_pairs
+    drafts = [Draft(passage, wanted_pairs(passage, recipe.pairs)) for passage in passages]
+    add = {"small": add_completed_pairs, "lines": add_line_pairs, "paper": add_pairs}[recipe.strategy]
     for attempt in range(recipe.attempts):
         drafts_open = [draft for draft in drafts if _is_open(draft, recipe)]
         for draft in drafts_open:
             draft.attempts += 1
             draft.error = None
         add_rewrites(drafts_open, generator, recipe, attempt)
-        add([draft for draft in drafts_open if len(draft.pairs) < recipe.pairs], generator, recipe, attempt)
+        add([draft for draft in drafts_open if len(draft.pairs) < draft.wanted], generator, recipe, attempt)
     seconds = (time.monotonic() - started) / max(1, len(drafts))
     results = [_result(draft, seconds) for draft in drafts]
     failed = [draft.error for draft in drafts if draft.error]
@@ -48,8 +50,13 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
     return results
 
 
+def wanted_pairs(passage: Passage, pairs: int) -> int:
+    """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 7 words, from 8 to 24."""
+    return pairs or min(24, max(8, len(passage.text.split()) // 7))
+
+
 def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
-    short = len(draft.pairs) < recipe.pairs or len(draft.rewrites) < recipe.rewrites
+    short = len(draft.pairs) < draft.wanted or len(draft.rewrites) < recipe.rewrites
     return short and not isinstance(draft.error, PromptTooLongError)
 
 
@@ -65,6 +72,7 @@ def _result(draft: Draft, seconds: float) -> Augmentation | Reject:
             refused=refused,
             attempts=draft.attempts,
             seconds=seconds,
+            coverage=coverage(passage, draft.pairs),
         )
     if isinstance(draft.error, PromptTooLongError):
         reason, detail = "too_long_for_model", draft.error.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prag_core.augmentation.prompts import INVENTED_NAMES
 from prag_core.errors import GenerationError
@@ -24,6 +24,15 @@ _KEPT_SHARE = 0.2
 # A rewrite with a smaller share of distinct three-word sequences repeats itself.
 _DISTINCT_SHARE = 0.7
 _LONG_WORD = re.compile(r"\w{5,}")
+# How many questions with one answer a passage may have: two wordings of a fact are learned better than one.
+_WORDINGS = 2
+# Words that an answer may have and its passage need not.
+_SMALL_WORDS = frozenset(
+    ("a", "an", "the", "of", "in", "on", "at", "to", "for", "and", "or", "by", "with", "from", "as")
+)
+_PRONOUN = re.compile(r"(?<=\w )(?:(he|she|it|they|him|them)|(his|her|its|their))\b(?! own\b)", re.IGNORECASE)
+_NAME = re.compile(r"(?<=\w )[^\W\d_a-z]\w")
+_DISAMBIGUATION = re.compile(r"\s*\([^()]*\)\s*\Z")
 
 
 def fold_text(text: str) -> str:
@@ -48,8 +57,9 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
     """Return the reason for refusing a pair, or None to accept it; `accepted` are the passage's pairs so far.
 
     The reasons are `empty`, `no_question_mark`, `too_long`, `prompt_copy` (it has an invented name of the prompt's
-    examples), `answer_in_question`, `answer_not_in_passage`, `duplicate_question` and `duplicate_answer`. The
-    strategies add `bad_json` (`paper`) and `low_score` (`small`).
+    examples), `no_subject` (it can be understood only beside its passage), `answer_in_question`,
+    `answer_not_in_passage`, `duplicate_question` and `duplicate_answer` (a third question with one answer). The
+    strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `low_score` (`small`).
     """
     source = passage_text(passage)
     question, answer = fold_text(pair.question), fold_text(pair.answer)
@@ -64,15 +74,32 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
     copied = (name for name in INVENTED_NAMES if contains_text(f"{question} {answer}", name))
     if any(not contains_text(source, name) for name in copied):
         return "prompt_copy"
+    if _PRONOUN.search(pair.question) and not _NAME.search(pair.question):
+        return "no_subject"
     if contains_text(question, answer):
         return "answer_in_question"
-    if not contains_text(source, answer):
+    if not contains_text(source, answer) and not _words(answer) - _SMALL_WORDS <= _words(source):
         return "answer_not_in_passage"
     if any(fold_text(other.question) == question for other in accepted):
         return "duplicate_question"
-    if any(fold_text(other.answer) == answer for other in accepted):
+    if sum(fold_text(other.answer) == answer for other in accepted) >= _WORDINGS:
         return "duplicate_answer"
     return None
+
+
+def name_subject(question: str, passage: Passage) -> str:
+    """Return a question with the passage's title for its first pronoun, if it names nothing itself.
+
+    "When was she born?" becomes "When was Ada Lovelace born?". Models write such questions about biographies.
+    """
+    title = _DISAMBIGUATION.sub("", passage.title)
+    if not title or _NAME.search(question) or contains_text(question, title):
+        return question
+    return _PRONOUN.sub(lambda found: title if found[1] else f"{title}'s", question, count=1)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", fold_text(text)))
 
 
 def is_rewrite(text: str, passage: Passage) -> bool:
@@ -95,12 +122,13 @@ def _trigrams(words: list[str]) -> list[tuple[str, ...]]:
 
 @dataclass
 class Draft:
-    """The augmentation of one passage while a call of `augment` makes it.
+    """The augmentation of one passage while a call of `augment` makes it. `wanted` is how many pairs it should have.
 
     `error` is the last attempt's. `reasons` says that a reply was cut off in its reasoning, so later ones need room.
     """
 
     passage: Passage
+    wanted: int
     rewrites: list[str] = field(default_factory=list)
     pairs: list[QAPair] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
@@ -109,7 +137,8 @@ class Draft:
     reasons: bool = False
 
     def offer(self, pair: QAPair) -> None:
-        """Accept the pair, or count the reason for refusing it."""
+        """Accept the pair, its subject named, or count the reason for refusing it."""
+        pair = replace(pair, question=name_subject(pair.question, self.passage))
         if reason := refusal(pair, self.passage, self.pairs):
             self.refused[reason] += 1
         else:

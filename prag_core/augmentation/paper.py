@@ -9,21 +9,16 @@ from dataclasses import astuple
 
 from prag_core.augmentation.filter import Draft, is_rewrite
 from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE, questions_prompt, rewrite_prompt
+from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed, read_reply, reasoning_room
 from prag_core.data.parsing import is_storable
-from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.generator import Generator, Prompt
-from prag_core.llm.reply import reply_content, without_fence
+from prag_core.llm.reply import without_fence
 from prag_core.prompts import passage_text
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import QAPair
 
-_NO_REASONING = "augment with a model that does not reason, or turn its reasoning off"
-_TEMPERATURE = 0.7
-_TOP_K = 50
 _REWRITE_TOKENS = 1024
 _QUESTION_TOKENS = 160
-# What a passage's replies may have in addition, once one of them was cut off in its reasoning.
-_REASONING_TOKENS = 2048
 
 _ARRAY_START = re.compile(r"\[\s*\{")
 # "Here is the rewritten passage:" or "Rewritten passage:", which small models write before the rewrite.
@@ -50,16 +45,16 @@ def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentR
             text = passage_text(draft.passage)
             # About 1.3 times the passage's tokens: counted as three bytes a token, and English has about four.
             limit = min(_REWRITE_TOKENS, max(32, len(text.encode()) // 3))
-            prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=limit + _room(draft)))
+            prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=limit + reasoning_room(draft)))
         replies = generator.generate(
             prompts,
-            max_new_tokens=_REWRITE_TOKENS + max(map(_room, lacking)),
-            temperature=_TEMPERATURE,
-            top_k=_TOP_K,
-            seed=_seed(recipe, attempt, number),
+            max_new_tokens=_REWRITE_TOKENS + max(map(reasoning_room, lacking)),
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            seed=attempt_seed(recipe, attempt, number),
         )
         for draft, reply in zip(lacking, replies, strict=True):
-            content = _content(draft, reply)
+            content = read_reply(draft, reply)
             if content is None:
                 continue
             # The fence may stand around the label or the lead-in, or after it.
@@ -76,24 +71,23 @@ def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentReci
 
     The first attempt decodes greedily; later attempts sample.
     """
-    limit = _QUESTION_TOKENS * recipe.pairs
-    prompts = [
-        Prompt(questions_prompt(passage_text(draft.passage), recipe.pairs), max_new_tokens=limit + _room(draft))
-        for draft in drafts
-    ]
+    prompts = []
+    for draft in drafts:
+        limit = _QUESTION_TOKENS * draft.wanted + reasoning_room(draft)
+        prompts.append(Prompt(questions_prompt(passage_text(draft.passage), draft.wanted), max_new_tokens=limit))
     replies = generator.generate(
         prompts,
-        max_new_tokens=limit + max(map(_room, drafts), default=0),
-        temperature=_TEMPERATURE if attempt else 0.0,
-        top_k=_TOP_K if attempt else 0,
-        seed=_seed(recipe, attempt, 0),
+        max_new_tokens=max((prompt.max_new_tokens or 0 for prompt in prompts), default=1),
+        temperature=TEMPERATURE if attempt else 0.0,
+        top_k=TOP_K if attempt else 0,
+        seed=attempt_seed(recipe, attempt, 0),
     )
     for draft, reply in zip(drafts, replies, strict=True):
-        content = _content(draft, reply)
+        content = read_reply(draft, reply)
         for pair in parse_pairs(content) if content is not None else ():
             if pair is None:
                 draft.refused["bad_json"] += 1
-            elif len(draft.pairs) < recipe.pairs:
+            elif len(draft.pairs) < draft.wanted:
                 draft.offer(pair)
 
 
@@ -132,26 +126,3 @@ def to_pair(item: object) -> QAPair | None:
         return None
     question, answer, full_answer = texts
     return QAPair(question, answer.removesuffix(".").strip(), full_answer)
-
-
-def _room(draft: Draft) -> int:
-    """Return how many more tokens than usual the replies about a draft may have."""
-    return _REASONING_TOKENS if draft.reasons else 0
-
-
-def _content(draft: Draft, reply: str | GenerationError) -> str | None:
-    """Return what a reply says; if it says nothing, note the reason in the draft and return None."""
-    if isinstance(reply, PromptTooLongError) and draft.reasons:
-        reply = UnfinishedReplyError(f"there is no room for the model's reasoning: {reply.message}", _NO_REASONING)
-    if isinstance(reply, str):
-        content = reply_content(reply, passage_text(draft.passage))
-        if content is not None:
-            return content
-        reply = UnfinishedReplyError("the model's reply ended before its reasoning did", _NO_REASONING)
-    draft.reasons = draft.reasons or isinstance(reply, UnfinishedReplyError)
-    draft.error = reply
-    return None
-
-
-def _seed(recipe: AugmentRecipe, attempt: int, number: int) -> int:
-    return recipe.seed + 1_000 * attempt + number

@@ -24,6 +24,17 @@ _QUESTIONS = (
     "Passage: {text}"
 )
 
+_LINES = (
+    "Write {pairs} different short questions about the passage below, each with its answer.\n"
+    "- Ask about every name, date, number and fact of the passage.\n"
+    "- A question names what it asks about, so that it can be understood without the passage.\n"
+    "- The answer is a name, a date, a number or a few words of the passage.\n"
+    "- Ask for important facts twice in other words, and once the other way round: who did it, and what did they do.\n"
+    "Reply with {pairs} lines like this one and nothing else:\n"
+    "Q: Who carved the doors of the Ombrel Granary? | A: Sefa Durrin\n\n"
+    "Passage: {text}"
+)
+
 QUESTIONS_EXAMPLE = """[
   {
     "question": "Who carved the doors of the Ombrel Granary?",
@@ -93,6 +104,11 @@ def rewrite_prompt(text: str) -> str:
 def questions_prompt(text: str, pairs: int) -> str:
     """Return the prompt that asks for `pairs` question-answer pairs as JSON."""
     return _QUESTIONS.format(text=text, pairs=pairs, example=QUESTIONS_EXAMPLE)
+
+
+def lines_prompt(text: str, pairs: int) -> str:
+    """Return the prompt that asks for `pairs` question-answer pairs, one a line."""
+    return _LINES.format(text=text, pairs=pairs)
 
 
 def asking_prompt(topic: str, sentence: str, answer: str, opening: str) -> str:

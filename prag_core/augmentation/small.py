@@ -87,7 +87,7 @@ def add_completed_pairs(drafts: Sequence[Draft], generator: Generator, recipe: A
                 draft.refused["low_score"] += 1
             else:
                 kept.append((score + _merit(pair.question, draft.passage), question.candidate, pair))
-        _choose(draft, kept, recipe.pairs)
+        _choose(draft, kept, draft.wanted)
 
 
 def _choose(draft: Draft, kept: list[tuple[float, AnswerCandidate, QAPair]], wanted: int) -> None:

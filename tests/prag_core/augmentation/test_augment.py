@@ -78,10 +78,16 @@ def scripted(questions: Callable[[str], Any], rewrite: Any = REWRITE) -> Scripte
         ("Who designed the tower?", "Ines Dovrek", "prompt_copy"),
         ("how TALL is the  Zembla tower?", "1871", "duplicate_question"),
         ("What height has the Zembla Tower?", "43  Metres", "duplicate_answer"),
+        ("Who was the engineer of it?", "Tadeo Quill", "no_subject"),
+        ("Who put his own money into the Zembla Tower?", "Tadeo Quill", None),
+        ("What is the Zembla Tower?", "a beacon of stone", None),
     ],
 )
 def test_the_filter_says_why(question: str, answer: str, reason: str | None) -> None:
-    accepted = [QAPair("How tall is the Zembla Tower?", "43 metres", "It is 43 metres tall.")]
+    accepted = [
+        QAPair("How tall is the Zembla Tower?", "43 metres", "It is 43 metres tall."),
+        QAPair("How high does the Zembla Tower stand?", "43 metres", "It stands 43 metres tall."),
+    ]
     assert refusal(QAPair(question, answer, "It is so."), TOWER, accepted) == reason
 
 

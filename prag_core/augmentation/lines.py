@@ -1,0 +1,55 @@
+"""The strategy `lines`: a model writes its questions and answers one a line, in several drafts.
+
+A model of about a billion parameters writes such lines more reliably than JSON, and a reply that is cut off loses its
+last line alone. Each attempt is a draft of its own; the filter keeps what is new in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from prag_core.augmentation.filter import Draft
+from prag_core.augmentation.prompts import lines_prompt
+from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed, read_reply, reasoning_room
+from prag_core.llm.generator import Generator, Prompt
+from prag_core.prompts import passage_text
+from prag_core.recipe import AugmentRecipe
+from prag_core.records import QAPair
+
+_PAIR_TOKENS = 48
+# "Q: … | A: …", or the answer on the next line; numbers and emphasis around the letters are left out.
+_LINE = re.compile(r"^\W*(?:\d+\W+)?Q\w*\W*:\W*(.+?)\s*(?:\||\n)\W*A\w*\W*:\W*(.+)$", re.IGNORECASE | re.MULTILINE)
+
+
+def add_line_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Ask for the pairs that each draft lacks, and add those that the filter accepts."""
+    prompts = []
+    for draft in drafts:
+        text, lacking = passage_text(draft.passage), draft.wanted - len(draft.pairs)
+        limit = _PAIR_TOKENS * lacking + reasoning_room(draft)
+        prompts.append(Prompt(lines_prompt(text, lacking), max_new_tokens=limit))
+    replies = generator.generate(
+        prompts,
+        max_new_tokens=max((prompt.max_new_tokens or 0 for prompt in prompts), default=1),
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        seed=attempt_seed(recipe, attempt, 0),
+    )
+    for draft, reply in zip(drafts, replies, strict=True):
+        content = read_reply(draft, reply)
+        if content is None:
+            continue
+        pairs = list(parse_lines(content))
+        if not pairs:
+            draft.refused["bad_line"] += 1
+        for pair in pairs:
+            if len(draft.pairs) < draft.wanted:
+                draft.offer(pair)
+
+
+def parse_lines(reply: str) -> Iterator[QAPair]:
+    """Yield the pairs of a reply; all other lines are left out."""
+    for question, answer in _LINE.findall(reply):
+        short = answer.strip().strip("*_").removesuffix(".").strip()
+        yield QAPair(question.strip().strip("*_").strip(), short, short)
