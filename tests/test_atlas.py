@@ -32,10 +32,12 @@ def test_a_passage_and_its_augmentation(id: str) -> None:
     assert 60 <= len(passage["text"].split()) <= 120
     assert passage["near_duplicate_of"] is None or passage["near_duplicate_of"] in PASSAGES
     assert len(augmentation["rewrites"]) == 1
-    assert len({pair["answer"] for pair in augmentation["qa"]}) == 4
+    answers = [pair["answer"] for pair in augmentation["qa"]]
+    assert 12 <= len(answers) <= 24
+    assert len(answers) > len(set(answers)) >= 12  # all kinds of facts, and some of them in two wordings
     for pair in augmentation["qa"]:
         assert pair["question"].endswith("?")
-        assert pair["answer"].lower() in passage["text"].lower()
+        assert pair["answer"].lower() in f"{passage['title']}\n{passage['text']}".lower()
         assert pair["answer"].lower() in pair["full_answer"].lower()
         assert pair["answer"].lower() not in pair["question"].lower()
 
@@ -48,7 +50,7 @@ def test_a_question(question: dict) -> None:
     assert answer not in question["question"].lower()
     assert question["question"].lower() not in {pair["question"].lower() for pair in pairs}
     overlaps = [answer in pair["answer"].lower() or pair["answer"].lower() in answer for pair in pairs]
-    assert any(overlaps) if question["covered"] else answer not in {pair["answer"].lower() for pair in pairs}
+    assert any(overlaps) == question["covered"]
 
 
 def test_the_halves_are_split_by_passage() -> None:

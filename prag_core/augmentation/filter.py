@@ -32,6 +32,7 @@ _SMALL_WORDS = frozenset(
 )
 _PRONOUN = re.compile(r"(?<=\w )(?:(he|she|it|they|him|them)|(his|her|its|their))\b(?! own\b)", re.IGNORECASE)
 _NAME = re.compile(r"(?<=\w )[^\W\d_a-z]\w")
+_TITLE_WORD = re.compile(r"\w{4,}")
 _DISAMBIGUATION = re.compile(r"\s*\([^()]*\)\s*\Z")
 
 
@@ -74,7 +75,7 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
     copied = (name for name in INVENTED_NAMES if contains_text(f"{question} {answer}", name))
     if any(not contains_text(source, name) for name in copied):
         return "prompt_copy"
-    if _PRONOUN.search(pair.question) and not _NAME.search(pair.question):
+    if _PRONOUN.search(pair.question) and not _names_subject(pair.question, passage.title):
         return "no_subject"
     if contains_text(question, answer):
         return "answer_in_question"
@@ -93,9 +94,15 @@ def name_subject(question: str, passage: Passage) -> str:
     "When was she born?" becomes "When was Ada Lovelace born?". Models write such questions about biographies.
     """
     title = _DISAMBIGUATION.sub("", passage.title)
-    if not title or _NAME.search(question) or contains_text(question, title):
+    if not title or _names_subject(question, title):
         return question
     return _PRONOUN.sub(lambda found: title if found[1] else f"{title}'s", question, count=1)
+
+
+def _names_subject(question: str, title: str) -> bool:
+    return _NAME.search(question) is not None or any(
+        contains_text(question, word) for word in _TITLE_WORD.findall(title)
+    )
 
 
 def _words(text: str) -> set[str]:

@@ -7,6 +7,7 @@ own request alone: its neighbours change nothing but the rounding.
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from prag_core.llm.prefill import Prefill, PromptGroup, Row, use_adapters
 from prag_core.llm.prefix_cache import PrefixCache, cache_layers
 from prag_core.llm.sampling import NO_TOKEN, make_sampler, pick_tokens
 from prag_core.llm.slots import SlotAdapters, SlotCache
+
+# The first bytes of a character whose last ones are beyond the limit: decoded together or each alone.
+_CUT_OFF = re.compile("\ufffd{1,3}\\Z")
 
 
 class Decoder:
@@ -228,7 +232,7 @@ class Decoder:
         for stop in row.request.stop_strings:
             text = text.split(stop)[0]
         # A character of several tokens that the limit cuts off is no character.
-        text = text.rstrip("\ufffd") if finish == "length" else text
+        text = _CUT_OFF.sub("", text) if finish == "length" else text
         return Decoded(
             tokens=row.tokens,
             text=text,

@@ -66,7 +66,7 @@ def prag_process(folder: Path, *arguments: str, **environment: str) -> tuple[int
     [
         ("corpus.path=none.jsonl", 3, "none.jsonl"),
         ("augment.import_file=none.jsonl", 3, "none.jsonl"),
-        ("train.recipe=smal", 2, "did you mean small?"),
+        ("train.recipe=recal", 2, "did you mean recall?"),
         ("train.epoch=1", 2, "did you mean train.epochs?"),
         ("model.name=./nowhere", 4, "./nowhere"),
         ("store=corpus.jsonl/store", 5, "cannot be written"),
@@ -93,9 +93,15 @@ def test_a_wrong_setting_is_reported_before_torch_and_ray_are_imported(folder: P
         (folder / "hidden" / f"{name}.py").write_text("raise RuntimeError('hidden by the test')\n")
     for command in ("run", "preflight"):
         code, output = prag_process(
-            folder, command, "-c", "config.yaml", "--set", "train.recipe=smal", PYTHONPATH=f"{folder / 'hidden'}:{ROOT}"
+            folder,
+            command,
+            "-c",
+            "config.yaml",
+            "--set",
+            "train.recipe=recal",
+            PYTHONPATH=f"{folder / 'hidden'}:{ROOT}",
         )
-        assert (code, "did you mean small?" in output) == (2, True), output
+        assert (code, "did you mean recall?" in output) == (2, True), output
 
 
 def test_a_process_ends_with_the_message_and_the_exit_code(folder: Path) -> None:

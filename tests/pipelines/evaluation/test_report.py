@@ -37,7 +37,7 @@ def test_the_page_is_self_contained_and_always_the_same(tmp_path: Path) -> None:
     assert parsed.names.count("svg") == 3  # modes, latency, types; one k draws no curve
     assert {link for link in parsed.links if not link.startswith("#")} == set()
     assert "Question 1 &lt;b&gt;?" in page
-    for told in ("20260101T000000-ab", "small ab", "prag evaluate --dataset invented", "random"):
+    for told in ("20260101T000000-ab", "recall ab", "prag evaluate --dataset invented", "random"):
         assert told in page
     row = "<td>prag − closed</td><td>+0.333</td><td>+0.167 … +0.500</td><td>+0.667</td><td>+0.500 … +1.000</td>"
     assert row in page

@@ -122,7 +122,7 @@ def test_each_training_step_sends_a_heartbeat(tmp_path: Path, tiny_model_folder:
     steps: list[None] = []
     actor = TrainAdapters(make_context(config, "run"))
     assert sum(done.num_rows for done in actor(batch_of(1), lambda: steps.append(None))) == 1
-    assert len(steps) == 5  # the paper's examples of a passage, once
+    assert len(steps) == 3  # the questions of a passage, once
 
 
 def test_without_the_lease_nothing_is_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
