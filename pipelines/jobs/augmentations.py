@@ -30,7 +30,8 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     Forgotten passages are left out.
 
     Returns:
-        Counts: the passages, those imported now and earlier, those that the file lacks, and the file's bad records.
+        Counts: the passages, those imported now and earlier, and those that the file lacks; then the file's records for
+        no passage of the corpus, and its bad ones.
 
     Raises:
         InputError: when the file or the corpus cannot be read.
@@ -56,6 +57,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         "imported": report.done - report.earlier,
         "there_before": report.earlier,
         "not_in_file": report.rejected.get("not_imported", 0),
+        "not_in_corpus": report.extra["import_not_in_corpus"],
         "bad_records": sum(report.extra["import_rejected"].values()),
     }
 

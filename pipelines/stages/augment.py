@@ -14,12 +14,13 @@ from pipelines.execution.child_process import Heartbeat
 from pipelines.execution.isolation import StageRun, run_actors
 from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_table
 from pipelines.execution.progress import RunProgress, follow_outcomes
-from pipelines.execution.recovery import resume_until_done
+from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
+from pipelines.execution.tables import map_blocks
 from pipelines.settings import RunContext
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.coverage import coverage
-from prag_core.augmentation.formats import read_augmentations
+from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
@@ -106,8 +107,15 @@ def run_augment(
     begun, config = time.perf_counter(), context.config
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
     file = config.augment.import_file
-    imported = read_augmentations(file, config.storage).rejects if file else ()
-    put_rejects(context.store, context.run, imported)
+    imported = read_augmentations(file, config.storage) if file else ImportedAugmentations({}, (), {})
+    put_rejects(context.store, context.run, imported.rejects)
+    unmatched = retry_on_loss("augment", lambda: _unmatched(imported, passages), progress) if file else []
+    if unmatched:
+        example = min(unmatched, key=lambda name: (len(imported.places[name]), imported.places[name]))
+        progress.console.print(
+            f"augment: {len(unmatched)} of {len(imported.by_name)} imported augmentations are for no passage of the "
+            f"corpus, such as {example!r} at {imported.places[example]}"
+        )
     batch = config.run.augment_batch
     # The actor returns a batch at once, so its time limit is that of all passages together.
     silence_s = config.run.passage_timeout_s * batch
@@ -134,6 +142,18 @@ def run_augment(
             "pairs": {str(pairs): n for pairs, n in sorted(tally.pairs.items())},
             "coverage": round(tally.coverage / tally.done, 3) if tally.done else None,
             "refused": dict(tally.refused),
-            "import_rejected": dict(Counter(reject.reason for reject in imported)),
+            "import_rejected": dict(Counter(reject.reason for reject in imported.rejects)),
+            "import_not_in_corpus": len(unmatched),
         },
     )
+
+
+def _unmatched(imported: ImportedAugmentations, passages: ray.data.Dataset) -> list[str]:
+    """Return the names in an import file that no passage of the corpus has."""
+    matched = map_blocks(passages, _names_in, names=frozenset(imported.by_name))
+    return sorted({*imported.by_name} - {row["name"] for row in matched.iter_rows()})
+
+
+def _names_in(table: pa.Table, names: frozenset[str]) -> pa.Table:
+    found = {name for passage in from_table(Passage, table) for name in names_of(passage) if name in names}
+    return pa.table({"name": pa.array(sorted(found), pa.string())})

@@ -26,18 +26,24 @@ _MODEL = "prag"
 class ImportedAugmentations:
     """The content of an import file: augmentations by the name of their passages, and rejects for unusable records.
 
-    A name is a passage's key, one of its source ids, or the key of its text alone.
+    A name is a passage's key, one of its source ids, or the key of its text alone. `places` says by name where in the
+    file the augmentation is.
     """
 
     by_name: Mapping[str, Augmentation]
     rejects: tuple[Reject, ...]
+    places: Mapping[str, str]
 
     def find(self, passage: Passage) -> Augmentation | None:
         """Return the passage's augmentation, found by its key, its ids or its text; None when there is none."""
-        texts = (passage.text, passage_text(passage), f"{passage.title} {passage.text}")
-        names = [passage.key, *passage.sources, *(passage_key("", text) for text in texts)]
-        found = next((self.by_name[name] for name in names if name in self.by_name), None)
+        found = next((self.by_name[name] for name in names_of(passage) if name in self.by_name), None)
         return replace(found, key=passage.key) if found else None
+
+
+def names_of(passage: Passage) -> list[str]:
+    """Return the names that a passage may have in a file of augmentations; the first one that is there counts."""
+    texts = (passage.text, passage_text(passage), f"{passage.title} {passage.text}")
+    return [passage.key, *passage.sources, *(passage_key("", text) for text in texts)]
 
 
 def read_augmentations(path: str, storage: StorageConfig | None = None) -> ImportedAugmentations:
@@ -50,13 +56,15 @@ def read_augmentations(path: str, storage: StorageConfig | None = None) -> Impor
     passages are repeated for each question.
 
     Raises:
-        InputError: when the file as a whole cannot be read.
+        InputError: when the file as a whole cannot be read, or is empty.
     """
     text = read_text(path, "set augment.import_file to a file of augmentations", storage)
+    file = shown(without_query(path))
     by_name: dict[str, Augmentation] = {}
+    places: dict[str, str] = {}
     rejects: list[Reject] = []
     paper = text.lstrip().startswith("[")
-    for place, item in _paper_records(text, path) if paper else json_lines(text):
+    for place, item in _paper_records(text, file) if paper else json_lines(text):
         try:
             if isinstance(item, BadRecordError):
                 raise item
@@ -71,11 +79,16 @@ def read_augmentations(path: str, storage: StorageConfig | None = None) -> Impor
             if not paper and any(name in by_name for name in names):
                 raise BadRecordError("duplicate_id", f"{names[0]!r} came before; the first one is kept")
         except BadRecordError as bad:
-            rejects.append(Reject("augment", bad.reason, bad.detail, f"{shown(without_query(path))}:{place}"))
+            rejects.append(Reject("augment", bad.reason, bad.detail, f"{file}:{place}"))
         else:
             for name in names:
                 by_name.setdefault(name, augmentation)
-    return ImportedAugmentations(by_name, tuple(rejects))
+                places.setdefault(name, f"{file}:{place}")
+    if not by_name and not rejects:
+        raise InputError(
+            f"{file}: holds no augmentations", "set augment.import_file to a file with some, or leave it out"
+        )
+    return ImportedAugmentations(by_name, tuple(rejects), places)
 
 
 def paper_passages(path: str, storage: StorageConfig | None = None) -> list[str]:
@@ -85,12 +98,13 @@ def paper_passages(path: str, storage: StorageConfig | None = None) -> list[str]
         InputError: when the file cannot be read, is of another form, or holds no passage.
     """
     text = read_text(path, "set augment.import_file to a file of augmentations", storage)
+    file = shown(without_query(path))
     if not text.lstrip().startswith("["):
-        raise InputError(f"{path}: is not in the paper's form", "only that form has passages: a JSON list of records")
-    items = (item for _, item in _paper_records(text, path) if isinstance(item, dict))
+        raise InputError(f"{file}: is not in the paper's form", "only that form has passages: a JSON list of records")
+    items = (item for _, item in _paper_records(text, file) if isinstance(item, dict))
     passages = dict.fromkeys(item["passage"] for item in items if isinstance(item.get("passage"), str))
     if not passages:
-        raise InputError(f"{path}: has no passages", "its records must have 'augment', with 'passage' in each item")
+        raise InputError(f"{file}: has no passages", "its records must have 'augment', with 'passage' in each item")
     return list(passages)
 
 
@@ -111,11 +125,11 @@ def _paper_records(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 def _from_line(item: Any) -> tuple[tuple[str, ...], Augmentation]:
     fields = _object(item)
-    names = [
-        str(fields[name])
-        for name in ("key", "id")
-        if type(fields.get(name)) in (str, int) and str(fields[name]).strip()
-    ]
+    given = {name: fields[name] for name in ("key", "id") if fields.get(name) is not None}
+    for name, value in given.items():
+        if type(value) not in (str, int):
+            raise BadRecordError("wrong_type", f"{name!r} holds a {type(value).__name__}, not a string")
+    names = [name for value in given.values() if (name := str(value).strip())]  # a corpus strips its ids too
     if not names:
         raise BadRecordError("missing_field", "the line has neither 'id' nor 'key'")
     rewrites = fields.get("rewrites") or []
@@ -135,7 +149,9 @@ def _from_paper(item: Any) -> tuple[tuple[str, ...], Augmentation]:
     if not models:
         raise BadRecordError("missing_field", "an augmented passage has no '<model>_qa'")
     rewrite = fields.get(f"{models[0]}_rewrite")
-    rewrites = [rewrite] if isinstance(rewrite, str) else []
+    if not isinstance(rewrite, str | None):
+        raise BadRecordError("wrong_type", f"'{models[0]}_rewrite' is not a text")
+    rewrites = [rewrite] if rewrite else []
     return (passage_key("", text),), _augmentation(rewrites, fields[f"{models[0]}_qa"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -121,8 +122,13 @@ def to_pair(item: object) -> QAPair | None:
     if not isinstance(item, dict):
         return None
     parts = [item.get(name) for name in ("question", "answer", "full_answer")]
-    texts = [str(part).strip() for part in parts if isinstance(part, str | int | float) and not isinstance(part, bool)]
+    # JSON has no NaN, but Python reads it, and writes it where a value is missing.
+    texts = [str(part).strip() for part in parts if isinstance(part, str) or _is_number(part)]
     if len(texts) < 3:
         return None
     question, answer, full_answer = texts
     return QAPair(question, answer.removesuffix(".").strip(), full_answer)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

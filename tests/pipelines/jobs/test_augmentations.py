@@ -80,6 +80,13 @@ def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Pa
     publish(store, with_tombstones(load_snapshot(Store(str(tmp_path / "store"))), [forgotten]))
     command = ["import-augmentations", "-c", "other.yaml", "--json", "--passages-to", "p.jsonl", str(file)]
     counts = json.loads(work.run(*command))
-    assert counts == {"passages": 2, "imported": 2, "there_before": 0, "not_in_file": 0, "bad_records": 0}
+    assert counts == {
+        "passages": 2,
+        "imported": 2,
+        "there_before": 0,
+        "not_in_file": 0,
+        "not_in_corpus": 1,
+        "bad_records": 0,
+    }
     stored = from_table(Augmentation, store.get_table(Augmentation, store.list("augmentations", ".parquet")))
     assert {a.digest for a in stored} == {make_augmentation(passage).digest for passage in PASSAGES[1:]}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -408,7 +409,7 @@ def test_the_papers_records_are_found_by_text(tmp_path: Path) -> None:
     }
     titled = {"passage": f"{DUNES.title} {DUNES.text}", "m-1b_qa": GOOD[:1]}
     records = [
-        {"test_id": 0, "augment": [item, titled, {"passage": "no pairs"}, 7]},
+        {"test_id": 0, "augment": [item, titled, {"passage": "no pairs"}, 7, {**item, "m-1b_rewrite": [REWRITE]}]},
         {"test_id": 1, "augment": [item]},
         {"test_id": 2},
     ]
@@ -422,6 +423,7 @@ def test_the_papers_records_are_found_by_text(tmp_path: Path) -> None:
     assert [(reject.source.removeprefix(str(path)), reject.reason) for reject in imported.rejects] == [
         (":record 1, augment 3", "missing_field"),
         (":record 1, augment 4", "not_an_object"),
+        (":record 1, augment 5", "wrong_type"),
         (":record 3", "missing_field"),
     ]
 
@@ -437,6 +439,9 @@ def test_bad_lines_are_rejects_with_their_place(tmp_path: Path) -> None:
         line(id="c", qa=[]): "no_usable_pair",
         line(id="d", qa=[{"question": "q?", "answer": " ", "full_answer": "f"}]): "no_usable_pair",
         line(id="good"): "duplicate_id",
+        line(id=" good "): "duplicate_id",
+        line(key=["k"], id="e"): "wrong_type",
+        line(id="f", qa=[{"question": "q?", "answer": math.nan, "full_answer": math.inf}]): "no_usable_pair",
     }
     path = tmp_path / "made.jsonl"
     path.write_text("\n".join([line(id="good", qa=[*GOOD, 5]), *bad]))
@@ -448,7 +453,7 @@ def test_bad_lines_are_rejects_with_their_place(tmp_path: Path) -> None:
     assert imported.by_name["good"].refused == ("bad_json=1",)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"[{"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"[{", b"", b"[]\n"])
 def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "made.json"
     if content is not None:
