@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
@@ -131,11 +132,16 @@ def read_question_set(name: str, storage: StorageConfig | None = None) -> list[Q
     Raises:
         InputError: see `prag_core.data.question_sets.read_questions`.
     """
+    from prag_core.data.files import shown, without_query
     from prag_core.data.question_sets import FORMATS, read_questions
 
     form, colon, path = name.partition(":")
     form, path = (form, path) if colon and form in FORMATS else ("", name)
-    return read_questions(_NAMED.get(path, path), form, storage)
+    left_out: Counter[str] = Counter()
+    questions = read_questions(_NAMED.get(path, path), form, storage, left_out)
+    for reason, count in left_out.items():
+        progress_to.print(f"{shown(without_query(name))}: {len(questions)} questions; left out: {count} {reason}")
+    return questions
 
 
 def _names(option: str, values: str, known: tuple[T, ...]) -> tuple[T, ...]:

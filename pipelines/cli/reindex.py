@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +21,7 @@ def reindex(
         str | None, typer.Option("--corpus", help="The new corpus; default: the configuration's corpus.path.")
     ] = None,
     canary: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--canary", help="JSON Lines of `question` and `answers`, asked before the publication."),
     ] = None,
     canary_min: Annotated[

@@ -61,7 +61,7 @@ def reindex(
     config: Config,
     console: Console,
     *,
-    canary: Path | None = None,
+    canary: Path | str | None = None,
     canary_min: float | None = None,
     take_over: bool = False,
     wait_s: float = 0.0,

@@ -12,9 +12,9 @@ from prag_core.records import Passage
 class GoldIndex:
     """Finds which passages of a corpus are gold passages of the given questions.
 
-    A gold id matches the passages with that source, and all pieces of the record with that id. A gold text matches
-    passages with the same letters and digits; with a title it also matches the passages under that title that are a
-    part of it. A title alone matches every passage under it.
+    A gold id matches the passages with that source; if there is none, the pieces of the record with that id. A gold
+    text matches passages with the same letters and digits; with a title it also matches the passages under that title
+    that are a part of it. A title alone matches every passage under it.
     """
 
     def __init__(self, questions: Sequence[Question]) -> None:
@@ -40,18 +40,22 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
 
     `passages` are those that a `GoldIndex` of these questions found.
     """
-    by_id: dict[str, list[Passage]] = {}
+    by_source: dict[str, list[Passage]] = {}
+    by_record: dict[str, list[Passage]] = {}
     by_text: dict[str, list[Passage]] = {}
     by_title: dict[str, list[Passage]] = {}
     for passage in sorted(passages, key=lambda p: (p.sources, p.key)):
-        for name in {n for source in passage.sources for n in (source, record_id(source))}:
-            by_id.setdefault(name, []).append(passage)
+        for source in passage.sources:
+            by_source.setdefault(source, []).append(passage)
+        for name in sorted({record_id(source) for source in passage.sources}):
+            by_record.setdefault(name, []).append(passage)
         by_text.setdefault(_letters(passage.text), []).append(passage)
         by_title.setdefault(_letters(passage.title), []).append(passage)
 
     def find(gold: Gold) -> list[Passage]:
         if gold.id:
-            return by_id.get(gold.id, [])
+            # A record that is whole has no pieces: then `C#5` is another record beside `C`.
+            return by_source.get(gold.id) or by_record.get(gold.id, [])
         whole, under_title = _letters(gold.text), by_title.get(_letters(gold.title), []) if gold.title else []
         if not whole:
             return under_title
@@ -64,7 +68,7 @@ def match_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> di
 def record_id(source: str) -> str:
     """Return the id of the record of a passage's source: the source itself, without `#0`, `#1`, … of a piece."""
     head, mark, number = source.rpartition("#")
-    return head if mark and number.isdigit() else source
+    return head if mark and number.isascii() and number.isdigit() else source
 
 
 def _letters(text: str) -> str:

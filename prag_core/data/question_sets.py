@@ -7,12 +7,13 @@ text; `prag_core.data.gold` finds those in a corpus.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prag_core.config import StorageConfig
-from prag_core.data.files import read_text, without_query
+from prag_core.data.files import read_text, shown, without_query
 from prag_core.data.parsing import is_storable, json_lines, parse_json, parse_tsv, repeated
 from prag_core.data.questions import Gold, Question
 from prag_core.errors import InputError
@@ -77,13 +78,16 @@ class _Place:
         return value
 
 
-def read_questions(path: str, form: str = "", storage: StorageConfig | None = None) -> list[Question]:
+def read_questions(
+    path: str, form: str = "", storage: StorageConfig | None = None, left_out: Counter[str] | None = None
+) -> list[Question]:
     """Read a set of questions from a file (any fsspec URL, gzipped or not).
 
     Args:
         path: The file. If `id_aliases.json` lies beside a file of 2WikiMultihopQA, it is read too.
         form: One of `FORMATS`; detected from the content when empty.
         storage: How to reach servers.
+        left_out: Counts the questions of the file that are left out, by reason.
 
     Raises:
         InputError: when the file cannot be read or has no questions, or for the first record that lacks a field of
@@ -91,24 +95,32 @@ def read_questions(path: str, form: str = "", storage: StorageConfig | None = No
     """
     if form and form not in FORMATS:
         raise InputError(f"{form!r} is not a form of question sets", f"known are {', '.join(FORMATS)}")
+    skipped: Counter[str] = Counter() if left_out is None else left_out
     text = read_text(path, "name a file of questions", storage)
+    name = shown(without_query(path))
     if not form and without_query(path).lower().removesuffix(".gz").endswith(".tsv"):
         form = POPQA
     if form in (JSONL, POPQA) or (not form and not _is_document(text)):
-        questions = list((_popqa if form == POPQA else _jsonl)(path, text))
+        questions = list((_popqa if form == POPQA else _jsonl)(name, text))
     else:
         try:
             document = parse_json(text)
         except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}", "fix the file, or name its form as FORM:FILE") from None
-        form = form or _form_of(path, document)
-        questions = list(_two_wiki(path, document, storage) if form == TWO_WIKI else _READERS[form](path, document))
+            raise InputError(f"{name}: not JSON: {error}", "fix the file, or name its form as FORM:FILE") from None
+        form = form or _form_of(name, document)
+        if form == TWO_WIKI:
+            questions = list(_two_wiki(name, document, _aliases(path, storage)))
+        else:
+            questions = list(_READERS[form](name, document))
+        if form == SQUAD and (unanswerable := _count_questions(document) - len(questions)):
+            skipped["unanswerable"] = unanswerable
     if not questions:
-        raise InputError(f"{path}: holds no questions", "name a file with at least one")
+        what = "".join(f"; {count} are {reason}" for reason, count in skipped.items())
+        raise InputError(f"{name}: holds no questions{what}", "name a file with at least one")
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise InputError(f"{path}: two questions have the id {question.id!r}", "give each question its own id")
+            raise InputError(f"{name}: two questions have the id {question.id!r}", "give each question its own id")
         seen.add(question.id)
     return questions
 
@@ -185,6 +197,10 @@ def _squad(path: str, document: Any) -> Iterator[Question]:
                 yield Question(place.text(item, "id"), place.text(item, "question"), texts, "extractive", gold)
 
 
+def _count_questions(document: Any) -> int:
+    return sum(len(paragraph["qas"]) for article in document["data"] for paragraph in article["paragraphs"])
+
+
 def _hotpotqa(path: str, document: Any) -> Iterator[Question]:
     """HotpotQA's `distractor` and `fullwiki` files.
 
@@ -194,8 +210,7 @@ def _hotpotqa(path: str, document: Any) -> Iterator[Question]:
         yield _multi_hop(place, record, (), retrieved=True)
 
 
-def _two_wiki(path: str, document: Any, storage: StorageConfig | None) -> Iterator[Question]:
-    aliases = _aliases(path, storage)
+def _two_wiki(path: str, document: Any, aliases: dict[str, tuple[str, ...]]) -> Iterator[Question]:
     for place, record in _records(path, document):
         yield _multi_hop(place, record, aliases.get(str(record.get("answer_id")), ()), retrieved=False)
 
@@ -227,15 +242,18 @@ def _multi_hop(place: _Place, record: Any, aliases: Sequence[str], *, retrieved:
 
 def _aliases(path: str, storage: StorageConfig | None) -> dict[str, tuple[str, ...]]:
     """Return other names of answers by the answer's id, from the file of aliases beside the set, if there is one."""
-    folder, slash, _ = path.rpartition("/")
-    beside = f"{folder}{slash}{_ALIASES}"
+    # Of `zip://dev.json::https://host/sets.zip?signature` the first part names the file.
+    file, chain, archive = path.partition("::") if "://" in path else (path, "", "")
+    folder, slash, _ = without_query(file).rpartition("/")
+    beside = f"{folder}{slash}{_ALIASES}{chain}{archive}"
     try:
         text = read_text(beside, "", storage)
     except InputError as error:
-        if isinstance(error.__context__, FileNotFoundError):
+        if isinstance(error.__context__, FileNotFoundError | KeyError):  # KeyError: an archive has no such file
             return {}
-        raise
-    found = {}
+        remedy = f"{_ALIASES} belongs to the set, if there is one: copy the files into one folder that you can read"
+        raise InputError(error.message, remedy) from error
+    beside, found = shown(beside), {}
     for _, place, record in _lines(beside, text):
         names = place.take(record, "aliases", list)
         found[str(place.take(record, "Q_id", str))] = place.texts(names, "aliases") if names else ()
@@ -264,7 +282,7 @@ def _popqa(path: str, text: str) -> Iterator[Question]:
         # The published file lists each object's names twice; `possible_answers` is the complete list.
         field = "possible_answers" if "possible_answers" in record else "o_aliases"
         try:
-            names = json.loads(place.text(record, field))
+            names = parse_json(place.text(record, field))
         except ValueError:
             raise place.error(field, "is not a JSON list") from None
         obj = [record["obj"]] if record.get("obj") else []
@@ -284,7 +302,8 @@ def _cwq(path: str, document: Any) -> Iterator[Question]:
         if "answers" in record:
             listed = []
             for item in place.take(record, "answers", list):
-                listed += [place.take(item, "answer", (str, type(None))) or "", *(item.get("aliases") or [])]
+                aliases = place.take(item, "aliases", (list, type(None))) if "aliases" in item else None
+                listed += [place.take(item, "answer", (str, type(None))) or "", *(aliases or [])]
             answers = place.texts(listed, "answers")
         else:
             answers = place.texts(place.take(record, "answer", (str, list)), "answer")

@@ -19,6 +19,7 @@ from prag_core.records import Answer, Reject, UsedPassage
 from prag_core.store.objects import Store
 from prag_core.store.tables import put_rejects
 from tests.helpers.command_line import prag as call
+from tests.helpers.http_files import serve_folder
 
 ROOT = Path(__file__).parents[3]
 Prag = Callable[..., tuple[int, str]]
@@ -135,6 +136,21 @@ def test_without_java_nothing_starts(folder: Path) -> None:
 def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, str], code: int, message: str) -> None:
     found, output = prag("evaluate", "-c", "config.yaml", *arguments)
     assert (found, message in " ".join(output.replace("│", " ").split())) == (code, True), output
+
+
+def test_questions_that_are_left_out_are_counted(folder: Path, prag: Prag) -> None:
+    asked = {"id": "1", "question": "Q?", "answers": [{"text": "a"}]}
+    impossible = {"id": "2", "question": "R?", "answers": [], "is_impossible": True}
+    document = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [asked, impossible]}]}]}
+    (folder / "squad.json").write_text(json.dumps(document))
+    _, output = prag("evaluate", "-c", "config.yaml", "--dataset", "squad.json")
+    assert "squad.json: 1 questions; left out: 1 unanswerable" in output
+
+
+def test_canary_questions_may_be_at_a_url(folder: Path, prag: Prag) -> None:
+    with serve_folder(folder) as url:
+        code, output = prag("reindex", "-c", "config.yaml", "--canary", f"{url}/none.jsonl")
+    assert (code, f"{url}/none.jsonl: no such file" in output.replace("\n", "")) == (3, True), output
 
 
 def test_a_store_without_a_snapshot_is_reported(prag: Prag) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prag_core.augmentation.formats import read_augmentations
+from prag_core.data import question_sets
 from prag_core.data.gold import GoldIndex, match_gold
 from prag_core.data.question_sets import read_questions
 from prag_core.data.questions import Gold, Question
 from prag_core.errors import InputError
 from prag_core.identity import passage_key
 from prag_core.records import Passage
+from tests.helpers.http_files import serve_folder
 from tests.helpers.passages import make_passage
 
 HOTPOT = {
@@ -104,6 +109,33 @@ def test_two_wiki_with_its_aliases(tmp_path: Path) -> None:
     questions = read_questions(path)
     assert {q.answers for q in questions} == {("Vend", "Vendland")}
     assert tuple(q.type for q in questions) == kinds
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in ("dev.json", "id_aliases.json"):
+            archive.write(tmp_path / file, file)
+    with serve_folder(tmp_path) as url:
+        for address in (f"{url}/dev.json?signature=a/b", f"zip://dev.json::{tmp_path}/set.zip"):
+            assert read_questions(address)[0].answers == ("Vend", "Vendland")
+
+
+def test_aliases_that_may_not_be_read_are_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(question_sets, "_ALIASES", "forbidden.json")
+    write(tmp_path, "dev.json", [TWO_WIKI])
+    with serve_folder(tmp_path) as url, pytest.raises(InputError, match=r"forbidden\.json: cannot be read") as caught:
+        read_questions(f"{url}/dev.json?signature=secret")
+    assert "belongs to the set" in caught.value.remedy
+
+
+def test_no_message_has_the_signature_of_a_url(tmp_path: Path) -> None:
+    write(tmp_path, "bad.jsonl", "{}")
+    write(tmp_path, "bad.json", "[1")
+    with serve_folder(tmp_path) as url:
+        for name in ("bad.jsonl", "bad.json"):
+            with pytest.raises(InputError, match=name) as caught:
+                read_questions(f"{url}/{name}?signature=secret")
+            assert "secret" not in str(caught.value)
+        with pytest.raises(InputError, match=r"bad\.json") as caught:
+            read_augmentations(f"{url}/bad.json?signature=secret")
+        assert "secret" not in str(caught.value)
 
 
 def test_squad(tmp_path: Path) -> None:
@@ -114,7 +146,13 @@ def test_squad(tmp_path: Path) -> None:
     impossible = {**SQUAD_QA, "id": "s2", "answers": [], "is_impossible": True}
     paragraph = {"context": "Quorl is a hill.", "qas": [SQUAD_QA, impossible]}
     two = {"data": [{"title": "Q", "paragraphs": [paragraph]}]}
-    assert [q.id for q in read_questions(write(tmp_path, "two.json", json.dumps(two, indent=1)))] == ["s1"]
+    left_out: Counter[str] = Counter()
+    path = write(tmp_path, "two.json", json.dumps(two, indent=1))
+    assert [q.id for q in read_questions(path, left_out=left_out)] == ["s1"]
+    assert left_out == {"unanswerable": 1}
+    none = {"data": [{"title": "Q", "paragraphs": [{**paragraph, "qas": [impossible]}]}]}
+    with pytest.raises(InputError, match="holds no questions; 1 are unanswerable"):
+        read_questions(write(tmp_path, "none.json", json.dumps(none)))
 
 
 def test_popqa(tmp_path: Path) -> None:
@@ -182,6 +220,14 @@ def broken(record: dict, **changes: Any) -> dict:
         ("q.jsonl", '{"question": "a?", "answer": "b", "id": {"n": 1}}', "line 1", "'id': is a dict"),
         ("q.jsonl", '{"question": "a?", "answer": "b", "id": NaN}', "line 1", "'id': is a float"),
         ("c.json", [broken(CWQ, answers=[{"aliases": []}])], "record 0", "'answer': is missing"),
+        ("c.json", [broken(CWQ, answers=[{"answer": "a", "aliases": "Bob"}])], "record 0", "'aliases': is a str"),
+        ("c.json", [broken(CWQ, answers=[{"answer": "a", "aliases": 7}])], "record 0", "'aliases': is a int"),
+        (
+            "p.tsv",
+            POPQA.replace('"[""climber""', '"' + "[" * 100_000),
+            "line 2",
+            "'possible_answers': is not a JSON list",
+        ),
         ("c.json", [broken(CWQ_FLAT, test_id=None)], "record 0", "'test_id': is a NoneType"),
     ],
 )
@@ -248,3 +294,11 @@ def test_gold_passages_by_id_text_and_title(tmp_path: Path) -> None:
         "none": (),
         "unknown": (),
     }
+
+
+def test_a_record_whose_id_looks_like_a_part_is_not_gold_for_another(tmp_path: Path) -> None:
+    questions = [Question("1", "?", ("x",), gold=(Gold(id="C"),)), Question("2", "?", ("x",), gold=(Gold(id="D"),))]
+    corpus = [passage("", f"Text of {source}.", source) for source in ("C", "C#5", "D#0", "D#1", "D#²")]
+    index = GoldIndex(questions)
+    found = match_gold(questions, [p for p in corpus if index.is_gold(p)])
+    assert {id: [p.sources[0] for p in passages] for id, passages in found.items()} == {"1": ["C"], "2": ["D#0", "D#1"]}
