@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cluster.preflight import CheckResult
 from prag_core.config import Config
-from prag_core.data.corpus import read_first_records
+from prag_core.data.corpus import Piece, has_made_id, read_first_records
 from prag_core.data.files import check_readable
 from prag_core.data.listing import list_files
 from prag_core.errors import PragError, PreflightError, StoreError
@@ -89,15 +89,19 @@ def check_corpus(config: Config) -> tuple[str, list[str]]:
     """List the corpus, and read the first record of each kind of file: what can be listed cannot always be read.
 
     Returns:
-        A line about the files, and what is left out or rejected.
+        A line about the files, and what is left out, is rejected or has no id.
 
     Raises:
         InputError: when the corpus cannot be listed, or such a file cannot be read.
     """
     listing = list_files(config.corpus, config.storage)
     first = read_first_records(listing.files, config.corpus, config.storage)
-    rejects = [f"{r.source} is rejected: {r.reason}: {r.detail}" for r in first if isinstance(r, Reject)]
-    return f"{len(listing.files)} files", [*(f"left out: {item}" for item in listing.left_out), *rejects]
+    warnings = [f"left out: {item}" for item in listing.left_out]
+    warnings += [f"{r.source} is rejected: {r.reason}: {r.detail}" for r in first if isinstance(r, Reject)]
+    made = [piece for piece in first if isinstance(piece, Piece) and has_made_id(piece)]
+    column = config.corpus.columns.id
+    warnings += [f"{p.file}:{p.line} has no id in the column {column!r}, so it is called {p.record_id}" for p in made]
+    return f"{len(listing.files)} files", warnings
 
 
 def check_node(config: Config, probe: str) -> list[CheckResult]:

@@ -29,7 +29,8 @@ from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
-from prag_core.errors import ClusterError, StoreError
+from prag_core.data.files import shown, without_query
+from prag_core.errors import ClusterError, InputError, StoreError
 from prag_core.llm.base_model import check_device
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout
@@ -51,10 +52,11 @@ def check_here(config: Config) -> PreflightReport:
     If Ray will be started on this machine, check too that the machine can hold an actor.
     """
     report = PreflightReport()
-    warnings = report.check("corpus", lambda: check_corpus(config))
+    warnings = report.check("corpus", lambda: _corpus(config))
     report.add([CheckResult("corpus", "warning", warning) for warning in warnings or ()])
     if config.augment.import_file:
-        report.check("augmentations", lambda: (_import_file(config), None))
+        bad = report.check("augmentations", lambda: _import_file(config))
+        report.add([CheckResult("augmentations", "warning", warning) for warning in bad or ()])
     described = report.check("model", lambda: _describe(config))
     store = report.check("store", lambda: _store(config))
     kind = index_kind(config.index)
@@ -131,9 +133,23 @@ def _store(config: Config) -> tuple[str, Store]:
     return f"{store.url}: writable, conditional writes work", store
 
 
-def _import_file(config: Config) -> str:
-    imported = read_augmentations(str(config.augment.import_file), config.storage)
-    return f"{config.augment.import_file}: {len(imported.rejects)} bad lines"
+def _corpus(config: Config) -> tuple[str, list[str]]:
+    _check_shared("corpus.path", config.corpus.path)
+    return check_corpus(config)
+
+
+def _import_file(config: Config) -> tuple[str, list[str]]:
+    file = str(config.augment.import_file)
+    _check_shared("augment.import_file", file)
+    imported = read_augmentations(file, config.storage)
+    name, bad = shown(without_query(file)), imported.rejects
+    first = [f"{name}: {len(bad)} bad records, such as {bad[0].source}: {bad[0].detail}"] if bad else []
+    return f"{name}: {len(imported.by_name)} augmentations", first
+
+
+def _check_shared(setting: str, path: str) -> None:
+    if path.startswith("memory://"):
+        raise InputError(f"{setting} = {path!r} is seen by this process alone", "use a file or s3://")
 
 
 def _snapshot(config: Config, store: Store, base_model: str) -> str:

@@ -135,12 +135,21 @@ def merge_pieces(pieces: Sequence[Piece]) -> Passage:
     return Passage(first.key, first.title, first.text, tuple(sorted({piece.id for piece in pieces})), tags)
 
 
+def has_made_id(piece: Piece) -> bool:
+    """Whether a record had no id of its own, so that one was made of its place."""
+    return piece.record_id == _made_id(piece.file, piece.line)
+
+
+def _made_id(file: str, line: int) -> str:
+    return f"{file.removesuffix('.gz')}:{line}"
+
+
 def _pieces(record: Mapping[str, object], file: str, line: int, config: CorpusConfig) -> list[Piece]:
     columns = config.columns
     if columns.text not in record:
         detail = f"no column {columns.text!r}; there are {quote_names(record)}; corpus.columns.text names it"
         raise BadRecordError("missing_column", detail)
-    record_id = _string(record, columns.id, numbers=True).strip() or f"{file.removesuffix('.gz')}:{line}"
+    record_id = _string(record, columns.id, numbers=True).strip() or _made_id(file, line)
     title = normalize(_string(record, columns.title, numbers=True))
     text = _string(record, columns.text, numbers=False).strip()
     if not text:

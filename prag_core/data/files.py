@@ -6,13 +6,15 @@ and each file system has errors of its own. So readers get a buffered file over 
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import inspect
 import io
+import lzma
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,20 @@ _BUFFER_BYTES = 1 << 20
 HTTP = ("http://", "https://")
 # Endings of compressed files that only a further package reads; without it, fsspec would not unpack them.
 _PACKAGES = {"zst": "zstandard", "lz4": "lz4"}
+# Formats whose files may be several packed streams in a row, and what unpacks one stream.
+_STREAMS: Mapping[str, Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]] = {
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+    "lzma": lzma.LZMADecompressor,
+}
 
 
 def shown(name: str) -> str:
     """Return a path as text that can be printed and stored: bytes that are not UTF-8 are spelled out (`\\xe9`)."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        return name.encode(errors="backslashreplace").decode()
 
 
 def without_query(name: str) -> str:
@@ -118,6 +129,8 @@ def open_file(fs: Any, name: str, *, seekable: bool = False) -> Iterator[io.Buff
             packed = None  # the server calls the packing an encoding of the transfer, so the client has undone it
         if packed == "zip":
             file = _buffered(stack, partial(_only_member, file, shown(plain)))
+        elif packed in _STREAMS:
+            file = _buffered(stack, partial(_Streams, file, _STREAMS[packed]))
         elif packed is not None:
             file = _buffered(stack, partial(compr[packed], file, mode="rb"))
         # A packed file would be unpacked from its start each time that a reader seeks.
@@ -216,6 +229,32 @@ def _os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(str(error) or type(error).__name__) from error
+
+
+class _Streams:
+    """The content of a file of packed streams. The readers of Python take a damaged stream for the end of the file."""
+
+    def __init__(self, file: io.BufferedReader, start: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]):
+        self._file = file
+        self._start = start
+        self._stream = start()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            packed = b""
+            if self._stream.eof:
+                # Zero bytes may fill up a file of xz.
+                packed = (self._stream.unused_data or self._file.read(_BUFFER_BYTES)).lstrip(b"\0")
+                if not packed and not self._file.peek(1):
+                    return b""
+                self._stream = self._start()
+            elif self._stream.needs_input and not (packed := self._file.read(_BUFFER_BYTES)):
+                raise EOFError("it ends in the middle of a packed stream")
+            if data := self._stream.decompress(packed, size):
+                return data
+
+    def close(self) -> None:
+        pass
 
 
 class _InputFile(io.RawIOBase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from os import scandir
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from fsspec.utils import glob_translate
 
 from prag_core.config import CorpusConfig, StorageConfig
 from prag_core.data.files import HTTP, http_failure, open_filesystem, shown, without_query
+from prag_core.data.parsing import repeated
 from prag_core.errors import InputError
 
 Format = Literal["jsonl", "tsv", "parquet", "text"]
@@ -92,7 +93,7 @@ def list_files(config: CorpusConfig, storage: StorageConfig | None = None) -> Li
     Links are followed, but not in a circle. What is left out is counted.
 
     Raises:
-        InputError: when there is no file to read, or a file is empty.
+        InputError: when there is no file to read, a file is empty, or two files cannot be told apart by name.
     """
     path = shown(without_query(config.path))
     try:
@@ -121,6 +122,8 @@ def list_files(config: CorpusConfig, storage: StorageConfig | None = None) -> Li
         if item.size == 0:
             raise InputError(f"{url}: is empty", "remove it, or write it again")
         files.append(CorpusFile(item.name, shown(item.label), url, form))
+    if twice := repeated([file.label for file in files]):
+        raise InputError(f"{path}: two files are both called {twice[0]} in reports and ids", "rename one of them")
     counted = tuple(LeftOut(reason, len(labels), labels[0]) for reason, labels in sorted(left_out.items()))
     if not files:
         why = f"{path}: its name has no known ending" if single else f"{path}: has no file to read"
@@ -137,6 +140,8 @@ def _find(fs: Any, root: str) -> tuple[bool, list[_Found]]:
     info = _local_info(Path(root)) if local else _remote_info(fs, root)
     if info and info["type"] == "file":
         plain = PurePosixPath(without_query(root)).name
+        if root.startswith(HTTP) and without_query(str(info.get("url") or root)).endswith("/"):
+            raise OSError("it is a folder on an HTTP server; name a file, or its files by a glob")
         return True, [_Found(root, unquote(plain) if root.startswith(HTTP) else plain, info["size"])]
     if info:
         # A file system that is walked folder by folder leaves out, unless told otherwise, what it cannot list.
@@ -152,6 +157,8 @@ def _find(fs: Any, root: str) -> tuple[bool, list[_Found]]:
         found = [item for item in _walk(folder or "/", depth) if wanted.match(item.name)]
     else:
         found = _remote(fs.glob(root, detail=True), folder)
+        if root.startswith(HTTP):
+            found = [replace(item, label=unquote(item.label)) for item in found]
     entered = {str(parent) for item in found for parent in PurePosixPath(item.name).parents}
     return False, [item for item in found if item.reason != "folder" or item.name not in entered]
 

@@ -13,7 +13,7 @@ from typing import IO, cast
 
 import pyarrow.parquet as pq
 
-from prag_core.config import CorpusConfig
+from prag_core.config import Columns, CorpusConfig
 from prag_core.data.listing import CorpusFile
 from prag_core.data.parsing import NOT_CLOSED, explain_tsv, parse_json, parse_tsv, repeated
 from prag_core.errors import InputError
@@ -117,7 +117,7 @@ def read_tsv(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Itera
     With `corpus.multiline_fields`, a quoted field may go on in the next line.
 
     Raises:
-        InputError: when the header cannot be read, has no column of texts, or has a column twice.
+        InputError: when the header cannot be read, lacks a column that is configured, or has a column twice.
     """
     lines = _Lines(stream, config.max_record_bytes)
     # Bytes that are not UTF-8 become lone surrogates, so that csv continues. Later they make the record a reject.
@@ -139,7 +139,9 @@ def read_tsv(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Itera
         except BadRecordError as bad:
             yield number, bad
         else:
-            if len(row) == len(header):
+            if len(header) > 1 and [name.strip() for name in row] == header:
+                yield number, BadRecordError("invalid_tsv", "the row is the header once more; were files joined?")
+            elif len(row) == len(header):
                 yield number, dict(zip(header, row, strict=True))
             elif "".join(row).strip() or len(row) > 1:  # a blank line is not a record
                 detail = f"the row has {len(row)} fields, the header has {len(header)}"
@@ -181,9 +183,9 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
     """Read the configured columns of a Parquet file.
 
     Raises:
-        InputError: when it has no column of texts, or has a column twice.
+        InputError: when it lacks a column that is configured, or has a column twice.
     """
-    table = pq.ParquetFile(stream)
+    table = pq.ParquetFile(stream, page_checksum_verification=True)
     there = table.schema_arrow.names
     _check_columns(there, file, config)
     columns = config.columns
@@ -200,6 +202,8 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
                 yield number, values
             except BAD_RECORD as bad:
                 yield number, bad
+            except (ValueError, OverflowError) as error:  # such as a date after the year 9999
+                yield number, BadRecordError("wrong_type", f"a value cannot be read: {error}")
 
 
 def read_plain_text(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:
@@ -222,6 +226,14 @@ def _check_columns(there: Sequence[str], file: CorpusFile, config: CorpusConfig)
             f"{file.url}: has no column {config.columns.text!r}; it has {quote_names(there)}",
             "set corpus.columns.text to the column that holds the texts",
         )
+    for field in ("id", "title"):
+        name = getattr(config.columns, field)
+        # Without the usual columns, ids are made and titles are empty. But who names another column expects it.
+        if name not in there and name != Columns.model_fields[field].default:
+            raise InputError(
+                f"{file.url}: has no column {name!r}; it has {quote_names(there)}",
+                f"set corpus.columns.{field} to the column that holds the {field}s, or leave it out",
+            )
     if twice := repeated([name for name in there if name]):
         raise InputError(
             f"{file.url}: has the column {twice[0]!r} more than once", "rename one of them, so that it is clear which"

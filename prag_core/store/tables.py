@@ -50,7 +50,7 @@ def find_passages(store: Store, corpus_version: str, names: Sequence[str]) -> li
     if unknown:
         raise InputError(
             f"store = {store.url!r}: the corpus {corpus_version} has no passage {', '.join(map(shown, unknown[:5]))}",
-            "give a passage's key, or the id under which the corpus has it",
+            "give a passage's key, or the id under which the corpus has it; a long record's parts are ID#0, ID#1, …",
         )
     return sorted(found, key=lambda passage: passage.key)
 

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cluster.preflight import (
@@ -110,7 +112,7 @@ def test_all_errors_are_named_at_once(config: Config, tmp_path: Path) -> None:
 def test_what_is_left_out_of_the_corpus_is_said(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    (folder / "a.jsonl").write_text('{"text": "A"}\n')
+    (folder / "a.jsonl").write_text('{"id": "a", "text": "A"}\n')
     (folder / "b.jsonl.bak").write_text("x")
     (folder / "c.tsv").write_text('text\n"never closed\n')
     found = check_here(changed(config, corpus__path=str(folder)))
@@ -118,6 +120,23 @@ def test_what_is_left_out_of_the_corpus_is_said(config: Config, tmp_path: Path) 
     assert "b.jsonl.bak" in found.summary()
     assert "c.tsv:2 is rejected: invalid_tsv" in found.summary()
     found.raise_errors()
+
+
+def test_records_without_ids_and_bad_augmentations_give_warnings(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"docid": "a", "text": "A"}\n')
+    (tmp_path / "made.jsonl").write_text('{"id": "a", "qa": 7}\n')
+    files = {"corpus__path": tmp_path / "x.jsonl", "augment__import_file": tmp_path / "made.jsonl"}
+    found = check_here(changed(config, **{name: str(file) for name, file in files.items()}))
+    assert "x.jsonl:1 has no id in the column 'id'" in found.summary()
+    assert "made.jsonl: 1 bad records, such as" in found.summary()
+    found.raise_errors()
+
+
+def test_an_input_that_only_this_process_has_is_refused(config: Config) -> None:
+    url = f"memory://{uuid.uuid4()}.jsonl"
+    fsspec.filesystem("memory").pipe(url, b'{"id": "a", "text": "A", "qa": []}\n')
+    found = check_here(changed(config, corpus__path=url, augment__import_file=url))
+    assert [f.check for f in found.findings if "by this process alone" in f.detail] == ["corpus", "augmentations"]
 
 
 def test_the_first_record_of_each_kind_of_file_is_read(config: Config, tmp_path: Path) -> None:

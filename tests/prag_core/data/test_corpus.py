@@ -294,6 +294,40 @@ def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("column", ["id", "title"])
+def test_a_configured_column_that_is_missing_is_named(tmp_path, column):
+    for name in ("x.tsv", "x.parquet"):
+        write(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name}: has no column 'name'") as caught:
+            read(tmp_path / name, columns={column: "name"})
+        assert f"corpus.columns.{column}" in caught.value.remedy
+
+
+def test_the_header_of_a_joined_file_is_no_record(tmp_path):
+    (tmp_path / "x.tsv").write_text("id\ttext\n1\ta\nid\ttext\n2\tb\n")
+    pieces, rejects = read(tmp_path / "x.tsv")
+    assert [p.id for p in pieces] == ["1", "2"]
+    assert [(r.reason, r.source) for r in rejects] == [("invalid_tsv", "x.tsv:3")]
+
+
+def test_a_changed_page_of_parquet_is_found_by_its_checksum(tmp_path):
+    file = tmp_path / "x.parquet"
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"id": ["1"], "text": ["a river"]}), file, write_page_checksum=True, **plain)
+    file.write_bytes(file.read_bytes().replace(b"a river", b"a tower"))
+    with pytest.raises(InputError, match=r"x\.parquet: cannot be read"):
+        read(file)
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32()])
+def test_a_value_that_python_cannot_hold_rejects_its_row(tmp_path, kind):
+    days = pa.array([2**30] * 2, pa.int32()) if pa.types.is_date(kind) else pa.array([2**62] * 2)
+    pq.write_table(pa.table({"id": days.cast(kind), "text": ["a", "b"]}), tmp_path / "x.parquet")
+    pieces, rejects = read(tmp_path / "x.parquet")
+    assert pieces == []
+    assert [(r.reason, r.source) for r in rejects] == [("wrong_type", "x.parquet:1"), ("wrong_type", "x.parquet:2")]
+
+
 def test_a_bad_parquet_row_is_rejected_and_the_others_are_read(tmp_path):
     bad_bytes = pa.array([b"good", b"\xff", None, b"x" * 3_000, b"good too"]).cast(pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad_bytes, "id": [1, 2, 3, 4, 5]}), tmp_path / "x.parquet")

@@ -9,7 +9,7 @@ import json
 import lzma
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -192,3 +192,16 @@ def test_an_archive_is_never_read_in_part(tmp_path: Path, name: str, data: bytes
     with pytest.raises(InputError, match=said) as caught:
         read(tmp_path / name, format="jsonl")
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_a_damaged_stream_is_not_taken_for_the_end_of_the_file(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    streams = [pack(line) for line in DATA.splitlines(keepends=True)]
+    path = tmp_path / f"x.jsonl.{ending}"
+    path.write_bytes(b"".join(streams) + (b"" if ending == "bz2" else b"\0" * 8))
+    assert [p.id for p in read(path, format="jsonl")[0]] == ["a", "b", "c"]
+    path.write_bytes(streams[0] + b"?" + streams[1][1:] + streams[2])
+    with pytest.raises(InputError, match=rf"{path.name}: cannot be read: .+"):
+        read(path, format="jsonl")

@@ -260,3 +260,25 @@ def test_what_follows_the_path_of_a_url_is_no_part_of_an_id(tmp_path: Path) -> N
         with pytest.raises(InputError, match=r"none\.jsonl: no such file") as caught:
             list_files(config_of(f"{url}/none.jsonl?signature=secret"))
         assert "secret" not in str(caught.value)
+
+
+def test_two_files_that_are_spelled_alike_are_refused(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.txt", b"caf\\xe9.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("Coffee.")
+    with pytest.raises(InputError, match=r"two files are both called caf\\xe9\.txt"):
+        list_files(config_of(tmp_path))
+
+
+def test_a_surrogate_that_stands_for_no_byte_can_be_shown() -> None:
+    with pytest.raises(InputError, match=r"\\ud800.jsonl: no such file|\\ud800.jsonl: cannot be listed"):
+        list_files(config_of("\ud800.jsonl"))
+
+
+def test_a_folder_on_a_web_server_is_read_by_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "ü b.txt").write_text("text")
+    with serve_folder(tmp_path) as url:
+        assert [(p.id, p.title) for p in read(f"{url}/texts/*.txt")[0]] == [("ü b.txt", "ü b")]
+        for folder in (f"{url}/texts/", f"{url}/texts"):  # what the server sends for it is a page of links
+            with pytest.raises(InputError, match="is a folder on an HTTP server"):
+                list_files(config_of(folder, format="text"))
