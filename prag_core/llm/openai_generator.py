@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -25,6 +26,12 @@ _TEMPLATE = "chat_template_kwargs"
 # The words with which endpoints refuse a setting, and not its value or the prompt.
 _REFUSES = re.compile(
     r"un(?:supported|recogni[sz]ed|known|expected)|not (?:support|permit|allow|recogni[sz])|instead|extra|deprecated",
+    re.IGNORECASE,
+)
+# The words with which they say that a prompt is too long.
+_TOO_LONG = re.compile(
+    r"context[ _](?:length|size|window)|(?:prompt|input) is too long|exceeds the maximum number of tokens"
+    r"|too many tokens",
     re.IGNORECASE,
 )
 
@@ -65,14 +72,29 @@ class OpenAIGenerator:
     async def _generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int
     ) -> list[str | GenerationError]:
-        from openai import AsyncOpenAI
+        import httpx
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        class WholeReplies(DefaultAsyncHttpxClient):
+            """Limits the time of a whole reply; httpx limits that of each piece, and a reply may have many."""
+
+            async def send(self, *arguments: Any, **options: Any) -> Any:
+                try:
+                    async with asyncio.timeout(endpoint.timeout_s):
+                        return await super().send(*arguments, **options)
+                except TimeoutError:
+                    raise httpx.ReadTimeout("the reply was not complete in time") from None
 
         endpoint = self._endpoint
         # Local servers need no key, but the client requires one.
         key = os.environ.get(endpoint.api_key_env) or "unused"
         gate = asyncio.Semaphore(endpoint.concurrency)
         async with AsyncOpenAI(
-            api_key=key, base_url=endpoint.url, timeout=endpoint.timeout_s, max_retries=endpoint.retries
+            api_key=key,
+            base_url=endpoint.url,
+            timeout=endpoint.timeout_s,
+            max_retries=endpoint.retries,
+            http_client=WholeReplies(timeout=endpoint.timeout_s),
         ) as client:
 
             async def ask(prompt: Prompt) -> str | GenerationError:
@@ -93,8 +115,12 @@ class OpenAIGenerator:
             if prompt.chat:
                 messages = [{"role": "user", "content": prompt.text}]
                 reply = await client.chat.completions.create(model=model, messages=messages, **settings, **body)
+            else:
+                reply = await client.completions.create(model=model, prompt=prompt.text, **settings)
+            if said := getattr(reply, "error", None):
+                return self._error(f"the reply is an error: {said}", key, "see what the server logs")
+            if prompt.chat:
                 return self._content(reply.choices[0], key, prompt, limit)
-            reply = await client.completions.create(model=model, prompt=prompt.text, **settings)
             text = reply.choices[0].text
             if text is None:
                 return self._error("the reply has no text", key, "see what the server logs")
@@ -114,14 +140,14 @@ class OpenAIGenerator:
                 error, key, "check augment.endpoint.model and that augment.endpoint.url ends in /v1"
             ) from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if error.code == "context_length_exceeded" or "context length" in str(error):
+            if error.code == "context_length_exceeded" or _TOO_LONG.search(_words(error)):
                 return PromptTooLongError(*self._error(error, key, "split the passage (corpus.max_words)").args)
             if not self._learn(error, [*settings, *body.get("extra_body", {})], prompt):
                 return self._error(error, key, "the endpoint refuses this prompt; see its message")
             return await self._ask(client, key, prompt, limit, temperature, seed)
         except openai.APIStatusError as error:
             return self._error(error, key, "raise augment.endpoint.retries, or try again when the endpoint is healthy")
-        except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
+        except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
             return self._error(error, key, "the reply does not follow the OpenAI protocol; check the server")
 
     def _settings(self, prompt: Prompt, limit: int, temperature: float, seed: int) -> dict[str, Any]:
@@ -137,7 +163,7 @@ class OpenAIGenerator:
 
     def _learn(self, error: openai.APIStatusError, sent: Sequence[str], prompt: Prompt) -> bool:
         """Note the setting that an endpoint has refused by name; return whether there is one to do without."""
-        text = str(error)
+        text = _words(error)
         if not _REFUSES.search(text):
             return False
         known = {"max_completion_tokens"} if prompt.chat else {"max_tokens"}
@@ -158,7 +184,7 @@ class OpenAIGenerator:
     def _content(self, choice: Any, key: str, prompt: Prompt, limit: int) -> str | GenerationError:
         """Return the text of a chat's reply; reasoning that has a field of its own is left out."""
         message = choice.message
-        text = message.content
+        text = None if choice.finish_reason == "content_filter" else message.content
         if isinstance(text, list):  # Mistral's form: parts of reasoning and of text
             text = "".join(part["text"] for part in text if part.get("type") == "text")
         if text is not None and text.strip():
@@ -175,11 +201,25 @@ class OpenAIGenerator:
 
     def _error(self, error: BaseException | str, key: str, remedy: str) -> GenerationError:
         """Return an error for the caller; its message never holds the key, even if the server's does."""
-        cause = (error if isinstance(error, str) else f"{type(error).__name__}: {error}").replace(key, "[key]")[:500]
+        cause = error if isinstance(error, str) else f"{type(error).__name__}: {_words(error)}"
+        cause = cause.replace(key, "[key]")[:500]
         endpoint = self._endpoint
         return GenerationError(
             f"{endpoint.url}, model {endpoint.model!r}, after up to {endpoint.retries} retries: {cause}", remedy
         )
+
+
+def _words(error: BaseException) -> str:
+    """Return what an error says, with what the endpoint wrote if that has another form than OpenAI's."""
+    import openai
+
+    if not isinstance(error, openai.APIStatusError) or " - " in str(error):
+        return str(error)
+    written = error.response.text
+    if isinstance(error.body, dict) and isinstance(items := error.body.get("detail"), list):
+        # FastAPI's form. Its items repeat what was sent, too.
+        written = json.dumps([[item.get("loc"), item.get("msg")] for item in items if isinstance(item, dict)])
+    return f"{error} - {written}"
 
 
 def _kind(prompt: Prompt) -> str:
