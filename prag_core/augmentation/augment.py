@@ -61,6 +61,8 @@ def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
 
 
 def _result(draft: Draft, seconds: float) -> Augmentation | Reject:
+    if draft.error:
+        draft.refused["no_reply"] += 1
     refused = tuple(f"{reason}={count}" for reason, count in sorted(draft.refused.items()))
     passage = draft.passage
     if draft.pairs and not isinstance(draft.error, PromptTooLongError):

@@ -34,6 +34,12 @@ _PRONOUN = re.compile(r"(?<=\w )(?:(he|she|it|they|him|them)|(his|her|its|their)
 _NAME = re.compile(r"(?<=\w )[^\W\d_a-z]\w")
 _TITLE_WORD = re.compile(r"\w{4,}")
 _DISAMBIGUATION = re.compile(r"\s*\([^()]*\)\s*\Z")
+# What speaks of the task, or looks like a mark around a reply, belongs to no rewrite unless the passage has it.
+_ABOUT_THE_TASK = re.compile(
+    r"\bre-?(?:writ|word|phras)\w*|\bparaphras\w*|\bthe passage\b"
+    r"|</?[a-z_][\w:-]*>|<[|｜][^<>\s]*[|｜]>|\[/?(?:think|inst|begin|end)[a-z_ ]*\]",
+    re.IGNORECASE,
+)
 
 
 def fold_text(text: str) -> str:
@@ -60,7 +66,8 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
     The reasons are `empty`, `no_question_mark`, `too_long`, `prompt_copy` (it has an invented name of the prompt's
     examples), `no_subject` (it can be understood only beside its passage), `answer_in_question`,
     `answer_not_in_passage`, `duplicate_question` and `duplicate_answer` (a third question with one answer). The
-    strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `low_score` (`small`).
+    strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `low_score` (`small`), `bad_rewrite` for a text that
+    is no rewrite, and `no_reply` if the last attempt failed.
     """
     source = passage_text(passage)
     question, answer = fold_text(pair.question), fold_text(pair.answer)
@@ -110,8 +117,14 @@ def _words(text: str) -> set[str]:
 
 
 def is_rewrite(text: str, passage: Passage) -> bool:
-    """Whether `text` is a usable rewrite: long enough, on the subject, not a copy, and without repetitions."""
+    """Whether `text` is a usable rewrite: long enough, on the subject, not a copy, and without repetitions.
+
+    A text that speaks of rewriting is none either: it is reasoning or a remark, or repeats the prompt.
+    """
     words, original = fold_text(text).split(), fold_text(passage.text).split()
+    source = fold_text(passage_text(passage))
+    if any(found not in source for found in _ABOUT_THE_TASK.findall(fold_text(text))):
+        return False
     if not words or len(words) < _SHORTEST_REWRITE_SHARE * len(original):
         return False
     long_words = set(_LONG_WORD.findall(fold_text(passage.text)))

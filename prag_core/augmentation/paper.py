@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from prag_core.augmentation.filter import Draft, is_rewrite
+from prag_core.augmentation.filter import Draft, contains_text, is_rewrite
 from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE, questions_prompt, rewrite_prompt
 from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed, read_reply, reasoning_room
 from prag_core.data.parsing import is_storable
@@ -16,7 +16,7 @@ from prag_core.llm.generator import Generator, Prompt
 from prag_core.llm.reply import without_fence
 from prag_core.prompts import passage_text
 from prag_core.recipe import AugmentRecipe
-from prag_core.records import QAPair
+from prag_core.records import Passage, QAPair
 
 _REWRITE_TOKENS = 1024
 _QUESTION_TOKENS = 160
@@ -31,6 +31,13 @@ _LABEL = re.compile(
     r"^\W*(?:here(?: is|'s) )?(?:the |my |final )*(?:rewrit|revis|rephras|paraphras)\w+\b[^\n:]{0,30}:[*_\s]*",
     re.IGNORECASE | re.MULTILINE,
 )
+# A remark after the rewrite, and a heading or an announcement before it.
+_REMARK = re.compile(
+    r"\n\s*\n\W*(?:note\b|let me know|please let|feel free|i hope|i(?:'ve| have)? (?:kept|changed|made|tried)"
+    r"|if you|would you|word count)[^\n]*\s*\Z",
+    re.IGNORECASE,
+)
+_ANNOUNCEMENT = re.compile(r"\A\s*(?:#[^\n]*|[^\n]{0,120}:[*_ ]*)\n\s*(?=\S)")
 # The last sentence if the token limit cut it off and a complete sentence comes before it.
 _CUT_OFF = re.compile(r"(?<=[.!?])\s+[^.!?]*\Z")
 
@@ -59,12 +66,14 @@ def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentR
             if content is None:
                 continue
             # The fence may stand around the label or the lead-in, or after it.
-            text = without_fence(content)
+            text = _from_json(without_fence(content))
             label = next((label for label in _LABEL.finditer(text) if label[0].strip() not in draft.passage.text), None)
             text = without_fence(text[label.end() :] if label else _LEAD_IN.sub("", text))
-            text = _CUT_OFF.sub("", text).strip()
+            text = _CUT_OFF.sub("", _unwrapped(text, draft.passage)).strip()
             if text not in draft.rewrites and is_rewrite(text, draft.passage):
                 draft.rewrites.append(text)
+            else:
+                draft.refused["bad_rewrite"] += 1
 
 
 def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
@@ -92,11 +101,33 @@ def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentReci
                 draft.offer(pair)
 
 
+def _unwrapped(text: str, passage: Passage) -> str:
+    """Return a rewrite without an announcement, remark, JSON object or quotes around it."""
+    line = _ANNOUNCEMENT.match(text)
+    if line and not any(contains_text(passage_text(passage), word) for word in re.findall(r"\w{5,}", line[0])):
+        text = text[line.end() :]
+    while (remark := _REMARK.search(text)) and remark[0].strip() not in passage.text:
+        text = text[: remark.start()]
+    text = _from_json(without_fence(text)).strip()
+    return text[1:-1] if re.fullmatch(r"“[^“”]*”", text) else text
+
+
+def _from_json(text: str) -> str:
+    """Return the one text that a JSON value holds; any other text as it is."""
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError):
+        return text
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) and is_storable(values[0]) else text
+
+
 def parse_pairs(reply: str) -> list[QAPair | None]:
     """Return the pairs of the last JSON array with a pair in a reply, with None for each item that is not a pair.
 
     Models correct themselves, and repeat the prompt's example; the example counts only where nothing else is. Text and
-    code fences around the array are ignored. A reply without such an array gives one None.
+    code fences around the array are ignored. Without such an array the pairs of all objects are taken, as in a list
+    that is cut off or in lines of JSON. A reply without any gives one None.
     """
     decoder = json.JSONDecoder()
     example = json.loads(QUESTIONS_EXAMPLE)
@@ -114,7 +145,30 @@ def parse_pairs(reply: str) -> list[QAPair | None]:
         pairs = [pair if pair and all(map(is_storable, astuple(pair))) else None for pair in map(to_pair, items)]
         if (any(pairs) or found == [None]) and (echoed or items != example):
             found, echoed = pairs, items == example
-    return found
+    return (_loose_pairs(reply, example) or found) if echoed else found
+
+
+def _loose_pairs(reply: str, example: list[object]) -> list[QAPair | None]:
+    """Return the pairs of all JSON objects in a reply, with None for each that is not complete."""
+    decoder = json.JSONDecoder()
+    found: list[QAPair | None] = []
+    position = 0
+    while (start := reply.find("{", position)) >= 0:
+        position = start + 1
+        try:
+            item, end = decoder.raw_decode(reply, start)
+        except RecursionError:
+            break
+        except ValueError:
+            found.append(None)
+            continue
+        pair = None if item in example else to_pair(item)
+        if pair and all(map(is_storable, astuple(pair))):
+            found.append(pair)
+            position = end
+        elif item in example:
+            position = end
+    return found if any(found) else []
 
 
 def to_pair(item: object) -> QAPair | None:

@@ -16,6 +16,7 @@ from prag_core.augmentation.filter import Draft, contains_text, fold_text, refus
 from prag_core.augmentation.prompts import asking_prompt, reading_prompt
 from prag_core.errors import GenerationError
 from prag_core.llm.generator import Generator, Prompt, Scorer
+from prag_core.llm.reply import reply_content
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Passage, QAPair
 
@@ -133,7 +134,8 @@ def _complete(questions: Sequence[_OpenQuestion], generator: Generator) -> list[
         reply = next(replies)
         if isinstance(reply, str):
             # Cut at the first question mark: another question may follow.
-            reply = re.sub(r"\?.*", "?", f"{question.opening} {reply.strip()}", flags=re.DOTALL)
+            said = reply_content(reply, question.candidate.sentence) or ""
+            reply = re.sub(r"\?.*", "?", f"{question.opening} {said.strip()}", flags=re.DOTALL)
         texts.append(reply)
     return texts
 

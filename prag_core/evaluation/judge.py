@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from prag_core.errors import GenerationError
@@ -10,6 +11,8 @@ from prag_core.llm.reply import reply_content
 
 # Raise it whenever the prompt changes.
 JUDGE_VERSION = 2
+# A reply of at most this many words may hold its yes or no anywhere, as in "The answer is: yes".
+_SHORT = 5
 
 _PROMPT = (
     "Question: {question}\nAccepted answers: {answers}\nGiven answer: {given}\n\n"
@@ -35,9 +38,13 @@ def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str],
     for i, prompt, reply in zip(asked, prompts, generator.generate(prompts, max_new_tokens=8), strict=True):
         if isinstance(reply, GenerationError):
             raise reply
-        words = (reply_content(reply, prompt.text) or "").lower().split()
-        word = words[0].strip(".,!*\"'") if words else ""
-        if word not in ("yes", "no"):
+        words = re.findall(r"\w+", (reply_content(reply, prompt.text) or "").lower())
+        said = {word for word in words if word in ("yes", "no")}
+        both = {*words[:3]} - {"or", "and", "but"} == {"yes", "no"}
+        word = words[0] if words and words[0] in said and not both else ""
+        if not word and len(words) <= _SHORT and len(said) == 1:
+            (word,) = said
+        if not word:
             unclear.append(reply)
         verdicts[i] = float(word == "yes")
     if unclear:

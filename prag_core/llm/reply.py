@@ -8,24 +8,53 @@ from __future__ import annotations
 
 import re
 
-_TAGS = r"think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|seed:think|details"
+_TAGS = (
+    r"(?:[\w-]+[_:-])?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|monologue|scratch_?pad|plan"
+    r"|planning|details)(?:[_:-][\w-]+)?"
+)
 _MARK = re.compile(
-    rf"(?P<open><(?:{_TAGS})(?:\s[^<>]*)?(?<!/)>|\[THINK\]|<\|(?:begin_of_thought|START_THINKING)\|>|◁think▷|<\|channel>)"
-    rf"|</(?:{_TAGS})\s*>|\[/THINK\]|<\|(?:end_of_thought|END_THINKING)\|>|◁/think▷|<channel\|>",
+    rf"(?P<open>(?:<|&lt;)(?:{_TAGS})(?:\s[^<>]*)?(?<!/)(?:>|&gt;)|\[THINK\]|<\|(?:begin_of_thought|START_THINKING)\|>|◁think▷|<\|channel>)"
+    rf"|(?:<|&lt;)/(?:{_TAGS})\s*(?:>|&gt;)|\[/THINK\]|<\|(?:end_of_thought|END_THINKING)\|>|◁/think▷|<channel\|>",
     re.IGNORECASE,
 )
 # The form of gpt-oss: messages in channels, of which `final` is for the user. Some servers drop its control tokens.
 _CHANNELS = re.compile(
     r"\s*(?:<\|start\|>\s*assistant)?\s*(?:<\|channel\|>)?\s*(?:analysis|commentary|final)\b[^<]*<\|m"
 )
-_FINAL = re.compile(r"\bfinal\b.{0,60}?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|\Z)", re.DOTALL)
-_BARE_CHANNELS = re.compile(r"\s*analysis(?=[A-Z])(?:.*assistantfinal)?", re.DOTALL)
-# A model that does not stop goes on with the next turn. These end a turn in the templates of the open families.
-_END_OF_TURN = re.compile(
-    r"<\|(?:im_end|im_start|eot_id|eom_id|end|endoftext|end_of_text|return)\|>|</?(?:start|end)_of_turn>|</s>|<｜end▁of▁sentence｜>"
+_FINAL = re.compile(
+    r"\bfinal\b(?:(?!<\|(?:end|start|channel)\|>).){0,60}?<\|message\|>(.*?)"
+    r"(?=<\|(?:end|return|start|channel|call)\|>|\Z)",
+    re.DOTALL,
 )
-_AROUND = re.compile(r"<\|(?:begin_of_solution|end_of_solution|START_RESPONSE|END_RESPONSE)\|>")
-_TAGGED = re.compile(r"\s*<(answer|output|response|result|rewrite)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_BARE_CHANNELS = re.compile(
+    r"\s*(?:assistant\s*)?(?:analysis|commentary) ?(?=[A-Z])(?:.*assistant\s*final)?", re.DOTALL
+)
+# Headings or fences in place of marks, as of Granite and Apriel: reasoning under one, the reply under another.
+_HEADED = re.compile(
+    r"\s*(?:[#*\s]*(?:here (?:is|are) my )?(?:thought process|(?:chain of )?thoughts?|thinking|reasoning)"
+    r"(?: process| steps)?[*\s]*(?::|\n)|(?P<fence>```+|~~~+)(?:think|thought|reason)\w*\n)",
+    re.IGNORECASE,
+)
+_REPLY_HEAD = re.compile(
+    r"^[#*\s]*(?:here is (?:my|the) |my |the )?(?:final )?(?:response|answer|output|reply"
+    r"|re-?writ\w*|rephras\w*|paraphras\w*)(?: (?:passage|text|version))?[*\s]*(?::[*\s]*|\n)|\[BEGIN FINAL RESPONSE\]",
+    re.IGNORECASE | re.MULTILINE,
+)
+# A model that does not stop goes on with the next turn. These end a turn in the templates of the open families.
+_REPLY_START = re.compile(r"^(?=```|~~~|\[\s*\{)", re.MULTILINE)
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|end|endoftext|end_of_text|return|endofturn|start_header_id|start_of_role|user)\|>"
+    r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|</?(?:start|end)_of_turn>|</s>|<｜end▁of▁sentence｜>|<｜User｜>"
+    r"|\[\|(?:endofturn|user)\|\]|\[/?INST\]|\[END FINAL RESPONSE\]"
+    r"|\n\s*(?:###\s*(?:Instruction|Input|User)\b|(?:User|Human): )"
+)
+_AROUND = re.compile(
+    r"<\|(?:(?:begin|end)_of_(?:solution|box)|(?:START|END)_RESPONSE|assistant)\|>|<｜Assistant｜>|\[\|assistant\|\]"
+)
+_TAGGED = re.compile(
+    r"<((?:final_)?(?:answer|output|response|result|conclusion|rewrite|rewritten\w*)|paraphrase\w*)>(.*?)(?:</\1>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
 _FENCED_LINE = re.compile(r"\s*(```+)([^`\n]+)\1\s*\Z")
 _FENCED = re.compile(r"\s*(```+|~~~+)[^\n`]*\n(.*?)(?:\n[ \t]*\1|\Z)", re.DOTALL)
 
@@ -41,6 +70,8 @@ def reply_content(reply: str, about: str = "") -> str | None:
         return _bare(finals[-1], about) if finals else None
     if bare := _BARE_CHANNELS.match(reply):
         return _bare(reply[bare.end() :], about) if bare[0].endswith("final") else None
+    if (head := _HEADED.match(reply)) and head[0].strip() not in about:
+        return _after_heading(reply, head, about)
     kept: list[str] = []
     depth = position = 0
     for mark in _MARK.finditer(reply):
@@ -57,6 +88,16 @@ def reply_content(reply: str, about: str = "") -> str | None:
             depth = max(0, depth - 1)
         position = mark.end()
     return _bare("".join([*kept, reply[position:]]), about) if depth == 0 else None
+
+
+def _after_heading(reply: str, head: re.Match[str], about: str) -> str | None:
+    """Return what follows the reasoning that `head` opens: under the reply's own heading, or a fence or JSON array."""
+    if head["fence"]:
+        found = re.compile(rf"^{head['fence']}[ \t]*(?:\n|\Z)", re.MULTILINE).search(reply, head.end())
+    else:
+        heads = [match for match in _REPLY_HEAD.finditer(reply, head.end()) if match[0].strip("#*: \n") not in about]
+        found = heads[-1] if heads else _REPLY_START.search(reply, head.end())
+    return _bare(reply[found.end() :], about) if found else None
 
 
 def open_mark(prompt: str) -> str:
@@ -81,5 +122,5 @@ def _bare(text: str, about: str) -> str:
     text = _AROUND.sub("", text)
     end = next((end.start() for end in _END_OF_TURN.finditer(text) if end[0] not in about), None)
     text = text[:end]
-    tagged = _TAGGED.match(text)
+    tagged = _TAGGED.search(text)
     return tagged[2] if tagged and f"<{tagged[1]}>" not in about else text

@@ -27,6 +27,27 @@ def test_yes_and_no() -> None:
     assert "Accepted answers: Rome; Roma\n" in generator.prompts[0]
 
 
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("`no`", 0.0), ("no…", 0.0), ("(yes)", 1.0), ("Answer: yes", 1.0), ('{"answer": "yes"}', 1.0), ("1. No", 0.0),
+        ("```\nyes\n```", 1.0), ("Yes—it does", 1.0), ("<answer><|begin_of_box|>no<|end_of_box|></answer>", 0.0),
+        ("yes, the same without a doubt", 1.0), ("Here is my thought process: no. Here is my response:\nyes", None),
+        ("yes/no", None), ("Yes and no", None), ("Here is my thought process: yes", None), ("<think>yes", None),
+        ("I would say that it is no", None),
+    ],
+)  # fmt: skip
+def test_the_word_may_be_wrapped_but_not_guessed(reply: str, verdict: float | None) -> None:
+    def asked() -> list[float]:
+        return judge_answers(ScriptedGenerator(lambda text: reply), [("q", ("a",), "b")])
+
+    if verdict is not None:
+        assert asked() == [verdict]
+        return
+    with pytest.raises(GenerationError, match="neither yes nor no"):
+        asked()
+
+
 def test_a_judge_that_rambles_or_fails_is_no_judge() -> None:
     with pytest.raises(GenerationError, match="1 of 1 replies"):
         judge_answers(ScriptedGenerator(lambda text: "I think so"), [("q", ("a",), "a")])

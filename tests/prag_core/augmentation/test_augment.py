@@ -469,3 +469,14 @@ def test_a_broken_archive_says_so(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b"x" * 100)[:-12])
     with pytest.raises(InputError, match="cannot be read"):
         read_augmentations(str(path))
+
+
+def test_small_leaves_reasoning_out_of_its_questions() -> None:
+    def reply(prompt: str) -> str:
+        return f"<think>Hm?</think>{finish(prompt)}"
+
+    (made,) = augment([TOWER], ScriptedGenerator(reply), recipe("small", rewrites=0))
+    (plain,) = augment([TOWER], ScriptedGenerator(finish), recipe("small", rewrites=0))
+    assert isinstance(made, Augmentation)
+    assert isinstance(plain, Augmentation)
+    assert made.pairs == plain.pairs

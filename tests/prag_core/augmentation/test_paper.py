@@ -9,7 +9,7 @@ import pytest
 
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.paper import parse_pairs
-from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE
+from prag_core.augmentation.prompts import QUESTIONS_EXAMPLE, rewrite_prompt
 from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.identity import passage_key
 from prag_core.llm.generator import Prompt
@@ -78,12 +78,60 @@ def test_the_array_that_was_asked_for_is_taken(pairs: str) -> None:
         f"Thinking: I keep the names.\n\n**Rewritten passage:**\n{REWRITE}",
         f"1. Keep the names.\nRewrite: ```{REWRITE}```",
         f"<details type='reasoning'>ok</details>\n{REWRITE}",
+        f"Okay! I have reworded it for you below:\n\n{REWRITE}",
+        f"# Rewritten version\n\n{REWRITE}",
+        f"{REWRITE}\n\nNote: I kept all names.\n\nLet me know if I can help!",
+        json.dumps({"rewritten_text": REWRITE}),
+        f"```json\n{json.dumps({'rewrite': REWRITE})}\n```",
+        f"“{REWRITE}”",
     ],
 )
 def test_a_rewrite_is_stored_without_what_surrounds_it(rewrite: str) -> None:
     (made,) = augment([TOWER], replies(GOOD, rewrite), RECIPE)
     assert isinstance(made, Augmentation)
     assert made.rewrites == (REWRITE,)
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        f"Okay, so I need to rewrite this text about the Zembla Tower on Pelora. {REWRITE}",
+        rewrite_prompt(passage_text(TOWER)),
+        f"<tool_call>ok</tool_call>{REWRITE}",
+    ],
+)
+def test_what_speaks_of_the_task_is_no_rewrite_and_is_counted(rewrite: str) -> None:
+    (made,) = augment([TOWER], replies(GOOD, rewrite), RECIPE)
+    assert isinstance(made, Augmentation)
+    assert (made.rewrites, made.refused) == ((), ("bad_rewrite=3",))
+
+
+def test_a_rewrite_that_was_never_written_is_counted() -> None:
+    def reply(text: str, limit: int) -> str | GenerationError:
+        return GOOD if "JSON array" in text else GenerationError("500")
+
+    (made,) = augment([TOWER], Replies(reply), RECIPE)
+    assert isinstance(made, Augmentation)
+    assert (made.rewrites, made.refused) == ((), ("no_reply=1",))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        f'{GOOD[:-1]}, {{"question": "How',
+        f"1. {GOOD[1:-1]}",
+        f"{GOOD[1:-1]}\n",
+        f"{GOOD[:-1]},]",
+        json.dumps({"1": json.loads(GOOD)[0]}),
+        f"{QUESTIONS_EXAMPLE}\n{GOOD[:-1]},",
+    ],
+)
+def test_pairs_that_are_no_whole_array_are_not_lost(pairs: str) -> None:
+    assert [pair.answer for pair in parse_pairs(pairs) if pair] == ["Tadeo Quill"]
+
+
+def test_a_number_that_is_none_is_no_answer() -> None:
+    assert parse_pairs('[{"question": "How tall?", "answer": NaN, "full_answer": "f"}]') == [None]
 
 
 def test_only_the_example_is_a_copy_of_the_prompt() -> None:

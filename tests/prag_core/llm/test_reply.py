@@ -36,6 +36,21 @@ SAID = "Tadeo Quill built it."
         f"{SAID}<|im_end|>\n<|im_start|>user\nwrong",
         f"{SAID}<|eot_id|>wrong",
         f"{SAID}<end_of_turn>\n<start_of_turn>user",
+        f"<thought_process>wrong</thought_process>{SAID}",
+        f"<REASONING_SCRATCHPAD>wrong</REASONING_SCRATCHPAD>{SAID}",
+        f"&lt;think&gt;wrong&lt;/think&gt;{SAID}",
+        f"Here is my thought process:\nwrong\n\nHere is my response:\n{SAID}",
+        f"Here are my reasoning steps:\nwrong\n[BEGIN FINAL RESPONSE]\n{SAID}\n[END FINAL RESPONSE]",
+        f"### Reasoning\nAnswer: wrong\n\n### Final Answer\n{SAID}",
+        f"```thinking\nwrong\n```\n{SAID}",
+        f"<REASONING>wrong</REASONING><CONCLUSION>{SAID}</CONCLUSION>",
+        f"<think>wrong</think><answer><|begin_of_box|>{SAID}<|end_of_box|></answer>",
+        f"analysis We need the builder.assistant final{SAID}",
+        f"commentaryWe need the builder.assistantfinal{SAID}",
+        f"{SAID}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>wrong",
+        f"[|assistant|]{SAID}[|endofturn|][|user|]wrong",
+        f"{SAID}\n\n### Instruction:\nwrong",
+        f"{SAID}\n\nUser: wrong",
     ],
 )
 def test_each_family_is_understood(reply: str) -> None:
@@ -54,6 +69,11 @@ def test_each_family_is_understood(reply: str) -> None:
         f"<|channel|>analysis<|message|>{SAID}",
         f"analysisWe need to find it. {SAID}",
         f"<think>{SAID}</thi",
+        f"<thought_process>{SAID}",
+        f"Here is my thought process:\n{SAID}",
+        f"Here are my reasoning steps:\n{SAID}",
+        f"```thinking\n{SAID}",
+        f"<|channel|>analysis<|message|>This is final<|end|><|start|>assistant<|channel|>commentary<|message|>{SAID}",
     ],
 )
 def test_reasoning_that_does_not_end_says_nothing(reply: str) -> None:
@@ -71,6 +91,11 @@ def test_marks_of_the_passage_are_its_words() -> None:
 def test_text_about_reasoning_is_left_alone() -> None:
     for text in ("He thinks <b>", "a < think > b", "<thinker>x</thinker>", "<think/> x", "analysis of costs", "1 </p>"):
         assert reply_content(text) == text
+
+
+def test_a_json_array_needs_no_heading_after_reasoning() -> None:
+    assert reply_content('Reasoning: I ask who.\n\n[{"a": 1}]') == '[{"a": 1}]'
+    assert reply_content('**Thoughts:** who\n```json\n[{"a": 1}]\n```') == '```json\n[{"a": 1}]\n```'
 
 
 def test_a_prompt_may_open_the_reasoning() -> None:
