@@ -1,7 +1,7 @@
 """The evaluation on Ray: retrieve, train the task adapters, answer what has no stored reply, return everything.
 
 Replies are stored as they are made, under the fingerprint of their request. So an evaluation that was killed, or that
-gets another mode or control, only answers what is missing.
+gets another mode or control, only answers what is missing or has failed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pipelines.settings import RunContext, profile_of
 from prag_core.config import Config
 from prag_core.data.gold import match_gold
 from prag_core.data.questions import Question
-from prag_core.errors import InputError
-from prag_core.evaluation.plan import EvaluationPlan, EvaluationRequest, columns, draw
+from prag_core.errors import GenerationError, InputError
+from prag_core.evaluation.plan import EvaluationPlan, EvaluationReply, EvaluationRequest, columns, draw
 from prag_core.evaluation.requests import QuestionContext, make_request
 from prag_core.evaluation.summary import Evaluation
 from prag_core.inference.loaded_snapshot import open_reader
@@ -59,6 +59,7 @@ def run_evaluation(
     Raises:
         StoreError: when nothing is published, or the snapshot was made with another base model.
         InputError: when no question is left, or a control has too few passages.
+        GenerationError: when each request has failed.
     """
     store = open_store(config)
     snapshot = load_snapshot(store, snapshot_id)
@@ -87,11 +88,13 @@ def run_evaluation(
             for question, context in zip(asked, contexts, strict=True):
                 requests = [make_request(question, column, seed, context, plan) for seed in column.seeds]
                 request_ids[column.name].append([request.id for request in requests])
-                pending.update({request.id: request for request in requests if request.id not in replies})
+                pending.update({r.id: r for r in requests if r.id not in replies or replies[r.id].failed})
             if len(pending) >= _REQUESTS_AT_ONCE or column is wanted[-1]:
                 answer_requests(run_context, snapshot, folder, list(pending.values()), console)
                 pending = {}
                 replies = stored_replies(store, folder)
+    used = {id: replies[id] for by_question in request_ids.values() for ids in by_question for id in ids}
+    check_answered(list(used.values()))
     return Evaluation(
         origin=_origin(snapshot, adapters.recipe),
         plan=plan,
@@ -102,8 +105,21 @@ def run_evaluation(
         retrieved=tuple(tuple(hit.passage.key for hit in context.ranked) for context in contexts),
         retrieve_ms=tuple(row.retrieve_ms for row in found),
         request_ids=request_ids,
-        replies={id: replies[id] for by_question in request_ids.values() for ids in by_question for id in ids},
+        replies=used,
     )
+
+
+def check_answered(replies: Sequence[EvaluationReply]) -> None:
+    """Check that some request was answered, so that the scores mean something.
+
+    Raises:
+        GenerationError: when each has failed.
+    """
+    if all(reply.failed for reply in replies):
+        raise GenerationError(
+            f"each of the {len(replies)} requests has failed, the first with: {replies[0].failed}",
+            "remove the cause that it names, and evaluate again",
+        )
 
 
 def _origin(snapshot: Snapshot, recipe: Recipe) -> dict[str, Any]:

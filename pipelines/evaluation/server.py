@@ -75,8 +75,11 @@ def evaluate_server(
             answers[column.name, i] = answer
             advance(len(answers), 0)
     snapshots = sorted({answer["snapshot"] for answer in answers.values() if "snapshot" in answer})
-    if len(snapshots) != 1:
-        what = f"answered from the snapshots {', '.join(snapshots)}" if snapshots else "answered nothing"
+    if not snapshots:
+        said = next((answer["error"] for answer in answers.values()), "there was no question")
+        raise GenerationError(f"{url} answered nothing: {said}", "make the server answer one question first")
+    if len(snapshots) > 1:
+        what = f"answered from the snapshots {', '.join(snapshots)}"
         raise GenerationError(f"{url} {what}", "evaluate again while the server keeps one snapshot")
     found = [_retrieved([answers[c.name, i] for c in wanted], question) for i, question in enumerate(questions)]
     return Evaluation(
@@ -109,17 +112,38 @@ def _answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
         raise GenerationError(f"{client.base_url} refuses the key", "set PRAG_API_KEY to one that it takes")
     if response.status_code == 404:
         raise GenerationError(f"{client.base_url} has no /v1/answer", "correct --url: it must end before /v1")
+    if response.has_redirect_location:
+        raise GenerationError(f"{client.base_url} redirects to {response.headers['Location']}", "name that with --url")
     if response.is_success:
-        answered: dict[str, Any] = response.json()
-        return answered
+        return _read_answer(client, response)
     return {"error": f"{response.status_code}: {response.text[:300]}"}
+
+
+def _read_answer(client: httpx.Client, response: httpx.Response) -> dict[str, Any]:
+    """Return the answer in a response, or `{"error": …}` if it says that there is none.
+
+    Raises:
+        GenerationError: when it is not in the form of `/v1/answer`.
+    """
+    try:
+        answered: dict[str, Any] = response.json()
+        reply = _reply("", answered)
+        _retrieved([answered], Question("", "", ()))
+        whole = all(isinstance(text, str) for text in (reply.text, answered["snapshot"], *answered["timings_ms"]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        what = f"{client.base_url}/v1/answer gave {response.text[:200]!r}, which is no answer"
+        raise GenerationError(what, "correct --url: it must be that of `prag serve`")
+    return {"error": "the server gave no reason"} if answered.get("finish") == "error" else answered
 
 
 def _seconds(text: str | None, default: float) -> float:
     try:
-        return float(text or default)
+        seconds = float(text or default)
     except ValueError:  # Retry-After may also be a date
         return default
+    return seconds if seconds >= 0 else default
 
 
 def _request_id(column: str, position: int) -> str:

@@ -54,6 +54,7 @@ def read_task_adapter(store: Store, folder: str, layout: LoraLayout, name: str) 
 
 
 def stored_replies(store: Store, folder: str) -> dict[str, EvaluationReply]:
-    """Return all stored replies of an evaluation folder, by the request's id."""
+    """Return all stored replies of an evaluation folder, by the request's id; an answer comes before a failure."""
     parts = store.list(f"{folder}/replies", ".parquet")
-    return {reply.id: reply for reply in from_table(EvaluationReply, store.get_table(EvaluationReply, parts))}
+    rows = from_table(EvaluationReply, store.get_table(EvaluationReply, parts))
+    return {reply.id: reply for reply in sorted(rows, key=lambda reply: not reply.failed)}

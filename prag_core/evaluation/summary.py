@@ -72,7 +72,9 @@ class Evaluation:
             if metric == "judge":
                 values = [(self.verdicts or {})[question.id, id] for id in ids]
             else:
-                values = [METRICS[metric](self.replies[id], question.answers) for id in ids]
+                # An empty text equals an answer of articles only, such as "The", but a failed reply is never right.
+                replies = [self.replies[id] for id in ids]
+                values = [0.0 if reply.failed else METRICS[metric](reply, question.answers) for reply in replies]
             scored.append(_mean(values))
         return scored
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from prag_core.evaluation.plan import EvaluationPlan
+from pipelines.evaluation.run import check_answered
+from pipelines.evaluation.stored import stored_replies
+from prag_core.errors import GenerationError
+from prag_core.evaluation.plan import EvaluationPlan, EvaluationReply
+from prag_core.records import to_table
+from prag_core.store.objects import Store
 from tests.helpers.evaluations import replies
 from tests.helpers.passages import make_passage
 from tests.helpers.published import publish_passages
@@ -75,3 +80,18 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) ->
     assert made["command"].startswith("prag evaluate -c config.yaml")
     assert asdict(EvaluationPlan())["modes"] == tuple(made["plan"]["modes"])
     assert made["columns"]["da_rag"]["prompt_tokens"] > made["columns"]["rag"]["prompt_tokens"]
+
+
+def test_an_answer_takes_the_place_of_a_failure(tmp_path: Path) -> None:
+    rows = [EvaluationReply("a", failed="too long"), EvaluationReply("a", "text"), EvaluationReply("b", failed="x")]
+    for name, order in {"one": rows, "other": rows[::-1]}.items():
+        store = Store(str(tmp_path / name))
+        store.put_table("x/replies", to_table(EvaluationReply, order))
+        found = stored_replies(store, "x")
+        assert {id: (reply.text, reply.failed) for id, reply in found.items()} == {"a": ("text", ""), "b": ("", "x")}
+
+
+def test_an_evaluation_without_an_answer_is_none() -> None:
+    check_answered([EvaluationReply("a", failed="too long"), EvaluationReply("b", "text")])
+    with pytest.raises(GenerationError, match="each of the 2 requests has failed, the first with: too long"):
+        check_answered([EvaluationReply("a", failed="too long"), EvaluationReply("b", failed="x")])

@@ -57,6 +57,10 @@ def answered(body: dict, snapshot: str = "s1") -> dict:
     }
 
 
+def changed(request: httpx.Request, **fields: object) -> dict:
+    return {**answered(json.loads(request.content)), **fields}
+
+
 def evaluate(handler: Callable[[httpx.Request], httpx.Response], plan: EvaluationPlan = PLAN, **options) -> Evaluation:
     transport = httpx.MockTransport(handler)
     console = Console(quiet=True)
@@ -98,7 +102,7 @@ def test_what_is_sent_and_what_becomes_of_it() -> None:
 def test_a_busy_server_is_asked_again_and_a_refusal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(client.time, "sleep", waited.append)
-    replies = iter([httpx.Response(429, headers={"Retry-After": "7"}), httpx.Response(503)])
+    replies = iter([httpx.Response(429, headers={"Retry-After": wait}) for wait in ("7", "-5", "nan")])
 
     def serve(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -111,7 +115,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_kept(monkeypatch: pytest.
         )
 
     evaluation = evaluate(serve)
-    assert waited == [7.0, 2.0]
+    assert waited == [7.0, 2.0, 4.0]
     report = summarize(evaluation, {"name": "x"}, "")
     assert report["columns"]["prag"]["failed"] == 1
     assert evaluation.replies["prag-1"].failed == "422: too long"
@@ -122,7 +126,14 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_kept(monkeypatch: pytest.
     [
         (lambda request: httpx.Response(401), "refuses the key"),
         (lambda request: httpx.Response(404), "has no /v1/answer"),
-        (lambda request: httpx.Response(500, text="oh"), "answered nothing"),
+        (lambda request: httpx.Response(500, text="oh"), "answered nothing: 500: oh"),
+        (lambda request: httpx.Response(307, headers={"Location": "http://b/"}), "redirects to http://b/"),
+        (lambda request: httpx.Response(200, text="<html>"), "'<html>', which is no answer"),
+        (lambda request: httpx.Response(200, json=[]), "no answer"),
+        (lambda request: httpx.Response(200, json={"answer": "a", "snapshot": "s"}), "no answer"),
+        (lambda request: httpx.Response(200, json=changed(request, answer=None)), "no answer"),
+        (lambda request: httpx.Response(200, json=changed(request, passages=None)), "no answer"),
+        (lambda request: httpx.Response(200, json=changed(request, answer="", finish="error")), "answered nothing"),
     ],
 )
 def test_a_server_that_gives_nothing(handler, words: str) -> None:

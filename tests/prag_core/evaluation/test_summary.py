@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from prag_core.evaluation.summary import summarize, summary_line
+from prag_core.evaluation.summary import METRICS, summarize, summary_line
 from tests.helpers.evaluations import evaluation, report
 
 
@@ -56,3 +56,12 @@ def test_chain_of_thought_is_cut_as_the_paper_does() -> None:
     }
     made = summarize(replace(plain, replies=reasoned), {"name": "x"}, "")
     assert made["columns"]["prag"]["paper_f1"] == 0.75
+
+
+def test_a_reply_that_failed_is_never_right() -> None:
+    """Without articles "The" is an empty text, and so is the reply."""
+    plain = evaluation()
+    named = tuple(replace(question, answers=("The",)) for question in plain.questions)
+    failed = {id: replace(reply, text="", failed="too long") for id, reply in plain.replies.items()}
+    made = summarize(replace(plain, questions=named, replies=failed), {"name": "x"}, "")
+    assert {made["columns"][name][metric] for name in ("prag", "closed") for metric in METRICS} == {0.0}
