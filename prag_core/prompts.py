@@ -20,6 +20,8 @@ PROMPT_VERSION = 1
 
 Role = Literal["system", "user", "assistant"]
 
+_LINE_ENDS = re.compile(r"\s*\n\s*")
+
 ANSWER_PREFIX = "The answer is"
 REASONING_PREFIX = "Answer:"
 
@@ -90,10 +92,12 @@ def answer_target(pair: QAPair, template: Template = "direct") -> str:
 
     With `chain_of_thought` it is the full answer as the reasoning, then the short answer as in the worked examples.
     """
+    # On one line, because an answer ends at the end of its line.
+    answer, full_answer = (_LINE_ENDS.sub(" ", text.strip()) for text in (pair.answer, pair.full_answer))
     if not reasons(template):
-        return _sentence(f"{ANSWER_PREFIX} {pair.answer.strip()}")
-    last = _sentence(f"So the answer is {pair.answer.strip()}")
-    return f"{REASONING_PREFIX} {_sentence(pair.full_answer.strip())} {last}"
+        return _sentence(f"{ANSWER_PREFIX} {answer}")
+    last = _sentence(f"So the answer is {answer}")
+    return f"{REASONING_PREFIX} {_sentence(full_answer)} {last}"
 
 
 def final_answer(text: str, template: Template = "direct") -> str:

@@ -120,9 +120,13 @@ def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], **settings: A
         ids: list[int] = tokenizer.apply_chat_template(
             messages, return_dict=False, sanitize_control_tokens=True, **settings
         )
-    except (TemplateError, ValueError) as error:
+    except TemplateError as error:
         raise TurnsError(
             f"the model's chat template refuses these turns: {error}",
             "leave out system texts, and let user and assistant alternate",
+        ) from None
+    except ValueError as error:
+        raise TurnsError(
+            f"the model's tokenizer cannot write a text without control tokens: {error}", "leave these characters out"
         ) from None
     return ids

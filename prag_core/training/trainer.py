@@ -219,7 +219,8 @@ class Trainer:
             factors = {name: factor.cpu() for name, factor in finished[job.key].items()}
             numbers = [*losses, *(float(factor.abs().max()) for factor in factors.values())]
             failure = "" if all(math.isfinite(number) for number in numbers) else "loss_not_finite"
-            if not failure and not has_learned(factors, self._start):
+            decay = (1 - recipe.learning_rate * recipe.weight_decay) ** steps[row]
+            if not failure and not has_learned(factors, self._start, decay):
                 failure = "nothing_learned"
             trained.append(
                 TrainedAdapter(
@@ -298,11 +299,17 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
     return stacks
 
 
-def has_learned(factors: Factors, start: Factors) -> bool:
-    """Return whether training has changed an adapter: its B is neither zero nor the one it started from."""
-    names = [name for name in factors if name.endswith(".B")]
-    unchanged = all(torch.equal(factors[name], start[name].to(factors[name].dtype)) for name in names)
-    return not unchanged and not changes_nothing(factors)
+def has_learned(factors: Factors, start: Factors, decay: float = 1.0) -> bool:
+    """Return whether training has changed an adapter: its B is neither zero nor the one it started from.
+
+    `decay` is what weight decay alone makes of the start, as a factor. A change within rounding is none.
+    """
+    learned = {
+        name: factor - decay * start[name].to(factor.dtype)
+        for name, factor in factors.items()
+        if name.endswith(".B") and not torch.allclose(factor, decay * start[name].to(factor.dtype), atol=0.0)
+    }
+    return bool(learned) and not changes_nothing(learned) and not changes_nothing(factors)
 
 
 def check_distinct(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:

@@ -8,6 +8,7 @@ batch (data parallelism), and their number does not change its gradient.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prag_core.data.questions import Question, normalize_answer
-from prag_core.errors import AdapterError, InputError
+from prag_core.errors import AdapterError, InputError, TurnsError
 from prag_core.llm.lora import check_factors, initial_factors
 from prag_core.prompts import passage_text
 from prag_core.records import Passage, QAPair
@@ -82,7 +83,7 @@ def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading:
 
     With `reading` the question's gold passages are in the prompt, and the loss is on the answer alone, whatever the
     recipe says: the adapter should learn to answer from passages, not what these passages say. A question whose example
-    has more than `recipe.max_tokens` tokens is left out.
+    has more than `recipe.max_tokens` tokens, or a text without an encoding, is left out.
 
     Raises:
         InputError: when no example is left.
@@ -95,7 +96,8 @@ def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading:
         pair = QAPair(question.question, question.answers[0], question.answers[0])
         gold = question.gold if reading else ()
         texts = [passage_text(Passage("", passage.title, passage.text, ())) for passage in gold]
-        examples.append(pair_example(tokenizer, pair, texts, recipe))
+        with contextlib.suppress(TurnsError):  # a text that cannot be encoded
+            examples.append(pair_example(tokenizer, pair, texts, recipe))
     fitting = [example for example in examples if example is not None]
     if not fitting:
         raise InputError(

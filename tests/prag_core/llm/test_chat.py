@@ -119,6 +119,16 @@ def test_a_warm_up_has_no_control_token_of_its_questions(tiny_session: BaseModel
     trainer.close()
 
 
+def test_a_warm_up_leaves_out_what_cannot_be_encoded(tiny_session: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_session, RECIPES["small"])
+    refuse = "{% if 'x<y' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    template = tiny_session.tokenizer.chat_template
+    monkeypatch.setattr(tiny_session.tokenizer, "chat_template", refuse + template)
+    questions = [Question(str(n), text, ("a",)) for n, text in enumerate(("Who?", "Is x<y?"))]
+    assert len(warmup_examples(trainer, questions)) == 1
+    trainer.close()
+
+
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest) -> BaseModel:
     if request.param == "tiny":

@@ -8,9 +8,9 @@ import pytest
 
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
-from prag_core.prompts import answer_messages, final_answer
+from prag_core.prompts import answer_messages, answer_target, final_answer
 from prag_core.recipe import RECIPES
-from prag_core.records import Template
+from prag_core.records import QAPair, Template
 from prag_core.training.examples import TrainingExample, training_examples
 from tests.helpers.passages import make_augmentation, make_passage
 
@@ -110,6 +110,14 @@ def test_the_model_may_reason_first(tiny_session: BaseModel) -> None:
         worked = text.index("So the answer is no.")
         assert worked < text.index("Question: What is Quorl")
         assert context == "none" or worked < text.index("Passage 1: ")
+
+
+@pytest.mark.parametrize("template", ["direct", "chain_of_thought"])
+def test_an_answer_is_one_line_in_training_as_in_answering(template: Template) -> None:
+    target = answer_target(QAPair("Who?", " Ada \n Lovelace", "It was\r\nAda  Lovelace"), template)
+    assert target.endswith("answer is Ada Lovelace.")
+    assert "\n" not in target
+    assert template == "direct" or target.startswith("Answer: It was Ada  Lovelace. ")
 
 
 @pytest.mark.parametrize(

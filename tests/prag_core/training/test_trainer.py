@@ -184,6 +184,18 @@ def test_an_adapter_that_training_left_as_it_was_is_not_trained(tiny: BaseModel)
     assert has_learned({n: f + 1 if n == "up_proj.B" else f for n, f in start.items()}, start)
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e-12}, {"alpha": 1e-35}, {"alpha": 1e-35, "weight_decay": 0.5}])
+def test_rounding_and_weight_decay_are_nothing_learned(tiny: BaseModel, changes: dict[str, float]) -> None:
+    """They change the factors of a start that is not zero, without any passage."""
+    recipe = replace(RECIPE, **changes)
+    layout, _ = find_targets(tiny.model, recipe)
+    (job,) = jobs_of(tiny, 1, recipe)
+    trainer = Trainer(tiny, recipe, random_factors(layout))
+    (made,) = trainer.train([job], tokens_per_step=1)
+    trainer.close()
+    assert made.failure == "nothing_learned"
+
+
 @pytest.mark.parametrize("budget", [1, 100_000])
 def test_an_adapter_that_equals_another_is_not_trained(tiny: BaseModel, budget: int) -> None:
     first, second = jobs_of(tiny, 2, RECIPE)
