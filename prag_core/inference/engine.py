@@ -84,9 +84,9 @@ class Engine:
 
         A passage whose adapter is missing or damaged goes into the prompt instead, and the answer says so. If the sum
         of a question's adapters is too large for the model, all its passages go into the prompt. A question that cannot
-        be answered (too long for the model's context, or output that is not finite) gets an empty answer with `finish`
-        = `error` and the reason in `error`; the others are unaffected. An answer's milliseconds include work for other
-        questions in the same steps.
+        be answered (too long for the model's context, refused by its chat template, or output that is not finite) gets
+        an empty answer with `finish` = `error` and the reason in `error`; the others are unaffected. An answer's
+        milliseconds include work for other questions in the same steps.
         """
         return [
             self._processor.failed(request, answer) if isinstance(answer, GenerationError) else answer
@@ -102,30 +102,40 @@ class Engine:
         decoded = self._decode(prepared)
         # Adapters whose sum is too large fall back to the prompt, as missing ones do.
         for i, result in enumerate(decoded):
-            if isinstance(result, Decoded) and prepared[i].overflowed(result):
-                prepared[i] = self._processor.without_adapters(prepared[i])
+            item = prepared[i]
+            if isinstance(result, Decoded) and isinstance(item, PreparedRequest) and item.overflowed(result):
+                prepared[i] = self._processor.without_adapters(item)
                 decoded[i] = self._decode([prepared[i]])[0]
         answers: list[Answer | GenerationError] = []
         for item, result in zip(prepared, decoded, strict=True):
             try:
-                answers.append(self._processor.answer(item, result) if isinstance(result, Decoded) else result)
+                if isinstance(item, GenerationError):
+                    answers.append(item)
+                elif isinstance(result, GenerationError):
+                    answers.append(result)
+                else:
+                    answers.append(self._processor.answer(item, result))
             except GenerationError as error:
                 answers.append(error)
         return answers
 
-    def _decode(self, prepared: Sequence[PreparedRequest]) -> list[Decoded | GenerationError]:
+    def _decode(self, prepared: Sequence[PreparedRequest | GenerationError]) -> list[Decoded | GenerationError]:
         # Each call has a decoder of its own, so that calls from several threads share no state.
         decoder = Decoder(self.base, self._injector, slots=self._batch_size)
         refused: dict[int, GenerationError] = {}
+        requests = []
         for i, item in enumerate(prepared):
             try:
+                if isinstance(item, GenerationError):
+                    raise item
                 decoder.check(item.decode)
+                requests.append(item.decode)
             except GenerationError as error:
                 refused[i] = error
-        decoded = iter(decoder.run([item.decode for i, item in enumerate(prepared) if i not in refused]))
+        decoded = iter(decoder.run(requests))
         return [refused.get(i) or next(decoded) for i in range(len(prepared))]
 
-    def _prepare(self, request: Request) -> PreparedRequest:
+    def _prepare(self, request: Request) -> PreparedRequest | GenerationError:
         begun = time.perf_counter()
         hits = self._processor.search(request)
         searched = time.perf_counter()
@@ -136,7 +146,10 @@ class Engine:
             except AdapterError as error:
                 adapters[hit.passage.key] = error
         spent = {"retrieve": (searched - begun) * 1e3, "fetch": (time.perf_counter() - searched) * 1e3}
-        return self._processor.build(request, hits, adapters, spent)
+        try:
+            return self._processor.build(request, hits, adapters, spent)
+        except GenerationError as error:  # the chat template refuses the turns
+            return error
 
 
 def open_engine(store: Store, config: Config, snapshot_id: str | None = None) -> Engine:

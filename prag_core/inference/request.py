@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -58,10 +59,12 @@ class Request:
             raise ValueError(f"mode {self.mode!r}, weights {self.weights!r}: unknown")
         if self.top_k < 1 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             raise ValueError(f"top_k {self.top_k}, max_new_tokens {self.max_new_tokens}: both must be positive")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}: out of range")
-        if self.strength is not None and not self.strength > 0:
-            raise ValueError(f"strength {self.strength}: must be positive")
+        if self.strength is not None and not 0 < self.strength < math.inf:
+            raise ValueError(f"strength {self.strength}: must be positive and finite")
+        if math.isnan(self.min_score):
+            raise ValueError("min_score is not a number")
         if "" in self.stop:
             raise ValueError("an empty stop string would end every answer at once")
         if others := {role for role, _ in self.history} - set(get_args(Role)):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from prag_core.errors import AdapterError
+from prag_core.errors import AdapterError, TurnsError
 from prag_core.inference.engine import Engine
 from prag_core.inference.processor import RequestProcessor, hit_weights
 from prag_core.inference.request import Request
@@ -173,3 +173,22 @@ def test_the_model_may_reason_before_it_answers(tiny_session: BaseModel) -> None
     assert answer.prompt_tokens == len(prompt) + len(answer_prefix_ids(tokenizer, template))
     assert answer.reasoning
     assert answer.text == final_answer(answer.reasoning, template)
+
+
+def test_turns_that_the_template_refuses_leave_other_questions_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    monkeypatch.setattr(engine.base.tokenizer, "chat_template", refuse + engine.base.tokenizer.chat_template)
+    asked = Request("Who?", "prag", 1)
+    refused, answered = engine.answer_batch([replace(asked, history=(("system", "Be brief."),)), asked])
+    assert (refused.finish, "no system text" in refused.error) == ("error", True)
+    assert (answered.text, answered.error) == (engine.answer(asked).text, "")
+    with pytest.raises(TurnsError, match="no system text"):
+        engine.answer(replace(asked, history=(("system", "Be brief."),)))
+
+
+@pytest.mark.parametrize("setting", ["temperature", "strength", "min_score", "top_p"])
+def test_a_number_that_is_none_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=setting):
+        Request("Who?", **{setting: float("nan")})
