@@ -41,7 +41,8 @@ _REPLY_HEAD = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # A model that does not stop goes on with the next turn. These end a turn in the templates of the open families.
-_REPLY_START = re.compile(r"^(?=```|~~~|\[\s*\{)", re.MULTILINE)
+# A fence, a JSON array or a line "Q: …" needs no heading.
+_REPLY_START = re.compile(r"^(?=```|~~~|\[\s*\{|\W*Q\w*\W*:)", re.MULTILINE | re.IGNORECASE)
 _END_OF_TURN = re.compile(
     r"<\|(?:im_end|im_start|eot_id|eom_id|end|endoftext|end_of_text|return|endofturn|start_header_id|start_of_role|user)\|>"
     r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|</?(?:start|end)_of_turn>|</s>|<｜end▁of▁sentence｜>|<｜User｜>"
@@ -91,12 +92,12 @@ def reply_content(reply: str, about: str = "") -> str | None:
 
 
 def _after_heading(reply: str, head: re.Match[str], about: str) -> str | None:
-    """Return what follows the reasoning that `head` opens: under the reply's own heading, or a fence or JSON array."""
+    """Return what follows the reasoning that `head` opens: what needs no heading, or the text under the last one."""
     if head["fence"]:
         found = re.compile(rf"^{head['fence']}[ \t]*(?:\n|\Z)", re.MULTILINE).search(reply, head.end())
     else:
         heads = [match for match in _REPLY_HEAD.finditer(reply, head.end()) if match[0].strip("#*: \n") not in about]
-        found = heads[-1] if heads else _REPLY_START.search(reply, head.end())
+        found = _REPLY_START.search(reply, head.end()) or (heads[-1] if heads else None)
     return _bare(reply[found.end() :], about) if found else None
 
 

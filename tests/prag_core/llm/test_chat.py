@@ -120,7 +120,7 @@ def test_a_warm_up_has_no_control_token_of_its_questions(tiny_session: BaseModel
 
 
 def test_a_warm_up_leaves_out_what_cannot_be_encoded(tiny_session: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny_session, RECIPES["small"])
+    trainer = Trainer(tiny_session, RECIPES["recall"])
     refuse = "{% if 'x<y' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
     template = tiny_session.tokenizer.chat_template
     monkeypatch.setattr(tiny_session.tokenizer, "chat_template", refuse + template)

@@ -93,9 +93,11 @@ def test_text_about_reasoning_is_left_alone() -> None:
         assert reply_content(text) == text
 
 
-def test_a_json_array_needs_no_heading_after_reasoning() -> None:
+def test_pairs_need_no_heading_after_reasoning() -> None:
     assert reply_content('Reasoning: I ask who.\n\n[{"a": 1}]') == '[{"a": 1}]'
     assert reply_content('**Thoughts:** who\n```json\n[{"a": 1}]\n```') == '```json\n[{"a": 1}]\n```'
+    lines = "Q: Who? | A: He.\nQuestion: Where?\nAnswer: Here."
+    assert (reply_content(f"Thinking: who\n\n{lines}") or "").strip() == lines
 
 
 def test_a_prompt_may_open_the_reasoning() -> None:
