@@ -18,8 +18,14 @@ from prag_core.recipe import AugmentRecipe
 from prag_core.records import QAPair
 
 _PAIR_TOKENS = 48
-# "Q: … | A: …", or the answer on the next line; numbers and emphasis around the letters are left out.
-_LINE = re.compile(r"^\W*(?:\d+\W+)?Q\w*\W*:\W*(.+?)\s*(?:\||\n)\W*A\w*\W*:\W*(.+)$", re.IGNORECASE | re.MULTILINE)
+# "Q: … | A: …", or the answer on the next line; numbers and emphasis around the letters are left out, and what follows
+# the answer in its line.
+_OPENING = r"^\W*(?:\d+\W+)?Q(?:uestion)?[ \d]*\W*[:：]"
+_LINE = re.compile(
+    _OPENING + r"\W*(.+?)\s*(?:[|｜→\t]|\n)\W*A(?:nswer)?[ \d]*\W*[:：]\W*(.+?)[ \t]*(?=[|｜]|\bQ[ \d]*[:：]|\r?$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_QUESTION = re.compile(_OPENING, re.IGNORECASE | re.MULTILINE)
 
 
 def add_line_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
@@ -41,15 +47,15 @@ def add_line_pairs(drafts: Sequence[Draft], generator: Generator, recipe: Augmen
         if content is None:
             continue
         pairs = list(parse_lines(content))
-        if not pairs:
-            draft.refused["bad_line"] += 1
+        if (bad := max(len(_QUESTION.findall(content)), 1) - len(pairs)) > 0:
+            draft.refused["bad_line"] += bad
         for pair in pairs:
             if len(draft.pairs) < draft.wanted:
                 draft.offer(pair)
 
 
 def parse_lines(reply: str) -> Iterator[QAPair]:
-    """Yield the pairs of a reply; all other lines are left out."""
+    """Yield the pairs of a reply; all other lines are left out, also a question without an answer."""
     for question, answer in _LINE.findall(reply):
         short = answer.strip().strip("*_").removesuffix(".").strip()
         yield QAPair(question.strip().strip("*_").strip(), short, short)
