@@ -28,6 +28,7 @@ from pipelines.serving.schemas import (
     to_request,
 )
 from pipelines.serving.sse import EVENTS, EventStream, event
+from pipelines.serving.strict_route import StrictRoute
 from prag_core.errors import EngineStuckError
 from prag_core.records import Answer
 
@@ -77,7 +78,7 @@ def make_app(dispatcher: Dispatcher, keys: KeyRing | None, scrape: Scrape) -> Fa
 
 def answer_routes(dispatcher: Dispatcher) -> APIRouter:
     """Return `/v1/answer` and `/v1/batch`."""
-    routes = APIRouter(prefix="/v1", tags=["questions"], responses=ERROR_RESPONSES)
+    routes = APIRouter(prefix="/v1", tags=["questions"], responses=ERROR_RESPONSES, route_class=StrictRoute)
 
     @routes.post(
         "/answer",

@@ -28,7 +28,10 @@ RETRY_AFTER_S = 1.0
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _BY_STATUS = {
-    400: ("bad_request", "the body is not JSON that can be read: UTF-8, numbers of up to 4,000 digits, not too deep"),
+    400: (
+        "bad_request",
+        "the body is not JSON that can be read: UTF-8, no key twice, numbers of up to 4,000 digits, not too deep",
+    ),
     404: ("not_found", "there is no such path; /openapi.json lists them"),
     405: ("method_not_allowed", "this path has another method; /openapi.json lists them"),
 }

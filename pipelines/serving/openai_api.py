@@ -34,6 +34,7 @@ from pipelines.serving.schemas import (
     to_request,
 )
 from pipelines.serving.sse import EVENTS, EventStream, event
+from pipelines.serving.strict_route import StrictRoute
 from prag_core.config import Config
 from prag_core.inference.question import question_problem
 from prag_core.inference.request import Request as AskRequest
@@ -240,7 +241,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 500, 503, 504)
     }
-    routes = APIRouter(prefix="/v1", tags=["openai"])
+    routes = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
     ids = model_ids(dispatcher.config)
 
     @routes.get("/models", response_model=ModelList, responses={401: errors[401]})

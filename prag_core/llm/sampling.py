@@ -63,5 +63,7 @@ def _draw(values: Tensor, sampler: Sampler) -> Tensor:
         return torch.zeros(1, dtype=torch.long)
     probabilities = (values / sampler.temperature).softmax(-1)
     if sampler.top_p < 1:
-        probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < sampler.top_p)
+        # The most likely token stays, even if `top_p` is less than the smallest number of the tensor's type.
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * ((before < sampler.top_p) | (before <= 0))
     return torch.multinomial(probabilities, 1, generator=sampler.generator)

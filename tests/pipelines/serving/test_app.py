@@ -172,11 +172,21 @@ def test_a_batch_keeps_the_order_of_its_questions(api: Api) -> None:
         (b'{"question": "' + b"a" * 4001 + b'"}', 422, "limit_exceeded"),
         (b'{"question": "' + b"a" * 1_000_000 + b'"}', 413, "body_too_large"),
         (b'"question"', 422, "invalid_request"),
+        (b'{"question": "a", "question": "b"}', 400, "bad_request"),
+        (b'{"question": "a", "mode": "closed", "mode": "prag"}', 400, "bad_request"),
     ],
 )
 def test_a_wrong_body_gets_a_status_and_a_code(api: Api, body: bytes, status: int, code: str) -> None:
     response = api.post("/v1/answer", content=body, headers={"content-type": "application/json"})
     assert error_of(response) == (status, code)
+
+
+@pytest.mark.parametrize("path", ["/v1/answer", "/v1/batch", "/v1/chat/completions", "/v1/models"])
+def test_a_field_in_the_address_is_refused_and_not_dropped(api: Api, path: str) -> None:
+    method = "GET" if path == "/v1/models" else "POST"
+    response = asyncio.run(api.send(method, f"{path}?top_k=1", json={"question": "What is Quorl 3?"}))
+    assert error_of(response) == (422, "invalid_request")
+    assert response.json()["error"]["param"] == "top_k"
 
 
 def test_other_errors_have_the_same_shape(api: Api) -> None:
