@@ -7,7 +7,8 @@ first. Here every value stays the text that was typed, and the type of its setti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -18,6 +19,7 @@ from prag_core.config import NO_CREDENTIALS_HERE, Config
 from prag_core.errors import ConfigError
 from prag_core.packaged import local_path
 
+_MOST_VALUES = 10_000
 _NULLS = ("", "~", "null", "Null", "NULL")
 _UNTAGGED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _EXAMPLE = "`prag --help` says where an example is"
@@ -39,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = Path(local_path(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", _EXAMPLE) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
     return read_config(text, str(path), overrides)
 
@@ -107,21 +109,23 @@ def _parse_yaml(text: str, origin: str) -> Any:
     """
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
-        return _plain(node, origin) if node else None
+        return _plain(node, origin, itertools.count()) if node else None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}", "fix the line that the message names") from None
     except RecursionError:
         raise ConfigError(f"{origin}: nested too deeply, or an alias holds itself", _EXAMPLE) from None
 
 
-def _plain(node: yaml.Node, origin: str) -> Any:
+def _plain(node: yaml.Node, origin: str, seen: Iterator[int]) -> Any:
     place = f"{origin}: line {node.start_mark.line + 1}"
+    if next(seen) > _MOST_VALUES:  # aliases of aliases stand for more values than any memory holds
+        raise ConfigError(f"{place}: more than {_MOST_VALUES:,} values", "write lists out, without aliases")
     if node.tag not in _UNTAGGED:
         raise ConfigError(f"{place}: the tag {node.tag!r} is not allowed", "leave it out")
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in _NULLS else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, origin) for item in node.value]
+        return [_plain(item, origin, seen) for item in node.value]
     found: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, value in node.value:
@@ -136,7 +140,7 @@ def _plain(node: yaml.Node, origin: str) -> Any:
                 "keep one of the two",
             )
         lines[name] = line
-        found[name] = _plain(value, origin)
+        found[name] = _plain(value, origin, seen)
     return found
 
 

@@ -24,6 +24,7 @@ EXIT_CODES: Mapping[int, str] = {
     14: "the service is overloaded",
     15: "a request missed its deadline",
     16: "the canary",
+    129: "stopped by SIGHUP (the terminal was closed)",
     130: "stopped by SIGINT (Ctrl+C)",
     143: "stopped by SIGTERM",
 }

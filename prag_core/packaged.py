@@ -20,5 +20,5 @@ def local_path(path: str) -> str:
     package, _, file = path.removeprefix(_SCHEME).partition("/")
     try:
         return str(resources.files(package) / file)
-    except (ModuleNotFoundError, ValueError):
+    except (ModuleNotFoundError, TypeError, ValueError):  # TypeError: a module is no package
         raise FileNotFoundError(f"{path}: there is no Python package {package!r}") from None

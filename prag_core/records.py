@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Hashable, Iterable
@@ -221,6 +222,30 @@ def from_table(record: type[T], table: pa.Table) -> list[T]:
 def from_dict(record: type[T], row: dict[str, Any]) -> T:
     """Return a record from the plain values that Arrow or JSON give, ignoring names that are no fields of it."""
     return record(**{name: _revive(hint, row[name]) for name, hint in _hints(cast(Any, record)).items() if name in row})
+
+
+def from_document(record: type[T], document: Any) -> T:
+    """Return a record from a JSON document that anybody may have written, as `from_dict` does.
+
+    Raises:
+        TypeError: when it is no object, lacks a field, or a plain field has a value of another type.
+    """
+    if not isinstance(document, dict):
+        raise TypeError("it is no object")
+    for name, hint in _hints(cast(Any, record)).items():
+        if name in document and not _fits(hint, document[name]):
+            raise TypeError(f"{name} = {document[name]!r} is of the wrong type")
+    return from_dict(record, document)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) in (tuple, list):
+        return isinstance(value, list) and all(_fits(typing.get_args(hint)[0], item) for item in value)
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint if hint in (str, int, bool) else True
 
 
 @functools.cache

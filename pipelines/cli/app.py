@@ -73,6 +73,11 @@ def main() -> None:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(error.exit_code)
+    except OSError as raised:  # a file of the user's, or standard output, that cannot be written
+        logging.getLogger(__name__).debug("%s", raised, exc_info=raised)
+        remedy = "check the path, the permissions and the free space there; PRAG_LOG=DEBUG shows more"
+        typer.secho(f"error: {PragError(str(raised), remedy)}", err=True, fg="red")
+        sys.exit(PragError.exit_code)
 
 
 def _log_level() -> str:

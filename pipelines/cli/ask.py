@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_table, result_only
@@ -58,9 +58,9 @@ def _answers(config: Config, question: str, modes: Sequence[Mode], snapshot: str
 
 def _show_answers(answers: Sequence[Answer]) -> None:
     for answer in answers:
-        out.print(f"[bold]{answer.mode:>8}[/]  {escape(answer.text)}", highlight=False)
+        out.print(Text.assemble((f"{answer.mode:>8}", "bold"), f"  {answer.text}"))
         if answer.reasoning:
-            out.print(f"          reasoning: {escape(answer.reasoning)}", highlight=False)
+            out.print(f"          reasoning: {answer.reasoning}", highlight=False)
         steps = ", ".join(f"{step} {ms:.0f}" for step, ms in answer.milliseconds.items())
         out.print(f"          {steps} ms; {answer.prompt_tokens} prompt tokens, {answer.new_tokens} new")
     uses: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def _show_answers(answers: Sequence[Answer]) -> None:
         for passage in answer.passages:
             uses.setdefault(passage.key, []).append(f"{answer.mode}: {_use(passage)}")
     rows = [
-        tuple(map(escape, (f"{p.score:.2f}", p.title, ", ".join(p.sources), "\n".join(uses[p.key]))))
+        (f"{p.score:.2f}", p.title, ", ".join(p.sources), "\n".join(uses[p.key]))
         for p in max((answer.passages for answer in answers), key=len)
     ]
     if rows:

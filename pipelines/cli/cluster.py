@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
+from rich.text import Text
 
 from pipelines.cli import options
 from pipelines.cli.stopping import stop_of
@@ -109,8 +110,8 @@ def preflight(
     found.raise_errors()
 
 
-def _finding_row(finding: CheckResult) -> tuple[str, ...]:
-    outcome = f"[{_STYLES[finding.outcome]}]{finding.outcome}[/]"
+def _finding_row(finding: CheckResult) -> tuple[str | Text, ...]:
+    outcome = Text(finding.outcome, _STYLES[finding.outcome])
     remedy = f"\n→ {finding.remedy}" if finding.remedy else ""
     duration = "" if finding.duration_ms is None else f" ({finding.duration_ms:.0f} ms)"
     return finding.check, outcome, finding.where, f"{finding.detail}{duration}{remedy}"

@@ -100,6 +100,9 @@ def evaluate(
     questions = read_question_set(dataset, settings.storage)
     described = {"name": dataset, "questions": len(questions), "digest": fingerprint([q.id for q in questions])}
     if split is not None:
+        known = sorted({question.split for question in questions})
+        if split not in known:
+            raise ConfigError(f"--split: {dataset} has no split {split!r}", f"it has {', '.join(map(repr, known))}")
         questions = [question for question in questions if question.split == split]
     store = open_store(settings)
     chosen = options.snapshot_of(settings, snapshot)
@@ -151,6 +154,8 @@ def _names(option: str, values: str, known: tuple[T, ...]) -> tuple[T, ...]:
     for value in named:
         if value not in by_name:
             raise ConfigError(f"--{option}: unknown {value!r}", f"known are {', '.join(known)}")
+    if values and not named:
+        raise ConfigError(f"--{option} {values!r}: names none", f"known are {', '.join(known)}")
     return tuple(by_name[value] for value in named)
 
 

@@ -23,7 +23,7 @@ from pipelines.cli.terminal import out, progress_to
 
 # Giving back what a command holds may wait for the store. A lease that is not given back expires.
 GIVE_BACK_S = 3.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ENDED = 0
 
 
@@ -52,7 +52,9 @@ def stop_of(context: typer.Context) -> Stop:
 
 
 def run_until_stopped(command: Callable[[Stop], object]) -> None:
-    """Run a command until it ends, or until SIGINT or SIGTERM comes; a second signal ends the process at once.
+    """Run a command until it ends, or until SIGINT, SIGTERM or SIGHUP comes; a second signal ends the process at once.
+
+    SIGHUP comes when the terminal is closed. Under `nohup` it is ignored, and stays so.
 
     A stopped process gives back what it holds, such as the store's lease, says what to do next, and ends with 128 and
     the signal's number. The processes that it started end with it.
@@ -96,7 +98,8 @@ def _messages() -> Iterator[tuple[int, int]]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM, *hung_up)}
     try:
         yield reader, writer
     finally:

@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-progress_to = Console(stderr=True)
+# What is printed is text: no markup in brackets, no emoji by name. A path, a title or a key may hold either.
+progress_to = Console(stderr=True, markup=False, emoji=False)
 # Bound to the real standard output, see `result_only`.
-out = Console(file=sys.stdout)
+out = Console(file=sys.stdout, markup=False, emoji=False)
 
 
 def result_only() -> contextlib.AbstractContextManager[Any]:
@@ -22,13 +24,13 @@ def result_only() -> contextlib.AbstractContextManager[Any]:
 
 
 def print_table(
-    title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = (), right: Container[str] = ()
+    title: str, rows: Iterable[Sequence[str | Text]], columns: Sequence[str] = (), right: Container[str] = ()
 ) -> None:
     """Print a table.
 
     Args:
         title: The text above it.
-        rows: The cells, in the console's markup.
+        rows: The cells.
         columns: The column names; none when the rows are pairs of a name and a value.
         right: The columns that are aligned to the right.
     """

@@ -37,7 +37,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a report."""
     if not console.is_terminal:
         # A log has no width of its own. Rich would take 80 columns and cut numbers off.
-        console = Console(file=console.file, width=_LOG_WIDTH)
+        console = Console(file=console.file, width=_LOG_WIDTH, markup=False, emoji=False)
     for title, head, rows in _tables(report):
         table = Table(title=title)
         for i, name in enumerate(head):

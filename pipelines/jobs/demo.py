@@ -36,7 +36,7 @@ def run_demo(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         InputError: when there is no `questions.jsonl` beside the corpus, or none of its questions is about a passage.
     """
-    report = run_job(config, Console(stderr=True))
+    report = run_job(config, Console(stderr=True, markup=False, emoji=False))
     begun = time.perf_counter()
     store = open_store(config)
     passages = _passages(store)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from prag_core.records import from_dict
+from prag_core.errors import DamagedError
+from prag_core.records import from_document
 from prag_core.store.objects import Store
 from prag_core.store.runs import LeaseRecord, is_over, read_lease
 from prag_core.store.snapshot import Snapshot, current_id, load_snapshot
@@ -85,7 +86,10 @@ def read_run(store: Store, run: str, lease: LeaseRecord | None) -> RunStatus:
     """
     name = f"runs/{run}/progress.json"
     document = store.get_json(name) if store.exists(name) else {"run": run, "state": "running"}
-    status = from_dict(RunStatus, document)
+    try:
+        status = from_document(RunStatus, document)
+    except TypeError as error:
+        raise DamagedError(f"{store.url}/{name}: not a run's progress: {error}") from None
     alive = lease and lease.run == run and not is_over(lease)
     return replace(status, state="stopped") if status.state == "running" and not alive else status
 

@@ -6,25 +6,29 @@ A key is `prag_<id>_<secret>`. The secret has 256 random bits, so one SHA-256 of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
 
+from prag_core.data.parsing import parse_json
 from prag_core.errors import ConfigError
-from prag_core.records import from_dict
+from prag_core.records import from_document
 
 _PREFIX = "prag"
 _ID_BYTES = 6
 _SECRET_BYTES = 32
+# An edit takes milliseconds. Where no lock can be made, waiting for it would have no end.
+_LOCK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class KeyFile:
             ConfigError: when the file cannot be read or is not a list of keys.
         """
         try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-            return [from_dict(ApiKey, row) for row in document["keys"]]
+            document = parse_json(self.path.read_text(encoding="utf-8"))
+            return [from_document(ApiKey, row) for row in document["keys"]]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -70,11 +74,14 @@ class KeyFile:
         """Add a key and return it. It cannot be read again later.
 
         Raises:
-            ConfigError: when the name cannot be shown in one line, the file cannot be read or written, or a valid key
-                already has this name.
+            ConfigError: when the name cannot be shown in one line, no passage can have a tag, the file cannot be read
+                or written, or a valid key already has this name.
         """
         if not name.strip() or not name.isprintable():
             raise ConfigError(f"{name!r} is no name for a key", "use letters, digits and signs, in one line")
+        for tag in access:
+            if not tag or tag != tag.strip():
+                raise ConfigError(f"{tag!r} is no access tag of any passage", "give --access once for each tag")
         id, secret = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)
         made = ApiKey(id, name, _hash(secret), tuple(sorted(set(access))), rate_per_minute, created=_now())
         with self._lock():
@@ -99,12 +106,18 @@ class KeyFile:
                     return keys[index]
         raise ConfigError(f"{self.path}: no valid key is named {name!r}", "`prag keys list` shows them")
 
-    def _lock(self) -> FileLock:
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = FileLock(f"{self.path}.lock", timeout=_LOCK_S)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            lock.acquire()
+        except OSError as error:  # also when the time is over
             raise self._not_writable(error) from error
-        return FileLock(f"{self.path}.lock")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _write(self, keys: Sequence[ApiKey]) -> None:
         document = json.dumps({"keys": [asdict(key) for key in keys]}, indent=2)

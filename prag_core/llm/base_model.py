@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,12 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
         if missing := sorted(loaded["missing_keys"]):
             raise ModelError(
                 f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be random",
+                "get the model again, or name the config.json that belongs to these weights",
+            )
+        known, unexpected = {*model.state_dict()}, sorted(loaded["unexpected_keys"])
+        if left := [name for name in unexpected if re.sub(r"\.\d+\.", ".0.", name, count=1) in known]:
+            raise ModelError(
+                f"{folder}: its config.json leaves out layers: the weights hold {left[0]} and {len(left) - 1} more",
                 "get the model again, or name the config.json that belongs to these weights",
             )
         model.to(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
+from prag_core.data.parsing import parse_json
 from prag_core.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def resolve_model(name: str) -> Path:
     """
     if name in PACKAGED:
         return _convert_packaged(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = local_folder(name)
+    if folder:
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder}: holds no config.json", "name a folder that save_pretrained wrote")
         return _without_adapter(folder)
@@ -51,6 +51,12 @@ def resolve_model(name: str) -> Path:
         return _without_adapter(Path(snapshot_download(name, allow_patterns=patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise _not_on_hub(name, error) from None
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder on this machine that a model's name is a path of; None when there is none."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (pathlib's raises for an unknown user)
+    return path if os.path.isdir(path) else None  # noqa: PTH112 (pathlib's raises for a name that is too long)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,7 +72,9 @@ def weight_files(folder: Path) -> list[Path]:
     config = _read_json(folder / "config.json")
     named = config.get("transformers_weights") or "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if str(named).endswith(".index.json"):
+    if not isinstance(named, str):
+        raise ModelError(f"{folder / 'config.json'}: transformers_weights names no file", "get the model again")
+    if named.endswith(".index.json"):
         index = folder / named
     elif (folder / named).is_file():
         return [folder / named]
@@ -97,7 +105,7 @@ def find_model(name: str) -> str:
             return "converted before"
         _packaged_file(name)
         return "packaged, to be converted once"
-    if Path(name).expanduser().is_dir():
+    if local_folder(name):
         return f"the folder {resolve_model(name)}"
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -164,7 +172,7 @@ def _without_adapter(folder: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read: {error}", "the file is damaged; get it again") from None
     if not isinstance(found, dict):
@@ -200,11 +208,17 @@ def _convert_packaged(name: str) -> Path:
     if (target / "config.json").exists():
         return target
     source = _packaged_file(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not (target / "config.json").exists():
-            log.info("converting the packaged model %s, once; this takes about half a minute", name)
-            _convert(source, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not (target / "config.json").exists():
+                log.info("converting the packaged model %s, once; this takes about half a minute", name)
+                _convert(source, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target}: the packaged model cannot be written: {error}",
+            "check the permissions and the free space there, or set PRAG_CACHE to another folder",
+        ) from error
     return target
 
 

@@ -11,18 +11,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from prag_core.errors import AdapterError, ModelError
-from prag_core.llm.checkpoint import PACKAGED, resolve_model
+from prag_core.data.parsing import parse_json
+from prag_core.errors import AdapterError, InputError, ModelError
+from prag_core.llm.checkpoint import PACKAGED, local_folder, resolve_model
 from prag_core.llm.layout import LoraLayout, module_names, place_of
 from prag_core.llm.lora import Factors, check_factors
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 
+# The largest rank and alpha that are tried.
+_MOST = 1e9
+# Patterns whose matching may have no end: a group that is repeated, or many repetitions.
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){5}", re.DOTALL)
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In the metadata of the weights, which PEFT ignores: the fingerprint of the base model.
 _BASE_MODEL = "base_model"
@@ -73,20 +79,22 @@ def peft_base(name: str, facts: ModelFacts | None = None) -> PeftBase:
         ModelError: when it cannot be found or read.
     """
     folder = resolve_model(name)
-    local = name in PACKAGED or Path(name).expanduser().is_dir()
+    local = name in PACKAGED or local_folder(name) is not None
     return PeftBase(name, str(folder.resolve()) if local else name, facts or model_facts(folder))
 
 
 def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base: PeftBase) -> None:
-    """Write an adapter as a PEFT folder, which `PeftModel.from_pretrained` can load onto the base model."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write an adapter as a PEFT folder, which `PeftModel.from_pretrained` can load onto the base model.
+
+    Raises:
+        InputError: when the folder cannot be written.
+    """
     tensors = {}
     for (layer, target), module in module_names(base.facts.linear, layout).items():
         position = layout.layers.index(layer)
         for factor in "AB":
             tensors[_tensor_name(module, factor)] = factors[f"{target}.{factor}"][position].float().contiguous()
     metadata = {"format": "pt", _BASE_MODEL: base.facts.fingerprint}
-    safetensors.torch.save_file(tensors, folder / _WEIGHTS, metadata)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -99,7 +107,12 @@ def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base: PeftBa
         "layers_to_transform": list(layout.layers),
         "inference_mode": True,
     }
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, folder / _WEIGHTS, metadata)
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be written: {error}", "name another folder, or make room there") from error
 
 
 def import_peft(layout: LoraLayout, folder: Path, base: PeftBase) -> dict[str, Tensor]:
@@ -111,7 +124,7 @@ def import_peft(layout: LoraLayout, folder: Path, base: PeftBase) -> dict[str, T
             base model. A tensor that the layout does not have is an error too.
     """
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        config = parse_json((folder / _CONFIG).read_text(encoding="utf-8"))
         with safetensors.safe_open(folder / _WEIGHTS, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -157,12 +170,6 @@ def _tensor_name(module: str, factor: str) -> str:
     return f"base_model.model.{module}.lora_{factor}.weight"
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
-
-
 def _check_fields(folder: Path, config: Mapping[str, Any]) -> None:
     """Check that each field is known, and does not make more than a plain LoRA adapter."""
     for name in ("peft_type", *sorted(_COMPARED - {"layers_to_transform"})):
@@ -184,7 +191,8 @@ def _check_fields(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _check_scale(folder: Path, config: Mapping[str, Any], layout: LoraLayout) -> None:
     rank, alpha = config["r"], config["lora_alpha"]
-    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+    # Python divides no numbers beyond those of a float.
+    if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank < _MOST or abs(alpha) >= _MOST:
         raise AdapterError(
             f"{folder}: {_CONFIG} has r = {json.dumps(rank)} and lora_alpha = {json.dumps(alpha)}; both are numbers",
             "save the adapter with PEFT",
@@ -201,7 +209,7 @@ def _check_base(folder: Path, name: object, fingerprint: str | None, base: PeftB
     """Check that an adapter was made for this base model: by the fingerprint of an export, or else by the name."""
     if fingerprint is not None:
         same = fingerprint == base.facts.fingerprint
-    elif isinstance(name, str) and Path(name).is_dir():
+    elif isinstance(name, str) and local_folder(name):
         try:
             same = model_fingerprint(resolve_model(name)) == base.facts.fingerprint
         except ModelError:  # no model, or a damaged one
@@ -224,14 +232,15 @@ def _check_modules(folder: Path, config: Mapping[str, Any], expected: set[str], 
 
     def adapts(module: str) -> bool:
         if isinstance(targets, str):  # a regular expression, which PEFT refuses to combine with layers
-            return layers is None and re.fullmatch(targets, module) is not None
+            return layers is None and not _SLOW.search(targets) and re.fullmatch(targets, module) is not None
         place = place_of(module)
         if layers is not None and (place is None or place[0] not in chosen):
             return False
         return any(module == target or module.endswith(f".{target}") for target in targets)
 
     try:
-        found = {module for module in facts.linear if adapts(module)}
+        listed = isinstance(targets, str | list) and all(type(layer) in (int, NoneType) for layer in chosen)
+        found = {module for module in facts.linear if listed and adapts(module)}
     except (TypeError, re.error):
         found = set()
     if found != expected:

@@ -5,9 +5,10 @@ The safetensors library gives tensors, but neither their byte ranges nor their r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from prag_core.data.parsing import parse_json
 
 # The library refuses longer headers too.
 _MAX_HEADER_BYTES = 100_000_000
@@ -44,12 +45,15 @@ def read_header(read: Callable[[int, int], bytes]) -> SafetensorsHeader:
         raise ValueError(f"no safetensors header: it would have {length} bytes")
     size_bytes = 8 + length
     try:
-        entries: dict[str, Any] = json.loads(read(8, size_bytes))
+        entries: dict[str, Any] = parse_json(read(8, size_bytes).decode())
         metadata = entries.pop("__metadata__", {})
         tensors = {}
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            tensors[name] = TensorInfo(entry["dtype"], entry["shape"], size_bytes + begin, size_bytes + end)
+            dtype, shape = entry["dtype"], entry["shape"]
+            if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or begin > end:
+                raise ValueError(f"the tensor {name} has the shape {shape} and the bytes {begin} to {end}")
+            tensors[name] = TensorInfo(str(dtype), shape, size_bytes + begin, size_bytes + end)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no safetensors header: {error}") from None
     return SafetensorsHeader(tensors, metadata, size_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -23,9 +22,10 @@ import pyarrow as pa
 from filelock import FileLock
 
 from prag_core.config import IndexConfig
+from prag_core.data.parsing import parse_json
 from prag_core.errors import REPAIR, RetrievalError, StoreError
 from prag_core.identity import KEY_BYTES, seal
-from prag_core.records import from_dict
+from prag_core.records import from_document
 from prag_core.retrieval.kinds import Retriever, index_id, index_kind
 from prag_core.retrieval.local_cache import explain_os_errors, lock_of, partial_of, remove_old
 from prag_core.store.objects import Store
@@ -65,7 +65,7 @@ def read_record(store: Store, id: str) -> StoredIndex | None:
         StoreError: the store cannot be read.
     """
     try:
-        return from_dict(StoredIndex, json.loads(store.get_if_exists(_record(id)) or b""))
+        return from_document(StoredIndex, parse_json((store.get_if_exists(_record(id)) or b"").decode()))
     except (ValueError, TypeError):  # its writing was cut off
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ def open_backend(url: str, options: Mapping[str, Any], retries: int, timeout_s: 
         ImportError: if the file system's package is not installed.
         ValueError: if no file system has this URL's scheme.
     """
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme in fsspec.available_protocols() and re.fullmatch(r"/*|/[^/].*", rest, re.DOTALL):
+        raise ValueError("it is no whole URL: behind the colon come two slashes and a name")
     if is_s3(url):
         from prag_core.store.s3 import open_s3  # botocore takes half a second to import
 

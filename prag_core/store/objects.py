@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prag_core.config import NO_CREDENTIALS_HERE, Config, has_credentials, s3_options
+from prag_core.data.parsing import parse_json
 from prag_core.errors import ConflictError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, is_intact
 from prag_core.records import schema
@@ -195,7 +196,7 @@ class Store:
             DamagedError: if it is missing, or not JSON.
         """
         try:
-            return json.loads(self.get(name))
+            return parse_json(self.get(name).decode())
         except ValueError as error:
             raise DamagedError(f"{self.url}/{name}: not JSON: {error}") from None
 

@@ -71,7 +71,7 @@ def move_pins(store: Store, successors: Mapping[str, str | None]) -> None:
     before = store.get_if_exists(PINS)
     try:
         pins = _parse_pins(store, before)
-    except (DamagedError, TypeError):
+    except DamagedError:
         pins = ()
     after = _encode_pins({new for id in pins if (new := successors.get(id))})
     if before is not None and before != after:
@@ -96,7 +96,12 @@ def _encode_pins(pins: Collection[str]) -> bytes:
 
 
 def _parse_pins(store: Store, pins: bytes | None) -> tuple[str, ...]:
-    return () if pins is None else tuple(parse_field(store, PINS, pins, "pinned"))
+    if pins is None:
+        return ()
+    ids = parse_field(store, PINS, pins, "pinned")
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
+        raise DamagedError(f"{store.url}/{PINS}: {ids!r} is no list of snapshots' ids")
+    return tuple(ids)
 
 
 def _change_pins(store: Store, change: Callable[[frozenset[str]], frozenset[str]]) -> None:

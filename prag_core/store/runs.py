@@ -28,15 +28,18 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from prag_core.data.parsing import parse_json
 from prag_core.errors import ConflictError, DamagedError, LeaseError, StoreError
 from prag_core.identity import seal
-from prag_core.records import from_dict
+from prag_core.records import from_dict, from_document
 from prag_core.store.objects import Store
 
 LEASE = "runs/lease.json"
 TTL_S = 120.0
 SKEW_S = 30.0
 BEATS_PER_TTL = 4
+# The last second of the year 9999, after which there is no date.
+_LAST_S = 253_402_300_799.0
 
 
 def new_run_id(verb: str = "") -> str:
@@ -259,7 +262,7 @@ def _read(store: Store) -> tuple[bytes | None, LeaseRecord | None]:
     if data is None:
         return None, None
     try:
-        return data, from_dict(LeaseRecord, json.loads(data))
+        return data, from_document(LeaseRecord, parse_json(data.decode()))
     except (ValueError, TypeError) as error:
         raise DamagedError(
             f"{store.url}/{LEASE}: not a lease: {error}", "if no run is at work, run again with --take-over"
@@ -327,6 +330,7 @@ def _describe(record: LeaseRecord) -> str:
 
 
 def _clock(seconds: float) -> str:
+    seconds = min(max(seconds, 0.0), _LAST_S)
     return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
 
 

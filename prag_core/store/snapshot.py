@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from prag_core.data.parsing import parse_json
 from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.identity import fingerprint
 from prag_core.store.objects import Store
@@ -81,7 +82,11 @@ def parse_current(store: Store, data: bytes | None) -> str | None:
     Raises:
         StoreError: if the content is damaged.
     """
-    return None if data is None else str(parse_field(store, CURRENT, data, "snapshot"))
+    if data is None:
+        return None
+    if not isinstance(id := parse_field(store, CURRENT, data, "snapshot"), str):
+        raise DamagedError(f"{store.url}/{CURRENT}: {id!r} is no snapshot's id")
+    return id
 
 
 def document_name(id: str) -> str:
@@ -246,7 +251,7 @@ def parse_field(store: Store, name: str, data: bytes, field: str) -> Any:
         StoreError: if the object has no such field.
     """
     try:
-        return json.loads(data)[field]
+        return parse_json(data.decode())[field]
     except (ValueError, TypeError, KeyError):
         raise DamagedError(f"{store.url}/{name}: has no field {field!r}") from None
 

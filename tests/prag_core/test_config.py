@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_a_url_without_credentials_is_accepted(write, url: str) -> None:
         ("? [a, b]\n: 1\n", [], "line 3: a key must be one name"),
         ("train: {rank: !!int 3}\n", [], "line 3: the tag .*int' is not allowed"),
         ("train: &a {rank: *a}\n", [], "an alias holds itself"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{b}'] * 9)}]\n" for b, n in pairwise("abcdefghijk")),
+            [],
+            "more than 10,000 values",
+        ),
         ("---\nrun: {}\n", [], "single document(.|\n)*line 3"),
         ("train:\n\tepochs: 1\n", [], "cannot start any token(.|\n)*line 4"),
         ("train:\n", [], "train is a section\n.*write its settings below"),

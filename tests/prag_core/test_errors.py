@@ -28,7 +28,7 @@ def test_each_exit_code_belongs_to_one_class_and_each_class_is_in_the_table() ->
     codes = {cls: cls.__dict__["exit_code"] for cls in (PragError, *subclasses()) if "exit_code" in cls.__dict__}
     assert len(codes) > 10
     assert [code for code, count in Counter(codes.values()).items() if count > 1] == []
-    stopped = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     assert {*codes.values(), 0} | stopped == {*EXIT_CODES}
     assert {cls.__module__ for cls in subclasses()} == {
         errors.__name__

@@ -33,7 +33,7 @@ def test_readers_find_packaged_files_from_any_folder(tmp_path: Path, monkeypatch
 def test_a_missing_package_or_file_is_named() -> None:
     with pytest.raises(InputError, match="no such file"):
         read_text(f"{ATLAS}/none.jsonl", "")
-    for path in ("package://no_such_package/a.jsonl", "package:///a.jsonl"):
+    for path in ("package://no_such_package/a.jsonl", "package:///a.jsonl", "package://os/a.jsonl", "package://.a/b"):
         with pytest.raises(InputError, match=path):
             read_text(path, "")
         with pytest.raises(InputError, match=path):

@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.cli import terminal
 from pipelines.cli.ask import _show_answers
+from pipelines.serving import api_keys
 from prag_core.errors import EXIT_CODES
 from prag_core.records import Answer, Reject, UsedPassage
 from prag_core.store.objects import Store
@@ -131,6 +132,8 @@ def test_without_java_nothing_starts(folder: Path) -> None:
         (("--strength", "9"), 2, "--strength '9': must be numbers above 0 to 4"),
         (("--retrieval", "dense"), 2, "'dense' is not one of 'bm25', 'oracle'"),
         (("--dataset", "none.jsonl"), 3, "none.jsonl"),
+        (("--modes", ","), 2, "--modes ',': names none"),
+        (("--split", "trian"), 2, "atlas has no split 'trian' → it has 'dev', 'test'"),
     ],
 )
 def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, str], code: int, message: str) -> None:
@@ -272,6 +275,8 @@ def test_the_current_folder_can_be_told_to_others(folder: Path) -> None:
         (("keys", "add", "", "-f", "k.json"), "is no name for a key"),
         (("keys", "add", "a\nb", "-f", "k.json"), "is no name for a key"),
         (("keys", "add", "\u200b", "-f", "k.json"), "is no name for a key"),
+        (("keys", "add", "n", "-f", "k.json", "--access", ""), "is no access tag"),
+        (("keys", "add", "n", "-f", "k.json", "--access", " hr"), "is no access tag"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(
@@ -280,6 +285,43 @@ def test_a_value_that_makes_no_sense_is_refused(
     code, output = prag(*arguments)
     assert (code, message in " ".join(output.replace("│", " ").split())) == (2, True), output
     assert not (folder / "k.json").exists()
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "file:///", "memory://"])
+def test_a_url_that_is_not_whole_is_no_folder(folder: Path, prag: Prag, url: str) -> None:
+    code, output = prag("status", "-c", "config.yaml", "--set", f"store={url}")
+    assert (code, "it is no whole URL" in output) == (5, True), output
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path, prag: Prag, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, code in (("config.yaml/keys.json", 2), ("/proc/self/keys.json", 2)):
+        monkeypatch.setattr(api_keys, "_LOCK_S", 0.1)
+        found, output = prag("keys", "add", "n", "--file", file)
+        assert (found, f"{file}: cannot be written" in output) == (code, True), output
+    monkeypatch.setattr(api_keys.KeyFile, "read", lambda _: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    code, output = prag("keys", "list", "--file", "keys.json")
+    assert (code, "No space left" in output, "check the path" in output) == (1, True, True), output
+
+
+def test_a_full_disk_behind_standard_output_is_told(folder: Path) -> None:
+    command = f"{sys.executable} -m pipelines.cli status -c config.yaml > /dev/full"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "No space left" in done.stderr
+
+
+def test_names_are_shown_without_markup(folder: Path, prag: Prag) -> None:
+    """A path or a name in brackets is not read as the terminal's markup, nor a word in colons as a picture."""
+    file = "[/]:smile:[red]k.json"
+    assert prag("keys", "add", "[/b]x :cat:", "--file", file)[0] == 0
+    code, output = prag("keys", "list", "--file", file)
+    assert (code, "[/b]x :cat:" in output) == (0, True), output
+    assert file in "".join(output.split())
+    code, output = prag("status", "-c", "config.yaml", "--set", f"store={file}.store")
+    assert (code, file in output) == (0, True), output
 
 
 def test_an_address_that_is_no_url_is_named(prag: Prag) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 # A stop may take this long. In truth it takes some tenths of a second.
 STOP_S = 5.0
 WAIT_S = 120.0
-CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 # A command that holds the store's lease and a temporary folder, and has started a process, all below the folder of the
 # first argument. It waits in a lock that never becomes free: no exception can reach it there.
@@ -92,6 +92,17 @@ def test_a_stopped_command_says_so_and_gives_back_what_it_holds(
     assert lease.released
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert list(tmp_path.glob("scratch*")) == []
+
+
+def test_under_nohup_a_command_outlives_its_terminal(tmp_path: Path) -> None:
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    with process(tmp_path, "-c", ignore + COMMAND.format(before="pass"), str(tmp_path)) as command:
+        wait_for(tmp_path / "begun")
+        command.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.wait(0.5)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(STOP_S) == 143
 
 
 def test_a_store_that_does_not_answer_does_not_hold_the_stop_up(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipelines.execution.outcomes import StageReport
 from pipelines.execution.progress import RunProgress
 from pipelines.jobs.status import read_status, watch
-from prag_core.errors import PragError, StoreError
+from prag_core.errors import DamagedError, PragError, StoreError
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
 
@@ -81,6 +81,13 @@ def test_a_run_without_progress_yet_is_listed(progress: RunProgress, tmp_path: P
     with hold_lease(store_of(tmp_path), "r1"):
         (run,) = read_status(store_of(tmp_path)).runs
         assert run.state == "running"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"run": "r1", "state": 5, "stages": []}', "[" * 100_000])
+def test_damaged_progress_is_named(progress: RunProgress, tmp_path: Path, text: str) -> None:
+    (tmp_path / "store" / "runs" / "r1" / "progress.json").write_text(text)
+    with pytest.raises(DamagedError, match=r"runs/r1/progress\.json: not"):
+        read_status(store_of(tmp_path))
 
 
 def test_a_run_goes_on_if_its_progress_cannot_be_written(progress: RunProgress, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from prag_core.config import ModelConfig
 from prag_core.errors import ModelError
 from prag_core.llm.base_model import check_device, load_base_model
-from prag_core.llm.checkpoint import resolve_model, weight_files
+from prag_core.llm.checkpoint import find_model, resolve_model, weight_files
 from prag_core.llm.model_facts import model_facts, model_fingerprint, parameter_count
 
 
@@ -170,6 +170,9 @@ def set_in_config(**settings: object) -> Callable[[Path], None]:
         (set_in_config(model_type="nobodys"), r"config\.json: no model can be made of it.*nobodys"),
         (set_in_config(num_attention_heads=0), r"config\.json: no model can be made of it: ZeroDivisionError"),
         (set_in_config(hidden_act="nobodys"), r"config\.json: no model can be made of it: KeyError"),
+        (change("config.json", "[" * 100_000), r"config\.json: cannot be read"),
+        (set_in_config(transformers_weights=5), r"config\.json: transformers_weights names no file"),
+        (set_in_config(transformers_weights=["a"]), r"config\.json: transformers_weights names no file"),
         (set_in_config(transformers_weights="none.safetensors"), r"holds neither none\.safetensors nor"),
     ],
 )
@@ -188,6 +191,27 @@ def test_weights_that_lack_a_tensor_are_not_made_up(folder: Path) -> None:
         ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight and 0 more, which would be random"
     ):
         load_base_model(ModelConfig(name=str(folder), device="cpu"))
+
+
+def test_layers_that_the_configuration_leaves_out_are_not_dropped(folder: Path) -> None:
+    set_in_config(num_hidden_layers=2)(folder)
+    with pytest.raises(ModelError, match=r"config\.json leaves out layers: .* model\.layers\.2\..* and 8 more"):
+        load_base_model(ModelConfig(name=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody-has-this-name/m"])
+def test_a_name_that_no_path_can_be_is_an_error_with_a_remedy(name: str) -> None:
+    for find in (resolve_model, find_model):
+        with pytest.raises(ModelError, match="not a folder") as raised:
+            find(name)
+        assert raised.value.remedy
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRAG_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"cannot be written.*\n.*PRAG_CACHE"):
+        resolve_model("smollm2-135m-instruct")
 
 
 def test_an_index_that_transformers_cannot_read_is_an_error(folder: Path) -> None:

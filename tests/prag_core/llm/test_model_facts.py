@@ -79,7 +79,29 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     assert model_facts(folder) == facts
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a":{}}'])
+def headed(header: str) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+def tensor(dtype: object = "F32", shape: object = (), offsets: object = (0, 4)) -> bytes:
+    return headed(json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 16,
+        headed("[]"),
+        headed('{"a":{}}'),
+        headed("[" * 200_000),
+        tensor(offsets=[0, 2.5]),
+        tensor(offsets=[4, 0]),
+        tensor(offsets=[-1_000_000, 4]),
+        tensor(shape=["a"]),
+        tensor(shape=None),
+    ],
+)
 def test_damaged_weights_are_an_error_with_a_remedy(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match=r"no safetensors header.*\n.*get it again"):

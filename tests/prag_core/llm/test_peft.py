@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from prag_core.errors import AdapterError
+from prag_core.errors import AdapterError, InputError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Injector, find_targets, linear_shapes
@@ -175,6 +175,12 @@ def test_each_field_of_the_installed_peft_is_known(
         ({"target_modules": "all-linear"}, 'has target_modules = "all-linear"'),
         ({"target_modules": "("}, r'has target_modules = "\("'),
         ({"target_modules": 3}, "has target_modules = 3"),
+        ({"target_modules": {"gate_proj": 1, "up_proj": 1, "down_proj": 1}}, "has target_modules = {"),
+        ({"target_modules": "([a-z._0-9]+)+!", "layers_to_transform": None}, "has target_modules"),
+        ({"target_modules": ".*" * 20 + "!", "layers_to_transform": None}, "has target_modules"),
+        ({"layers_to_transform": [True, 2]}, r"layers_to_transform = \[true, 2\]"),
+        ({"lora_alpha": 10**400}, "has r = 2 and lora_alpha = 1000"),
+        ({"r": 10**400}, "has r = 1000"),
         ({"layers_to_transform": None}, r"layers_to_transform = null; of model\.layers\.0\.mlp"),
         ({"layers_to_transform": 2}, r"layers_to_transform = 2; of model\.layers\.1\.mlp"),
         ({"layers_to_transform": [0, 1, 2]}, r"of model\.layers\.0\.mlp"),
@@ -239,6 +245,25 @@ def test_another_base_model_is_refused(
     import_peft(layout, folder, on_hub)
 
 
+@pytest.mark.parametrize("name", ["m" * 5000, "m\0", "~nobody-has-this-name/m"])
+def test_a_base_model_whose_name_no_path_can_be_is_another_one(
+    layout: LoraLayout, factors: dict, base: PeftBase, tmp_path: Path, name: str
+) -> None:
+    export_peft(layout, factors, tmp_path, replace(base, location=name))
+    rewrite(tmp_path, lambda _: None)
+    with pytest.raises(AdapterError, match="base_model_name_or_path"):
+        import_peft(layout, tmp_path, base)
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_named(
+    layout: LoraLayout, factors: dict, base: PeftBase, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"{name}: cannot be written"):
+        export_peft(layout, factors, tmp_path / name, base)
+
+
 def test_an_export_knows_its_base_model_wherever_that_lies(
     layout: LoraLayout, factors: dict, base: PeftBase, tmp_path: Path
 ) -> None:
@@ -281,7 +306,12 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not a readable PEFT adapter"), ("[]", "holds no settings"), ('{"r": 2, "r": 4}', "a key is given twice")],
+    [
+        ("{", "not a readable PEFT adapter"),
+        ("[" * 100_000, "not a readable PEFT adapter"),
+        ("[]", "holds no settings"),
+        ('{"r": 2, "r": 4}', "comes twice in an object"),
+    ],
 )
 def test_a_damaged_configuration_is_refused(
     layout: LoraLayout, factors: dict, base: PeftBase, tmp_path: Path, text: str, message: str

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from prag_core.errors import LeaseError
+from prag_core.errors import LeaseError, StoreError
 from prag_core.store.objects import Store
 from prag_core.store.runs import (
     LEASE,
@@ -65,6 +65,24 @@ def test_a_second_run_is_told_who_holds_it(store: Store) -> None:
     record = read_lease(store)
     assert record is not None
     assert record.released
+
+
+@pytest.mark.parametrize("changed", [{"heartbeat": "x"}, {"pid": "1"}, {"released": 1}, {"ttl_s": True}])
+def test_a_damaged_lease_is_named_and_can_be_taken_over(store: Store, changed: dict[str, object]) -> None:
+    with hold_lease(store, "run-1"):
+        pass
+    store.put_json("runs/lease.json", {**store.get_json("runs/lease.json"), "released": False, **changed})
+    with pytest.raises(StoreError, match=r"lease\.json: not a lease: .* is of the wrong type\n.*--take-over"):
+        acquire_lease(store, "run-2")
+
+
+def test_a_heartbeat_after_the_last_date_is_told(store: Store) -> None:
+    with hold_lease(store, "run-1"):
+        pass
+    far = {"released": False, "machine": "another", "heartbeat": 1e300}
+    store.put_json("runs/lease.json", {**store.get_json("runs/lease.json"), **far})
+    with pytest.raises(LeaseError, match="last heartbeat 9999-12-31"):
+        acquire_lease(store, "run-2")
 
 
 def test_of_several_runs_one_gets_the_lease(store: Store) -> None:

@@ -162,7 +162,21 @@ def test_tombstones_add_up_and_make_another_snapshot(store: Store) -> None:
     assert load_snapshot(store) == twice
 
 
-@pytest.mark.parametrize("text", ["[]", "not json", '{"other": 1}'])
+@pytest.mark.parametrize("value", [5, None, ["a"]])
+def test_what_is_no_id_is_named(store: Store, value: object) -> None:
+    store.put_json("CURRENT", {"snapshot": value})
+    with pytest.raises(StoreError, match=r"CURRENT: .* is no snapshot's id"):
+        current_id(store)
+
+
+@pytest.mark.parametrize("value", [5, None, "abc", [1], [None, "a"]])
+def test_what_are_no_pins_is_named(store: Store, value: object) -> None:
+    store.put_json("PINS", {"pinned": value})
+    with pytest.raises(StoreError, match=r"PINS: .* is no list of snapshots' ids"):
+        pinned(store)
+
+
+@pytest.mark.parametrize("text", ["[]", "not json", '{"other": 1}', "[" * 100_000])
 def test_damaged_documents_are_named(store: Store, text: str) -> None:
     (id,) = publish_dated(store, 1)
     store.put(document_name(id), text.encode())
