@@ -21,7 +21,7 @@ from prag_core.retrieval.local_cache import explain_os_errors, hold
 from prag_core.retrieval.search_text import search_text
 
 # Raise it when an analyzer, `search_text`, the stored fields or Lucene's major version change.
-INDEX_RULE = 3
+INDEX_RULE = 4
 SEARCH_SETTINGS = frozenset({"k1", "b"})
 PROCESS_ENV = JVM_ENV
 REQUIREMENT = "Java"
