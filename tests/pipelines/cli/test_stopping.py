@@ -52,11 +52,15 @@ run_until_stopped(command)
 
 @contextlib.contextmanager
 def process(folder: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
-    """Start Python in a folder; its standard error goes to the file `err` there."""
+    """Start Python in a folder; its standard error goes to the file `err` there.
+
+    Signals have their default effect in it, also where the tests run under nohup.
+    """
     with (folder / "err").open("w") as err:
         started = subprocess.Popen(
             [sys.executable, *command], cwd=folder, stdout=subprocess.PIPE, stderr=err, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )  # fmt: skip
     try:
         yield started
