@@ -45,7 +45,7 @@ from prag_core.inference.service import Service
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Factors, TrainedAdapter, find_targets
-from prag_core.llm.peft import export_peft
+from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_elsewhere, compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import MODES, Answer, Mode, Passage
@@ -333,7 +333,7 @@ def expect(answer: Answer, in_weights: int) -> None:
 def paper_update_ms(base: BaseModel, layout: LoraLayout, samples: Sequence[Factors], folder: Path) -> float:
     """Return the median milliseconds to change PEFT's model for one question and back, without generating."""
     for n, factors in enumerate(samples):
-        export_peft(layout, factors, folder / f"peft{n}", base.name)
+        export_peft(layout, factors, folder / f"peft{n}", peft_base(base.name))
     tokens = torch.tensor([[1, 2, 3]])
 
     def once() -> float:

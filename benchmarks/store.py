@@ -58,7 +58,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     from prag_core.config import AugmentConfig, ModelConfig, TrainConfig, augment_recipe, train_recipe
     from prag_core.llm.base_model import load_base_model
     from prag_core.llm.lora import find_targets
-    from prag_core.llm.peft import export_peft, import_peft
+    from prag_core.llm.peft import export_peft, import_peft, peft_base
     from prag_core.maintenance.verify import check_shards, ledger_rows
     from prag_core.recipe import Recipe
     from prag_core.store.adapters import AdapterStore
@@ -68,6 +68,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     base = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
     train = train_recipe(TrainConfig())
     layout, _ = find_targets(base.model, train)
+    peft = peft_base(arguments.model)
     recipe = Recipe(base.fingerprint, augment_recipe(AugmentConfig(), "none"), train)
     made = [(secrets.token_hex(16), random_factors(layout, n)) for n in range(arguments.adapters)]
 
@@ -76,7 +77,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     stored = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
     sizes = {name: len(pack_shard(layout, sample, dtype, {})[0]) / len(sample) for name, dtype in stored.items()}
     for n in range(K):
-        export_peft(layout, made[n][1], folder / f"peft{n}", base.name)
+        export_peft(layout, made[n][1], folder / f"peft{n}", peft)
     peft_bytes = sum(file.stat().st_size for file in (folder / "peft0").iterdir())
     overhead = sizes["bf16"] / (2 * layout.parameters) - 1
     print(f"a PEFT folder: {peft_bytes:,} bytes; file overhead of a bf16 shard {overhead:.2%}")
@@ -118,7 +119,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     # 4. The same adapters in the paper's way: local folders, through PEFT.
     peft_ms = statistics.median(timed(lambda: load_peft(base.model, folder)) for _ in range(10))
     read_ms = statistics.median(
-        timed(lambda: [import_peft(layout, folder / f"peft{n}") for n in range(K)]) for _ in range(20)
+        timed(lambda: [import_peft(layout, folder / f"peft{n}", peft) for n in range(K)]) for _ in range(20)
     )
     print(f"{K} PEFT folders: {peft_ms:.0f} ms through PEFT, {read_ms:.1f} ms to read their tensors alone")
     return {

@@ -246,7 +246,8 @@ def test_snapshots_are_listed_pinned_and_rolled_back_to(folder: Path) -> None:
 
 def test_retry_and_du(folder: Path) -> None:
     assert call("retry")[0] == 2
-    assert json.loads(call("retry", "--reason", "nothing_like_it", "--json")[1]) == {"retried": 0}
+    code, printed = call("retry", "--reason", "nothing_like_it")
+    assert (code, "not_imported" in printed) == (InputError.exit_code, True)
     assert json.loads(call("retry", "--reason", "not_imported", "--json")[1]) == {"retried": 1}
     assert "no rejects" in call("rejects")[1]
     used = json.loads(call("du", "--json")[1])

@@ -287,6 +287,7 @@ def test_sixty_passages_four_of_them_poison(tmp_path: Path, ray_here: str) -> No
     words = {5: "Crash", 20: "Starve", 31: "Hang", 47: "~"}
     passages = [poisonous(n, words[n]) if n in words else make_passage(n, words=4) for n in range(60)]
     chosen = {
+        "train.recipe": "paper",  # the text of a passage is in its prompts
         "model.dtype": "float32",
         "storage.adapter_dtype": "float32",
         "storage.shard_mb": 0.1,

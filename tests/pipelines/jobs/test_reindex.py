@@ -122,7 +122,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
 ) -> None:
     old = [make_passage(n, words=4) for n in range(160)]
     work = Workspace(tmp_path, old)
-    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64", "--set", "train.max_tokens=64"]
+    settings = ["-c", "config.yaml", "--set", "run.augment_batch=64"]
     settings += ["--set", "run.train_batch=64", "--set", "run.tokens_per_step=4096"]
     work.run("run", *settings)
     store = Store(str(tmp_path / "store"))
@@ -184,7 +184,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
         assert found is None or answer.passages[0].in_weights
     assert {outcome for _, outcome in service.stats().requests} == {"ok"}
     question = f"What is {added[-1].title}?"
-    served = asyncio.run(service.answer(Request(question, "combine", top_k=3)))
+    served = asyncio.run(service.answer(Request(question, "combine")))
     service.close()
 
     # 3. The same again: nothing is trained, asked or published.

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, ray_here: str) -> None:
     work = Workspace(tmp_path, [make_passage(n, words=20 + 5 * (n % 7)) for n in range(40)])
     settings = ["--set", "run.train_batch=2", "--set", "run.actor_gpus=0.5", "--set", "run.actors_max=4"]
+    settings += ["--set", "run.tokens_per_step=256"]
     measured = ["--measure", "10", "--price-gpu-hour", "2.5"]
     plan = json.loads(work.run("plan", "-c", "config.yaml", "--json", *settings, *measured))
     assert (plan["passages"], plan["to_augment"], plan["to_train"]) == (40, 40, 40)

@@ -106,6 +106,7 @@ from pathlib import Path
 from prag_core.config import IndexConfig
 from prag_core.retrieval.jvm import prepare_jvm
 from prag_core.retrieval.lucene import LuceneRetriever
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 assert prepare_jvm() == prepare_jvm() == Path(os.environ["JAVA_HOME"])
 found = LuceneRetriever(Path({str(index)!r}), IndexConfig()).search("glacier", 1)
 assert found[0].passage.title == "Lake Sulva"
