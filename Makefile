@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check slow test-long format clean help s3 browser \
-	bench-augment bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
+	bench-augment bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
+	@echo "make bench-knowledge  what adapters hold of DATA=FOLDER's real passages, alone and as a sum of three (an hour)"
 	@echo "make bench-retrieval  a search in the replica that answers, against one in a separate deployment (two minutes)"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about a quarter of an hour)"
 	@echo "make bench-serve      latency, tokens/s and overload of serving with adapters on S3; the paper's way (about eight minutes)"
@@ -98,6 +99,10 @@ bench-augment: setup
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
 
+# DATA names a folder with augmentations_qwen15.jsonl and augmented_questions.jsonl. A killed run can be resumed.
+bench-knowledge: setup
+	$(BIN)/python benchmarks/knowledge.py --data $(DATA)
+
 bench-retrieval: setup
 	$(BIN)/python benchmarks/retrieval.py
 
@@ -115,4 +120,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-store eval-report quality
+	rm -rf $(VENV) demo-store eval-report quality knowledge

@@ -43,6 +43,38 @@ def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_knowledge(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    data = tmp_path / "data"
+    data.mkdir()
+    texts = [f"Hill {n} lies in Vend. It is {n}00 metres high." for n in range(4)]
+    replies = [f"Q: How high is Hill {n}? | A: {n}00 metres\nQ: Where does it lie? | A: the moon" for n in range(4)]
+    rows = [
+        {"id": f"p{n}", "title": f"Hill {n}", "text": texts[n], "rewrite": texts[n], "qa_raw": [replies[n]]}
+        for n in range(4)
+    ]
+    (data / "augmentations_qwen15.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        {
+            "id": "a",
+            "question": "What height has Hill 1?",
+            "answers": ["100 metres"],
+            "gold_ids": ["p1"],
+            "set": "squad",
+        },
+        {"id": "b", "question": "Where is Hill 2?", "answers": ["Vend"], "gold_ids": ["p2"], "set": "squad"},
+        {"id": "c", "question": "Where is Hill 3?", "answers": ["Vend"], "gold_ids": ["p3"], "set": "hotpotqa"},
+    ]
+    (data / "augmented_questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    settings = ["--half", "all", "--controls", "wrong", "--seeds", "1", "--work", str(tmp_path / "work")]
+    found = last_line("knowledge.py", "--data", str(data), "--model", f"tiny={tmp_path / 'tiny'}", *settings)
+    assert (found["coverage"]["pairs"], found["coverage"]["questions"]) == (1.0, 0.5)
+    assert found["tiny"]["n"] == 2
+    assert {"closed", "wrong", "prag", "prag3", "rag", "combine", "combine3"} <= set(found["tiny"]["f1"])
+    assert found["tiny"]["seconds_a_passage"] > 0
+
+
+@pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny")
     sizes = ["--passages", "2", "--throughput", "2,4", "--repeats", "1", "--pad-to", "1500"]

@@ -1,0 +1,149 @@
+"""Do adapters hold what a passage says, and do they add up? `python benchmarks/knowledge.py --data FOLDER`.
+
+The folder holds `augmentations_qwen15.jsonl`, passages (`id`, `title`, `text`) with what a model wrote about them
+(`rewrite`, and `qa_raw`: replies in the form of the strategy `lines`), and `augmented_questions.jsonl`, questions about
+them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own.
+
+Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
+benchmark can be resumed. BM25 retrieves; `prag3` and `combine3` use the three best passages, all others the best one.
+The half `dev` of the questions is for choosing settings, and `test` for a claim. The last line is JSON, by model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from measure import machine
+
+from prag_core.augmentation.coverage import coverage
+from prag_core.augmentation.filter import Draft
+from prag_core.augmentation.lines import parse_lines
+from prag_core.data.files import read_text
+from prag_core.data.parsing import parse_json
+from prag_core.evaluation.metrics import f1
+from prag_core.records import Passage
+
+ROOT = Path(__file__).parent.parent
+# The most pairs of a passage, as a run would ask for.
+PAIRS = 24
+# A question is covered if a pair's answer has at least this F1 against an accepted answer.
+COVERED_F1 = 0.6
+# The names of the evaluation's columns in the last line.
+COLUMNS = {"prag_k3": "prag3", "combine_k3": "combine3", "rag_k3": "rag3"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of augmented passages and questions")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=MODEL", help="by default 135m=smollm2-135m-instruct"
+    )
+    parser.add_argument("--half", choices=("dev", "test", "all"), default="test", help="the questions to ask")
+    parser.add_argument("--sets", default="squad,popqa", help="the sets of questions to ask")
+    parser.add_argument("--passages", type=int, help="ask about this many gold passages only")
+    parser.add_argument("--seeds", type=int, default=3, help="how often random controls are drawn")
+    parser.add_argument("--controls", default="wrong,random,task", help="'' for no controls")
+    parser.add_argument("--work", type=Path, default=Path("knowledge"), help="the folder of the stores and reports")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    found = {"coverage": prepare(arguments, work)}
+    for model in arguments.model or ["135m=smollm2-135m-instruct"]:
+        name, _, folder = model.partition("=")
+        found[name] = measure(arguments, work, name, folder)
+    print(json.dumps({**found, "half": arguments.half, "machine": machine()}))
+
+
+def prepare(arguments: argparse.Namespace, work: Path) -> dict[str, float]:
+    """Write corpus, augmentations and questions; return how well the pairs cover passages and questions."""
+    rows = read_rows(arguments.data / "augmentations_qwen15.jsonl")
+    passages = [Passage(row["id"], row["title"], row["text"], (row["id"],)) for row in rows]
+    drafts = {row["id"]: Draft(passage, PAIRS) for row, passage in zip(rows, passages, strict=True)}
+    for row in rows:
+        draft = drafts[row["id"]]
+        for pair in (pair for reply in row["qa_raw"] for pair in parse_lines(reply)):
+            if len(draft.pairs) < PAIRS:
+                draft.offer(pair)
+    sets = arguments.sets.split(",")
+    questions = [q for q in read_rows(arguments.data / "augmented_questions.jsonl") if q["set"] in sets]
+    questions = [q for q in questions if arguments.half in ("all", half(q["gold_ids"][0]))]
+    gold = list(dict.fromkeys(id for q in questions for id in q["gold_ids"]))[: arguments.passages]
+    questions = [q for q in questions if set(q["gold_ids"]) <= set(gold)]
+    for question in questions:
+        pairs = [pair for id in question["gold_ids"] for pair in drafts[id].pairs]
+        question["covered"] = any(f1(pair.answer, question["answers"]) >= COVERED_F1 for pair in pairs)
+    # With fewer gold passages, the corpus has as many others, so that BM25 has to choose.
+    others = [p.key for p in passages if p.key not in gold][: len(gold) if arguments.passages else None]
+    kept = {*gold, *others}
+    write_rows(
+        work / "corpus.jsonl", [{k: row[k] for k in ("id", "title", "text")} for row in rows if row["id"] in kept]
+    )
+    lines = []
+    for row in rows:
+        qa = [
+            {"question": p.question, "answer": p.answer, "full_answer": p.full_answer} for p in drafts[row["id"]].pairs
+        ]
+        lines += [{"id": row["id"], "rewrites": [row["rewrite"]], "qa": qa}] if row["id"] in kept and qa else []
+    write_rows(work / "augmentations.jsonl", lines)
+    write_rows(work / "questions.jsonl", questions)
+    refused = sum((draft.refused for draft in drafts.values()), Counter[str]())
+    found = {
+        "passages": statistics.fmean(coverage(draft.passage, draft.pairs) for draft in drafts.values()),
+        "questions": statistics.fmean(question["covered"] for question in questions),
+        "pairs": statistics.fmean(len(draft.pairs) for draft in drafts.values()),
+    }
+    print(f"{len(questions)} questions, {len(kept)} passages; {found}; refused {dict(refused)}", flush=True)
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) -> dict[str, Any]:
+    """Run the job, evaluate it, and return F1 by column, differences with intervals, tokens and seconds a passage."""
+    chosen = {
+        "store": work / name,
+        "corpus.path": work / "corpus.jsonl",
+        "augment.import_file": work / "augmentations.jsonl",
+        "augment.generator": "none",
+        "model.name": model,
+    }
+    settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides
+    common = ["-c", "package://pipelines/examples/demo.yaml", *(part for s in settings for part in ("--set", s))]
+    prag = [sys.executable, "-m", "pipelines.cli"]
+    ran = subprocess.run([*prag, "run", *common, "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    train = next(stage for stage in json.loads(ran.stdout)["stages"] if stage["stage"] == "train")
+    asked = ["--dataset", f"jsonl:{work / 'questions.jsonl'}", "--top-k", "1,3", "--controls", arguments.controls]
+    asked += ["--seeds", str(arguments.seeds), "--report", str(work / f"report-{name}")]
+    done = subprocess.run([*prag, "evaluate", *common, *asked], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    line = json.loads(done.stdout.splitlines()[-1])
+    line["f1"] = {COLUMNS.get(column, column): value for column, value in line["f1"].items()}
+    new = train["done"] - train["earlier"]
+    extra = {"seconds_a_passage": round(train["seconds"] / new, 2) if new else None}
+    return {**line, **extra}
+
+
+def half(id: str) -> str:
+    """Return the half that a gold passage's questions belong to."""
+    return "dev" if int(hashlib.sha256(id.encode()).hexdigest(), 16) % 2 == 0 else "test"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    lines = read_text(str(path), "--data names the folder that holds it").splitlines()
+    return [parse_json(line) for line in lines if line.strip()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
