@@ -17,7 +17,7 @@ from pipelines.evaluation.answer import answer_requests
 from pipelines.evaluation.retrieve import retrieve, trained_keys
 from pipelines.evaluation.stored import evaluation_folder, stored_replies
 from pipelines.evaluation.task_adapters import train_task_adapters
-from pipelines.execution.lookup import find_augmentations, find_gold
+from pipelines.execution.lookup import find_augmentations, find_gold, find_passages
 from pipelines.settings import RunContext, profile_of
 from prag_core.config import Config
 from prag_core.data.gold import match_gold
@@ -162,6 +162,8 @@ def _complete(
     asked = {hit.passage.key for context in contexts for hit in context.ranked}
     asked |= {passage.key for context in contexts for passage in context.gold}
     trained, pool = trained_keys(store, snapshot, asked, _POOL, partitions)
+    # The ledger keeps the adapters of passages that have left the corpus.
+    pool = [passage.key for passage in find_passages(store, snapshot, pool, partitions)]
     used = {hit.passage.key for context in contexts for hit in context.ranked[:k]}
     used |= {passage.key for context in contexts for passage in context.gold}
     augmentations: dict[str, Augmentation] = {}

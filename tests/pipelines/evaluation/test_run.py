@@ -24,7 +24,11 @@ from tests.helpers.published import publish_passages
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) -> None:
-    work = publish_passages(tmp_path, [make_passage(n) for n in range(6)])
+    passages = [make_passage(n) for n in range(12)]
+    work = publish_passages(tmp_path, passages)
+    # Half of the passages leave the corpus. Their adapters stay in the ledger, and are no controls.
+    work.write_corpus(passages[:6])
+    work.run("run", "-c", "config.yaml")
     lines = [
         {
             "id": f"q{i}{j}",
