@@ -23,6 +23,7 @@ from typing import Any
 
 from measure import machine
 
+from prag_core.augmentation.augment import MOST_PAIRS
 from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.lines import parse_lines
@@ -32,8 +33,6 @@ from prag_core.evaluation.metrics import f1
 from prag_core.records import Passage
 
 ROOT = Path(__file__).parent.parent
-# The most pairs of a passage, as a run would ask for.
-PAIRS = 24
 # A question is covered if a pair's answer has at least this F1 against an accepted answer.
 COVERED_F1 = 0.6
 # The names of the evaluation's columns in the last line.
@@ -68,11 +67,11 @@ def prepare(arguments: argparse.Namespace, work: Path) -> dict[str, float]:
     """Write corpus, augmentations and questions; return how well the pairs cover passages and questions."""
     rows = read_rows(arguments.data / "augmentations_qwen15.jsonl")
     passages = [Passage(row["id"], row["title"], row["text"], (row["id"],)) for row in rows]
-    drafts = {row["id"]: Draft(passage, PAIRS) for row, passage in zip(rows, passages, strict=True)}
+    drafts = {row["id"]: Draft(passage, MOST_PAIRS) for row, passage in zip(rows, passages, strict=True)}
     for row in rows:
         draft = drafts[row["id"]]
         for pair in (pair for reply in row["qa_raw"] for pair in parse_lines(reply)):
-            if len(draft.pairs) < PAIRS:
+            if len(draft.pairs) < draft.wanted:
                 draft.offer(pair)
     sets = arguments.sets.split(",")
     questions = [q for q in read_rows(arguments.data / "augmented_questions.jsonl") if q["set"] in sets]
@@ -137,7 +136,8 @@ def half(id: str) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = read_text(str(path), "--data names the folder that holds it").splitlines()
+    # Not splitlines, which also splits at line separators that JSON strings may contain.
+    lines = read_text(str(path), "--data names the folder that holds it").split("\n")
     return [parse_json(line) for line in lines if line.strip()]
 
 

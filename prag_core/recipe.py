@@ -43,12 +43,11 @@ class TrainRecipe:
     `examples` is `paper` or `questions`, see `prag_core.training.examples.training_examples`. `template` is how
     questions are asked, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn token. The `loss`
     counts `all` tokens of an example, as in the paper, or its `answer` and end alone. With `rate_width`, the
-    `learning_rate` is for a model of this hidden size, see `rate_for`. Each
-    step trains `examples_per_step` of a passage's examples. `last_layers` is how many layers are
-    adapted, counted from the output, or None for all; with fewer, adapters are smaller and no backward pass goes below
-    them. `start` is the fingerprint of the factors that all adapters start from, such as a warm-up's; if empty, they
-    start from random factors of `seed`. `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or
-    `both`.
+    `learning_rate` is for a model of this hidden size, see `rate_for`. Each step trains `examples_per_step` of a
+    passage's examples. `last_layers` is how many layers are adapted, counted from the output, or None for all; with
+    fewer, adapters are smaller and no backward pass goes below them. `start` is the fingerprint of the factors that all
+    adapters start from, such as a warm-up's; if empty, they start from random factors of `seed`. `without` is the
+    paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
     """
 
     # Field names are part of the fingerprint and of the stored JSON. So `start` and `without` keep theirs, although the

@@ -50,9 +50,15 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
     return results
 
 
+# How many pairs to make of a passage where the configuration does not say.
+_WORDS_PER_PAIR = 7
+_FEWEST_PAIRS = 8
+MOST_PAIRS = 24
+
+
 def wanted_pairs(passage: Passage, pairs: int) -> int:
     """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 7 words, from 8 to 24."""
-    return pairs or min(24, max(8, len(passage.text.split()) // 7))
+    return pairs or min(MOST_PAIRS, max(_FEWEST_PAIRS, len(passage.text.split()) // _WORDS_PER_PAIR))
 
 
 def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:

@@ -24,7 +24,7 @@ _KEPT_SHARE = 0.2
 # A rewrite with a smaller share of distinct three-word sequences repeats itself.
 _DISTINCT_SHARE = 0.7
 _LONG_WORD = re.compile(r"\w{5,}")
-# How many questions with one answer a passage may have: two wordings of a fact are learned better than one.
+# How many questions with one answer a passage may have: a fact may be asked about in two wordings.
 _WORDINGS = 2
 # Words that an answer may have and its passage need not.
 _SMALL_WORDS = frozenset(

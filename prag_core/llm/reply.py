@@ -40,9 +40,9 @@ _REPLY_HEAD = re.compile(
     r"|re-?writ\w*|rephras\w*|paraphras\w*)(?: (?:passage|text|version))?[*\s]*(?::[*\s]*|\n)|\[BEGIN FINAL RESPONSE\]",
     re.IGNORECASE | re.MULTILINE,
 )
-# A model that does not stop goes on with the next turn. These end a turn in the templates of the open families.
 # A fence, a JSON array or a line "Q: …" needs no heading.
 _REPLY_START = re.compile(r"^(?=```|~~~|\[\s*\{|\W*Q\w*\W*:)", re.MULTILINE | re.IGNORECASE)
+# A model that does not stop goes on with the next turn. These end a turn in the templates of the open families.
 _END_OF_TURN = re.compile(
     r"<\|(?:im_end|im_start|eot_id|eom_id|end|endoftext|end_of_text|return|endofturn|start_header_id|start_of_role|user)\|>"
     r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|</?(?:start|end)_of_turn>|</s>|<｜end▁of▁sentence｜>|<｜User｜>"
