@@ -6,7 +6,9 @@ them with their `answers` and `gold_ids`. The replies go through the same parser
 
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
 benchmark can be resumed. BM25 retrieves; `prag3` and `combine3` use the three best passages, all others the best one.
-The half `dev` of the questions is for choosing settings, and `test` for a claim. The last line is JSON, by model.
+With `--reader squad:FILE`, `prag warmup --reading` trains a reader on that file's questions, and the evaluation is
+repeated with it: `reader_rag` and `reader_combine`. The half `dev` of the questions is for choosing settings, and `test`
+for a claim. The last line is JSON, by model.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from prag_core.augmentation.lines import parse_lines
 from prag_core.data.files import read_text
 from prag_core.data.parsing import parse_json
 from prag_core.evaluation.metrics import f1
-from prag_core.records import Passage
+from prag_core.records import LedgerRow, Passage
+from prag_core.store.adapters import open_adapters
+from prag_core.store.objects import Store
+from prag_core.store.snapshot import load_snapshot
 
 ROOT = Path(__file__).parent.parent
 # A question is covered if a pair's answer has at least this F1 against an accepted answer.
 COVERED_F1 = 0.6
-# The names of the evaluation's columns in the last line.
-COLUMNS = {"prag_k3": "prag3", "combine_k3": "combine3", "rag_k3": "rag3"}
+# How a reader is trained: chosen on the atlas (docs/quality.md).
+READING = ("--batch", "4", "--learning-rate", "1e-3", "--limit", "160")
 
 
 def main() -> None:
@@ -50,6 +55,8 @@ def main() -> None:
     parser.add_argument("--passages", type=int, help="ask about this many gold passages only")
     parser.add_argument("--seeds", type=int, default=3, help="how often random controls are drawn")
     parser.add_argument("--controls", default="wrong,random,task", help="'' for no controls")
+    parser.add_argument("--top-k", default="1,3", help="how many passages; the first value is that of the controls")
+    parser.add_argument("--reader", metavar="FORM:FILE", help="questions with their passages, to train a reader on")
     parser.add_argument("--work", type=Path, default=Path("knowledge"), help="the folder of the stores and reports")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
     arguments = parser.parse_args()
@@ -81,6 +88,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> dict[str, float]:
     for question in questions:
         pairs = [pair for id in question["gold_ids"] for pair in drafts[id].pairs]
         question["covered"] = any(f1(pair.answer, question["answers"]) >= COVERED_F1 for pair in pairs)
+        question["type"] = "covered" if question["covered"] else "not covered"
     # With fewer gold passages, the corpus has as many others, so that BM25 has to choose.
     others = [p.key for p in passages if p.key not in gold][: len(gold) if arguments.passages else None]
     kept = {*gold, *others}
@@ -116,18 +124,57 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
     }
     settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides
     common = ["-c", "package://pipelines/examples/demo.yaml", *(part for s in settings for part in ("--set", s))]
-    prag = [sys.executable, "-m", "pipelines.cli"]
-    ran = subprocess.run([*prag, "run", *common, "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    train = next(stage for stage in json.loads(ran.stdout)["stages"] if stage["stage"] == "train")
-    asked = ["--dataset", f"jsonl:{work / 'questions.jsonl'}", "--top-k", "1,3", "--controls", arguments.controls]
+    prag("run", *common)
+    asked = ["--dataset", f"jsonl:{work / 'questions.jsonl'}", "--top-k", arguments.top_k]
     asked += ["--seeds", str(arguments.seeds), "--report", str(work / f"report-{name}")]
-    done = subprocess.run([*prag, "evaluate", *common, *asked], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    line = json.loads(done.stdout.splitlines()[-1])
-    line["f1"] = {COLUMNS.get(column, column): value for column, value in line["f1"].items()}
-    new = train["done"] - train["earlier"]
-    extra = {"seconds_a_passage": round(train["seconds"] / new, 2) if new else None}
-    return {**line, **extra}
+    line = evaluate(*common, *asked, "--controls", arguments.controls)
+    report = json.loads((work / f"report-{name}" / "report.json").read_text(encoding="utf-8"))
+    line["covered"] = {kind: {"n": found["n"], **found["f1"]} for kind, found in report["types"].items()}
+    line["rag_wrong"] = summary(report["rag_wrong"])
+    if arguments.reader:
+        warmup = [*common, "--json", "--reading", *READING, "--exclude", f"jsonl:{work / 'questions.jsonl'}"]
+        warmup.append(arguments.reader)
+        reader = json.loads(prag("warmup", *warmup))["start"]
+        read = evaluate(*common, *asked, "--set", f"answer.reader={reader}", "--modes", "rag,combine", "--controls", "")
+        line["f1"] |= {"reader_rag": read["f1"]["reader_rag"], "reader_combine": read["f1"]["combine"]}
+        for values in ("delta", "ci"):
+            line[values] |= {f"reader_{pair}": found for pair, found in read[values].items()}
+    return {**line, **training_cost(work / name)}
+
+
+def training_cost(folder: Path) -> dict[str, float]:
+    """Return the mean training tokens and seconds of an adapter of the published snapshot, as its ledger has them."""
+    store = Store(str(folder))
+    adapters, _ = open_adapters(store, load_snapshot(store).recipe)
+    ledger = store.get_table(LedgerRow, adapters.ledger_parts())
+    return {
+        "tokens": round(statistics.fmean(ledger["tokens"].to_pylist())),
+        "seconds_a_passage": round(statistics.fmean(ledger["seconds"].to_pylist()), 2),
+    }
+
+
+def summary(subset: dict[str, Any]) -> dict[str, Any]:
+    """Return F1 by column and the differences of F1, with intervals, of some of the questions of a report."""
+    found = [d for d in subset["differences"] if d["metric"] == "f1"]
+    names = [f"{d['left']}_{d['right']}" for d in found]
+    delta = dict(zip(names, (d["mean"] for d in found), strict=True))
+    intervals = dict(zip(names, ([d["low"], d["high"]] for d in found), strict=True))
+    return {"n": subset["n"], "f1": subset["f1"], "delta": delta, "ci": intervals}
+
+
+def prag(*arguments: str) -> str:
+    """Run a command of the project and return its output."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def evaluate(*arguments: str) -> dict[str, Any]:
+    """Evaluate, print the tables, and return the last line; a column of another k is named by it, such as `prag3`."""
+    printed = prag("evaluate", *arguments)
+    print(printed, flush=True)
+    line: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    line["f1"] = {column.replace("_k", ""): value for column, value in line["f1"].items()}
+    return line
 
 
 def half(id: str) -> str:

@@ -109,6 +109,7 @@ class AugmentConfig(_Strict):
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
     pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
+    cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int = Field(1, ge=0, description="Rewrites per passage.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
     seed: int = 0
@@ -174,7 +175,7 @@ class AnswerConfig(_Strict):
     top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
     weights: MergeRule = "sum"
     combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
-    reader: str | None = Field(None, description="A reader to add in combine, as `prag warmup --reading` names it.")
+    reader: str | None = Field(None, description="A reader, added where passages are in the prompt: `prag warmup --reading`.")
     reader_strength: float = Field(0.4, gt=0, le=MAX_STRENGTH, description="Its weight; best near combine_strength.")
     max_new_tokens: int | None = Field(None, ge=1, le=1024, description="By default 32, or 128 if the model reasons.")
     batch_size: int = Field(16, ge=1, description="Questions that are decoded together.")
@@ -300,6 +301,7 @@ def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> Augment
         attempts=config.attempts,
         seed=config.seed,
         imported=config.import_file is not None,
+        cloze=config.cloze,
     )
 
 

@@ -18,7 +18,11 @@ RULE_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class AugmentRecipe:
-    """The settings that decide an augmentation. `generator` is the fingerprint of the augmenting model's weights."""
+    """The settings that decide an augmentation.
+
+    `generator` is the fingerprint of the augmenting model's weights. With `cloze`, cloze questions on facts that no pair
+    asks about fill up the pairs.
+    """
 
     generator: str
     strategy: str
@@ -27,13 +31,14 @@ class AugmentRecipe:
     attempts: int
     seed: int
     imported: bool
+    cloze: bool = False
     prompt_version: int = PROMPT_VERSION
     rule_version: int = RULE_VERSION
 
     @property
     def fingerprint(self) -> str:
         """Return the hash of this recipe's canonical JSON, which names it in the store."""
-        return fingerprint(asdict(self))
+        return fingerprint(_without(asdict(self), _ADDED_TO_AUGMENT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,13 @@ RECIPES: dict[str, TrainRecipe] = {
 
 # Fields that were added after adapters had been stored. At their defaults they are left out of the fingerprint, so that
 # older adapters keep theirs.
-_ADDED: dict[str, Any] = {"template": "direct", "without": "", "rate_width": 0, "examples_per_step": 1}
+_ADDED_TO_AUGMENT: dict[str, Any] = {"cloze": False}
+_ADDED_TO_TRAIN: dict[str, Any] = {"template": "direct", "without": "", "rate_width": 0, "examples_per_step": 1}
+
+
+def _without(fields: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe but those that were added and have their default."""
+    return {name: value for name, value in fields.items() if name not in added or value != added[name]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +129,8 @@ class Recipe:
     def fingerprint(self) -> str:
         """Return the hash of this recipe's canonical JSON, which names it in the store."""
         content = self.to_json()
-        for name, default in _ADDED.items():
-            if content["train"][name] == default:
-                del content["train"][name]
+        content["augment"] = _without(content["augment"], _ADDED_TO_AUGMENT)
+        content["train"] = _without(content["train"], _ADDED_TO_TRAIN)
         return fingerprint(content)
 
     def to_json(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def warmup(
 
     With `--set train.initial_adapter=NAME`, every passage's adapter starts from it. With --reading, the questions are
     asked with their passages, which the set must contain (SQuAD, HotpotQA, 2WikiMultihopQA). The result is a reader:
-    with `--set answer.reader=NAME` it is added to the passages' adapters in the mode `combine`.
+    with `--set answer.reader=NAME` it is added wherever a passage is in the prompt.
     """
     from pipelines.jobs.warmup import run_warmup
     from prag_core.training.warmup import WarmupSettings

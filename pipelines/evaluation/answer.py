@@ -104,7 +104,8 @@ def _engine_request(request: EvaluationRequest) -> Request:
     # Arrow gives plain strings; narrow them to the literals that the plan had.
     mode = next(mode for mode in MODES if mode == request.mode)
     weights: MergeRule = next(weights for weights in get_args(MergeRule) if weights == request.weights)
-    return Request(request.question, mode, max(1, len(request.hits)), weights, request.hits, request.strength)
+    k, reader = max(1, len(request.hits)), bool(request.reader)
+    return Request(request.question, mode, k, weights, request.hits, request.strength, reader=reader)
 
 
 def _reply(id: str, answer: Answer) -> EvaluationReply:

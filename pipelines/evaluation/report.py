@@ -113,6 +113,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     kinds = dict(report["types"]) if len(report["types"]) > 1 else {}
     if apart:
         kinds["each passage has an adapter"] = kept
+    if 0 < report["rag_wrong"]["n"] < asked:
+        kinds["rag answers wrongly, F1 below .5"] = report["rag_wrong"]
     if kinds:
         rows = [
             [f"{kind} ({scores['n']})", *(f"{scores['f1'][name]:.3f}" for name in columns)]

@@ -54,7 +54,7 @@ class AnswerRequest(Strict):
     )
     top_k: int | None = Field(None, ge=1, description="Passages to use, at most `serve.max_top_k`.")
     weights: MergeRule | None = Field(
-        None, description="How the passages' adapters are added: `sum`, `mean`, or `score` (a mean by score)."
+        None, description="How the adapters are added: `sum`, `mean`, or `score` (by score in relation to the best)."
     )
     strength: float | None = Field(
         None,

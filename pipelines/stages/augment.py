@@ -18,8 +18,7 @@ from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
 from pipelines.settings import RunContext
-from prag_core.augmentation.augment import augment
-from prag_core.augmentation.coverage import coverage
+from prag_core.augmentation.augment import augment, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
 from prag_core.llm.base_model import load_base_model
@@ -60,7 +59,7 @@ class AugmentPassages:
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
             if found is not None:
-                results.append(replace(found, coverage=coverage(passage, found.pairs)))
+                results.append(complete(passage, found, self._recipe))
             else:
                 missing.append(passage)
         results += self._generate(missing)

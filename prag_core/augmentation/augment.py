@@ -2,14 +2,17 @@
 
 Three strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
 section 3.1); with `lines`, it writes them one a line, in several drafts. With `small`, a model of about a hundred
-million parameters completes questions whose answers and first words are given.
+million parameters completes questions whose answers and first words are given. Cloze questions, made by rules, can fill
+up the pairs of each strategy, and those of an imported augmentation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+from prag_core.augmentation.cloze import add_cloze_pairs
 from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.lines import add_line_pairs
@@ -42,12 +45,24 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
         add_rewrites(drafts_open, generator, recipe, attempt)
         add([draft for draft in drafts_open if len(draft.pairs) < draft.wanted], generator, recipe, attempt)
     seconds = (time.monotonic() - started) / max(1, len(drafts))
+    for draft in drafts:
+        # They must not hide that the generator failed.
+        if recipe.cloze and not draft.error:
+            add_cloze_pairs(draft)
     results = [_result(draft, seconds) for draft in drafts]
     failed = [draft.error for draft in drafts if draft.error]
     if len(failed) > 1 and all(isinstance(r, Reject) and r.reason == "generation_failed" for r in results):
         # If all fail, the generator is to blame and not the passages: a server that is down must not reject a corpus.
         raise failed[0]
     return results
+
+
+def complete(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe) -> Augmentation:
+    """Return an imported augmentation with its coverage, and if the recipe says so, filled up with cloze pairs."""
+    draft = Draft(passage, wanted_pairs(passage, recipe.pairs), pairs=list(augmentation.pairs))
+    if recipe.cloze:
+        add_cloze_pairs(draft)
+    return replace(augmentation, pairs=tuple(draft.pairs), coverage=coverage(passage, draft.pairs))
 
 
 # How many pairs to make of a passage where the configuration does not say.

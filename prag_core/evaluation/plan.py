@@ -19,12 +19,12 @@ from prag_core.records import DEFAULT_TOP_K, Hit, MergeRule, Mode
 # The controls that a plan may name: see `prag_core.evaluation.requests`.
 Control = Literal["wrong", "random", "task", "da"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-# The control of a column: none, a named one, or the reader alone, which is added whenever controls are asked for.
+# The control of a column: none, a named one, or the reader alone.
 ColumnControl = Literal["", "reader"] | Control
 Retrieval = Literal["bm25", "oracle"]
 WrongPassage = Literal["nearest", "random"]
 # Raise it when the same request would get another answer.
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EvaluationPlan:
     top_k: tuple[int, ...] = (DEFAULT_TOP_K,)  # how many passages a question retrieves
     weights: tuple[MergeRule, ...] = ("sum",)
     strengths: tuple[float, ...] = (1.0,)  # the adapters' weights are multiplied by it in the mode `combine`
-    reader: str = ""  # the reader that is added in the mode `combine`, and its weight; empty for none
+    reader: str = ""  # the reader that is added where passages are in the prompt, and its weight; empty for none
     wrong: WrongPassage = "nearest"  # the passage whose adapter the control `wrong` takes
     seeds: int = 3  # how many times everything random is drawn
     task_passages: int = 8  # how many passages train a task adapter
@@ -126,8 +126,8 @@ def columns(plan: EvaluationPlan) -> list[Column]:
     made = [Column(mode, mode, k, weights) for mode in plan.modes]
     for control in plan.controls:
         made += _control_columns(control, plan)
-    if plan.reader and plan.controls:
-        made.append(Column("reader_rag", "combine", k, weights, "reader"))
+    if plan.reader and (plan.controls or "rag" in plan.modes):
+        made.append(Column("reader_rag", "rag", k, weights, "reader"))
     for mode in plan.modes:
         if mode != "closed":
             made += [Column(f"{mode}_k{other}", mode, other, weights) for other in plan.top_k[1:]]
@@ -144,7 +144,11 @@ def _control_columns(control: Control, plan: EvaluationPlan) -> list[Column]:
     k, weights, seeds = plan.top_k[0], plan.weights[0], tuple(range(plan.seeds))
     match control:
         case "wrong":
-            return [Column("wrong", "prag", k, weights, control, seeds if plan.wrong == "random" else (0,))]
+            drawn = seeds if plan.wrong == "random" else (0,)
+            return [
+                Column("wrong", "prag", k, weights, control, drawn),
+                Column("wrong_rag", "combine", k, weights, control, drawn),
+            ]
         case "random":
             return [Column("random", "prag", k, weights, control, seeds)]
         case "task":

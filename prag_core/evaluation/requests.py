@@ -2,11 +2,11 @@
 
 The controls, each in place of the retrieved passages' own adapters:
 
-- `wrong`: the adapters of passages that do not hold the answer;
+- `wrong`: the adapters of passages that do not hold the answer; with the retrieved passages in the prompt, `wrong_rag`;
 - `random`: random adapters of the same norm (`prag_core.evaluation.controls`);
 - `task`: one adapter, trained on other passages, which can know the form of an answer but not the answer;
 - `da`: no adapters; the prompt has the passages and their augmentations, which is the text that adapters learn;
-- `reader`: no adapter but the reader.
+- `reader`: the passages in the prompt and no adapter but the reader's. The column `rag` is the bare model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def make_request(
         InputError: when the control `wrong` has too few passages to choose from.
     """
     hits = _hits(question, column, seed, context, plan) if column.mode != "closed" else ()
-    reader = plan.reader if column.mode == "combine" else ""
+    bare = column.mode == "closed" or (column.mode == "rag" and column.control != "reader")
+    reader = "" if bare else plan.reader
     return EvaluationRequest(question.question, column.mode, column.weights, hits, column.strength, reader)
 
 
@@ -61,22 +62,23 @@ def _hits(
     if plan.retrieval == "oracle":
         own = tuple(Hit(passage, 1.0) for passage in context.gold)
     match column.control:
-        case "":
+        case "" | "reader":
             return own
         case "wrong":
-            return _wrong_hits(question, own, seed, context, plan)
+            wrong = _wrong_hits(question, own, seed, context, plan)
+            if column.mode == "prag":
+                return wrong
+            return tuple(_named(hit, other.passage.key) for hit, other in zip(own, wrong, strict=True))
         case "random":
             # A passage without an adapter would go into the prompt, so only trained passages get a random one.
             trained = [hit for hit in own if hit.passage.key in context.trained]
             return tuple(_named(hit, random_name(hit.passage.key, seed)) for hit in trained)
         case "task":
-            # The task adapter counts once, however many passages there are. Under `sum` each hit has weight one, so
-            # all but the first get zeros; under the other rules the weights add up to one.
+            # The task adapter counts once, however many passages there are. The first hit has weight one, so all others
+            # get zeros; under `mean` the weights add up to one.
             task = task_name(context.tasks[seed])
-            rest = ZERO_ADAPTER if column.weights == "sum" else task
+            rest = task if column.weights == "mean" else ZERO_ADAPTER
             return tuple(_named(hit, rest if i else task) for i, hit in enumerate(own))
-        case "reader":
-            return tuple(_named(hit, ZERO_ADAPTER) for hit in own)
         case "da":
             return tuple(replace(hit, passage=_augmented(hit.passage, context.augmentations)) for hit in own)
 

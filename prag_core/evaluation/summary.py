@@ -34,10 +34,12 @@ METRICS: dict[str, Callable[[EvaluationReply, _Answers], float]] = {
 # The claims that an evaluation tests, as differences of columns. A report has those whose columns were asked.
 DIFFERENCES = (
     *(("prag", other) for other in ("closed", "wrong", "random", "task")),
-    *(("combine", other) for other in ("rag", "task_rag", "reader_rag", "da_rag")),
+    *(("combine", other) for other in ("rag", "task_rag", "wrong_rag", "reader_rag", "da_rag")),
     ("task_rag", "rag"),
 )
 _EXAMPLES = 5
+# An answer with a lower F1 counts as wrong.
+_RIGHT = 0.5
 STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 
 
@@ -109,7 +111,10 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
             for column in evaluation.columns
         },
         "differences": _differences(scores, groups),
-        "with_adapters": _with_adapters(evaluation, scores, groups),
+        # A passage without an adapter goes into the prompt, so the other questions say less about adapters.
+        "with_adapters": _subset(evaluation.with_adapters, scores, groups),
+        # Where reading is not enough, an adapter can help most. They were chosen by `rag`, so no difference from it counts.
+        "rag_wrong": _subset(_wrong(scores.get("rag")), scores, groups),
         "types": _types(evaluation, scores),
         "retrieval": _retrieval(evaluation),
         "examples": [
@@ -165,14 +170,15 @@ def _differences(scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Se
     return found
 
 
-def _with_adapters(
-    evaluation: Evaluation, scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]
-) -> dict[str, Any]:
-    """Return scores and differences of the questions whose passages all have an adapter.
+def _wrong(scores: Mapping[str, Sequence[float]] | None) -> list[int]:
+    """Return the positions of the questions that a column answers wrongly."""
+    return [i for i, score in enumerate(scores["f1"]) if score < _RIGHT] if scores else []
 
-    A passage without an adapter goes into the prompt, so the other questions say less about adapters.
-    """
-    chosen = evaluation.with_adapters
+
+def _subset(
+    chosen: Sequence[int], scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[str]
+) -> dict[str, Any]:
+    """Return the scores and differences of the questions at these positions."""
     kept = {
         name: {metric: [values[i] for i in chosen] for metric, values in by_metric.items()}
         for name, by_metric in scores.items()

@@ -60,8 +60,8 @@ class RequestProcessor:
             template lets the model reason.
         combine_strength: The factor of the adapters' weights in the mode `combine` where the request does not say. An
             adapter strong enough to answer without its passage may outweigh the prompt (docs/quality.md).
-        reader: An adapter trained to answer from passages in the prompt, and its weight; it is added to the passages'
-            own in the mode `combine`.
+        reader: An adapter trained to answer from passages in the prompt, and its weight; it is added wherever a passage
+            is in the prompt: in `rag` and `combine`, and in `prag` for a passage without an adapter.
         hidden: Keys of passages that must not be used.
     """
 
@@ -147,7 +147,7 @@ class RequestProcessor:
             if entry.in_prompt:
                 in_prompt.append(passage)
             used.append(entry)
-        if self._reader is not None and request.mode == "combine" and in_prompt:
+        if self._reader is not None and request.reader and in_prompt:
             weighted.append(self._reader)
         # 2. Write the prompt. It ends with the words with which each answer in training begins.
         begun = time.perf_counter()
@@ -220,10 +220,15 @@ class RequestProcessor:
 
 
 def hit_weights(hits: Sequence[Hit], weights: MergeRule) -> list[float]:
-    """Return the weight of each hit's adapter: 1 (`sum`, as in the paper), 1/k (`mean`), or its score's share."""
+    """Return the weight of each hit's adapter.
+
+    `sum`: 1, as in the paper. `mean`: 1/k. `score`: the square of its score in relation to the best one's. So the best
+    passage counts in full, and one that is half as good a quarter: where one passage clearly fits the question, the
+    others hardly disturb its adapter, and where several do, they add up.
+    """
     if weights == "sum":
         return [1.0] * len(hits)
     if weights == "mean":
         return [1.0 / len(hits) for _ in hits]
-    total = sum(max(hit.score, 0.0) for hit in hits)
-    return [max(hit.score, 0.0) / total if total else 1.0 / len(hits) for hit in hits]
+    best = max((hit.score for hit in hits), default=0.0)
+    return [(max(hit.score, 0.0) / best) ** 2 if best > 0 else 1.0 for hit in hits]

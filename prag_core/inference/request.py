@@ -30,6 +30,7 @@ class Request:
         ignore_eos: Generate `max_new_tokens` tokens in any case; for measurements.
         min_score: Passages with lower scores are not used.
         history: The turns before the question, as (role, text); the roles are `system`, `user` and `assistant`.
+        reader: Whether to add the configured reader, where a passage is in the prompt.
         access: The asker's access tags. A passage with tags is used only if the asker has one of them. None means that
             the asker may read everything (the command line, an evaluation); with an empty set, only public passages
             are used.
@@ -52,6 +53,7 @@ class Request:
     ignore_eos: bool = False
     min_score: float = 0.0
     history: tuple[tuple[Role, str], ...] = ()
+    reader: bool = True
     access: frozenset[str] | None = None
 
     def __post_init__(self) -> None:

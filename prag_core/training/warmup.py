@@ -2,7 +2,7 @@
 
 A warm-up is trained on questions without passages and learns the form of answers. Each passage's adapter starts from
 it, so that its few steps go into the passage's facts. A reader is trained on questions with their passages in the
-prompt and learns to answer from them; it is added to the passages' adapters in the mode `combine`. Workers share each
+prompt and learns to answer from them; it is added wherever a passage is in the prompt. Workers share each
 batch (data parallelism), and their number does not change its gradient.
 """
 

@@ -63,7 +63,7 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) ->
     process.communicate()
     time.sleep(3)  # what its workers were writing when they noticed
     before = replies(tmp_path)
-    assert 0 < len(before) < 24 * 9
+    assert 0 < len(before) < 24 * 10
     tasks = {path: path.stat().st_mtime_ns for path in parts.glob("*/tasks/*.safetensors")}
     assert len(tasks) == 2  # each question has one passage of its own: one of two sets has it not
 
@@ -71,11 +71,11 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) ->
     out = work.run(*command)
     after = replies(tmp_path)
     assert [reply for reply in after if reply.id in {r.id for r in before}] == before
-    assert len({reply.id for reply in after}) == len(after) == 24 * 9
+    assert len({reply.id for reply in after}) == len(after) == 24 * 10
     assert {path: path.stat().st_mtime_ns for path in parts.glob("*/tasks/*.safetensors")} == tasks
     line = json.loads(out.strip().splitlines()[-1])
     assert line["n"] == 24
-    names = ["closed", "rag", "prag", "combine", "wrong", "random", "task", "task_rag", "da_rag"]
+    names = ["closed", "rag", "prag", "combine", "wrong", "wrong_rag", "random", "task", "task_rag", "da_rag"]
     assert list(line["f1"]) == names
     made = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert made["dataset"]["left_out"] == {"not_in_corpus": 1}

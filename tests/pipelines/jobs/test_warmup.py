@@ -180,7 +180,8 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
         json.loads(work.run(*ask, *more)) for more in ([], ["--set", f"answer.reader={made['start']}"])
     )
     changed = [a["mode"] for a, b in zip(without, with_reader, strict=True) if a["text"] != b["text"]]
-    assert changed == ["combine"]
+    assert set(changed) <= {"rag", "combine"}
+    assert "combine" in changed
 
     # An evaluation also asks with the reader, and with the reader alone.
     asked = {"question": ask[-1], "answers": ["thing 0"], "gold_ids": [known.sources[0]]}
@@ -201,6 +202,7 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     told = {answer["mode"]: answer["text"] for answer in with_reader}
     assert len(texts) == 4
     assert {told["rag"], told["combine"]} <= set(texts)
+    assert next(answer["text"] for answer in without if answer["mode"] == "rag") in texts
 
     refused = work.run(*ask, "--set", "answer.reader=nobody", code=2)
     assert "answer.reader = 'nobody'" in refused

@@ -54,6 +54,7 @@ def test_columns() -> None:
         "rag": ("rag", 3, "sum", 1),
         "prag": ("prag", 3, "sum", 1),
         "wrong": ("prag", 3, "sum", 1),
+        "wrong_rag": ("combine", 3, "sum", 1),
         "random": ("prag", 3, "sum", 2),
         "task": ("prag", 3, "sum", 2),
         "task_rag": ("combine", 3, "sum", 2),
@@ -79,7 +80,8 @@ def test_columns() -> None:
     assert [(c.name, c.mode, c.control) for c in read] == [
         ("combine", "combine", ""),
         ("wrong", "prag", "wrong"),
-        ("reader_rag", "combine", "reader"),
+        ("wrong_rag", "combine", "wrong"),
+        ("reader_rag", "rag", "reader"),
     ]
     assert len(columns(replace(plan, wrong="random"))[2].seeds) == 2
     with pytest.raises(InputError, match="top_k has no effect"):
@@ -105,6 +107,10 @@ def test_a_wrong_passage_is_not_used_not_gold_and_holds_no_answer() -> None:
     # Retrieved are 1 and 0; 5 holds the answer; 3 and 2 are next.
     assert keys(asked("wrong")) == [KEYS[3], KEYS[2]]
     assert [hit.score for hit in asked("wrong").hits] == [8.0, 9.0]
+    # The retrieved passages in the prompt, each with the adapter of a wrong one.
+    beside = asked("wrong_rag")
+    assert keys(beside) == keys(asked("wrong"))
+    assert [hit.passage.text for hit in beside.hits] == [PASSAGES[1].text, PASSAGES[0].text]
     # One without an adapter would come into the prompt: it is passed over, and the pool fills up.
     few = asked("wrong", trained=frozenset({KEYS[2]}), pool=[KEYS[0], KEYS[1], KEYS[4]])
     assert keys(few) == [KEYS[2], KEYS[4]]
@@ -141,7 +147,8 @@ def test_augmentations_go_into_the_prompt() -> None:
 
 
 def test_a_request_id_depends_on_its_content() -> None:
-    names = ["closed", "rag", "prag", "combine", "wrong", "random", "task", "task_rag", "da_rag", "prag_k1"]
+    names = ["closed", "rag", "prag", "combine", "wrong", "wrong_rag", "random", "task", "task_rag", "da_rag"]
+    names += ["prag_k1"]
     assert len({asked(name).id for name in names}) == len(names)
     assert asked("prag").id == asked("prag", ranked=(*context().ranked[:2], Hit(PASSAGES[7], 0.1))).id
     weak = asked("combine", plan=EvaluationPlan(top_k=(2,), strengths=(0.5,)))
@@ -149,11 +156,11 @@ def test_a_request_id_depends_on_its_content() -> None:
     reading = EvaluationPlan(top_k=(2,), controls=("wrong",), reader="ab x0.4")
     assert asked("combine", plan=reading) == replace(asked("combine"), reader="ab x0.4")
     assert asked("combine", plan=reading).id != asked("combine").id
-    assert asked("prag", plan=reading).id == asked("prag").id
-    # The reader alone: the passages in the prompt, and nothing of them in the weights.
-    alone = asked("reader_rag", plan=reading)
-    assert (alone.reader, keys(alone)) == ("ab x0.4", [ZERO_ADAPTER, ZERO_ADAPTER])
-    assert [hit.passage.text for hit in alone.hits] == [hit.passage.text for hit in asked("combine").hits]
+    # The column `rag` is the bare model, to compare with; the reader alone is a column of its own.
+    assert asked("rag", plan=reading) == asked("rag")
+    assert asked("reader_rag", plan=reading) == replace(asked("rag"), reader="ab x0.4")
+    # A passage without an adapter is in the prompt in `prag`, too, and is read there as it is served.
+    assert asked("prag", plan=reading) == replace(asked("prag"), reader="ab x0.4")
     assert weak.id != asked("combine").id
     again = from_table(EvaluationRequest, to_table(EvaluationRequest, [asked("da_rag")]))[0]
     assert again == asked("da_rag")

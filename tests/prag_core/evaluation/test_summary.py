@@ -31,6 +31,8 @@ def test_the_summary() -> None:
     assert (kept["n"], kept["f1"]) == (3, {"closed": 0.3333, "prag": 1.0, "random": 0.1667})
     difference = next(d for d in kept["differences"] if (d["right"], d["metric"]) == ("closed", "f1"))
     assert (difference["mean"], difference["low"], difference["high"]) == (0.6667, 0.5, 1.0)
+    # The bare model with the passages in its prompt was not asked.
+    assert made["rag_wrong"]["n"] == 0
     assert made["types"]["odd"]["f1"]["prag"] == 0.5
     assert made["types"]["even"] == {"n": 2, "f1": {"closed": 0.5, "prag": 1.0, "random": 0.25}}
     assert made["retrieval"]["recall"] == {"1": 0.375, "3": 0.625, "5": 0.625}
@@ -38,6 +40,15 @@ def test_the_summary() -> None:
     (examples,) = made["examples"]
     assert [e["question"] for e in examples["won"]] == ["Question 1 <b>?", "Question 2 <b>?"]
     assert [e["texts"]["closed"] for e in examples["lost"]] == ["answer"]
+
+
+def test_the_questions_that_rag_answers_wrongly() -> None:
+    plain = evaluation()
+    columns = (*plain.columns, replace(plain.columns[0], name="rag", mode="rag"))
+    asked = {**plain.request_ids, "rag": plain.request_ids["closed"]}
+    made = summarize(replace(plain, columns=columns, request_ids=asked), {"name": "x"}, "")["rag_wrong"]
+    # F1 of `closed` and so of `rag`: 1, 0, 0, 2/3.
+    assert (made["n"], made["f1"]["rag"], made["f1"]["prag"]) == (2, 0.0, 1.0)
 
 
 def test_the_last_line() -> None:

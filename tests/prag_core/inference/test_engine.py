@@ -92,10 +92,13 @@ def test_the_passage_of_a_damaged_adapter_goes_into_the_prompt(tiny_session: Bas
 
 
 def test_weights() -> None:
-    hits = [Hit(PASSAGES[0], 3.0), Hit(PASSAGES[1], 1.0)]
+    hits = [Hit(PASSAGES[0], 4.0), Hit(PASSAGES[1], 2.0)]
     assert hit_weights(hits, "sum") == [1.0, 1.0]
     assert hit_weights(hits, "mean") == [0.5, 0.5]
-    assert hit_weights(hits, "score") == [0.75, 0.25]
+    assert hit_weights(hits, "score") == [1.0, 0.25]
+    # The best may come second: a control, or an asker's own passages.
+    assert hit_weights(hits[::-1], "score") == [0.25, 1.0]
+    assert hit_weights([Hit(PASSAGES[0], 2.0), Hit(PASSAGES[1], -1.0)], "score") == [1.0, 0.0]
     assert hit_weights([Hit(PASSAGES[0], 0.0)], "score") == [1.0]
     assert hit_weights([], "mean") == []
 
@@ -137,10 +140,18 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
         engine = Engine(tiny_session, RECIPE, processor, source)
         texts.append([answer.text for answer in engine.answer_batch(requests)])
         engine.close()
-    assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["combine"]
+    assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["rag", "combine"]
+    # A request can do without it, as the column `rag` of an evaluation does.
+    engine = Engine(tiny_session, RECIPE, reading, source)
+    assert engine.answer(Request("Who?", "rag", 2, reader=False)).text == texts[0][MODES.index("rag")]
+    engine.close()
+    # In `prag` it reads for a passage without an adapter.
+    hits = KnownHits().search("Who?", 2)
+    missing = dict.fromkeys((hit.passage.key for hit in hits), AdapterError("none"))
+    assert [given[0] for given in reading.build(requests[MODES.index("prag")], hits, missing, {}).decode.adapters] == [reader]
 
     # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
-    combine, hits = requests[-1], KnownHits().search("Who?", 2)
+    combine = requests[-1]
     prepared = reading.build(combine, hits, {hit.passage.key: source.get(hit.passage.key) for hit in hits}, {})
     assert [weight for _, weight in prepared.decode.adapters] == [1.0, 1.0, 0.5]
     assert prepared.decode.adapters[-1][0] is reader
