@@ -124,7 +124,7 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
     """Store and publish passages with random adapters; return three of these."""
     store = open_store(config)
     train = train_recipe(config.train)
-    recipe = Recipe(base.fingerprint, augment_recipe(config.augment, "none"), train)
+    recipe = Recipe(base.fingerprint, augment_recipe(config.augment, "none", train), train)
     layout, _ = find_targets(base.model, train)
     adapters = AdapterStore(store, recipe, layout, config.storage.adapter_dtype)
     adapters.describe()

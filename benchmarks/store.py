@@ -69,7 +69,7 @@ def measure_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     train = train_recipe(TrainConfig())
     layout, _ = find_targets(base.model, train)
     peft = peft_base(arguments.model)
-    recipe = Recipe(base.fingerprint, augment_recipe(AugmentConfig(), "none"), train)
+    recipe = Recipe(base.fingerprint, augment_recipe(AugmentConfig(), "none", train), train)
     made = [(secrets.token_hex(16), random_factors(layout, n)) for n in range(arguments.adapters)]
 
     # 1. Bytes an adapter, file overhead included, against the folder that the paper's code writes.
@@ -232,7 +232,8 @@ def recipe_of_million() -> Any:
     from prag_core.config import AugmentConfig, TrainConfig, augment_recipe, train_recipe
     from prag_core.recipe import Recipe
 
-    return Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
+    train = train_recipe(TrainConfig())
+    return Recipe("base", augment_recipe(AugmentConfig(), "none", train), train)
 
 
 def write_million(url: str, rows: int, missing: int) -> None:

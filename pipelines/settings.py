@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cluster.resources import PROFILES, Profile
 from prag_core.config import Config, augment_recipe, train_recipe
-from prag_core.identity import is_checksum
+from prag_core.errors import ConfigError
+from prag_core.identity import fingerprint, is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
@@ -49,6 +50,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
 
     Raises:
         ModelError: when the model is missing or does not fit the recipe.
+        ConfigError: when the strategy `writer` is chosen without a writer or a model that runs here.
         AdapterError: when `train.initial_adapter` names no adapter of the recipe's shape.
     """
     train = train_recipe(config.train)
@@ -57,7 +59,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     layout = find_layout(facts.linear, train)
     if start := config.train.initial_adapter:
         train = replace(train, start=start if is_checksum(start) else _fingerprint_of(config, facts, layout))
-    augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint))
+    augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint), train)
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
@@ -76,9 +78,15 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
     settings = config.augment
     if settings.generator == "none":
         return "none"
+    if settings.strategy == "writer" and (settings.writer is None or settings.generator != "transformers"):
+        raise ConfigError(
+            "augment.strategy is writer, which needs augment.writer and the generator transformers",
+            "train a writer with `prag warmup --asking`, and set augment.writer to the name that it prints",
+        )
     if settings.generator == "openai":
         return f"openai:{settings.endpoint.model}"
-    return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
+    model = model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
+    return fingerprint([model, settings.writer]) if settings.strategy == "writer" else model
 
 
 def profile_of(config: Config) -> Profile:

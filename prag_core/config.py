@@ -102,15 +102,16 @@ class AugmentConfig(_Strict):
     generator: Literal["transformers", "openai", "none"] = Field(
         "transformers", description="'none' uses the passages that `import_file` covers and rejects the others."
     )
-    strategy: Literal["paper", "lines", "small"] = Field(
-        "small", description="How pairs are written: as JSON, as lines, or completed from rules by a small model."
+    strategy: Literal["paper", "lines", "writer", "small"] = Field(
+        "small", description="How pairs are written: as JSON, as lines, by a writer, or from rules by a small model."
     )
+    writer: str | None = Field(None, description="The writer of the strategy 'writer': `prag warmup --asking` names it.")
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
     pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
-    rewrites: int = Field(1, ge=0, description="Rewrites per passage.")
+    rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
     seed: int = 0
 
@@ -291,13 +292,15 @@ def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:
             )
 
 
-def augment_recipe(config: AugmentConfig, generator_fingerprint: str) -> AugmentRecipe:
-    """Return the augment recipe of a configuration and an augmenting model."""
+def augment_recipe(config: AugmentConfig, generator_fingerprint: str, train: TrainRecipe) -> AugmentRecipe:
+    """Return the augment recipe of a configuration and an augmenting model, for adapters of the recipe `train`."""
+    # A recipe of questions alone never reads a rewrite, and writing one takes as long as several pairs.
+    rewrites = 0 if train.examples == "questions" else 1
     return AugmentRecipe(
         generator=generator_fingerprint,
         strategy=config.strategy,
         pairs=config.pairs,
-        rewrites=config.rewrites,
+        rewrites=rewrites if config.rewrites is None else config.rewrites,
         attempts=config.attempts,
         seed=config.seed,
         imported=config.import_file is not None,

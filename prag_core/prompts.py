@@ -2,8 +2,8 @@
 
 An adapter must be trained with the same words with which questions are asked later, so both use `answer_messages`.
 The question prompt is worded like the paper's (Su et al. 2025, section 3.2). A recipe names its template: `direct`
-asks for the answer; `brief` is the same with passages, and the question alone without them, which is half as many
-tokens to train; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
+asks for the answer; `brief` is the same with passages or earlier turns, and otherwise the question as plain text, which
+is a quarter of the tokens to train; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
 multi-hop questions. The prompts that augment passages are in `prag_core.augmentation.prompts`.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 from prag_core.records import Passage, QAPair, Template
 
 # Raise it whenever the words of a prompt change. It is part of every recipe.
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 
 Role = Literal["system", "user", "assistant"]
 
@@ -75,6 +75,11 @@ def answer_messages(
     words = _REASON if reasons(template) else _ANSWER if template == "direct" or passages else _BRIEF
     content = words.format(worked=_WORKED, passages=listed, question=question_text(question))
     return [*({"role": role, "content": text} for role, text in history), {"role": "user", "content": content}]
+
+
+def brief_text(question: str) -> str:
+    """Return the plain text that asks a question with the template `brief`: no chat template writes turns around it."""
+    return f"{_BRIEF.format(question=question_text(question))}\n"
 
 
 def reasons(template: Template) -> bool:

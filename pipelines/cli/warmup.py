@@ -1,4 +1,4 @@
-"""`prag warmup`: an adapter trained on questions, from which all others start, or which reads passages."""
+"""`prag warmup`: an adapter trained on questions: one from which all others start, a reader or a writer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import typer
 from pipelines.cli import options
 from pipelines.cli.evaluate import read_question_set
 from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from prag_core.errors import ConfigError
 
 app = typer.Typer()
+
+# A writer holds no single passage's facts, but how to ask for those of all.
+_WRITER_RANK = 8
 
 
 @app.command()
@@ -31,6 +35,10 @@ def warmup(
     reading: Annotated[
         bool, typer.Option("--reading", help="Put their passages into the prompts: trains a reader for answer.reader.")
     ] = False,
+    asking: Annotated[
+        bool, typer.Option("--asking", help="Learn to write the questions: trains a writer for augment.writer.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="The adapter's rank; 0: the recipe's, for a writer 8.")] = 0,
     export: Annotated[Path | None, typer.Option(help="Write a PEFT adapter folder too.")] = None,
     set_: options.Set = None,
     as_json: options.Json = False,
@@ -39,14 +47,19 @@ def warmup(
 
     With `--set train.initial_adapter=NAME`, every passage's adapter starts from it. With --reading, the questions are
     asked with their passages, which the set must contain (SQuAD, HotpotQA, 2WikiMultihopQA). The result is a reader:
-    with `--set answer.reader=NAME` it is added wherever a passage is in the prompt.
+    with `--set answer.reader=NAME` it is added wherever a passage is in the prompt. With --asking, the result is a
+    writer: with `--set augment.strategy=writer --set augment.writer=NAME` it writes the pairs of your passages.
     """
     from pipelines.jobs.warmup import run_warmup
     from prag_core.training.warmup import WarmupSettings
 
     configured = options.settings_of(config, set_)
     excluded = [question for name in exclude or [] for question in read_question_set(name, configured.storage)]
-    settings = WarmupSettings(learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, reading=reading)
+    if reading and asking:
+        raise ConfigError("--reading and --asking are two trainings", "run one after the other")
+    settings = WarmupSettings(
+        learning_rate, epochs, batch, seed, reading, asking, rank=rank or (_WRITER_RANK if asking else 0)
+    )
     with result_only():
         trained = run_warmup(
             configured,
@@ -61,7 +74,7 @@ def warmup(
     if as_json:
         print_json(asdict(trained))
         return
-    setting = "answer.reader" if reading else "train.initial_adapter"
+    setting = "answer.reader" if reading else "augment.writer" if asking else "train.initial_adapter"
     out.print(
         f"{trained.questions} questions ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
         f"{trained.last_loss:.3f}\nuse it with: --set {setting}={trained.start}"

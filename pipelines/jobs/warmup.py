@@ -25,11 +25,19 @@ from prag_core.identity import fingerprint
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_here
+from prag_core.recipe import TrainRecipe
 from prag_core.store.adapters import get_start, put_start
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import current_id, load_snapshot
 from prag_core.training.trainer import Trainer
-from prag_core.training.warmup import WarmupSettings, train_warmup, warmup_examples, with_texts, without_overlap
+from prag_core.training.warmup import (
+    WarmupSettings,
+    asking_examples,
+    train_warmup,
+    warmup_examples,
+    with_texts,
+    without_overlap,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ def run_warmup(
 ) -> Warmup:
     """Train an adapter of the configured recipe's shape, store it, and return its name.
 
-    The name is for `train.initial_adapter`, or for `answer.reader` if it was trained with `settings.reading`.
+    The name is for `train.initial_adapter`, or for `answer.reader` if it was trained with `settings.reading`, or for
+    `augment.writer` with `settings.asking`.
     A question is left out if it shares words or a gold passage with `others`, or words with a question of the store's
     augmentations. Of the rest `limit` are drawn, the same each time. `export` names a folder to which the adapter is
     also written in PEFT's format.
@@ -83,7 +92,7 @@ def run_warmup(
     store.check_writable()
     with ray_session(profile):
         asked = _augmentation_questions(store, recipe.augment.fingerprint, profile.partitions)
-        usable = with_texts(questions) if settings.reading else list(questions)
+        usable = with_texts(questions) if settings.reading or settings.asking else list(questions)
         free = without_overlap(usable, others, asked)
         free = _about_other_passages(store, free, others, profile.partitions)
         chosen = draw(free, limit)
@@ -92,20 +101,27 @@ def run_warmup(
             f"{len(questions) - len(usable)} without their passage, {len(free) - len(chosen)} over the limit"
         )
         trained = _fit(context, chosen, settings, workers)
-    if too_long := len(chosen) - trained.questions:
+    if not settings.asking and (too_long := len(chosen) - trained.questions):
         console.print(f"warm-up: {too_long} questions left out, which do not fit into train.max_tokens")
     warmup = Warmup(**asdict(trained), left_out=len(questions) - trained.questions)
     about = {
         "warmup": asdict(warmup),
         "settings": asdict(settings),
-        "recipe": asdict(recipe.train),
+        "recipe": asdict(_recipe(context, settings)),
         "base_model": recipe.base_model,
         "questions": fingerprint([[q.question, q.answers[0]] for q in chosen]),
     }
     store.put_json(f"starts/{warmup.start}.json", about)
     if export is not None:
-        export_peft(context.layout, get_start(store, warmup.start), export, peft_base(config.model.name))
+        train = _recipe(context, settings)
+        layout = replace(context.layout, rank=train.rank, scale=train.scale)
+        export_peft(layout, get_start(store, warmup.start), export, peft_base(config.model.name))
     return warmup
+
+
+def _recipe(context: RunContext, settings: WarmupSettings) -> TrainRecipe:
+    train = context.recipe.train
+    return replace(train, rank=settings.rank or train.rank)
 
 
 def _fit(context: RunContext, questions: list[Question], settings: WarmupSettings, workers: int) -> _Trained:
@@ -143,8 +159,11 @@ def _train(context: RunContext, questions: list[Question], settings: WarmupSetti
     worker = ray.train.get_context()
     rank, workers = worker.get_world_rank(), worker.get_world_size()
     base = load_base_model(context.config.model, expected=context.recipe.base_model)
-    trainer = Trainer(base, context.recipe.train)
-    examples = warmup_examples(trainer, questions, reading=settings.reading)
+    trainer = Trainer(base, _recipe(context, settings))
+    if settings.asking:
+        examples = asking_examples(trainer, questions)
+    else:
+        examples = warmup_examples(trainer, questions, reading=settings.reading)
     losses: list[float] = []
     factors = train_warmup(
         trainer,
@@ -160,7 +179,7 @@ def _train(context: RunContext, questions: list[Question], settings: WarmupSetti
     tenth = max(1, len(losses) // 10)
     return _Trained(
         start=put_start(context.store, trainer.layout, factors),
-        questions=len(examples),
+        questions=len(questions) if settings.asking else len(examples),
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
     )

@@ -16,7 +16,7 @@ from pipelines.execution.tables import map_objects
 from pipelines.planning.estimate import Moments
 from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
-from prag_core.augmentation.augment import augment, wanted_pairs
+from prag_core.augmentation.augment import augment, complete, wanted_pairs
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here
@@ -94,11 +94,15 @@ def _augmentations(
     config, recipe = context.config, context.recipe
     file = config.augment.import_file
     imported = read_augmentations(file, config.storage) if file else None
-    found = {p.key: augmentation for p in passages if imported and (augmentation := imported.find(p)) is not None}
+    found = {
+        passage.key: complete(passage, augmentation, recipe.augment)
+        for passage in passages
+        if imported and (augmentation := imported.find(passage)) is not None
+    }
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
     if missing and config.augment.generator != "none":
-        generator = make_generator(config)
+        generator = make_generator(config, context.store)
         size = config.run.augment_batch
         for i in range(0, len(missing), size):
             begun = time.perf_counter()

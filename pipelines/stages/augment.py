@@ -21,20 +21,41 @@ from pipelines.settings import RunContext
 from prag_core.augmentation.augment import augment, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
+from prag_core.errors import AdapterError, ConfigError, DamagedError
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
+from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
+from prag_core.store.adapters import get_start
+from prag_core.store.objects import Store
 from prag_core.store.tables import put_augmentations, put_rejects
 
+_WRITER_REMEDY = "use the name that `prag warmup --asking` printed, or train the writer again"
 
-def make_generator(config: Config) -> Generator:
-    """Open the generator that a configuration names."""
+
+def make_generator(config: Config, store: Store) -> Generator:
+    """Open the generator that a configuration names, with its writer's adapter if the strategy needs one.
+
+    Raises:
+        ConfigError: when the store has no such writer, or it was trained on another model.
+    """
     if config.augment.generator == "openai":
         return OpenAIGenerator(config.augment.endpoint)
     name = config.augment.model or config.model.name
-    return TransformersGenerator(load_base_model(config.model.model_copy(update={"name": name})))
+    base = load_base_model(config.model.model_copy(update={"name": name}))
+    writer = config.augment.writer
+    if config.augment.strategy != "writer" or writer is None:
+        return TransformersGenerator(base)
+    try:
+        about, factors = store.get_json(f"starts/{writer}.json"), get_start(store, writer)
+    except (AdapterError, DamagedError) as error:
+        raise ConfigError(f"augment.writer = {writer!r}: {error.message}", _WRITER_REMEDY) from None
+    if about["base_model"] != base.fingerprint or not about["settings"]["asking"]:
+        raise ConfigError(f"augment.writer = {writer!r} is no writer of the model {name}", _WRITER_REMEDY)
+    recipe = TrainRecipe(**{**about["recipe"], "targets": tuple(about["recipe"]["targets"])})
+    return TransformersGenerator(base, adapter=(recipe, factors))
 
 
 class AugmentPassages:
@@ -86,7 +107,7 @@ class AugmentPassages:
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
         if self._generator is None:  # no model is needed if all augmentations are imported
             compute_here(self._threads)
-            self._generator = make_generator(self._config)
+            self._generator = make_generator(self._config, self._store)
         return augment(passages, self._generator, self._recipe)
 
 

@@ -18,10 +18,18 @@ from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.lines import add_line_pairs
 from prag_core.augmentation.paper import add_pairs, add_rewrites
 from prag_core.augmentation.small import add_completed_pairs
+from prag_core.augmentation.writer import add_written_pairs
 from prag_core.errors import PromptTooLongError
 from prag_core.llm.generator import Generator
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject
+
+_STRATEGIES = {
+    "lines": add_line_pairs,
+    "paper": add_pairs,
+    "small": add_completed_pairs,
+    "writer": add_written_pairs,
+}
 
 
 def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRecipe) -> list[Augmentation | Reject]:
@@ -36,7 +44,7 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
     """
     started = time.monotonic()
     drafts = [Draft(passage, wanted_pairs(passage, recipe.pairs)) for passage in passages]
-    add = {"small": add_completed_pairs, "lines": add_line_pairs, "paper": add_pairs}[recipe.strategy]
+    add = _STRATEGIES[recipe.strategy]
     for attempt in range(recipe.attempts):
         drafts_open = [draft for draft in drafts if _is_open(draft, recipe)]
         for draft in drafts_open:

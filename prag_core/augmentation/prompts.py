@@ -96,6 +96,24 @@ _ASK = "Topic: {topic}\nSentence: {sentence}\nAnswer: {answer}\nQuestion:"
 _READ = "Topic: {topic}\nSentence: {sentence}\nQuestion: {question}\nAnswer:"
 
 
+_NAME_FACTS = "Topic: {topic}\nSentence: {sentence}\nAnswers:"
+
+
+def name_facts_prompt(topic: str, sentence: str) -> str:
+    """Return the text that a writer continues with the facts of a sentence, with bars between them."""
+    return _NAME_FACTS.format(topic=topic, sentence=sentence)
+
+
+def ask_prompt(topic: str, sentence: str, answer: str) -> str:
+    """Return the text that a writer continues with a question for the answer."""
+    return _ASK.format(topic=topic, sentence=sentence, answer=answer)
+
+
+def read_prompt(topic: str, sentence: str, question: str) -> str:
+    """Return the text that a writer continues with the answer to the question."""
+    return _READ.format(topic=topic, sentence=sentence, question=question)
+
+
 def rewrite_prompt(text: str) -> str:
     """Return the prompt that asks for a rewrite of a passage's text."""
     return _REWRITE.format(text=text)

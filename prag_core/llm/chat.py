@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from prag_core.errors import TurnsError
-from prag_core.prompts import Role, answer_messages, answer_prefix
+from prag_core.prompts import Role, answer_messages, answer_prefix, brief_text
 from prag_core.records import Template
 
 # A template that writes the text alone.
@@ -73,7 +73,7 @@ def question_ids(
     history: Sequence[tuple[Role, str]] = (),
     template: Template = "direct",
 ) -> list[int]:
-    """Return the token ids of a prompt that asks a question and opens the assistant's turn.
+    """Return the token ids of a prompt that asks a question and opens the assistant's turn, if there are turns.
 
     Training and answering both use it.
 
@@ -81,6 +81,8 @@ def question_ids(
         TurnsError: when the template refuses the turns (some accept no system text), or the tokenizer would turn plain
             text into a special token.
     """
+    if template == "brief" and not passages and not history:
+        return document_ids(tokenizer, brief_text(question))
     return chat_ids(tokenizer, answer_messages(question, passages, history=history, template=template))
 
 

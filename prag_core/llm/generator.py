@@ -14,8 +14,10 @@ from prag_core.errors import GenerationError, PromptTooLongError, TurnsError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import WITHOUT_REASONING, chat_ids, document_ids, text_ids
 from prag_core.llm.reply import is_mark, open_mark
+from prag_core.recipe import TrainRecipe
 
 if TYPE_CHECKING:
+    from prag_core.llm.lora import Factors
     from prag_core.llm.decode_request import Decoded
     from prag_core.llm.prefix_cache import Prefix
 
@@ -87,18 +89,31 @@ class TransformersGenerator:
     Prompts are continued in `max_batch` slots, which hold up to `tokens_per_batch` tokens; a text that ends frees its
     slot for the next. A prefix that all prompts of a call share (a few-shot text, an instruction) is computed once, and
     is kept for later calls with the same prefix. Results do not depend on which prompts share a batch, except for
-    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens.
+    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens. `adapter`, a recipe and its
+    factors, is added to the weights of every prompt that is continued; scores are the bare model's.
     """
 
-    def __init__(self, base: BaseModel, *, tokens_per_batch: int = 8192, max_batch: int = 16) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        adapter: tuple[TrainRecipe, Factors] | None = None,
+        tokens_per_batch: int = 8192,
+        max_batch: int = 16,
+    ) -> None:
         # Imported here, because callers that only use an endpoint need no torch.
         from prag_core.llm.decoder import Decoder
+        from prag_core.llm.lora import Injector
 
         self.fingerprint = base.fingerprint
         self._base = base
         self._tokens_per_batch = tokens_per_batch
         self._max_batch = max_batch
-        self._decoder = Decoder(base, slots=max_batch, prefill_chunk=_PREFILL_CHUNK, max_tokens=tokens_per_batch)
+        injector = Injector(base.model, adapter[0]) if adapter else None
+        self._adapters = ((adapter[1], 1.0),) if adapter else ()
+        self._decoder = Decoder(
+            base, injector, slots=max_batch, prefill_chunk=_PREFILL_CHUNK, max_tokens=tokens_per_batch
+        )
         self._end_ids = base.end_ids
         # Reasoning may be marked by special tokens, which a decoded text leaves out.
         tokens = base.tokenizer.added_tokens_decoder.items()
@@ -131,6 +146,7 @@ class TransformersGenerator:
                     temperature=temperature,
                     top_k=top_k,
                     seed=seed,
+                    adapters=self._adapters,
                 )
                 self._decoder.check(request)
                 requests[index] = request

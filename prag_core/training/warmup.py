@@ -1,15 +1,17 @@
-"""Training a shared adapter on questions that are never asked later: a warm-up or a reader.
+"""Training a shared adapter on questions that are never asked later: a warm-up, a reader or a writer.
 
 A warm-up is trained on questions without passages and learns the form of answers. Each passage's adapter starts from
 it, so that its few steps go into the passage's facts. A reader is trained on questions with their passages in the
-prompt and learns to answer from them; it is added wherever a passage is in the prompt. Workers share each
-batch (data parallelism), and their number does not change its gradient.
+prompt and learns to answer from them; it is added wherever a passage is in the prompt. A writer
+learns to ask such questions (`prag_core.augmentation.writer`). Workers share each batch (data parallelism), and their
+number does not change its gradient.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prag_core.data.questions import Question, normalize_answer
+from prag_core.augmentation.writer import writer_tasks
+from prag_core.data.questions import Gold, Question, normalize_answer
 from prag_core.errors import AdapterError, InputError, TurnsError
+from prag_core.llm.chat import document_ids, end_of_turn_id, text_ids
 from prag_core.llm.lora import check_factors, initial_factors
 from prag_core.prompts import passage_text
 from prag_core.records import Passage, QAPair
@@ -30,7 +34,8 @@ from prag_core.training.trainer import Trainer, has_learned, stack_factors, unst
 class WarmupSettings:
     """The settings that decide a warm-up, besides the recipe and the questions.
 
-    `batch` counts the examples of all workers together. `reading` puts each question's gold passages into its prompt.
+    `batch` counts the examples of all workers together. `reading` puts each question's gold passages into its prompt, and
+    `asking` learns to write the questions. `rank` is the adapter's; 0 is that of the recipe.
     """
 
     learning_rate: float = 3e-4
@@ -38,6 +43,8 @@ class WarmupSettings:
     batch: int = 8
     seed: int = 0
     reading: bool = False
+    asking: bool = False
+    rank: int = 0
 
 
 def without_overlap(
@@ -105,6 +112,37 @@ def warmup_examples(trainer: Trainer, questions: Sequence[Question], *, reading:
             "raise train.max_tokens",
         )
     return fitting
+
+
+def asking_examples(trainer: Trainer, questions: Sequence[Question]) -> list[TrainingExample]:
+    """Return the training examples of a writer: its tasks about the questions' gold passages.
+
+    The loss is on the reply alone. An example that has more than `recipe.max_tokens` tokens, or a text without an
+    encoding, is left out.
+
+    Raises:
+        InputError: when no example is left.
+    """
+    tokenizer, most = trainer.base.tokenizer, trainer.recipe.max_tokens
+    end = end_of_turn_id(tokenizer)
+    pairs: dict[Gold, list[tuple[str, str]]] = defaultdict(list)
+    for question in questions:
+        for gold in question.gold:
+            pairs[gold].append((question.question, question.answers[0].removesuffix(".")))
+    examples = []
+    for gold, asked in pairs.items():
+        for prompt, reply in writer_tasks(Passage("", gold.title, gold.text, ()), asked):
+            with contextlib.suppress(TurnsError):  # a text that cannot be encoded
+                given = document_ids(tokenizer, prompt)
+                target = [*text_ids(tokenizer, f" {reply}"), *([] if end is None else [end])]
+                if len(given) + len(target) <= most:
+                    examples.append(TrainingExample((*given, *target), len(given)))
+    if not examples:
+        raise InputError(
+            f"none of the {len(questions)} questions has an answer that a sentence of its passage holds",
+            "use a set whose answers are words of the passages, such as SQuAD",
+        )
+    return examples
 
 
 def train_warmup(

@@ -75,7 +75,7 @@ class World:
 
     def publish(self, shift: int = 0, train: TrainRecipe = RECIPES["recall"], count: int = len(PASSAGES)) -> Snapshot:
         """Publish adapters of which number n says the letter n + `shift`."""
-        recipe = Recipe(self.base.fingerprint, augment_recipe(AugmentConfig(generator="none"), "none"), train)
+        recipe = Recipe(self.base.fingerprint, augment_recipe(AugmentConfig(generator="none"), "none", train), train)
         layout, _ = find_targets(self.base.model, train)
         adapters = AdapterStore(self.store, recipe, layout, "float32")
         adapters.describe()

@@ -33,7 +33,8 @@ from prag_core.store.tables import put_augmentations, put_rejects
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_augmentation, make_passage
 
-RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
+TRAIN = train_recipe(TrainConfig())
+RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator", TRAIN), TRAIN)
 PASSAGES = [make_passage(n) for n in range(12)]
 SEEDS = {passage.key: number for number, passage in enumerate(PASSAGES)}
 VERSION, INDEX = "c0ffee", "1d"

@@ -176,7 +176,8 @@ def test_the_example_is_valid() -> None:
 
 
 def recipe_of(config) -> Recipe:
-    return Recipe("base", augment_recipe(config.augment, "generator"), train_recipe(config.train))
+    train = train_recipe(config.train)
+    return Recipe("base", augment_recipe(config.augment, "generator", train), train)
 
 
 def test_machine_facts_never_enter_a_fingerprint(write) -> None:

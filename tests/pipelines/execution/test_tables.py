@@ -71,7 +71,8 @@ def test_few_rows_and_many_rows_give_the_same_join(tmp_path: Path, ray_here: str
     for begin in (0, 3, 6):
         store.put_table("corpus", to_table(Passage, PASSAGES[begin : begin + 3]))
     stored = [make_augmentation(passage) for passage in PASSAGES[1:8]]
-    recipe = Recipe("base", augment_recipe(AugmentConfig(), "none"), train_recipe(TrainConfig()))
+    train = train_recipe(TrainConfig())
+    recipe = Recipe("base", augment_recipe(AugmentConfig(), "none", train), train)
     augmenting = recipe.augment.fingerprint
     put_augmentations(store, augmenting, stored[:4])
     put_augmentations(store, augmenting, stored[3:])  # one of them again

@@ -105,8 +105,8 @@ def test_a_warm_up_that_learns_nothing_is_no_warm_up(trainer: Trainer) -> None:
         train_warmup(trainer, examples, replace(SETTINGS, learning_rate=1e-45))
     with pytest.raises(AdapterError, match="not finite"):
         train_warmup(trainer, examples, replace(SETTINGS, learning_rate=float("inf")))
-    short = Trainer(trainer.base, replace(trainer.recipe, max_tokens=60))
-    with pytest.raises(InputError, match="none of the 10 questions fits into 60 tokens"):
+    short = Trainer(trainer.base, replace(trainer.recipe, max_tokens=32))
+    with pytest.raises(InputError, match="none of the 10 questions fits into 32 tokens"):
         warmup_examples(short, QUESTIONS)
     short.close()
 

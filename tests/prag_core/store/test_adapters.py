@@ -28,7 +28,8 @@ from prag_core.store.adapters import (
 from prag_core.store.objects import Store
 from tests.helpers.adapters import random_adapter, stack_rows
 
-RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator"), train_recipe(TrainConfig()))
+TRAIN = train_recipe(TrainConfig())
+RECIPE = Recipe("base", augment_recipe(AugmentConfig(), "generator", TRAIN), TRAIN)
 KEY = "0c" * 16
 
 

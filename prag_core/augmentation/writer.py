@@ -1,0 +1,127 @@
+"""The strategy `writer`: pairs from a model of some hundred million parameters that has learned to write them.
+
+`prag warmup --asking` trains one adapter for three short tasks, each about one sentence: to name the facts that one can
+ask for, to ask for one of them, and to answer a question. A question is kept if the writer then answers it alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prag_core.augmentation.answer_rules import find_answers
+from prag_core.augmentation.filter import Draft, contains_text, fold_text
+from prag_core.augmentation.prompts import ask_prompt, name_facts_prompt, read_prompt
+from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed
+from prag_core.augmentation.small import sentences_of, topic_of
+from prag_core.errors import GenerationError
+from prag_core.llm.generator import Generator, Prompt
+from prag_core.recipe import AugmentRecipe
+from prag_core.records import Passage, QAPair
+
+_FACTS_TOKENS = 48
+_QUESTION_TOKENS = 32
+_ANSWER_TOKENS = 24
+_BETWEEN_FACTS = " | "
+_WORD = re.compile(r"\w{3,}")
+# A question is kept if its answer and the fact share at least this part of their words.
+_SAME_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """A fact that a pair can ask for: an answer, and the sentence that holds it."""
+
+    draft: Draft
+    sentence: str
+    answer: str
+
+    @property
+    def topic(self) -> str:
+        return topic_of(self.draft.passage)
+
+
+def add_written_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Ask for each fact of the drafts, in other words in each later attempt, and add the pairs that are answered alike.
+
+    The facts are those that the model names, and then those that English rules find.
+    """
+    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": attempt_seed(recipe, attempt, 0)} if attempt else {}
+    # 1. Name the facts of each sentence.
+    sentences = [(draft, sentence) for draft in drafts for sentence in sentences_of(draft.passage)]
+    named = _replies(generator, [name_facts_prompt(topic_of(d.passage), s) for d, s in sentences], _FACTS_TOKENS)
+    facts = list(_facts(sentences, named))
+    # 2. Ask for each.
+    asked = _replies(
+        generator, [ask_prompt(fact.topic, fact.sentence, fact.answer) for fact in facts], _QUESTION_TOKENS, **sampling
+    )
+    questions = [(fact, text) for fact, text in zip(facts, asked, strict=True) if text]
+    # 3. Answer each question, and keep those that are answered alike.
+    answers = _replies(
+        generator, [read_prompt(fact.topic, fact.sentence, text) for fact, text in questions], _ANSWER_TOKENS
+    )
+    for (fact, question), answer in zip(questions, answers, strict=True):
+        if len(fact.draft.pairs) >= fact.draft.wanted:
+            continue
+        if _same(answer, fact.answer):
+            fact.draft.offer(QAPair(question, fact.answer, fact.sentence))
+        else:
+            fact.draft.refused["answered_otherwise"] += 1
+
+
+def writer_tasks(passage: Passage, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield the (prompt, reply) from which a model learns to write the (question, answer) pairs of a passage.
+
+    A pair is learned from the sentence that holds its answer and has the most words of its question. One whose answer
+    no sentence holds is left out.
+    """
+    topic, sentences = topic_of(passage), sentences_of(passage)
+    facts: dict[str, list[str]] = defaultdict(list)
+    for question, answer in pairs:
+        words = set(_WORD.findall(fold_text(question)))
+        holding = [sentence for sentence in sentences if contains_text(sentence, answer)]
+        if not holding:
+            continue
+        sentence = max(holding, key=lambda text: len(words & set(_WORD.findall(fold_text(text)))))
+        facts[sentence].append(answer)
+        yield ask_prompt(topic, sentence, answer), question
+        yield read_prompt(topic, sentence, question), answer
+    for sentence, answers in facts.items():
+        folded = fold_text(sentence)
+        ordered = sorted(dict.fromkeys(answers), key=lambda answer: folded.find(fold_text(answer)))
+        yield name_facts_prompt(topic, sentence), _BETWEEN_FACTS.join(ordered)
+
+
+def _facts(sentences: Sequence[tuple[Draft, str]], named: Sequence[str]) -> Iterator[_Fact]:
+    """Yield each fact once: the named ones that their sentence holds, then those that the rules find."""
+    seen: set[tuple[str, str]] = set()
+    found = [
+        _Fact(draft, sentence, answer.strip())
+        for (draft, sentence), reply in zip(sentences, named, strict=True)
+        for answer in reply.split(_BETWEEN_FACTS.strip())
+    ]
+    for draft in {id(draft): draft for draft, _ in sentences}.values():
+        candidates = find_answers(topic_of(draft.passage), sentences_of(draft.passage))
+        found += [_Fact(draft, candidate.sentence, candidate.answer) for candidate in candidates]
+    for fact in found:
+        key = (fact.draft.passage.key, fold_text(fact.answer))
+        if fact.answer and key not in seen and contains_text(fact.sentence, fact.answer):
+            seen.add(key)
+            yield fact
+
+
+def _replies(generator: Generator, prompts: Sequence[str], limit: int, **sampling: float) -> list[str]:
+    """Return the first line of each reply; that of a prompt that failed is empty."""
+    if not prompts:
+        return []
+    replies = generator.generate(
+        [Prompt(text, chat=False, stop="\n") for text in prompts], max_new_tokens=limit, **sampling  # type: ignore[arg-type]
+    )
+    return ["" if isinstance(reply, GenerationError) else reply.strip() for reply in replies]
+
+
+def _same(answer: str, fact: str) -> bool:
+    one, other = (set(_WORD.findall(fold_text(text))) or {fold_text(text)} for text in (answer, fact))
+    return len(one & other) >= _SAME_SHARE * len(one | other)
