@@ -105,7 +105,9 @@ class AugmentConfig(_Strict):
     strategy: Literal["paper", "lines", "writer", "small"] = Field(
         "small", description="How pairs are written: as JSON, as lines, by a writer, or from rules by a small model."
     )
-    writer: str | None = Field(None, description="The writer of the strategy 'writer': `prag warmup --asking` names it.")
+    writer: str | None = Field(
+        None, description="The writer of the strategy 'writer': `prag warmup --asking` names it."
+    )
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
@@ -176,7 +178,9 @@ class AnswerConfig(_Strict):
     top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
     weights: MergeRule = "sum"
     combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
-    reader: str | None = Field(None, description="A reader, added where passages are in the prompt: `prag warmup --reading`.")
+    reader: str | None = Field(
+        None, description="A reader, added where passages are in the prompt: `prag warmup --reading`."
+    )
     reader_strength: float = Field(0.4, gt=0, le=MAX_STRENGTH, description="Its weight; best near combine_strength.")
     max_new_tokens: int | None = Field(None, ge=1, le=1024, description="By default 32, or 128 if the model reasons.")
     batch_size: int = Field(16, ge=1, description="Questions that are decoded together.")

@@ -21,7 +21,7 @@ _WRITER_RANK = 8
 
 @app.command()
 def warmup(
-    data: Annotated[str, typer.Argument(help="The questions to train on: a file, or FORM:FILE.")],
+    data: Annotated[str, typer.Argument(help="The questions to train on: a file, FORM:FILE, or `atlas`.")],
     config: options.Config = options.EXAMPLE,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Questions for an evaluation: none of these is trained on.")
@@ -48,9 +48,10 @@ def warmup(
     With `--set train.initial_adapter=NAME`, every passage's adapter starts from it. With --reading, the questions are
     asked with their passages, which the set must contain (SQuAD, HotpotQA, 2WikiMultihopQA). The result is a reader:
     with `--set answer.reader=NAME` it is added wherever a passage is in the prompt. With --asking, the result is a
-    writer: with `--set augment.strategy=writer --set augment.writer=NAME` it writes the pairs of your passages.
+    writer: with `--set augment.strategy=writer --set augment.writer=NAME` it writes the pairs of your passages. A writer
+    can learn from the pairs of the example corpus: `prag warmup --asking atlas` takes some minutes.
     """
-    from pipelines.jobs.warmup import run_warmup
+    from pipelines.jobs.warmup import pairs_of_the_example, run_warmup
     from prag_core.training.warmup import WarmupSettings
 
     configured = options.settings_of(config, set_)
@@ -63,7 +64,7 @@ def warmup(
     with result_only():
         trained = run_warmup(
             configured,
-            read_question_set(data, configured.storage),
+            pairs_of_the_example() if asking and data == "atlas" else read_question_set(data, configured.storage),
             excluded,
             settings,
             progress_to,

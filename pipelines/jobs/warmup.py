@@ -17,8 +17,11 @@ from pipelines.execution.lookup import find_gold
 from pipelines.execution.tables import iter_blocks, read_parts
 from pipelines.settings import RunContext, make_context
 from prag_core.config import Config
+from prag_core.augmentation.formats import read_augmentations
+from prag_core.data.files import read_text
 from prag_core.data.gold import match_gold
-from prag_core.data.questions import Question
+from prag_core.data.parsing import json_lines
+from prag_core.data.questions import Gold, Question
 from prag_core.errors import ConfigError, InputError, PragError
 from prag_core.evaluation.plan import draw
 from prag_core.identity import fingerprint
@@ -122,6 +125,19 @@ def run_warmup(
 def _recipe(context: RunContext, settings: WarmupSettings) -> TrainRecipe:
     train = context.recipe.train
     return replace(train, rank=settings.rank or train.rank)
+
+
+def pairs_of_the_example() -> list[Question]:
+    """Return the question-answer pairs of the example corpus with their passages: what a writer can learn from."""
+    folder = "package://pipelines/examples/atlas"
+    augmentations = read_augmentations(f"{folder}/augmentations.jsonl").by_name
+    rows = [row for _, row in json_lines(read_text(f"{folder}/passages.jsonl", "install the package again"))]
+    passages = [row for row in rows if isinstance(row, dict)]
+    return [
+        Question(f"{row['id']}-{n}", pair.question, (pair.answer,), gold=(Gold(title=row["title"], text=row["text"]),))
+        for row in passages
+        for n, pair in enumerate(augmentations[row["id"]].pairs)
+    ]
 
 
 def _fit(context: RunContext, questions: list[Question], settings: WarmupSettings, workers: int) -> _Trained:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from prag_core.augmentation.answer_rules import AnswerCandidate, find_answers
 from prag_core.augmentation.filter import Draft, contains_text
-from prag_core.augmentation.small import sentences_of, topic_of
+from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.records import QAPair
 
 # How many of a sentence's words before and behind its fact a question keeps: its tokens are trained in each epoch.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from prag_core.augmentation.answer_rules import find_answers
 from prag_core.augmentation.filter import contains_text
-from prag_core.augmentation.small import sentences_of, topic_of
+from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.records import Passage, QAPair
 
 # A sentence with fewer words of this length states nothing that a question could ask about.

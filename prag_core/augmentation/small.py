@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from prag_core.augmentation.answer_rules import AnswerCandidate, find_answers
 from prag_core.augmentation.filter import Draft, contains_text, fold_text, refusal
 from prag_core.augmentation.prompts import asking_prompt, reading_prompt
+from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.errors import GenerationError
 from prag_core.llm.generator import Generator, Prompt, Scorer
 from prag_core.llm.reply import reply_content
@@ -29,11 +30,6 @@ _THRESHOLD = -1.3
 _TOPIC_BONUS = 0.7
 # Subtracted for a capitalized word that is not in the passage: it is a misspelt or invented name.
 _STRANGER_COST = 1.0
-_SENTENCE_WORDS = 45
-
-# `prag_core.data.chunking` has its own rule for sentence ends. Changing this one changes augmentations.
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[^\W_a-z])")
-_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|No|vs|ca|[A-Z])\.)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +136,6 @@ def _complete(questions: Sequence[_OpenQuestion], generator: Generator) -> list[
     return texts
 
 
-def topic_of(passage: Passage) -> str:
-    """Return the topic of a passage: its title, or its first words."""
-    return passage.title or " ".join(passage.text.split()[:4])
-
-
 def _merit(question: str, passage: Passage) -> float:
     """Return what a question's words add to its score: a bonus for the topic, a cost for names not in the passage."""
     topic = topic_of(passage)
@@ -152,26 +143,3 @@ def _merit(question: str, passage: Passage) -> float:
     names = re.findall(r"\b[A-Z]\w+", question.partition(" ")[2])
     stranger = any(not contains_text(f"{topic} {passage.text}", name) for name in names)
     return _TOPIC_BONUS * named - _STRANGER_COST * stranger
-
-
-def sentences_of(passage: Passage) -> list[str]:
-    """Return the sentences of a passage; a long one is cut at a comma near its middle, or in the middle."""
-    parts: list[str] = []
-    start = 0
-    for match in _SENTENCE_END.finditer(passage.text):
-        if not _NO_END.search(passage.text[start : match.start()]):
-            parts.append(passage.text[start : match.end()].strip())
-            start = match.end()
-    parts.append(passage.text[start:].strip())
-    return [piece for part in parts for piece in _cut(part) if piece]
-
-
-def _cut(sentence: str) -> list[str]:
-    words = sentence.split()
-    if len(words) <= _SENTENCE_WORDS:
-        return [" ".join(words)]
-    half = len(words) // 2
-    commas = [i + 1 for i, word in enumerate(words) if word.endswith((",", ";", ")"))]
-    at = min(commas, key=lambda i: abs(i - half), default=half)
-    at = at if len(words) // 4 <= at <= len(words) * 3 // 4 else half
-    return [*_cut(" ".join(words[:at])), *_cut(" ".join(words[at:]))]

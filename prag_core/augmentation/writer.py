@@ -15,7 +15,7 @@ from prag_core.augmentation.answer_rules import find_answers
 from prag_core.augmentation.filter import Draft, contains_text, fold_text
 from prag_core.augmentation.prompts import ask_prompt, name_facts_prompt, read_prompt
 from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed
-from prag_core.augmentation.small import sentences_of, topic_of
+from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.errors import GenerationError
 from prag_core.llm.generator import Generator, Prompt
 from prag_core.recipe import AugmentRecipe
@@ -117,7 +117,9 @@ def _replies(generator: Generator, prompts: Sequence[str], limit: int, **samplin
     if not prompts:
         return []
     replies = generator.generate(
-        [Prompt(text, chat=False, stop="\n") for text in prompts], max_new_tokens=limit, **sampling  # type: ignore[arg-type]
+        [Prompt(text, chat=False, stop="\n") for text in prompts],
+        max_new_tokens=limit,
+        **sampling,  # type: ignore[arg-type]
     )
     return ["" if isinstance(reply, GenerationError) else reply.strip() for reply in replies]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.jobs.warmup import pairs_of_the_example
 from pipelines.settings import describe
 from prag_core.config_file import load_config
 from prag_core.data.question_sets import read_questions
@@ -24,9 +25,17 @@ from prag_core.store.objects import Store
 from prag_core.testing import tiny_base_model
 from prag_core.training.examples import TrainingExample
 from prag_core.training.trainer import Trainer
-from prag_core.training.warmup import WarmupSettings, train_warmup, warmup_examples, with_texts, without_overlap
+from prag_core.training.warmup import (
+    WarmupSettings,
+    asking_examples,
+    train_warmup,
+    warmup_examples,
+    with_texts,
+    without_overlap,
+)
 from tests.helpers.passages import make_augmentation, make_passage
 from tests.helpers.published import publish_passages
+from tests.helpers.workspace import Workspace
 
 QUESTIONS = [Question(f"q{i}", f"Which number follows {i}?", (f"{i + 1}", "x")) for i in range(10)]
 SETTINGS = WarmupSettings(learning_rate=1e-2, epochs=3, batch=4)
@@ -207,3 +216,43 @@ def test_a_reader_answers_with_the_adapters(tmp_path: Path) -> None:
     refused = work.run(*ask, "--set", "answer.reader=nobody", code=2)
     assert "answer.reader = 'nobody'" in refused
     assert "prag warmup --reading" in refused
+
+
+def test_a_writer_learns_from_passages_with_their_questions(trainer: Trainer) -> None:
+    gold = (Gold(title="Numbers", text="After 3 comes 4. After 4 comes 5."),)
+    questions = [replace(QUESTIONS[3], gold=gold), replace(QUESTIONS[4], gold=gold)]
+    examples = asking_examples(trainer, questions)
+    assert len(examples) == 6  # to ask and to read twice, and the answers of two sentences
+    prompt, reply = (trainer.base.tokenizer.decode(ids) for ids in _parted(examples[0]))
+    assert prompt == "Topic: Numbers\nSentence: After 3 comes 4.\nAnswer: 4\nQuestion:"
+    assert reply == " Which number follows 3?" + trainer.base.tokenizer.eos_token
+    with pytest.raises(InputError, match="a sentence of its passage holds"):
+        asking_examples(trainer, [replace(QUESTIONS[7], gold=gold)])
+    example = pairs_of_the_example()
+    assert len(example) > 1000
+    assert len(asking_examples(trainer, example)) > 2000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_a_writer_writes_the_pairs_of_a_run(tmp_path: Path) -> None:
+    work = Workspace(tmp_path, [make_passage(n) for n in range(2)])
+    made = json.loads(work.run("warmup", "-c", "config.yaml", "--json", "--asking", "--limit", "4", "atlas"))
+    assert made["questions"] == 4
+    note = json.loads((tmp_path / "store" / "starts" / f"{made['start']}.json").read_text())
+    assert (note["settings"]["asking"], note["recipe"]["rank"]) == (True, 8)
+
+    wanted = {"strategy": "writer", "writer": made["start"], "generator": "transformers", "import_file": "null"}
+    settings = [part for key, value in wanted.items() for part in ("--set", f"augment.{key}={value}")]
+    done = json.loads(work.run("run", "-c", "config.yaml", "--json", *settings))
+    augmented = next(stage for stage in done["stages"] if stage["stage"] == "augment")
+    # The tiny model writes nothing usable, so rules ask for the facts.
+    assert (augmented["done"], augmented["rejected"]) == (2, {})
+    (recipe,) = (tmp_path / "store" / "adapters").glob("*/recipe.json")
+    assert json.loads(recipe.read_text())["recipe"]["augment"]["strategy"] == "writer"
+
+    nobody = [setting.replace(made["start"], "nobody") for setting in settings]
+    refused = work.run("run", "-c", "config.yaml", *nobody, code=2)
+    assert "augment.writer = 'nobody'" in refused
+    alone = work.run("run", "-c", "config.yaml", "--set", "augment.strategy=writer", *settings[4:], code=2)
+    assert "needs augment.writer" in alone

@@ -16,7 +16,7 @@ from prag_core.augmentation.augment import augment
 from prag_core.augmentation.filter import is_rewrite, refusal
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.augmentation.paper import parse_pairs
-from prag_core.augmentation.small import sentences_of
+from prag_core.augmentation.sentences import sentences_of
 from prag_core.config import ModelConfig
 from prag_core.errors import GenerationError, InputError, PromptTooLongError
 from prag_core.identity import passage_key

@@ -31,9 +31,7 @@ def made(*pairs: QAPair, wanted: int = 8, passage: Passage = PASSAGE) -> dict[st
 def test_each_fact_is_asked_for_in_its_sentence_and_names_the_subject() -> None:
     asked = made()
     assert asked["stone beacon"] == "What is Cazambra Lighthouse?"
-    assert asked["1871"] == (
-        "Cazambra Lighthouse: It was built in what year by the engineer Tadeo Quillasco?"
-    )
+    assert asked["1871"] == ("Cazambra Lighthouse: It was built in what year by the engineer Tadeo Quillasco?")
     assert asked["Tadeo Quillasco"].startswith("Cazambra Lighthouse: It was built in 1871 by the engineer what")
     assert asked["212"] == "Cazambra Lighthouse: A spiral stair of how many steps leads to the lantern room?"
     assert coverage(PASSAGE, [QAPair(question, answer, answer) for answer, question in asked.items()]) == 1.0

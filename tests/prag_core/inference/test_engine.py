@@ -148,7 +148,9 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     # In `prag` it reads for a passage without an adapter.
     hits = KnownHits().search("Who?", 2)
     missing = dict.fromkeys((hit.passage.key for hit in hits), AdapterError("none"))
-    assert [given[0] for given in reading.build(requests[MODES.index("prag")], hits, missing, {}).decode.adapters] == [reader]
+    assert [given[0] for given in reading.build(requests[MODES.index("prag")], hits, missing, {}).decode.adapters] == [
+        reader
+    ]
 
     # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
     combine = requests[-1]

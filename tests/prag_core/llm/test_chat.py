@@ -311,6 +311,8 @@ def test_a_brief_question_alone_is_plain_text(tiny_session: BaseModel) -> None:
     assert alone == document_ids(tokenizer, f"Question: {evil}\n")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in alone
     # With passages or earlier turns it is a chat, as all other templates are.
-    assert question_ids(tokenizer, "Who?", ["A text."], template="brief") == question_ids(tokenizer, "Who?", ["A text."])
+    assert question_ids(tokenizer, "Who?", ["A text."], template="brief") == question_ids(
+        tokenizer, "Who?", ["A text."]
+    )
     turns = question_ids(tokenizer, "Who?", history=[("user", "Hi"), ("assistant", "Yes")], template="brief")
     assert tokenizer.decode(turns).count("<|im_start|>") >= 4

@@ -1,0 +1,53 @@
+"""The strategy `writer`: what it learns, and which of its questions are kept."""
+
+from __future__ import annotations
+
+from prag_core.augmentation.augment import augment
+from prag_core.augmentation.writer import writer_tasks
+from prag_core.identity import passage_key
+from prag_core.recipe import AugmentRecipe
+from prag_core.records import Augmentation, Passage, Reject
+from prag_core.testing import ScriptedGenerator
+
+TEXT = "The Zembla Tower is a stone beacon on Pelora. It was built in 1871 by Tadeo Quill. It is 43 metres tall."
+TOWER = Passage(passage_key("Zembla Tower", TEXT), "Zembla Tower", TEXT, ("tower",))
+BUILT = "It was built in 1871 by Tadeo Quill."
+RECIPE = AugmentRecipe("scripted", "writer", pairs=8, rewrites=0, attempts=1, seed=0, imported=False)
+
+
+def reply(prompt: str) -> str:
+    """A writer that knows the second sentence only."""
+    if BUILT not in prompt:
+        return ""
+    if prompt.endswith("Answers:"):
+        return " 1871 | Tadeo Quill | the moon"
+    if prompt.endswith("Question:"):
+        return " When was Zembla Tower built?" if "Answer: 1871" in prompt else " Who built Zembla Tower?"
+    return " in 1871" if "When" in prompt else " somebody else"
+
+
+def test_a_question_is_kept_if_it_is_answered_alike() -> None:
+    (made,) = augment([TOWER], ScriptedGenerator(reply), RECIPE)
+    assert isinstance(made, Augmentation)
+    assert [(pair.question, pair.answer) for pair in made.pairs] == [("When was Zembla Tower built?", "1871")]
+    assert made.pairs[0].full_answer == BUILT
+    assert made.refused == ("answered_otherwise=1",)
+
+
+def test_nothing_is_kept_of_a_writer_that_answers_nothing() -> None:
+    (made,) = augment([TOWER], ScriptedGenerator(lambda _: ""), RECIPE)
+    assert isinstance(made, Reject)
+    assert made.reason == "no_usable_pair"
+
+
+def test_a_pair_is_learned_from_the_sentence_that_holds_its_answer() -> None:
+    pairs = [("Who built it?", "Tadeo Quill"), ("In what year was it built?", "1871"), ("What colour?", "red")]
+    tasks = list(writer_tasks(TOWER, pairs))
+    begin = f"Topic: Zembla Tower\nSentence: {BUILT}\n"
+    assert tasks == [
+        (f"{begin}Answer: Tadeo Quill\nQuestion:", "Who built it?"),
+        (f"{begin}Question: Who built it?\nAnswer:", "Tadeo Quill"),
+        (f"{begin}Answer: 1871\nQuestion:", "In what year was it built?"),
+        (f"{begin}Question: In what year was it built?\nAnswer:", "1871"),
+        (f"{begin}Answers:", "1871 | Tadeo Quill"),
+    ]
