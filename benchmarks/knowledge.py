@@ -7,8 +7,8 @@ them with their `answers` and `gold_ids`. The replies go through the same parser
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
 benchmark can be resumed. BM25 retrieves; `prag3` and `combine3` use the three best passages, all others the best one.
 With `--reader squad:FILE`, `prag warmup --reading` trains a reader on that file's questions, and the evaluation is
-repeated with it: `reader_rag` and `reader_combine`. The half `dev` of the questions is for choosing settings, and `test`
-for a claim. The last line is JSON, by model.
+repeated with it: `reader_rag` and `reader_combine`. The half `dev` of the questions is for choosing settings, and the
+half `test` for a claim. The last line is JSON, by model.
 """
 
 from __future__ import annotations

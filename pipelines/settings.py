@@ -13,9 +13,13 @@ from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 from prag_core.llm.threads import available_cores
+from prag_core.packaged import local_path
 from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
+
+# A folder in the form of a store, with the writers that come with the project.
+_PACKAGED_WRITERS = "package://pipelines/examples/writer"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     layout = find_layout(facts.linear, train)
     if start := config.train.initial_adapter:
         train = replace(train, start=start if is_checksum(start) else _fingerprint_of(config, facts, layout))
-    augmenting = augment_recipe(config.augment, generator_fingerprint(config, facts.fingerprint), train)
+    generator, writer = generator_fingerprint(config, facts.fingerprint), writer_of(config, facts.fingerprint)
+    augmenting = augment_recipe(config.augment, generator, train)
+    if writer is not None:
+        # The writer is a part of the model that augments.
+        augmenting = replace(augmenting, strategy="writer", generator=fingerprint([generator, writer.name]))
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
@@ -78,15 +86,44 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
     settings = config.augment
     if settings.generator == "none":
         return "none"
-    if settings.strategy == "writer" and (settings.writer is None or settings.generator != "transformers"):
-        raise ConfigError(
-            "augment.strategy is writer, which needs augment.writer and the generator transformers",
-            "train a writer with `prag warmup --asking`, and set augment.writer to the name that it prints",
-        )
     if settings.generator == "openai":
         return f"openai:{settings.endpoint.model}"
-    model = model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
-    return fingerprint([model, settings.writer]) if settings.strategy == "writer" else model
+    return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The adapter with which a model writes questions: its name, and the store that holds it."""
+
+    name: str
+    store: Store
+
+
+def writer_of(config: Config, base_model: str) -> Writer | None:
+    """Return the writer that a configuration names, or the packaged one of the augmenting model.
+
+    None when the configuration names another strategy or generator, or names nothing and the model has no writer.
+
+    Raises:
+        ConfigError: when the strategy `writer` is named without a writer, or with another generator than a local model.
+    """
+    settings = config.augment
+    if settings.strategy not in (None, "writer"):
+        return None
+    if settings.generator == "transformers":
+        if settings.writer is not None:
+            return Writer(settings.writer, open_store(config))
+        packaged = Store(local_path(_PACKAGED_WRITERS))
+        model = generator_fingerprint(config, base_model)
+        for name in packaged.list("starts", ".json"):
+            if packaged.get_json(name)["base_model"] == model:
+                return Writer(name.removeprefix("starts/").removesuffix(".json"), packaged)
+    if settings.strategy == "writer":
+        raise ConfigError(
+            "augment.strategy is writer, but there is no writer of this model",
+            "train one with `prag warmup --asking`, and set augment.writer to the name that it prints",
+        )
+    return None
 
 
 def profile_of(config: Config) -> Profile:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
 from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
-from prag_core.records import DEFAULT_TOP_K, MAX_STRENGTH, MODES, MergeRule, Mode, Template
+from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, MAX_STRENGTH, MODES, MergeRule, Mode, Template
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # In an S3 URL a key without a secret counts too, and a secret may hold a slash. A bucket may be an access point: arn:….
@@ -102,11 +102,11 @@ class AugmentConfig(_Strict):
     generator: Literal["transformers", "openai", "none"] = Field(
         "transformers", description="'none' uses the passages that `import_file` covers and rejects the others."
     )
-    strategy: Literal["paper", "lines", "writer", "small"] = Field(
-        "small", description="How pairs are written: as JSON, as lines, by a writer, or from rules by a small model."
+    strategy: Literal["paper", "lines", "writer"] | None = Field(
+        None, description="How pairs are written; by default by a writer if the model has one, else as lines."
     )
     writer: str | None = Field(
-        None, description="The writer of the strategy 'writer': `prag warmup --asking` names it."
+        None, description="A writer, as `prag warmup --asking` names it; by default the packaged model's own."
     )
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
@@ -176,7 +176,7 @@ class AnswerConfig(_Strict):
 
     mode: Mode = "combine"
     top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
-    weights: MergeRule = "sum"
+    weights: MergeRule = DEFAULT_WEIGHTS
     combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
     reader: str | None = Field(
         None, description="A reader, added where passages are in the prompt: `prag warmup --reading`."
@@ -297,12 +297,15 @@ def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:
 
 
 def augment_recipe(config: AugmentConfig, generator_fingerprint: str, train: TrainRecipe) -> AugmentRecipe:
-    """Return the augment recipe of a configuration and an augmenting model, for adapters of the recipe `train`."""
+    """Return the augment recipe of a configuration and an augmenting model, for adapters of the recipe `train`.
+
+    Where the configuration names no strategy, it is `lines`.
+    """
     # A recipe of questions alone never reads a rewrite, and writing one takes as long as several pairs.
     rewrites = 0 if train.examples == "questions" else 1
     return AugmentRecipe(
         generator=generator_fingerprint,
-        strategy=config.strategy,
+        strategy=config.strategy or "lines",
         pairs=config.pairs,
         rewrites=rewrites if config.rewrites is None else config.rewrites,
         attempts=config.attempts,

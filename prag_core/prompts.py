@@ -3,8 +3,8 @@
 An adapter must be trained with the same words with which questions are asked later, so both use `answer_messages`.
 The question prompt is worded like the paper's (Su et al. 2025, section 3.2). A recipe names its template: `direct`
 asks for the answer; `brief` is the same with passages or earlier turns, and otherwise the question as plain text, which
-is a quarter of the tokens to train; `chain_of_thought` shows worked examples and lets the model reason first, as the paper does for
-multi-hop questions. The prompts that augment passages are in `prag_core.augmentation.prompts`.
+is a quarter of the tokens to train; `chain_of_thought` shows worked examples and lets the model reason first, as the
+paper does for multi-hop questions. The prompts that augment passages are in `prag_core.augmentation.prompts`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ RULE_VERSION = 3
 class AugmentRecipe:
     """The settings that decide an augmentation.
 
-    `generator` is the fingerprint of the augmenting model's weights. With `cloze`, cloze questions on facts that no pair
-    asks about fill up the pairs.
+    `generator` is the fingerprint of the augmenting model's weights. With `cloze`, cloze questions on facts that no
+    pair asks about fill up the pairs.
     """
 
     generator: str

@@ -24,9 +24,10 @@ MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 MergeRule = Literal["sum", "mean", "score"]
 # The largest factor by which the weights of a question's adapters may be multiplied.
 MAX_STRENGTH = 4.0
-# How many passages a question retrieves where nothing says otherwise. The sum of several passages' adapters answers
-# worse than the best passage's alone with the recipes of today, and a longer prompt takes longer.
-DEFAULT_TOP_K = 1
+# How many passages a question retrieves, and how their adapters are weighed, where nothing says otherwise. With `sum`,
+# three passages answer worse than the best one alone; with `score`, better (docs/results/log.md).
+DEFAULT_TOP_K = 3
+DEFAULT_WEIGHTS: MergeRule = "score"
 Template = Literal["direct", "brief", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
 

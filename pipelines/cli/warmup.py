@@ -15,8 +15,9 @@ from prag_core.errors import ConfigError
 
 app = typer.Typer()
 
-# A writer holds no single passage's facts, but how to ask for those of all.
+# A writer learns three tasks, and more than a passage's facts.
 _WRITER_RANK = 8
+_WRITER_RATE = 1e-3
 
 
 @app.command()
@@ -26,9 +27,11 @@ def warmup(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Questions for an evaluation: none of these is trained on.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, show_default=False, help="By default 3e-4, for a writer 1e-3.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Questions in a step, over all workers.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a step, over all workers.")] = 8,
     seed: int = 0,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on at most this many, drawn at random.")] = None,
@@ -48,8 +51,8 @@ def warmup(
     With `--set train.initial_adapter=NAME`, every passage's adapter starts from it. With --reading, the questions are
     asked with their passages, which the set must contain (SQuAD, HotpotQA, 2WikiMultihopQA). The result is a reader:
     with `--set answer.reader=NAME` it is added wherever a passage is in the prompt. With --asking, the result is a
-    writer: with `--set augment.strategy=writer --set augment.writer=NAME` it writes the pairs of your passages. A writer
-    can learn from the pairs of the example corpus: `prag warmup --asking atlas` takes some minutes.
+    writer: with `--set augment.writer=NAME` it writes the pairs of your passages. `prag warmup --asking atlas` learns
+    from the pairs of the example corpus and takes some minutes.
     """
     from pipelines.jobs.warmup import pairs_of_the_example, run_warmup
     from prag_core.training.warmup import WarmupSettings
@@ -58,9 +61,9 @@ def warmup(
     excluded = [question for name in exclude or [] for question in read_question_set(name, configured.storage)]
     if reading and asking:
         raise ConfigError("--reading and --asking are two trainings", "run one after the other")
-    settings = WarmupSettings(
-        learning_rate, epochs, batch, seed, reading, asking, rank=rank or (_WRITER_RANK if asking else 0)
-    )
+    if asking:
+        learning_rate, rank = learning_rate or _WRITER_RATE, rank or _WRITER_RANK
+    settings = WarmupSettings(learning_rate or 3e-4, epochs, batch, seed, reading, asking, rank)
     with result_only():
         trained = run_warmup(
             configured,

@@ -16,8 +16,8 @@ from cluster.session import ray_session
 from pipelines.execution.lookup import find_gold
 from pipelines.execution.tables import iter_blocks, read_parts
 from pipelines.settings import RunContext, make_context
-from prag_core.config import Config
 from prag_core.augmentation.formats import read_augmentations
+from prag_core.config import Config
 from prag_core.data.files import read_text
 from prag_core.data.gold import match_gold
 from prag_core.data.parsing import json_lines

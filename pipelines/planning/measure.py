@@ -102,7 +102,7 @@ def _augmentations(
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
     if missing and config.augment.generator != "none":
-        generator = make_generator(config, context.store)
+        generator = make_generator(config)
         size = config.run.augment_batch
         for i in range(0, len(missing), size):
             begun = time.perf_counter()

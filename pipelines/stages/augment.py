@@ -17,7 +17,7 @@ from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
-from pipelines.settings import RunContext
+from pipelines.settings import RunContext, writer_of
 from prag_core.augmentation.augment import augment, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
@@ -29,13 +29,12 @@ from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
 from prag_core.store.adapters import get_start
-from prag_core.store.objects import Store
 from prag_core.store.tables import put_augmentations, put_rejects
 
 _WRITER_REMEDY = "use the name that `prag warmup --asking` printed, or train the writer again"
 
 
-def make_generator(config: Config, store: Store) -> Generator:
+def make_generator(config: Config) -> Generator:
     """Open the generator that a configuration names, with its writer's adapter if the strategy needs one.
 
     Raises:
@@ -45,15 +44,16 @@ def make_generator(config: Config, store: Store) -> Generator:
         return OpenAIGenerator(config.augment.endpoint)
     name = config.augment.model or config.model.name
     base = load_base_model(config.model.model_copy(update={"name": name}))
-    writer = config.augment.writer
-    if config.augment.strategy != "writer" or writer is None:
+    writer = writer_of(config, base.fingerprint)
+    if writer is None:
         return TransformersGenerator(base)
     try:
-        about, factors = store.get_json(f"starts/{writer}.json"), get_start(store, writer)
+        about = writer.store.get_json(f"starts/{writer.name}.json")
+        factors = get_start(writer.store, writer.name)
     except (AdapterError, DamagedError) as error:
-        raise ConfigError(f"augment.writer = {writer!r}: {error.message}", _WRITER_REMEDY) from None
+        raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", _WRITER_REMEDY) from None
     if about["base_model"] != base.fingerprint or not about["settings"]["asking"]:
-        raise ConfigError(f"augment.writer = {writer!r} is no writer of the model {name}", _WRITER_REMEDY)
+        raise ConfigError(f"augment.writer = {writer.name!r} is no writer of the model {name}", _WRITER_REMEDY)
     recipe = TrainRecipe(**{**about["recipe"], "targets": tuple(about["recipe"]["targets"])})
     return TransformersGenerator(base, adapter=(recipe, factors))
 
@@ -107,7 +107,7 @@ class AugmentPassages:
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
         if self._generator is None:  # no model is needed if all augmentations are imported
             compute_here(self._threads)
-            self._generator = make_generator(self._config, self._store)
+            self._generator = make_generator(self._config)
         return augment(passages, self._generator, self._recipe)
 
 

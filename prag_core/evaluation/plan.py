@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from prag_core.data.questions import Question
 from prag_core.errors import InputError
 from prag_core.identity import fingerprint
-from prag_core.records import DEFAULT_TOP_K, Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
 
 # The controls that a plan may name: see `prag_core.evaluation.requests`.
 Control = Literal["wrong", "random", "task", "da"]
@@ -39,7 +39,7 @@ class EvaluationPlan:
     controls: tuple[Control, ...] = ()
     retrieval: Retrieval = "bm25"  # `oracle` takes the gold passages
     top_k: tuple[int, ...] = (DEFAULT_TOP_K,)  # how many passages a question retrieves
-    weights: tuple[MergeRule, ...] = ("sum",)
+    weights: tuple[MergeRule, ...] = (DEFAULT_WEIGHTS,)
     strengths: tuple[float, ...] = (1.0,)  # the adapters' weights are multiplied by it in the mode `combine`
     reader: str = ""  # the reader that is added where passages are in the prompt, and its weight; empty for none
     wrong: WrongPassage = "nearest"  # the passage whose adapter the control `wrong` takes

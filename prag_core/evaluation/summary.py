@@ -113,7 +113,7 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
         "differences": _differences(scores, groups),
         # A passage without an adapter goes into the prompt, so the other questions say less about adapters.
         "with_adapters": _subset(evaluation.with_adapters, scores, groups),
-        # Where reading is not enough, an adapter can help most. They were chosen by `rag`, so no difference from it counts.
+        # Where reading is not enough, an adapter can help most. As `rag` chose them, no difference from it counts.
         "rag_wrong": _subset(_wrong(scores.get("rag")), scores, groups),
         "types": _types(evaluation, scores),
         "retrieval": _retrieval(evaluation),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prag_core.prompts import Role
-from prag_core.records import DEFAULT_TOP_K, Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
     question: str
     mode: Mode = "combine"
     top_k: int = DEFAULT_TOP_K
-    weights: MergeRule = "sum"
+    weights: MergeRule = DEFAULT_WEIGHTS
     hits: tuple[Hit, ...] | None = None
     strength: float | None = None
     max_new_tokens: int | None = None

@@ -17,8 +17,8 @@ from prag_core.llm.reply import is_mark, open_mark
 from prag_core.recipe import TrainRecipe
 
 if TYPE_CHECKING:
-    from prag_core.llm.lora import Factors
     from prag_core.llm.decode_request import Decoded
+    from prag_core.llm.lora import Factors
     from prag_core.llm.prefix_cache import Prefix
 
 # Larger than in serving: here no user waits for the next token while a prompt is read.
@@ -89,8 +89,8 @@ class TransformersGenerator:
     Prompts are continued in `max_batch` slots, which hold up to `tokens_per_batch` tokens; a text that ends frees its
     slot for the next. A prefix that all prompts of a call share (a few-shot text, an instruction) is computed once, and
     is kept for later calls with the same prefix. Results do not depend on which prompts share a batch, except for
-    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens. `adapter`, a recipe and its
-    factors, is added to the weights of every prompt that is continued; scores are the bare model's.
+    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens. `adapter`, a recipe and
+    its factors, is added to the weights for each prompt.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ from prag_core.training.trainer import Trainer, has_learned, stack_factors, unst
 class WarmupSettings:
     """The settings that decide a warm-up, besides the recipe and the questions.
 
-    `batch` counts the examples of all workers together. `reading` puts each question's gold passages into its prompt, and
-    `asking` learns to write the questions. `rank` is the adapter's; 0 is that of the recipe.
+    `batch` counts the examples of all workers together. `reading` puts each question's gold passages into its prompt,
+    and `asking` learns to write the questions. `rank` is the adapter's; 0 is that of the recipe.
     """
 
     learning_rate: float = 3e-4

@@ -19,6 +19,7 @@ from prag_core.evaluation.plan import EvaluationPlan
 from prag_core.inference.engine import open_engine
 from prag_core.inference.request import Request
 from prag_core.packaged import local_path
+from prag_core.records import Mode
 from prag_core.store.objects import open_store
 from tests.helpers.workspace import Workspace
 
@@ -83,9 +84,9 @@ def test_the_defaults_of_the_library_are_those_of_the_configuration() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
-def test_the_defaults_answer_what_was_trained(tmp_path: Path) -> None:
+def test_the_defaults_answer_what_was_trained_and_no_setting_of_k_or_weights_does_better(tmp_path: Path) -> None:
     work = Workspace(tmp_path, [])
-    passages = Path(local_path(f"{ATLAS}/passages.jsonl")).read_text().splitlines()[:2]
+    passages = Path(local_path(f"{ATLAS}/passages.jsonl")).read_text().splitlines()[:4]
     (tmp_path / "corpus.jsonl").write_text("\n".join(passages))
     (tmp_path / "config.yaml").unlink()
     work.configure(
@@ -97,12 +98,19 @@ def test_the_defaults_answer_what_was_trained(tmp_path: Path) -> None:
     ids = {json.loads(line)["id"] for line in passages}
     questions = [json.loads(line) for line in Path(local_path(f"{ATLAS}/questions.jsonl")).read_text().splitlines()]
     asked = [question for question in questions if question["passage_id"] in ids and question["covered"]]
-    assert len(asked) >= 4
+    assert len(asked) >= 12
     config = load_config(tmp_path / "config.yaml")
     engine = open_engine(open_store(config), config)
-    scores = {}
-    for mode in ("closed", "prag", "combine"):
-        answers = engine.answer_batch([Request(question["question"], mode) for question in asked])
-        scores[mode] = fmean(f1(answer.text, q["answers"]) for answer, q in zip(answers, asked, strict=True))
+
+    def score(mode: Mode, **given: Any) -> float:
+        answers = engine.answer_batch([Request(question["question"], mode, **given) for question in asked])
+        return fmean(f1(answer.text, q["answers"]) for answer, q in zip(answers, asked, strict=True))
+
+    closed, prag, combine = score("closed"), score("prag"), score("combine")
+    one = score("prag", top_k=1)
+    three = score("prag", top_k=3, weights="sum")
     engine.close()
-    assert min(scores["combine"], scores["prag"]) > scores["closed"] + 0.2, scores
+    found = f"{closed=:.3f} {prag=:.3f} {combine=:.3f} {one=:.3f} {three=:.3f}"
+    assert min(prag, combine) > closed + 0.4, found
+    # A question or two of sixteen is within what rounding on another processor changes.
+    assert prag > max(one, three) - 0.1, found
