@@ -1,8 +1,8 @@
 """Compare the batched generator with transformers' `generate`, one prompt at a time: `python benchmarks/augment.py`.
 
-The prompts are those of augmenting a few passages. Both generators take turns. They continue the prompts greedily, with
-the same model and dtype, up to the same limits and stop strings. The rate counts the tokens of the resulting texts.
-The last line is JSON.
+The prompts are those of augmenting a few passages: one for a rewrite of each, one for its pairs. Both generators take
+turns. They continue the prompts greedily, with the same model and dtype, up to the same limits. The rate counts the
+tokens of the resulting texts. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -88,23 +88,17 @@ def texts_of_generate(base: BaseModel, calls: Sequence[Call]) -> list[str]:
     texts = []
     for call in calls:
         for prompt in call.prompts:
-            text = prompt.text
-            if prompt.chat:
-                message = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            encoded = tokenizer(text, add_special_tokens=not prompt.chat, return_tensors="pt").to(base.device)
-            ids = encoded["input_ids"]
+            message = [{"role": "user", "content": prompt.text}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(base.device)["input_ids"]
             made = base.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=prompt.limit(call.max_new_tokens),
                 do_sample=False,
-                tokenizer=tokenizer,
-                stop_strings=[prompt.stop] if prompt.stop else None,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-            text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-            texts.append(text.split(prompt.stop)[0] if prompt.stop else text)
+            texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     return texts
 
 
@@ -112,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", default=str(ATLAS / "passages.jsonl"), help="a file of passages")
     parser.add_argument("--passages", type=int, default=6, help="how many of them to augment")
-    parser.add_argument("--strategy", choices=["small", "paper"], default="small")
+    parser.add_argument("--strategy", choices=["lines", "paper"], default="lines")
     parser.add_argument("--model", default=ModelConfig().name)
     parser.add_argument("--dtype", default=ModelConfig().dtype)
     parser.add_argument("--slots", type=int, default=16)

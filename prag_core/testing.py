@@ -95,19 +95,13 @@ def _byte_tokenizer() -> Any:
 class ScriptedGenerator:
     """A generator whose replies are a function of the prompt's text, and which records the prompts in `prompts`.
 
-    A reply may be an error. It is also a `Scorer`, by the function `score` of two texts; without it all scores are 0,
-    which means certain.
+    A reply may be an error.
     """
 
-    def __init__(
-        self,
-        reply: Callable[[str], str | GenerationError],
-        score: Callable[[str, str], float] | None = None,
-    ) -> None:
+    def __init__(self, reply: Callable[[str], str | GenerationError]) -> None:
         self.fingerprint = "scripted"
         self.prompts: list[str] = []
         self._reply = reply
-        self._score = score
 
     def generate(
         self,
@@ -121,7 +115,3 @@ class ScriptedGenerator:
         """Return the scripted reply to each prompt; all other arguments are ignored."""
         self.prompts.extend(prompt.text for prompt in prompts)
         return [self._reply(prompt.text) for prompt in prompts]
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the scripted score of each pair of texts."""
-        return [self._score(before, text) if self._score else 0.0 for before, text in pairs]

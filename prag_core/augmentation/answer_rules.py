@@ -1,4 +1,4 @@
-"""Rules that find the possible answers in an English sentence, and the words with which their questions begin."""
+"""Rules that find the possible answers in an English sentence, and the words that ask for them in their place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNT = re.compile(rf"(?<![\w$£€,.–/-])((?i:{_NUMBER})) ((?:[a-z]+(?:-[a-z
 _POPULATION = re.compile(r"\bpopulation (?:of|was|is) (?:about |around )?(\d[\d,.]*\d)(?!\w)")
 _PERCENT = re.compile(r"(?<![\w,.])\d+(?:\.\d+)?\s?(?:%|percent|per cent)(?!\w)")
 _LENGTHS = r"(?:metres?|meters?|feet|foot|km|kilomet(?:re|er)s|miles?|m|cm|mm|inches|yards)"
-_DIMENSION = re.compile(rf"(?<![\w,.])({_NUMBER} {_LENGTHS}) (tall|high|long|wide|deep|thick)(?!\w)")
+_DIMENSION = re.compile(rf"(?<![\w,.])({_NUMBER} {_LENGTHS}) (?:tall|high|long|wide|deep|thick)(?!\w)")
 _TIMES = frozenset({"years", "months", "days", "weeks", "hours", "minutes"})
 
 _CAPITAL = r"[^\W\d_a-zß-ÿ][\w'’.-]*\w"
@@ -44,7 +44,6 @@ _NO_NAMES = re.compile(
     rf"|Because|Despite|Today|Later|First|Last|Several|Only|Born|Now|One|Two|Three|Four|Five|Six|Seven|Eight|Nine|Ten"
     rf"|Mr|Mrs|Ms|Dr|Sir|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|{_MONTH})\.?"
 )
-_TO_BE = re.compile(r"\b(?:was|were|is|are|been)\b")
 _PEOPLES = re.compile(r"\A\w*(?:ian|ean|can|ish|ese|ench|erman|utch|reek|wiss)s?\Z")
 # Nouns that, as the first or last word of a name, say what kind of thing it names.
 _KINDS = re.compile(
@@ -63,10 +62,13 @@ _NO_NOUN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class AnswerCandidate:
-    """A possible answer in a sentence, and openings of its question. An opening with "?" is the whole question."""
+    """A possible answer in a sentence, and the words that, in its place, ask for it.
+
+    `place` is "who", "what place", "what date", "what year", "how much", "how many", "what percentage" or "what".
+    """
 
     answer: str
-    openings: tuple[str, ...]
+    place: str
     sentence: str
     sentence_number: int
 
@@ -89,67 +91,67 @@ def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
 
 def _candidates(topic: str, sentence: str, number: int) -> Iterator[AnswerCandidate]:
     """Yield the answers of a sentence by rank, but none that overlaps a better one or shares a word with the topic."""
-    ranked = sorted(_matches(topic, sentence), key=lambda match: (match[0], match[1]))
+    ranked = sorted(_matches(sentence), key=lambda match: (match[0], match[1]))
     taken: list[tuple[int, int]] = []
-    for _, start, end, openings in ranked:
+    for _, start, end, place in ranked:
         answer = sentence[start:end].strip(" ,.")
         overlaps = any(start < other_end and other_start < end for other_start, other_end in taken)
         shared = any(contains_text(topic, word) for word in re.findall(r"[^\W\d]{4,}", answer))
         if overlaps or not answer or shared or contains_text(topic, answer):
             continue
         taken.append((start, end))
-        yield AnswerCandidate(answer, openings, sentence, number)
+        yield AnswerCandidate(answer, place, sentence, number)
 
 
-_Match = tuple[int, int, int, tuple[str, ...]]
+_Match = tuple[int, int, int, str]
 
 
-def _matches(topic: str, s: str) -> Iterator[_Match]:
-    """Yield (rank, start, end, openings) of each possible answer in a sentence; a lower rank is better."""
-    # 1. Born and died: the whole question is known.
+def _matches(s: str) -> Iterator[_Match]:
+    """Yield (rank, start, end, place) of each possible answer in a sentence; a lower rank is better."""
+    # 1. Born and died.
     for brackets in _BRACKETS.finditer(s):
         whens = [(brackets.start(1) + m.start(), brackets.start(1) + m.end()) for m in _WHEN.finditer(brackets[1])]
         if whens and "born" in brackets[1]:
-            yield 0, *whens[0], (f"When was {topic} born?",)
+            yield 0, *whens[0], "what date"
         elif len(whens) == 2 and re.fullmatch(r"\s*[–-]\s*(?:died )?", s[whens[0][1] : whens[1][0]]):
-            yield 0, *whens[0], (f"When was {topic} born?",)
-            yield 0, *whens[1], (f"When did {topic} die?",)
+            yield 0, *whens[0], "what date"
+            yield 0, *whens[1], "what date"
     if (born := _BORN.search(s)) and len(s[: born.start()].split()) <= 6:
-        yield 0, *born.span(1), (f"When was {topic} born?",)
-    # 2. Dates and years: a verb near them decides between "was" and "did".
+        yield 0, *born.span(1), "what date"
+    # 2. Dates and years.
     for m in _FULL_DATE.finditer(s):
         if re.search(r"\d", m[0]):
-            yield 1, *m.span(), _verb_first(s, m.start(), "When")
+            yield 1, *m.span(), "what date"
     for m in _YEAR.finditer(s):
         # In "the 2010 census" or "a 2009 film", the year is not when something happened.
         adjective = re.search(r"\b(?:the|an?|its|his|her|their) \Z", s[: m.start()])
-        yield 5 if adjective else 2, *m.span(), _verb_first(s, m.start(), "In what year")
-    # 3. Numbers: the noun that is counted goes into the question.
+        yield 5 if adjective else 2, *m.span(), "what year"
+    # 3. Numbers.
     for m in _DIMENSION.finditer(s):
-        yield 1, *m.span(1), (f"How {m[2]} is",)
+        yield 1, *m.span(1), "how many"
     for m in _MONEY.finditer(s):
-        yield 1, *m.span(), ("How much",)
+        yield 1, *m.span(), "how much"
     for m in _POPULATION.finditer(s):
-        yield 1, *m.span(1), (f"What is the population of {topic}?",)
+        yield 1, *m.span(1), "how many"
     for m in _PERCENT.finditer(s):
-        yield 2, *m.span(), ("What percentage of",)
+        yield 2, *m.span(), "what percentage"
     for m in _COUNT.finditer(s):
         # In "212 steps lead", the first word after the number is the noun and the second is not part of it.
         first, second = m[2].strip(), m[3]
         noun = first if first.endswith("s") or re.fullmatch(_LENGTHS, first) else f"{m[2]}{second}"
         if noun in _TIMES:
-            yield 2, m.start(), m.start(2) + len(noun), (f"For how many {noun}", f"How many {noun}")
+            yield 2, m.start(), m.start(2) + len(noun), "how many"
         elif not _YEAR.fullmatch(m[1]) and noun.endswith(("s", "people", "men", "women", "children", "feet")):
-            yield 2, *m.span(1), (f"How many {noun}",)
+            yield 2, *m.span(1), "how many"
     # 4. Names.
     for m in _QUOTED.finditer(s):
-        yield 3, *m.span(1), ("What is the name of the", "What is the title of the")
+        yield 3, *m.span(1), "what"
     for m in _NAME.finditer(s):
         yield from _name_match(s, m.start(), m[0])
 
 
 def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
-    """Yield the match of a name, with openings that fit the words around it; nothing if it is not a name after all."""
+    """Yield the match of a name, with what stands in its place; nothing if it is not a name after all."""
     # 1. Drop first words that are capitalized but not part of a name, then what is left if it cannot be a name.
     while name and _NO_NAMES.fullmatch(first := name.split(" ", 1)[0]):
         name = name[len(first) + 1 :]
@@ -168,29 +170,22 @@ def _name_match(s: str, start: int, name: str) -> Iterator[_Match]:
     noun_before = re.search(r"\b([a-z]{3,}) \Z", before)
     noun_of = re.search(r"\b(?:the|an?) (?:\w+ )?([a-z]+) of (?:the )?\Z", before)
     noun_after = re.match(r" ([a-z]{3,})", after) if before.endswith(("the ", "The ")) else None
-    person = len(words) in (2, 3)
+    who_or_what = "who" if len(words) in (2, 3) else "what"
     if kind:
-        yield 3, start, end, (f"Which {kind[0]}",)
+        yield 3, start, end, "what"
     elif noun_before and not _NO_NOUN.match(noun_before[1]):
-        yield 2, start, end, (f"Which {noun_before[1]}",)
+        yield 2, start, end, "what"
     elif re.search(r"\bby \Z", before):
-        yield 2, start, end, ("Who",)
-    elif noun_of and not _NO_NOUN.match(noun_of[1]):
-        yield 3, start, end, (f"Which {noun_of[1]}",)
-    elif noun_after and not _NO_NOUN.match(noun_after[1]):
-        yield 3, start, end, (f"Which {noun_after[1]}",)
-    elif re.search(r"\b(?:named|called|as) \Z", before):
-        yield 3, start, end, ("What is the name of",)
+        yield 2, start, end, "who"
+    elif (
+        (noun_of and not _NO_NOUN.match(noun_of[1]))
+        or (noun_after and not _NO_NOUN.match(noun_after[1]))
+        or re.search(r"\b(?:named|called|as) \Z", before)
+    ):
+        yield 3, start, end, "what"
     elif re.search(r"\b(?:in|at|near|from|to) (?:the )?\Z", before):
-        yield 3, start, end, ("Where",)
+        yield 3, start, end, "what place"
     elif re.search(r"[a-z], \Z", before):
-        yield 3, start, end, ("Who", "What is the name of") if person else ("What is the name of",)
+        yield 3, start, end, who_or_what
     else:
-        yield 4, start, end, ("Who",) if person else ("What is the name of",)
-
-
-def _verb_first(s: str, start: int, opening: str) -> tuple[str, ...]:
-    """Return the opening with "was" and with "did"; the verbs near the answer decide which comes first."""
-    near = s[max(0, start - 80) : start] if start > 15 else s[start : start + 80]
-    words = (f"{opening} was", f"{opening} did")
-    return words if _TO_BE.search(near) else words[::-1]
+        yield 4, start, end, who_or_what

@@ -1,9 +1,9 @@
 """Passage → Augmentation or Reject: rewrites, and questions with their answers.
 
 Three strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
-section 3.1); with `lines`, it writes them one a line, in several drafts. With `small`, a model of about a hundred
-million parameters completes questions whose answers and first words are given. Cloze questions, made by rules, can fill
-up the pairs of each strategy, and those of an imported augmentation.
+section 3.1); with `lines`, it writes them one a line, in several drafts. With `writer`, a model of some hundred million
+parameters does what one adapter has taught it: it names facts, asks for them, and answers. Cloze questions, made by
+rules, can fill up the pairs of each strategy, and those of an imported augmentation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.lines import add_line_pairs
 from prag_core.augmentation.paper import add_pairs, add_rewrites
-from prag_core.augmentation.small import add_completed_pairs
 from prag_core.augmentation.writer import add_written_pairs
 from prag_core.errors import PromptTooLongError
 from prag_core.llm.generator import Generator
@@ -27,7 +26,6 @@ from prag_core.records import Augmentation, Passage, Reject
 _STRATEGIES = {
     "lines": add_line_pairs,
     "paper": add_pairs,
-    "small": add_completed_pairs,
     "writer": add_written_pairs,
 }
 

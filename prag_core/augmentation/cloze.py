@@ -17,18 +17,6 @@ from prag_core.records import QAPair
 # How many of a sentence's words before and behind its fact a question keeps: its tokens are trained in each epoch.
 _WORDS_BEFORE = 12
 _WORDS_BEHIND = 8
-# The first words of a fact's question, and what stands in the fact's place in a sentence.
-_PLACES = (
-    ("Who", "who"),
-    ("Where", "what place"),
-    ("When", "what date"),
-    ("In what year", "what year"),
-    ("How much", "how much"),
-    ("How", "how many"),
-    ("For how", "how many"),
-    ("What percentage", "what percentage"),
-    ("What is the population", "how many"),
-)
 _BRACKETS = re.compile(r"\([^()]*\)")
 # "Ada Lovelace was an English mathematician and …": what the passage's subject is.
 _IS_A = re.compile(
@@ -65,9 +53,7 @@ def _pairs(draft: Draft) -> Iterator[QAPair]:
 
 def _question(candidate: AnswerCandidate) -> str:
     before, _, behind = candidate.sentence.partition(candidate.answer)
-    opening = candidate.openings[0]
-    asked = next((place for first, place in _PLACES if opening.startswith(first)), "what")
-    kept = [*before.split()[-_WORDS_BEFORE:], asked, *behind.split()[:_WORDS_BEHIND]]
+    kept = [*before.split()[-_WORDS_BEFORE:], candidate.place, *behind.split()[:_WORDS_BEHIND]]
     text = " ".join(kept).rstrip(" .,;:?!")
     return f"{text[0].upper()}{text[1:]}?"
 

@@ -66,8 +66,8 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
     The reasons are `empty`, `no_question_mark`, `too_long`, `prompt_copy` (it has an invented name of the prompt's
     examples), `no_subject` (it can be understood only beside its passage), `answer_in_question`,
     `answer_not_in_passage`, `duplicate_question` and `duplicate_answer` (a third question with one answer). The
-    strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `low_score` (`small`), `bad_rewrite` for a text that
-    is no rewrite, and `no_reply` if the last attempt failed.
+    strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `answered_otherwise` (`writer`), `bad_rewrite` for a
+    text that is no rewrite, and `no_reply` if the last attempt failed.
     """
     source = passage_text(passage)
     question, answer = fold_text(pair.question), fold_text(pair.answer)

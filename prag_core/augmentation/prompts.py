@@ -1,11 +1,9 @@
-"""The prompts that augment a passage, and the invented facts of their worked examples.
+"""The prompts that augment a passage, and the invented names of their examples.
 
 A change here, too, raises `PROMPT_VERSION` in `prag_core.prompts`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 # The instruction comes first, so that it is a common prefix of all prompts of a call and is computed once.
 _REWRITE = (
@@ -48,54 +46,11 @@ QUESTIONS_EXAMPLE = """[
   }
 ]"""
 
-
-@dataclass(frozen=True, slots=True)
-class WorkedExample:
-    """One example of the few-shot texts. Its facts are invented, so that a copy of it can be recognized."""
-
-    topic: str
-    sentence: str
-    answer: str
-    question: str
-
-
-EXAMPLES = (
-    WorkedExample(
-        "Veltran Bridge",
-        "It was designed by Orla Minsk and opened on 4 May 1911.",
-        "4 May 1911",
-        "When was the Veltran Bridge opened?",
-    ),
-    WorkedExample(
-        "Tomas Ghelder",
-        "He studied at the Lorrach Academy before he moved to Bruvik, where he painted 34 murals.",
-        "34",
-        "How many murals did Tomas Ghelder paint in Bruvik?",
-    ),
-    WorkedExample(
-        "The Salt Clock",
-        "The novel, written by Ines Dovrek in 1962, is about a lighthouse keeper.",
-        "Ines Dovrek",
-        "Who wrote the novel The Salt Clock?",
-    ),
-    WorkedExample(
-        "Quill River",
-        "The river rises near Hamsted and flows into Lake Orrin.",
-        "Lake Orrin",
-        "Which lake does the Quill River flow into?",
-    ),
-)
-
 # If a pair has one of these names and its passage does not, the pair was copied from a prompt.
-INVENTED_NAMES = (
-    *("Ombrel", "Sefa Durrin", "Veltran", "Orla Minsk", "Ghelder", "Lorrach", "Bruvik", "Salt Clock"),
-    *("Ines Dovrek", "Quill River", "Hamsted", "Lake Orrin"),
-)
+INVENTED_NAMES = ("Ombrel", "Sefa Durrin")
 
 _ASK = "Topic: {topic}\nSentence: {sentence}\nAnswer: {answer}\nQuestion:"
 _READ = "Topic: {topic}\nSentence: {sentence}\nQuestion: {question}\nAnswer:"
-
-
 _NAME_FACTS = "Topic: {topic}\nSentence: {sentence}\nAnswers:"
 
 
@@ -127,16 +82,3 @@ def questions_prompt(text: str, pairs: int) -> str:
 def lines_prompt(text: str, pairs: int) -> str:
     """Return the prompt that asks for `pairs` question-answer pairs, one a line."""
     return _LINES.format(text=text, pairs=pairs)
-
-
-def asking_prompt(topic: str, sentence: str, answer: str, opening: str) -> str:
-    """Return the few-shot text that a model continues with the rest of a question, given its answer and `opening`."""
-    blocks = [f"{_ASK.format(topic=e.topic, sentence=e.sentence, answer=e.answer)} {e.question}" for e in EXAMPLES]
-    last = f"{_ASK.format(topic=topic, sentence=sentence, answer=answer)} {opening}"
-    return "\n\n".join([*blocks, last])
-
-
-def reading_prompt(topic: str, sentence: str, question: str) -> str:
-    """Return the few-shot text that a model continues with the answer to the question."""
-    blocks = [f"{_READ.format(topic=e.topic, sentence=e.sentence, question=e.question)} {e.answer}" for e in EXAMPLES]
-    return "\n\n".join([*blocks, _READ.format(topic=topic, sentence=sentence, question=question)])

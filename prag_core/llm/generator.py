@@ -1,4 +1,4 @@
-"""Generators continue prompts, scorers rate texts: the two protocols, and the local model that implements both.
+"""Generators continue prompts: their protocol, and the local model as one.
 
 A generator returns one result for each prompt, in order. If one prompt fails, its result is an error; if the generator
 itself fails, it raises.
@@ -6,20 +6,19 @@ itself fails, it raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from prag_core.errors import GenerationError, PromptTooLongError, TurnsError
 from prag_core.llm.base_model import BaseModel
-from prag_core.llm.chat import WITHOUT_REASONING, chat_ids, document_ids, text_ids
+from prag_core.llm.chat import WITHOUT_REASONING, chat_ids, document_ids
 from prag_core.llm.reply import is_mark, open_mark
 from prag_core.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from prag_core.llm.decode_request import Decoded
     from prag_core.llm.lora import Factors
-    from prag_core.llm.prefix_cache import Prefix
 
 # Larger than in serving: here no user waits for the next token while a prompt is read.
 _PREFILL_CHUNK = 2048
@@ -71,26 +70,14 @@ class Generator(Protocol):
         ...
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """A language model that rates how likely one text is after another."""
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return for each (first, second) pair the mean log-probability of the second text's tokens after the first.
-
-        A pair that exceeds the model's context, or of which a text has no token, scores minus infinity.
-        """
-        ...
-
-
 class TransformersGenerator:
-    """The base model as a Generator and Scorer, on one device.
+    """The base model as a Generator, on one device.
 
     Prompts are continued in `max_batch` slots, which hold up to `tokens_per_batch` tokens; a text that ends frees its
-    slot for the next. A prefix that all prompts of a call share (a few-shot text, an instruction) is computed once, and
-    is kept for later calls with the same prefix. Results do not depend on which prompts share a batch, except for
-    rounding: each prompt has a random generator of its own, seeded by `seed` and its tokens. `adapter`, a recipe and
-    its factors, is added to the weights for each prompt.
+    slot for the next. An instruction with which all prompts of a call begin is computed once, and is kept for later
+    calls that begin with it. Results do not depend on which prompts share a batch, except for rounding: each prompt has
+    a random generator of its own, seeded by `seed` and its tokens. `adapter`, a recipe and its factors, is added to the
+    weights for every prompt.
     """
 
     def __init__(
@@ -107,8 +94,6 @@ class TransformersGenerator:
 
         self.fingerprint = base.fingerprint
         self._base = base
-        self._tokens_per_batch = tokens_per_batch
-        self._max_batch = max_batch
         injector = Injector(base.model, adapter[0]) if adapter else None
         self._adapters = ((adapter[1], 1.0),) if adapter else ()
         self._decoder = Decoder(
@@ -162,20 +147,6 @@ class TransformersGenerator:
                 )
         return results
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the mean log-probability of each second text after its first text; see `Scorer`."""
-        results = [float("-inf")] * len(pairs)
-        rows: list[_ScoredPair] = []
-        for index, (before, text) in enumerate(pairs):
-            ids, target = document_ids(self._base.tokenizer, before), text_ids(self._base.tokenizer, text)
-            if ids and target and len(ids) + len(target) <= self._decoder.context:
-                rows.append(_ScoredPair(index, ids + target, len(target)))
-        prefix, shared = self._decoder.prefixes.share([row.ids[: -row.target_length - 1] for row in rows])
-        for batch in self._batches(rows):
-            for row, mean in zip(batch, self._mean_log_probabilities(batch, prefix, shared), strict=True):
-                results[row.index] = mean
-        return results
-
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not prompt.chat:
             return document_ids(self._base.tokenizer, prompt.text)
@@ -190,53 +161,3 @@ class TransformersGenerator:
         if not self._mark_ids.isdisjoint(decoded.tokens):
             text = tokenizer.decode(decoded.tokens)
         return open_mark(tokenizer.decode(ids[-_OPENING_TOKENS:])) + text
-
-    def _batches(self, rows: list[_ScoredPair]) -> Iterator[list[_ScoredPair]]:
-        """Yield the rows, longest first, in batches whose tokens, padding included, are within the budget."""
-        batch: list[_ScoredPair] = []
-        width = 0
-        for row in sorted(rows, key=lambda row: (-len(row.ids), -row.target_length, row.index)):
-            width = max(width, len(row.ids))
-            full = len(batch) == self._max_batch or width * (len(batch) + 1) > self._tokens_per_batch
-            if batch and full:
-                yield batch
-                batch, width = [], len(row.ids)
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _mean_log_probabilities(self, batch: list[_ScoredPair], prefix: Prefix | None, shared: int) -> list[float]:
-        """Score rows whose first `shared` tokens are those of `prefix`, in one forward pass."""
-        import torch
-
-        from prag_core.llm.prefill import pad_right
-
-        device = self._base.device
-        ids = pad_right([row.ids[shared:] for row in batch]).to(device)
-        width = ids.shape[1]
-        # Position t predicts token t + 1. No logits are computed before the first position that counts.
-        first = min(len(row.ids) - row.target_length - 1 - shared for row in batch)
-        with torch.inference_mode():
-            logits = self._base.model(
-                input_ids=ids,
-                position_ids=torch.arange(shared, shared + width, device=device)[None],
-                cache=prefix.cache(shared, len(batch)) if prefix is not None else None,
-                use_cache=prefix is not None,
-                logits_to_keep=width - first,
-            ).logits
-            means = []
-            for i, row in enumerate(batch):
-                begin = len(row.ids) - row.target_length - 1 - shared - first
-                log_probabilities = logits[i, begin : begin + row.target_length].float().log_softmax(-1)
-                target = torch.tensor(row.ids[-row.target_length :], device=device)
-                means.append(float(log_probabilities.gather(1, target[:, None]).mean()))
-        return means
-
-
-@dataclass(frozen=True, slots=True)
-class _ScoredPair:
-    """A pair to score: its index in the call, its token ids, and how many of the last ones are the second text."""
-
-    index: int
-    ids: list[int]
-    target_length: int

@@ -177,7 +177,7 @@ class Prefill:
         for row in rows:
             row.inject_s = time.perf_counter() - row.joined_at
         shared = min(row.shared for row in rows)
-        ids = pad_right([row.prompt[shared : row.prefill_length] for row in rows]).to(self._device)
+        ids = _pad_right([row.prompt[shared : row.prefill_length] for row in rows]).to(self._device)
         prefix = rows[0].prefix
         cache = prefix.cache(shared, len(rows)) if prefix is not None else DynamicCache()
         return PromptGroup(rows, shared, ids, adapters, cache)
@@ -190,7 +190,7 @@ def use_adapters(injector: Injector | None, rows: RowAdapters | None) -> Iterato
         yield
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
+def _pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
     """Return token ids as an int64 tensor `[rows, longest]`, padded on the right.
 
     Causal attention needs no mask for it: a token never attends to the padding behind it.

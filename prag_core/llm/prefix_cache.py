@@ -1,4 +1,4 @@
-"""Prefixes that many prompts share (an instruction, worked examples), each computed once by the bare model."""
+"""Prefixes that many prompts share (an instruction), each computed once by the bare model."""
 
 from __future__ import annotations
 
@@ -43,13 +43,10 @@ class PrefixCache:
         self._model = model
         self._kept: list[Prefix] = []
 
-    def share(self, prompts: Sequence[list[int]]) -> tuple[Prefix | None, int]:
-        """Compute the prefix that all of `prompts` share, unless it is short, and return it as `match` does.
-
-        A known prefix that lacks only a few of the common tokens is used as it is.
-        """
+    def share(self, prompts: Sequence[list[int]]) -> None:
+        """Compute the prefix that all of `prompts` share, unless it is short or a known one lacks few of its tokens."""
         if not prompts:
-            return None, 0
+            return
         first, last = min(prompts), max(prompts)
         ids = first[: _common(first, last)]
         known, length = self.match(ids)
@@ -57,7 +54,7 @@ class PrefixCache:
             self._kept.remove(known)
             self._kept.append(known)
         if len(prompts) == 1 or len(ids) - length < _SHORTEST_PREFIX:
-            return known, length
+            return
         cache = known.cache(length, 1) if known is not None else DynamicCache()
         with torch.inference_mode():
             rest = torch.tensor([ids[length:]], device=self._model.device)
@@ -67,7 +64,6 @@ class PrefixCache:
         self._kept = [prefix for prefix in self._kept if prefix.ids != ids[: len(prefix.ids)]]
         self._kept.append(Prefix(ids, cache_layers(cache)))
         del self._kept[:-_KEPT_PREFIXES]
-        return self._kept[-1], len(ids)
 
     def match(self, ids: Sequence[int]) -> tuple[Prefix | None, int]:
         """Return the known prefix with which `ids` share the most tokens, and how many; None and 0 when too few."""

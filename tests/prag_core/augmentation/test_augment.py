@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from prag_core.augmentation.answer_rules import find_answers
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.filter import is_rewrite, refusal
 from prag_core.augmentation.formats import read_augmentations
+from prag_core.augmentation.lines import parse_lines
 from prag_core.augmentation.paper import parse_pairs
 from prag_core.augmentation.sentences import sentences_of
-from prag_core.config import ModelConfig
 from prag_core.errors import GenerationError, InputError, PromptTooLongError
 from prag_core.identity import passage_key
-from prag_core.llm.base_model import BaseModel, load_base_model
+from prag_core.llm.base_model import BaseModel
 from prag_core.llm.generator import TransformersGenerator
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, QAPair, Reject
@@ -50,12 +49,8 @@ def recipe(strategy: str = "paper", **changes: Any) -> AugmentRecipe:
     return AugmentRecipe(generator="scripted", strategy=strategy, **{**settings, **changes})
 
 
-def is_question_prompt(prompt: str) -> bool:
-    return "JSON array" in prompt or prompt.startswith("Topic:")
-
-
 def scripted(questions: Callable[[str], Any], rewrite: Any = REWRITE) -> ScriptedGenerator:
-    return ScriptedGenerator(lambda text: questions(text) if is_question_prompt(text) else rewrite)
+    return ScriptedGenerator(lambda text: questions(text) if "JSON array" in text else rewrite)
 
 
 # --- the filter -----------------------------------------------------------------------------------------------
@@ -75,8 +70,8 @@ def scripted(questions: Callable[[str], Any], rewrite: Any = REWRITE) -> Scripte
         ("Was the tower of Tadeo Quill built in stone?", "Tadeo Quill", "answer_in_question"),
         ("Who lit the lamp?", "Marta Bree", "answer_not_in_passage"),
         ("How many steps are there?", "21", "answer_not_in_passage"),
-        ("When was the Veltran Bridge opened?", "1871", "prompt_copy"),
-        ("Who designed the tower?", "Ines Dovrek", "prompt_copy"),
+        ("When did the Ombrel Granary burn down?", "1871", "prompt_copy"),
+        ("Who designed the tower?", "Sefa Durrin", "prompt_copy"),
         ("how TALL is the  Zembla tower?", "1871", "duplicate_question"),
         ("What height has the Zembla Tower?", "43  Metres", "duplicate_answer"),
         ("Who was the engineer of it?", "Tadeo Quill", "no_subject"),
@@ -93,22 +88,22 @@ def test_the_filter_says_why(question: str, answer: str, reason: str | None) -> 
 
 
 def test_an_example_name_that_is_in_the_passage_is_no_copy() -> None:
-    passage = make("Bruvik", "Bruvik is a town that was founded in 1404.")
-    assert refusal(QAPair("When was Bruvik founded?", "1404", "In 1404."), passage, []) is None
+    passage = make("Ombrel", "Ombrel is a town that was founded in 1404.")
+    assert refusal(QAPair("When was Ombrel founded?", "1404", "In 1404."), passage, []) is None
 
 
 def test_every_invented_name_is_in_a_prompt() -> None:
-    prompts = augment_prompts.questions_prompt("", 3) + augment_prompts.asking_prompt("", "", "", "")
-    assert all(name in prompts for name in augment_prompts.INVENTED_NAMES)
+    for prompt in (augment_prompts.questions_prompt("", 3), augment_prompts.lines_prompt("", 3)):
+        assert all(name in prompt for name in augment_prompts.INVENTED_NAMES)
 
 
 def test_the_examples_pass_the_filter_they_teach() -> None:
-    pairs = parse_pairs(augment_prompts.questions_prompt("the text", 3))
+    pairs = [pair for pair in parse_pairs(augment_prompts.questions_prompt("the text", 3)) if pair]
     assert len(pairs) == 2
-    assert all(pairs)
-    for example in augment_prompts.EXAMPLES:
-        passage = make(example.topic, example.sentence)
-        assert refusal(QAPair(example.question, example.answer, example.sentence), passage, []) is None
+    passage = make("Ombrel Granary", " ".join(pair.full_answer for pair in pairs))
+    assert [refusal(pair, passage, pairs[:i]) for i, pair in enumerate(pairs)] == [None, None]
+    (line,) = parse_lines(augment_prompts.lines_prompt("the text", 3))
+    assert refusal(line, passage, []) is None
 
 
 @pytest.mark.parametrize(
@@ -234,7 +229,7 @@ def test_when_nothing_gets_through_the_generator_is_to_blame() -> None:
         augment([TOWER, DUNES], ScriptedGenerator(lambda _: failure), recipe())
 
 
-@pytest.mark.parametrize("strategy", ["paper", "small"])
+@pytest.mark.parametrize("strategy", ["paper", "lines"])
 def test_a_passage_longer_than_the_context_is_a_reject(tiny: BaseModel, strategy: str) -> None:
     passage = make("Endless", "It was built in 1900. " * 300)
     (result,) = augment([passage], TransformersGenerator(tiny), recipe(strategy))
@@ -242,34 +237,97 @@ def test_a_passage_longer_than_the_context_is_a_reject(tiny: BaseModel, strategy
     assert result.reason == "too_long_for_model"
 
 
-# --- the small strategy ---------------------------------------------------------------------------------------
+# --- what every strategy does ---------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "Tadeo Quill": "Who built the Zembla Tower?",
+    "43 metres": "How tall is the Zembla Tower?",
+    "1871": "When was the Zembla Tower built?",
+    "90 hectares": "How large are the Vask Dunes?",
+    "Urm": "Near which village are the Vask Dunes?",
+    "1902": "When were the Vask Dunes mapped?",
+}
+
+
+def asked_by_paper(prompt: str) -> str:
+    """Reply as a well-behaved model: with the question of each fact that the passage holds."""
+    passage = prompt.rpartition("Passage: ")[2]
+    asked = [{"question": q, "answer": a, "full_answer": a} for a, q in QUESTIONS.items() if a in passage]
+    return json.dumps(asked)
+
+
+def asked_by_lines(prompt: str) -> str:
+    passage = prompt.rpartition("Passage: ")[2]
+    return "\n".join(f"Q: {question} | A: {answer}" for answer, question in QUESTIONS.items() if answer in passage)
+
+
+def asked_by_writer(prompt: str) -> str:
+    fields = dict(line.split(": ", 1) for line in prompt.splitlines() if ": " in line)
+    if prompt.endswith("Answers:"):
+        return " | ".join(answer for answer in QUESTIONS if answer in fields["Sentence"])
+    if prompt.endswith("Question:"):
+        return QUESTIONS.get(fields["Answer"], "")
+    return next(answer for answer, question in QUESTIONS.items() if question == fields["Question"])
+
+
+REPLIES = {"paper": asked_by_paper, "lines": asked_by_lines, "writer": asked_by_writer}
+
+
+@pytest.mark.parametrize("strategy", REPLIES)
+def test_a_batch_gives_each_passage_the_pairs_that_it_gets_alone(strategy: str) -> None:
+    reply, settings = REPLIES[strategy], recipe(strategy, rewrites=0)
+    both = augment([TOWER, DUNES], ScriptedGenerator(reply), settings)
+    for passage, result in zip([TOWER, DUNES], both, strict=True):
+        assert isinstance(result, Augmentation)
+        assert result.key == passage.key
+        assert {pair.answer: pair.question for pair in result.pairs} == {
+            answer: question for answer, question in QUESTIONS.items() if answer in passage.text
+        }
+        (alone,) = augment([passage], ScriptedGenerator(reply), settings)
+        assert isinstance(alone, Augmentation)
+        assert alone.pairs == result.pairs
+
+
+@pytest.mark.parametrize("strategy", REPLIES)
+@pytest.mark.parametrize("text", ["x", "????", "1999", "Ωmega\u2028\n\n" * 40, "日本語の文章です。" * 30, "a" * 5000])
+def test_odd_passages_are_rejects_and_nothing_worse(strategy: str, text: str) -> None:
+    for passage in (make("", text), make("T", text)):
+        (result,) = augment([passage], ScriptedGenerator(lambda _: ""), recipe(strategy))
+        assert isinstance(result, Reject)
+        assert result.reason == "no_usable_pair"
+
+
+# --- the rules that find answers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("sentence", "answer", "opening"),
+    ("sentence", "answer", "place"),
     [
-        ("It was built in 1871 by the engineer Tadeo Quill.", "1871", "In what year was"),
-        ("In 1871 she joined the crew.", "1871", "In what year did"),
-        ("It was built in 1871 by the engineer Tadeo Quill.", "Tadeo Quill", "Which engineer"),
-        ("It was built by Tadeo Quill.", "Tadeo Quill", "Who"),
-        ("It opened on 4 May 1911.", "4 May 1911", "When did"),
-        ("Ada Vole (April 1, 1954 – 3 May 1992) was a drummer.", "April 1, 1954", "When was Topic born?"),
-        ("Ada Vole (April 1, 1954 – 3 May 1992) was a drummer.", "3 May 1992", "When did Topic die?"),
-        ("The tower stands 43 metres tall.", "43 metres", "How tall is"),
-        ("A stair of 212 steps leads up.", "212", "How many steps"),
-        ("It has about 8,700 inhabitants.", "8,700", "How many inhabitants"),
-        ("She commanded it for 19 years.", "19 years", "For how many years"),
-        ("It cost $3.5 million to build.", "$3.5 million", "How much"),
-        ("About 12% of it is sand.", "12%", "What percentage of"),
-        ("It lies near the village of Urm.", "Urm", "Which village"),
-        ("It flows into Lake Vessel.", "Lake Vessel", "Which lake"),
-        ("They live in Kelmont.", "Kelmont", "Where"),
+        ("It was built in 1871 by the engineer Tadeo Quill.", "1871", "what year"),
+        ("In 1871 she joined the crew.", "1871", "what year"),
+        ("It was built in 1871 by the engineer Tadeo Quill.", "Tadeo Quill", "what"),
+        ("It was built by Tadeo Quill.", "Tadeo Quill", "who"),
+        ("It opened on 4 May 1911.", "4 May 1911", "what date"),
+        ("Ada Vole (April 1, 1954 – 3 May 1992) was a drummer.", "April 1, 1954", "what date"),
+        ("Ada Vole (April 1, 1954 – 3 May 1992) was a drummer.", "3 May 1992", "what date"),
+        ("Ada Vole was born in 1954.", "1954", "what date"),
+        ("The tower stands 43 metres tall.", "43 metres", "how many"),
+        ("A stair of 212 steps leads up.", "212", "how many"),
+        ("It has about 8,700 inhabitants.", "8,700", "how many"),
+        ("It has a population of 4,512.", "4,512", "how many"),
+        ("She commanded it for 19 years.", "19 years", "how many"),
+        ("It cost $3.5 million to build.", "$3.5 million", "how much"),
+        ("About 12% of it is sand.", "12%", "what percentage"),
+        ("It lies near the village of Urm.", "Urm", "what"),
+        ("It flows into Lake Vessel.", "Lake Vessel", "what"),
+        ("She called it “the salt road” in a letter.", "the salt road", "what"),
+        ("They live in Kelmont.", "Kelmont", "what place"),
+        ("He married a singer, Ada Vole.", "Ada Vole", "who"),
+        ("He visited a valley, Kelmont.", "Kelmont", "what"),
     ],
 )
-def test_rules_choose_answers_and_openings(sentence: str, answer: str, opening: str) -> None:
-    found = {ask.answer: ask.openings for ask in find_answers("Topic", [sentence])}
-    assert answer in found
-    assert opening in found[answer]
+def test_rules_find_answers_and_what_asks_in_their_place(sentence: str, answer: str, place: str) -> None:
+    assert {ask.answer: ask.place for ask in find_answers("Topic", [sentence])}[answer] == place
 
 
 def test_rules_ask_for_each_answer_once_and_never_for_the_topic() -> None:
@@ -288,83 +346,6 @@ def test_sentences_end_where_they_end_and_long_ones_are_cut() -> None:
     assert sentences[:2] == ["Dr. A. Vole lives here.", "He is 4.5 ft tall."]
     assert " ".join(sentences) == text
     assert max(len(sentence.split()) for sentence in sentences) <= 45
-
-
-def finish(prompt: str) -> str:
-    """Finish any question by naming its topic, as a well-behaved small model would."""
-    topic = re.findall(r"Topic: (.*)", prompt)[-1]
-    opening = re.findall(r"Question: (.*)", prompt)[-1]
-    return f" the {topic} of {len(prompt)} {opening.lower()}? And more? "
-
-
-def test_small_takes_the_best_answers_spread_over_sentences() -> None:
-    def score(before: str, answer: str) -> float:
-        return {" 1871": -0.1, " Tadeo Quill": -0.2, " 212": -0.9, " 43 metres": -2.0}.get(answer, -1.0)
-
-    generator = ScriptedGenerator(finish, score)
-    (made,) = augment([TOWER], generator, recipe("small", rewrites=0, attempts=1))
-    assert isinstance(made, Augmentation)
-    answers = [pair.answer for pair in made.pairs]
-    assert answers == ["1871", "212", "Pelora"]
-    assert all(pair.answer in pair.full_answer for pair in made.pairs)
-    assert all(pair.question.count("?") == 1 for pair in made.pairs)
-    assert "low_score=1" in made.refused
-    assert len(generator.prompts) <= 12
-
-
-def test_small_goes_further_down_its_list_with_each_attempt() -> None:
-    generator = ScriptedGenerator(finish, lambda before, answer: -9.0)
-    (result,) = augment([TOWER], generator, recipe("small", rewrites=0, attempts=3))
-    assert isinstance(result, Reject)
-    assert re.fullmatch(r"refused: low_score=\d+", result.detail)
-    assert len(set(generator.prompts)) == len(generator.prompts)
-
-
-def test_small_works_without_scores() -> None:
-    class Unscored:
-        fingerprint = "unscored"
-        generate = ScriptedGenerator(finish).generate
-
-    (made,) = augment([TOWER], Unscored(), recipe("small", rewrites=0))
-    assert isinstance(made, Augmentation)
-    assert len(made.pairs) == 3
-
-
-def test_small_batches_do_not_mix_passages() -> None:
-    both = augment([TOWER, DUNES], ScriptedGenerator(finish), recipe("small", rewrites=0))
-    for passage, result in zip([TOWER, DUNES], both, strict=True):
-        assert isinstance(result, Augmentation)
-        assert result.key == passage.key
-        assert all(pair.answer in passage.text for pair in result.pairs)
-    (alone,) = augment([DUNES], ScriptedGenerator(finish), recipe("small", rewrites=0))
-    assert isinstance(alone, Augmentation)
-    assert isinstance(both[1], Augmentation)
-    assert alone.pairs == both[1].pairs
-
-
-@pytest.mark.parametrize("text", ["x", "????", "1999", "Ωmega\u2028\n\n" * 40, "日本語の文章です。" * 30, "a" * 5000])
-def test_odd_passages_are_rejects_and_nothing_worse(text: str) -> None:
-    for passage in (make("", text), make("T", text)):
-        (result,) = augment([passage], ScriptedGenerator(lambda _: ""), recipe("small"))
-        assert isinstance(result, Reject)
-        assert result.reason == "no_usable_pair"
-
-
-@pytest.mark.slow
-def test_the_real_small_model_makes_usable_pairs() -> None:
-    import torch
-
-    # Where the processor has no bf16, its products are emulated, some fifty times slower.
-    native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    base = load_base_model(ModelConfig() if native else ModelConfig(dtype="float32"))
-    generator = TransformersGenerator(base)
-    results = augment([TOWER, DUNES], generator, recipe("small", attempts=1))
-    made = [result for result in results if isinstance(result, Augmentation)]
-    assert made
-    passages = {passage.key: passage for passage in (TOWER, DUNES)}
-    for augmentation in made:
-        for i, pair in enumerate(augmentation.pairs):
-            assert refusal(pair, passages[augmentation.key], augmentation.pairs[:i]) is None
 
 
 # --- augmentations made elsewhere -----------------------------------------------------------------------------
@@ -469,14 +450,3 @@ def test_a_broken_archive_says_so(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b"x" * 100)[:-12])
     with pytest.raises(InputError, match="cannot be read"):
         read_augmentations(str(path))
-
-
-def test_small_leaves_reasoning_out_of_its_questions() -> None:
-    def reply(prompt: str) -> str:
-        return f"<think>Hm?</think>{finish(prompt)}"
-
-    (made,) = augment([TOWER], ScriptedGenerator(reply), recipe("small", rewrites=0))
-    (plain,) = augment([TOWER], ScriptedGenerator(finish), recipe("small", rewrites=0))
-    assert isinstance(made, Augmentation)
-    assert isinstance(plain, Augmentation)
-    assert made.pairs == plain.pairs

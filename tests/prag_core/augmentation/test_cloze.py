@@ -19,7 +19,7 @@ PASSAGE = Passage(
     "engineer Tadeo Quillasco. A spiral stair of 212 steps leads to the lantern room.",
     ("a",),
 )
-RECIPE = AugmentRecipe("none", "small", pairs=0, rewrites=0, attempts=1, seed=0, imported=True, cloze=True)
+RECIPE = AugmentRecipe("none", "lines", pairs=0, rewrites=0, attempts=1, seed=0, imported=True, cloze=True)
 
 
 def made(*pairs: QAPair, wanted: int = 8, passage: Passage = PASSAGE) -> dict[str, str]:

@@ -13,6 +13,7 @@ from prag_core.testing import ScriptedGenerator
 
 TEXT = "The Zembla Tower is a stone beacon on Pelora. It was built in 1871 by Tadeo Quill, and it is 43 metres tall."
 TOWER = Passage(passage_key("Zembla Tower", TEXT), "Zembla Tower", TEXT, ("tower",))
+RECIPE = AugmentRecipe("scripted", "lines", pairs=9, rewrites=0, attempts=1, seed=0, imported=False)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,14 @@ def test_a_line_with_a_pair(line: str) -> None:
 )
 def test_a_question_without_an_answer_is_counted(more: str, bad: int | None) -> None:
     reply = f"Q: Who built the Zembla Tower? | A: Tadeo Quill{more}"
-    recipe = AugmentRecipe("scripted", "lines", pairs=9, rewrites=0, attempts=1, seed=0, imported=False)
-    (made,) = augment([TOWER], ScriptedGenerator(lambda _: reply), recipe)
+    (made,) = augment([TOWER], ScriptedGenerator(lambda _: reply), RECIPE)
     assert isinstance(made, Augmentation)
     assert made.refused == ((f"bad_line={bad}",) if bad else ())
+
+
+def test_a_line_of_the_reasoning_is_no_pair() -> None:
+    reply = "<think>Q: Where is the tower? | A: Pelora\nHm?</think>Q: Who built the Zembla Tower? | A: Tadeo Quill"
+    (made,) = augment([TOWER], ScriptedGenerator(lambda _: reply), RECIPE)
+    assert isinstance(made, Augmentation)
+    assert [pair.answer for pair in made.pairs] == ["Tadeo Quill"]
+    assert made.refused == ()

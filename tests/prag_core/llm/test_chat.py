@@ -158,19 +158,17 @@ def read_ids(base: BaseModel) -> Iterator[Callable[[Callable[[], Any]], Counter[
     handle.remove()
 
 
-@pytest.mark.parametrize("path", ["chat", "plain", "score", "paper", "small", "judge", "question"])
+@pytest.mark.parametrize("path", ["chat", "plain", "paper", "lines", "writer", "judge", "question"])
 def test_no_prompt_has_a_control_token_of_a_text(base: BaseModel, read_ids: Any, path: str) -> None:
     def run(text: str) -> None:
         # A generator of its own each time: another one would know the beginning of the prompt already.
         generator = TransformersGenerator(base)
-        recipe = AugmentRecipe("g", "small" if path == "small" else "paper", 1, 1, 1, 0, False)
         if path == "chat":
             generator.generate([Prompt(text)], max_new_tokens=2)
         elif path == "plain":
             generator.generate([Prompt(f"begin {text}", chat=False)], max_new_tokens=2)
-        elif path == "score":
-            generator.score([(f"begin {text}", f" {text}")])
-        elif path in ("paper", "small"):
+        elif path in ("paper", "lines", "writer"):
+            recipe = AugmentRecipe("g", path, 1, 1, 1, 0, False)
             augment([passage_of(f"{text} in 1871")], generator, recipe)
         elif path == "judge":
             with contextlib.suppress(GenerationError):  # the model may say neither yes nor no

@@ -16,9 +16,8 @@ import pytest
 from prag_core.config import EndpointConfig
 from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.base_model import BaseModel
-from prag_core.llm.generator import Generator, Prompt, Scorer, TransformersGenerator
+from prag_core.llm.generator import Generator, Prompt, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
-from prag_core.testing import ScriptedGenerator
 
 SHARED = "A long beginning that all of these texts have in common. "
 ENDINGS = ["a", "bc and some more words", "d?", "one more, of middling length", "a"]
@@ -107,41 +106,27 @@ def test_output_that_is_not_finite_is_an_error_in_its_place(tiny: BaseModel) -> 
     assert "not finite" in str(results[1])
 
 
-def test_scores_with_a_shared_prefix_equal_those_without(tiny: BaseModel) -> None:
-    import torch
-
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_shared_beginning_is_known_and_changes_no_text(tiny: BaseModel, temperature: float) -> None:
     generator = TransformersGenerator(tiny, max_batch=2)
-    pairs = [(SHARED + text, f" answer {i}" * (i + 1)) for i, text in enumerate(ENDINGS)]
-    scores = generator.score(pairs)
-    alone = [generator.score([pair])[0] for pair in pairs]
-    assert scores == pytest.approx(alone, abs=1e-4)
-    # And both are what the definition says.
-    before, after = (tiny.tokenizer.encode(text) for text in pairs[1])
-    with torch.inference_mode():
-        logits = tiny.model(torch.tensor([before + after])).logits[0].log_softmax(-1)
-    expected = [float(logits[len(before) + i - 1, token]) for i, token in enumerate(after)]
-    assert scores[1] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-
-
-def test_a_pair_that_cannot_be_scored_scores_minus_infinity(tiny: BaseModel) -> None:
-    scores = TransformersGenerator(tiny).score([("a", "b"), ("a", ""), ("a" * 5000, "b")])
-    assert scores[0] > scores[1] == scores[2] == float("-inf")
+    prompts = plain(*(SHARED + text for text in ENDINGS))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
+    together = generator.generate(prompts, **settings)
+    _, known = generator._decoder.prefixes.match(tiny.tokenizer.encode(SHARED + "x"))
+    assert known == len(SHARED)
+    # A new generator knows no beginning.
+    assert together == [TransformersGenerator(tiny).generate([prompt], **settings)[0] for prompt in prompts]
 
 
 def test_no_prompts_give_no_results(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
     assert generator.generate([], max_new_tokens=4) == []
-    assert generator.score([]) == []
     assert OpenAIGenerator(EndpointConfig()).generate([], max_new_tokens=4) == []
 
 
-def test_generators_implement_the_protocols(tiny: BaseModel) -> None:
+def test_a_fingerprint_names_the_model(tiny: BaseModel) -> None:
     local: Generator = TransformersGenerator(tiny)
-    scripted: Generator = ScriptedGenerator(lambda text: text)
     remote: Generator = OpenAIGenerator(EndpointConfig(model="m", url="http://elsewhere/v1"))
-    assert isinstance(local, Scorer)
-    assert isinstance(scripted, Scorer)
-    assert not isinstance(remote, Scorer)
     assert local.fingerprint == tiny.fingerprint
     assert remote.fingerprint == "openai:m"
 
