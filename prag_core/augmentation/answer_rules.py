@@ -70,7 +70,6 @@ class AnswerCandidate:
     answer: str
     place: str
     sentence: str
-    sentence_number: int
 
 
 def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
@@ -78,7 +77,7 @@ def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
 
     The best answer of every sentence comes before the second best of any sentence.
     """
-    by_sentence = [list(_candidates(topic, sentence, n)) for n, sentence in enumerate(sentences)]
+    by_sentence = [list(_candidates(topic, sentence)) for sentence in sentences]
     found: list[AnswerCandidate] = []
     seen: set[str] = set()
     for rank in range(max(map(len, by_sentence), default=0)):
@@ -89,7 +88,7 @@ def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
     return found
 
 
-def _candidates(topic: str, sentence: str, number: int) -> Iterator[AnswerCandidate]:
+def _candidates(topic: str, sentence: str) -> Iterator[AnswerCandidate]:
     """Yield the answers of a sentence by rank, but none that overlaps a better one or shares a word with the topic."""
     ranked = sorted(_matches(sentence), key=lambda match: (match[0], match[1]))
     taken: list[tuple[int, int]] = []
@@ -100,7 +99,7 @@ def _candidates(topic: str, sentence: str, number: int) -> Iterator[AnswerCandid
         if overlaps or not answer or shared or contains_text(topic, answer):
             continue
         taken.append((start, end))
-        yield AnswerCandidate(answer, place, sentence, number)
+        yield AnswerCandidate(answer, place, sentence)
 
 
 _Match = tuple[int, int, int, str]

@@ -51,17 +51,15 @@ def add_written_pairs(drafts: Sequence[Draft], generator: Generator, recipe: Aug
     sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": attempt_seed(recipe, attempt, 0)} if attempt else {}
     # 1. Name the facts of each sentence.
     sentences = [(draft, sentence) for draft in drafts for sentence in sentences_of(draft.passage)]
-    named = _replies(generator, [name_facts_prompt(topic_of(d.passage), s) for d, s in sentences], _FACTS_TOKENS)
+    named = _replies(generator, [(d, name_facts_prompt(topic_of(d.passage), s)) for d, s in sentences], _FACTS_TOKENS)
     facts = list(_facts(sentences, named))
     # 2. Ask for each.
-    asked = _replies(
-        generator, [ask_prompt(fact.topic, fact.sentence, fact.answer) for fact in facts], _QUESTION_TOKENS, **sampling
-    )
+    prompts = [(fact.draft, ask_prompt(fact.topic, fact.sentence, fact.answer)) for fact in facts]
+    asked = _replies(generator, prompts, _QUESTION_TOKENS, **sampling)
     questions = [(fact, text) for fact, text in zip(facts, asked, strict=True) if text]
     # 3. Answer each question, and keep those that are answered alike.
-    answers = _replies(
-        generator, [read_prompt(fact.topic, fact.sentence, text) for fact, text in questions], _ANSWER_TOKENS
-    )
+    prompts = [(fact.draft, read_prompt(fact.topic, fact.sentence, text)) for fact, text in questions]
+    answers = _replies(generator, prompts, _ANSWER_TOKENS)
     for (fact, question), answer in zip(questions, answers, strict=True):
         if len(fact.draft.pairs) >= fact.draft.wanted:
             continue
@@ -112,16 +110,16 @@ def _facts(sentences: Sequence[tuple[Draft, str]], named: Sequence[str]) -> Iter
             yield fact
 
 
-def _replies(generator: Generator, prompts: Sequence[str], limit: int, **sampling: float) -> list[str]:
-    """Return the first line of each reply; that of a prompt that failed is empty."""
-    if not prompts:
-        return []
-    replies = generator.generate(
-        [Prompt(text, chat=False, stop="\n") for text in prompts],
-        max_new_tokens=limit,
-        **sampling,  # type: ignore[arg-type]
-    )
-    return ["" if isinstance(reply, GenerationError) else reply.strip() for reply in replies]
+def _replies(generator: Generator, prompts: Sequence[tuple[Draft, str]], limit: int, **sampling: float) -> list[str]:
+    """Return the first line of the reply to each draft's prompt; if one fails, note the error in its draft."""
+    texts = [Prompt(text, chat=False, stop="\n") for _, text in prompts]
+    replies = generator.generate(texts, max_new_tokens=limit, **sampling) if texts else []  # type: ignore[arg-type]
+    lines = []
+    for (draft, _), reply in zip(prompts, replies, strict=True):
+        if isinstance(reply, GenerationError):
+            draft.error = reply
+        lines.append("" if isinstance(reply, GenerationError) else reply.strip())
+    return lines
 
 
 def _same(answer: str, fact: str) -> bool:

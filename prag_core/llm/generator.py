@@ -137,7 +137,8 @@ class TransformersGenerator:
                 requests[index] = request
             except (PromptTooLongError, TurnsError) as error:
                 results[index] = error
-        self._decoder.prefixes.share([list(request.prompt[:-1]) for request in requests.values()])
+        if not self._adapters:  # what the bare model computes of a prefix holds nothing for one with an adapter
+            self._decoder.prefixes.share([list(request.prompt[:-1]) for request in requests.values()])
         for index, decoded in zip(requests, self._decoder.run(list(requests.values())), strict=True):
             results[index] = self._reply(prompts[index], requests[index].prompt, decoded)
             if decoded.finish == "not_finite":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster.resources import PROFILES
-from pipelines.settings import profile_of
+from pipelines.settings import describe, profile_of, writer_of
 from prag_core.config_file import parse_config
 from prag_core.errors import ConfigError
+from prag_core.store.adapters import get_start
 
 
 def profile(**run: object):
@@ -47,3 +48,25 @@ def test_a_laptop_computes_with_all_its_cores() -> None:
 def test_invalid_numbers_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         profile(**wrong)
+
+
+def augmenting(**augment: object):
+    config = parse_config({"store": "s", "corpus": {"path": "c"}, "augment": augment})
+    recipe, _ = describe(config)
+    return recipe.augment, writer_of(config, recipe.base_model)
+
+
+def test_the_packaged_model_has_a_writer() -> None:
+    recipe, writer = augmenting()
+    assert recipe.strategy == "writer"
+    assert writer is not None
+    assert {tensor.isfinite().all().item() for tensor in get_start(writer.store, writer.name).values()} == {True}
+    # Another writer makes other augmentations, and so does none.
+    other, _ = augmenting(writer="ab")
+    lines, nobody = augmenting(strategy="lines")
+    assert (lines.strategy, nobody) == ("lines", None)
+    assert len({recipe.generator, other.generator, lines.generator}) == 3
+    # An endpoint or a file knows nothing of a writer.
+    assert [augmenting(generator=name)[0].strategy for name in ("openai", "none")] == ["lines", "lines"]
+    with pytest.raises(ConfigError, match="there is no writer of this model"):
+        augmenting(strategy="writer", generator="openai")

@@ -255,4 +255,4 @@ def test_a_writer_writes_the_pairs_of_a_run(tmp_path: Path) -> None:
     refused = work.run("run", "-c", "config.yaml", *nobody, code=2)
     assert "augment.writer = 'nobody'" in refused
     alone = work.run("run", "-c", "config.yaml", "--set", "augment.strategy=writer", *settings[4:], code=2)
-    assert "needs augment.writer" in alone
+    assert "there is no writer of this model" in alone

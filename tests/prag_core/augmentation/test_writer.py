@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from prag_core.augmentation.augment import augment
 from prag_core.augmentation.writer import writer_tasks
+from prag_core.errors import GenerationError
 from prag_core.identity import passage_key
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject
@@ -38,6 +43,18 @@ def test_nothing_is_kept_of_a_writer_that_answers_nothing() -> None:
     (made,) = augment([TOWER], ScriptedGenerator(lambda _: ""), RECIPE)
     assert isinstance(made, Reject)
     assert made.reason == "no_usable_pair"
+
+
+def test_a_writer_that_fails_is_no_writer_of_nothing() -> None:
+    text = "They were mapped in 1902."
+    dunes = Passage(passage_key("Vask Dunes", text), "Vask Dunes", text, ("dunes",))
+    failing = ScriptedGenerator(lambda _: GenerationError("its output is not finite", "load it as float32"))
+    with pytest.raises(GenerationError, match="not finite"):
+        augment([TOWER, dunes], failing, replace(RECIPE, cloze=True))
+    # Rules must not make up for it, or a run would store their pairs as the model's.
+    (made,) = augment([TOWER], failing, replace(RECIPE, cloze=True))
+    assert isinstance(made, Reject)
+    assert made.reason == "generation_failed"
 
 
 def test_a_pair_is_learned_from_the_sentence_that_holds_its_answer() -> None:
