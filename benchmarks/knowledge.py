@@ -41,7 +41,7 @@ from prag_core.store.snapshot import load_snapshot
 ROOT = Path(__file__).parent.parent
 # A question is covered if a pair's answer has at least this F1 against an accepted answer.
 COVERED_F1 = 0.6
-# How a reader is trained: chosen on the atlas (docs/quality.md).
+# How a reader is trained: chosen on the atlas (docs/results/log.md).
 READING = ("--batch", "4", "--learning-rate", "1e-3", "--limit", "160")
 
 

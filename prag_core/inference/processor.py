@@ -59,7 +59,7 @@ class RequestProcessor:
         max_new_tokens: The most tokens of an answer where its request does not say; by default 32, or 128 where the
             template lets the model reason.
         combine_strength: The factor of the adapters' weights in the mode `combine` where the request does not say. An
-            adapter strong enough to answer without its passage may outweigh the prompt (docs/quality.md).
+            adapter strong enough to answer without its passage may outweigh the prompt (docs/results/log.md).
         reader: An adapter trained to answer from passages in the prompt, and its weight; it is added wherever a passage
             is in the prompt: in `rag` and `combine`, and in `prag` for a passage without an adapter.
         hidden: Keys of passages that must not be used.
