@@ -5,8 +5,8 @@ The folder holds `augmentations_qwen15.jsonl`, passages (`id`, `title`, `text`) 
 them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own.
 
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
-benchmark can be resumed. BM25 retrieves the three best passages, whose adapters are weighed by score; in `prag1`, `rag1`
-and `combine1` it is the best one alone, and in `prag_sum` and `combine_sum` each adapter has weight 1.
+benchmark can be resumed. BM25 retrieves the three best passages, whose adapters are weighed by score. In `prag1`,
+`rag1` and `combine1` it is the best one alone, and in `prag_sum` and `combine_sum` each adapter has weight 1.
 With `--reader squad:FILE`, `prag warmup --reading` trains a reader on that file's questions, and the evaluation is
 repeated with it: `reader_rag` and `reader_combine`. The half `dev` of the questions is for choosing settings, and the
 half `test` for a claim. The last line is JSON, by model.
