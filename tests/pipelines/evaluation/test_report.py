@@ -65,7 +65,7 @@ def test_a_log_gets_whole_numbers() -> None:
 
 def test_f1_against_k_is_drawn() -> None:
     plain = evaluation()
-    more = Column("prag_k3", "prag", 3, "sum")
+    more = Column("prag_k3", "prag", 3, plain.plan.weights[0])
     both = replace(
         plain, columns=(*plain.columns, more), request_ids={**plain.request_ids, "prag_k3": plain.request_ids["prag"]}
     )

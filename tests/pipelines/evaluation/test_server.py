@@ -78,7 +78,7 @@ def test_what_is_sent_and_what_becomes_of_it() -> None:
 
     evaluation = evaluate(serve, key="secret", max_tokens=7)
     assert {(path, key) for path, key, _ in sent} == {("/v1/answer", "Bearer secret")}
-    where = {"question": "Where?", "weights": "sum", "strength": 1.0, "max_tokens": 7}
+    where = {"question": "Where?", "weights": "score", "strength": 1.0, "max_tokens": 7}
     asked = [body for _, _, body in sent if body["question"] == "Where?"]
     assert asked == [
         {**where, "mode": "closed", "top_k": 2},

@@ -16,7 +16,7 @@ from tests.helpers.passages import make_augmentation, make_passage
 
 @pytest.mark.parametrize(
     ("train", "failure"),
-    [({}, ""), ({"max_tokens": 60}, "nothing_to_train"), ({"learning_rate": 1e-45}, "nothing_learned")],
+    [({}, ""), ({"max_tokens": 32}, "nothing_to_train"), ({"learning_rate": 1e-45}, "nothing_learned")],
 )
 def test_only_what_learned_is_stored(tmp_path: Path, tiny_model_folder: Path, train: dict, failure: str) -> None:
     config = parse_config(

@@ -91,12 +91,12 @@ def rejects(store: Store) -> dict[str, str]:
 
 
 def test_passages_without_an_answer_to_learn_are_rejects(tmp_path: Path, tiny_model_folder: Path) -> None:
-    config = settings(tmp_path, tiny_model_folder, recipe={"max_tokens": 60})
+    config = settings(tmp_path, tiny_model_folder, recipe={"max_tokens": 32})
     store, rows, outcomes = train(config, batch_of(3))
     assert rows == []
     assert [outcome["rejected"] for outcome in outcomes] == ["nothing_to_train"] * 3
     assert set(rejects(store)) == {"p0", "p1", "p2"}
-    assert "train.max_tokens = 60" in rejects(store)["p0"]
+    assert "train.max_tokens = 32" in rejects(store)["p0"]
 
 
 def test_of_passages_with_the_same_examples_one_is_trained(tmp_path: Path, tiny_model_folder: Path) -> None:

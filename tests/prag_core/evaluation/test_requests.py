@@ -153,7 +153,7 @@ def test_a_request_id_depends_on_its_content() -> None:
     assert asked("prag").id == asked("prag", ranked=(*context().ranked[:2], Hit(PASSAGES[7], 0.1))).id
     weak = asked("combine", plan=EvaluationPlan(top_k=(2,), strengths=(0.5,)))
     assert (weak.strength, weak.hits) == (0.5, asked("combine").hits)
-    reading = EvaluationPlan(top_k=(2,), controls=("wrong",), reader="ab x0.4")
+    reading = EvaluationPlan(top_k=(2,), weights=("sum",), controls=("wrong",), reader="ab x0.4")
     assert asked("combine", plan=reading) == replace(asked("combine"), reader="ab x0.4")
     assert asked("combine", plan=reading).id != asked("combine").id
     # The column `rag` is the bare model, to compare with; the reader alone is a column of its own.

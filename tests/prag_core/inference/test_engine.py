@@ -115,7 +115,7 @@ def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
         engine.close()
         return found
 
-    combine, prag = Request("Who?", "combine", 2), Request("Who?", "prag", 2)
+    combine, prag = Request("Who?", "combine", 2, "sum"), Request("Who?", "prag", 2, "sum")
     whole = answers(Adapters(tiny_session), 1.0, combine, prag)
     half = answers(Adapters(tiny_session), 0.5, combine, prag, replace(combine, strength=1.0))
     halved = answers(Halved(tiny_session), 1.0, combine)
@@ -134,7 +134,7 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     plain, reading = (
         RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, reader=given) for given in (None, (reader, 0.5))
     )
-    requests = [Request("Who?", mode, 2) for mode in MODES]
+    requests = [Request("Who?", mode, 2, "sum") for mode in MODES]
     texts = []
     for processor in (plain, reading):
         engine = Engine(tiny_session, RECIPE, processor, source)
@@ -143,7 +143,7 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     assert [mode for mode, a, b in zip(MODES, *texts, strict=True) if a != b] == ["rag", "combine"]
     # A request can do without it, as the column `rag` of an evaluation does.
     engine = Engine(tiny_session, RECIPE, reading, source)
-    assert engine.answer(Request("Who?", "rag", 2, reader=False)).text == texts[0][MODES.index("rag")]
+    assert engine.answer(Request("Who?", "rag", 2, "sum", reader=False)).text == texts[0][MODES.index("rag")]
     engine.close()
     # In `prag` it reads for a passage without an adapter.
     hits = KnownHits().search("Who?", 2)
