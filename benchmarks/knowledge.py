@@ -5,8 +5,8 @@ The folder holds `augmentations_qwen15.jsonl`, passages (`id`, `title`, `text`) 
 them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own.
 
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
-benchmark can be resumed. BM25 retrieves the three best passages, whose adapters are weighed by score. In `prag1`,
-`rag1` and `combine1` it is the best one alone, and in `prag_sum` and `combine_sum` each adapter has weight 1.
+benchmark can be resumed. BM25 retrieves the best passage; in `prag3`, `rag3` and `combine3` the three best ones, whose
+adapters are weighed by score.
 With `--reader squad:FILE`, `prag warmup --reading` trains a reader on that file's questions, and the evaluation is
 repeated with it: `reader_rag` and `reader_combine`. The half `dev` of the questions is for choosing settings, and the
 half `test` for a claim. The last line is JSON, by model.
@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--passages", type=int, help="ask about this many gold passages only")
     parser.add_argument("--seeds", type=int, default=3, help="how often random controls are drawn")
     parser.add_argument("--controls", default="wrong,random,task", help="'' for no controls")
-    parser.add_argument("--top-k", default="3,1", help="how many passages; the first value is that of the controls")
-    parser.add_argument("--weights", default="score,sum", help="how adapters are weighed; the first is the controls'")
+    parser.add_argument("--top-k", default="1,3", help="how many passages; the first value is that of the controls")
+    parser.add_argument("--weights", default="score", help="how adapters are weighed; the first value is the controls'")
     parser.add_argument("--reader", metavar="FORM:FILE", help="questions with their passages, to train a reader on")
     parser.add_argument("--work", type=Path, default=Path("knowledge"), help="the folder of the stores and reports")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a setting, as `prag` takes it")
@@ -173,7 +173,7 @@ def prag(*arguments: str) -> str:
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:
-    """Evaluate, print the tables, and return the last line; a column of another k is named by it, such as `prag1`."""
+    """Evaluate, print the tables, and return the last line; a column of another k is named by it, such as `prag3`."""
     printed = prag("evaluate", *arguments)
     print(printed, flush=True)
     line: dict[str, Any] = json.loads(printed.splitlines()[-1])

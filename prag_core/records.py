@@ -24,9 +24,9 @@ MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
 MergeRule = Literal["sum", "mean", "score"]
 # The largest factor by which the weights of a question's adapters may be multiplied.
 MAX_STRENGTH = 4.0
-# How many passages a question retrieves, and how their adapters are weighed, where nothing says otherwise. With `sum`,
-# three passages answer worse than the best one alone; with `score`, better (docs/results/log.md).
-DEFAULT_TOP_K = 3
+# How many passages a question retrieves, and how the adapters of several are weighed, where nothing says otherwise. The
+# best one alone answers as well as three by score, and a prompt with three is read worse (docs/results/log.md).
+DEFAULT_TOP_K = 1
 DEFAULT_WEIGHTS: MergeRule = "score"
 Template = Literal["direct", "brief", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]

@@ -70,7 +70,7 @@ def test_knowledge(tmp_path: Path) -> None:
     found = last_line("knowledge.py", "--data", str(data), "--model", f"tiny={tmp_path / 'tiny'}", *settings)
     assert (found["coverage"]["pairs"], found["coverage"]["questions"]) == (1.0, 0.5)
     assert found["tiny"]["n"] == 2
-    assert {"closed", "wrong", "prag", "prag1", "prag_sum", "rag", "combine", "combine1"} <= set(found["tiny"]["f1"])
+    assert {"closed", "wrong", "wrong_rag", "prag", "prag3", "rag", "combine", "combine3"} <= set(found["tiny"]["f1"])
     assert found["tiny"]["seconds_a_passage"] > 0
     assert found["tiny"]["tokens"] > 0
     assert {kind: row["n"] for kind, row in found["tiny"]["covered"].items()} == {"covered": 1, "not covered": 1}
