@@ -17,7 +17,16 @@ from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
 from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
-from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, MAX_STRENGTH, MODES, MergeRule, Mode, Template
+from prag_core.records import (
+    DEFAULT_COMBINE_STRENGTH,
+    DEFAULT_TOP_K,
+    DEFAULT_WEIGHTS,
+    MAX_STRENGTH,
+    MODES,
+    MergeRule,
+    Mode,
+    Template,
+)
 
 NO_CREDENTIALS_HERE = "take them out: they come from the AWS_* environment, or from the profile in storage.profile"
 # In an S3 URL a key without a secret counts too, and a secret may hold a slash. A bucket may be an access point: arn:….
@@ -177,7 +186,9 @@ class AnswerConfig(_Strict):
     mode: Mode = "combine"
     top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
     weights: MergeRule = DEFAULT_WEIGHTS
-    combine_strength: float = Field(1.0, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine.")
+    combine_strength: float = Field(
+        DEFAULT_COMBINE_STRENGTH, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine."
+    )
     reader: str | None = Field(
         None, description="A reader, added where passages are in the prompt: `prag warmup --reading`."
     )

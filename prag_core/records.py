@@ -28,6 +28,8 @@ MAX_STRENGTH = 4.0
 # best one alone answers as well as three by score, and a prompt with three is read worse (docs/results/log.md).
 DEFAULT_TOP_K = 1
 DEFAULT_WEIGHTS: MergeRule = "score"
+# The factor of the adapters' weights in `combine`: at full strength an adapter outweighs what the model reads.
+DEFAULT_COMBINE_STRENGTH = 0.5
 Template = Literal["direct", "brief", "chain_of_thought"]
 Finish = Literal["stop", "length", "error"]
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from prag_core.data.questions import Question
 from prag_core.errors import InputError
 from prag_core.identity import fingerprint
-from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_COMBINE_STRENGTH, DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
 
 # The controls that a plan may name: see `prag_core.evaluation.requests`.
 Control = Literal["wrong", "random", "task", "da"]
@@ -40,7 +40,9 @@ class EvaluationPlan:
     retrieval: Retrieval = "bm25"  # `oracle` takes the gold passages
     top_k: tuple[int, ...] = (DEFAULT_TOP_K,)  # how many passages a question retrieves
     weights: tuple[MergeRule, ...] = (DEFAULT_WEIGHTS,)
-    strengths: tuple[float, ...] = (1.0,)  # the adapters' weights are multiplied by it in the mode `combine`
+    strengths: tuple[float, ...] = (
+        DEFAULT_COMBINE_STRENGTH,
+    )  # the adapters' weights are multiplied by it in the mode `combine`
     reader: str = ""  # the reader that is added where passages are in the prompt, and its weight; empty for none
     wrong: WrongPassage = "nearest"  # the passage whose adapter the control `wrong` takes
     seeds: int = 3  # how many times everything random is drawn

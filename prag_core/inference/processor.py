@@ -18,7 +18,7 @@ from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.lora import Factors
 from prag_core.prompts import final_answer, passage_text, reasons
-from prag_core.records import Answer, Hit, MergeRule, Passage, Template, UsedPassage
+from prag_core.records import DEFAULT_COMBINE_STRENGTH, Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
 
 # The most passages to retrieve in search of some that the asker may read.
@@ -73,7 +73,7 @@ class RequestProcessor:
         template: Template = "direct",
         snapshot: str = "",
         max_new_tokens: int | None = None,
-        combine_strength: float = 1.0,
+        combine_strength: float = DEFAULT_COMBINE_STRENGTH,
         reader: tuple[Factors, float] | None = None,
         hidden: Iterable[str] = (),
     ) -> None:
