@@ -132,7 +132,8 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     source = Adapters(tiny_session)
     reader = source.get(PASSAGES[4].key)
     plain, reading = (
-        RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, reader=given) for given in (None, (reader, 0.5))
+        RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=1.0, reader=given)
+        for given in (None, (reader, 0.5))
     )
     requests = [Request("Who?", mode, 2, "sum") for mode in MODES]
     texts = []
