@@ -7,19 +7,20 @@ from pathlib import Path
 
 from cluster.resources import PROFILES, Profile
 from prag_core.config import Config, augment_recipe, train_recipe
-from prag_core.errors import ConfigError
+from prag_core.errors import ConfigError, DamagedError
 from prag_core.identity import fingerprint, is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 from prag_core.llm.threads import available_cores
 from prag_core.packaged import local_path
-from prag_core.recipe import Recipe
+from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
 
 # A folder in the form of a store, with the writers that come with the project.
 _PACKAGED_WRITERS = "package://pipelines/examples/writer"
+WRITER_REMEDY = "train one with `prag warmup --asking`, and set augment.writer to the name that it prints"
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
 
 @dataclass(frozen=True)
 class Writer:
-    """The adapter with which a model writes questions: its name, and the store that holds it."""
+    """The adapter with which a model writes questions: its name, the store that holds it, and its recipe."""
 
     name: str
     store: Store
+    recipe: TrainRecipe
 
 
 def writer_of(config: Config, base_model: str) -> Writer | None:
@@ -105,25 +107,34 @@ def writer_of(config: Config, base_model: str) -> Writer | None:
     None when the configuration names another strategy or generator, or names nothing and the model has no writer.
 
     Raises:
-        ConfigError: when the strategy `writer` is named without a writer, or with another generator than a local model.
+        ConfigError: when the strategy `writer` is named without a writer, or with another generator than a local model,
+            or when the store has no such writer, or one of another model.
     """
     settings = config.augment
     if settings.strategy not in (None, "writer"):
         return None
     if settings.generator == "transformers":
-        if settings.writer is not None:
-            return Writer(settings.writer, open_store(config))
-        packaged = Store(local_path(_PACKAGED_WRITERS))
         model = generator_fingerprint(config, base_model)
-        for name in packaged.list("starts", ".json"):
-            if packaged.get_json(name)["base_model"] == model:
-                return Writer(name.removeprefix("starts/").removesuffix(".json"), packaged)
+        if settings.writer is not None:
+            return _writer(open_store(config), settings.writer, model)
+        packaged = Store(local_path(_PACKAGED_WRITERS))
+        for note in packaged.list("starts", ".json"):
+            if packaged.get_json(note)["base_model"] == model:
+                return _writer(packaged, note.removeprefix("starts/").removesuffix(".json"), model)
     if settings.strategy == "writer":
-        raise ConfigError(
-            "augment.strategy is writer, but there is no writer of this model",
-            "train one with `prag warmup --asking`, and set augment.writer to the name that it prints",
-        )
+        raise ConfigError("augment.strategy is writer, but there is no writer of this model", WRITER_REMEDY)
     return None
+
+
+def _writer(store: Store, name: str, model: str) -> Writer:
+    try:
+        about = store.get_json(f"starts/{name}.json")
+    except DamagedError as error:
+        raise ConfigError(f"augment.writer = {name!r}: {error.message}", WRITER_REMEDY) from None
+    if about["base_model"] != model or not about["settings"].get("asking"):
+        raise ConfigError(f"augment.writer = {name!r} is no writer of the model that augments", WRITER_REMEDY)
+    recipe = TrainRecipe(**{**about["recipe"], "targets": tuple(about["recipe"]["targets"])})
+    return Writer(name, store, recipe)
 
 
 def profile_of(config: Config) -> Profile:

@@ -17,28 +17,25 @@ from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
-from pipelines.settings import RunContext, writer_of
+from pipelines.settings import WRITER_REMEDY, RunContext, writer_of
 from prag_core.augmentation.augment import augment, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
-from prag_core.errors import AdapterError, ConfigError, DamagedError
+from prag_core.errors import AdapterError, ConfigError
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
-from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, Reject, from_table
 from prag_core.store.adapters import get_start
 from prag_core.store.tables import put_augmentations, put_rejects
-
-_WRITER_REMEDY = "use the name that `prag warmup --asking` printed, or train the writer again"
 
 
 def make_generator(config: Config) -> Generator:
     """Open the generator that a configuration names, with its writer's adapter if the strategy needs one.
 
     Raises:
-        ConfigError: when the store has no such writer, or it was trained on another model.
+        ConfigError: when the store has no such writer, or its factors are altered.
     """
     if config.augment.generator == "openai":
         return OpenAIGenerator(config.augment.endpoint)
@@ -48,14 +45,10 @@ def make_generator(config: Config) -> Generator:
     if writer is None:
         return TransformersGenerator(base)
     try:
-        about = writer.store.get_json(f"starts/{writer.name}.json")
         factors = get_start(writer.store, writer.name)
-    except (AdapterError, DamagedError) as error:
-        raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", _WRITER_REMEDY) from None
-    if about["base_model"] != base.fingerprint or not about["settings"]["asking"]:
-        raise ConfigError(f"augment.writer = {writer.name!r} is no writer of the model {name}", _WRITER_REMEDY)
-    recipe = TrainRecipe(**{**about["recipe"], "targets": tuple(about["recipe"]["targets"])})
-    return TransformersGenerator(base, adapter=(recipe, factors))
+    except AdapterError as error:
+        raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", WRITER_REMEDY) from None
+    return TransformersGenerator(base, adapter=(writer.recipe, factors))
 
 
 class AugmentPassages:

@@ -240,7 +240,7 @@ def _effective_compactions(store: Store, recipes: Collection[str], remaining: Co
 
 
 def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObject]) -> set[str] | None:
-    """Return the needed starts: those of the recipes, and the readers, which only configurations name.
+    """Return the needed starts: those of the recipes, and the readers and writers, which only configurations name.
 
     None if a document cannot be read; then all starts are needed.
     """
@@ -251,8 +251,9 @@ def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObje
             store.get_json(f"adapters/{r}/recipe.json") for r in recipes if f"adapters/{r}/recipe.json" in names
         ]
         starts = {str(document["recipe"]["train"]["start"]) for document in documents}
-        readers = [name for name in notes if store.get_json(name).get("settings", {}).get("reading")]
-        return starts | {posixpath.basename(name).removesuffix(".json") for name in readers}
+        settings = {name: store.get_json(name).get("settings", {}) for name in notes}
+        named = [name for name, given in settings.items() if given.get("reading") or given.get("asking")]
+        return starts | {posixpath.basename(name).removesuffix(".json") for name in named}
     except (DamagedError, KeyError, TypeError, AttributeError):
         return None
 

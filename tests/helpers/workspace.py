@@ -36,7 +36,8 @@ class Workspace:
             store=str(folder / "store"),
             corpus={"path": str(folder / "corpus.jsonl")},
             model={"name": str(folder / "tiny")},
-            augment={"generator": "none", "import_file": str(folder / "augmentations.jsonl")},
+            # The file's pairs and no others, so that a test knows what is trained.
+            augment={"generator": "none", "import_file": str(folder / "augmentations.jsonl"), "cloze": False},
             train={"epochs": 1},
             run={"train_batch": 4, "augment_batch": 4},
         )

@@ -71,9 +71,10 @@ def test_the_note_of_a_warmup_goes_with_its_start(store: Store, layout: LoraLayo
     for name in (start, other):
         store.put_json(f"starts/{name}.json", {"warmup": name})
     assert verify(store) == []
-    # No recipe names a reader: configurations do.
-    reader = put_start(store, layout, random_adapter(layout, 3))
-    store.put_json(f"starts/{reader}.json", {"warmup": reader, "settings": {"reading": True}})
+    # No recipe names a reader or a writer: configurations do.
+    for seed, task in enumerate(("reading", "asking"), start=3):
+        named = put_start(store, layout, random_adapter(layout, seed))
+        store.put_json(f"starts/{named}.json", {"warmup": named, "settings": {task: True}})
     assert collect_objects(store, all_snapshots(store)) == {f"starts/{other}.json", f"starts/{other}.safetensors"}
 
 
