@@ -77,7 +77,7 @@ class Scene:
             "storage": {"adapter_dtype": "float32", "shard_mb": 128 if many_commits_a_task else 4.5 * 5760 / 1e6},
             "corpus": {"path": str(folder / "corpus.jsonl")},
             "model": {"name": str(folder / "tiny"), "dtype": "float32"},
-            "augment": {"generator": "none", "import_file": str(folder / "augmentations.jsonl")},
+            "augment": {"generator": "none", "import_file": str(folder / "augmentations.jsonl"), "cloze": False},
             "train": {"epochs": 1},
             "run": {"train_batch": 12, "augment_batch": 4, "commit_every_s": 0 if many_commits_a_task else 120},
         }
