@@ -152,7 +152,7 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
         assert [one.find_element("css selector", "bdi").get_property("textContent") for one in shown] == [
             passage["title"] for passage in expected["passages"]
         ]
-        uses = {"closed": [], "rag": ["prompt"], "prag": ["weights × 1"], "combine": ["weights × 1", "prompt"]}[mode]
+        uses = {"closed": [], "rag": ["prompt"], "prag": ["weights × 1"], "combine": ["weights × 0.5", "prompt"]}[mode]
         for one, passage in zip(shown, expected["passages"], strict=True):
             text = str(one.get_property("textContent"))
             assert f"used in: {', '.join(uses)}" in text
