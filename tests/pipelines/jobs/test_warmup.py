@@ -243,6 +243,7 @@ def test_a_writer_writes_the_pairs_of_a_run(tmp_path: Path) -> None:
     assert (note["settings"]["asking"], note["recipe"]["rank"]) == (True, 8)
 
     wanted = {"strategy": "writer", "writer": made["start"], "generator": "transformers", "import_file": "null"}
+    wanted["cloze"] = "true"
     settings = [part for key, value in wanted.items() for part in ("--set", f"augment.{key}={value}")]
     done = json.loads(work.run("run", "-c", "config.yaml", "--json", *settings))
     augmented = next(stage for stage in done["stages"] if stage["stage"] == "augment")
