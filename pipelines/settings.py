@@ -133,8 +133,7 @@ def _writer(store: Store, name: str, model: str) -> Writer:
         raise ConfigError(f"augment.writer = {name!r}: {error.message}", WRITER_REMEDY) from None
     if about["base_model"] != model or not about["settings"].get("asking"):
         raise ConfigError(f"augment.writer = {name!r} is no writer of the model that augments", WRITER_REMEDY)
-    recipe = TrainRecipe(**{**about["recipe"], "targets": tuple(about["recipe"]["targets"])})
-    return Writer(name, store, recipe)
+    return Writer(name, store, TrainRecipe.from_json(about["recipe"]))
 
 
 def profile_of(config: Config) -> Profile:

@@ -82,6 +82,11 @@ class TrainRecipe:
         """The factor of B·A: alpha / rank."""
         return self.alpha / self.rank
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> TrainRecipe:
+        """Return the recipe of a document that `asdict` made, as a store keeps it."""
+        return cls(**{**document, "targets": tuple(document["targets"])})
+
     def rate_for(self, width: int) -> float:
         """Return the learning rate for a model of hidden size `width`; models wider than `rate_width` need less."""
         return self.learning_rate * min(1.0, (self.rate_width or width) / width) ** 2
@@ -140,6 +145,8 @@ class Recipe:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Recipe:
         """Return the recipe of a document that `to_json` made."""
-        train = {**document["train"], "targets": tuple(document["train"]["targets"])}
-        parts = {"augment": AugmentRecipe(**document["augment"]), "train": TrainRecipe(**train)}
+        parts = {
+            "augment": AugmentRecipe(**document["augment"]),
+            "train": TrainRecipe.from_json(document["train"]),
+        }
         return cls(**{**document, **parts})

@@ -48,14 +48,13 @@ def add_written_pairs(drafts: Sequence[Draft], generator: Generator, recipe: Aug
 
     The facts are those that the model names, and then those that English rules find.
     """
-    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": attempt_seed(recipe, attempt, 0)} if attempt else {}
     # 1. Name the facts of each sentence.
     sentences = [(draft, sentence) for draft in drafts for sentence in sentences_of(draft.passage)]
     named = _replies(generator, [(d, name_facts_prompt(topic_of(d.passage), s)) for d, s in sentences], _FACTS_TOKENS)
     facts = list(_facts(sentences, named))
     # 2. Ask for each.
     prompts = [(fact.draft, ask_prompt(fact.topic, fact.sentence, fact.answer)) for fact in facts]
-    asked = _replies(generator, prompts, _QUESTION_TOKENS, **sampling)
+    asked = _replies(generator, prompts, _QUESTION_TOKENS, attempt_seed(recipe, attempt, 0) if attempt else None)
     questions = [(fact, text) for fact, text in zip(facts, asked, strict=True) if text]
     # 3. Answer each question, and keep those that are answered alike.
     prompts = [(fact.draft, read_prompt(fact.topic, fact.sentence, text)) for fact, text in questions]
@@ -110,10 +109,21 @@ def _facts(sentences: Sequence[tuple[Draft, str]], named: Sequence[str]) -> Iter
             yield fact
 
 
-def _replies(generator: Generator, prompts: Sequence[tuple[Draft, str]], limit: int, **sampling: float) -> list[str]:
-    """Return the first line of the reply to each draft's prompt; if one fails, note the error in its draft."""
-    texts = [Prompt(text, chat=False, stop="\n") for _, text in prompts]
-    replies = generator.generate(texts, max_new_tokens=limit, **sampling) if texts else []  # type: ignore[arg-type]
+def _replies(
+    generator: Generator, prompts: Sequence[tuple[Draft, str]], limit: int, seed: int | None = None
+) -> list[str]:
+    """Return the first line of the reply to each draft's prompt, sampled if there is a seed.
+
+    If a prompt fails, its reply is empty and its draft notes the error.
+    """
+    sampled = seed is not None
+    replies = generator.generate(
+        [Prompt(text, chat=False, stop="\n") for _, text in prompts],
+        max_new_tokens=limit,
+        temperature=TEMPERATURE if sampled else 0.0,
+        top_k=TOP_K if sampled else 0,
+        seed=seed or 0,
+    )
     lines = []
     for (draft, _), reply in zip(prompts, replies, strict=True):
         if isinstance(reply, GenerationError):
