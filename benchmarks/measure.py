@@ -9,9 +9,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,41 @@ def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainR
     seconds = time.perf_counter() - begun
     trainer.close()
     return seconds
+
+
+# Parts of the time: everything inside one of these profiler events, and elsewhere the operators below.
+_STRETCHES = {
+    "Optimizer.step": "AdamW",
+    "ChunkedCrossEntropy": "the loss, with its products with the output layer",
+    "aten::_scaled_dot_product": "attention",
+}
+_OPERATORS = {
+    "aten::mm": "products with the layers' frozen weights",
+    "aten::addmm": "products with the layers' frozen weights",
+    "aten::bmm": "products with the adapters' factors",
+    "aten::baddbmm": "products with the adapters' factors",
+}
+
+
+def time_shares(events: Iterable[Any], device: torch.device | str) -> dict[str, float]:
+    """Return the share of each part of a training's time on the device, largest first.
+
+    `events` are those that torch's profiler has seen of the trainer. On CUDA a part's time is that of the kernels which
+    its operators have started.
+    """
+    import torch
+    from torch.autograd import DeviceType
+
+    own_time = "self_device_time_total" if torch.device(device).type == "cuda" else "self_cpu_time_total"
+    shares: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CPU:
+            part, around = _OPERATORS.get(event.name, "gates, norms, copies and all else"), event
+            while around is not None:
+                part = next((name for stretch, name in _STRETCHES.items() if around.name.startswith(stretch)), part)
+                around = around.cpu_parent
+            shares[part] += getattr(event, own_time)
+    return {name: time / shares.total() for name, time in shares.most_common()}
 
 
 def padding(jobs: Sequence[TrainingJob], stacks: Sequence[Sequence[TrainingJob]]) -> float:

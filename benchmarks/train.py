@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacked_seconds
+from measure import machine, matrix_rate, padding, peak_gb, peft_seconds, stacked_seconds, time_shares
 
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import CorpusConfig, ModelConfig
@@ -27,7 +26,6 @@ from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.recipe import RECIPES
 from prag_core.records import Augmentation, Passage, from_table
 from prag_core.store.objects import Store
-from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingJob, training_examples
 from prag_core.training.trainer import make_stacks
 
@@ -64,33 +62,11 @@ def jobs_of(base: BaseModel, corpus: Sequence[tuple[Passage, Augmentation]], cou
     return jobs
 
 
-# Parts of the time: everything inside one of these profiler events, and elsewhere the operators below.
-_STRETCHES = {
-    "Optimizer.step": "AdamW",
-    ChunkedCrossEntropy.__name__: "the loss, with its products with the output layer",
-}
-_OPERATORS = {
-    "aten::mm": "products with the layers' frozen weights",
-    "aten::addmm": "products with the layers' frozen weights",
-    "aten::bmm": "products with the adapters' factors",
-    "aten::baddbmm": "products with the adapters' factors",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-}
-
-
 def profile(base: BaseModel, stack: Sequence[TrainingJob], budget: int) -> dict[str, float]:
     """Train one stack under torch's profiler; return the share of each part of the time, largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         stacked_seconds(base, stack, RECIPE, budget)
-    shares: Counter[str] = Counter()
-    for event in seen.events():
-        part, around = _OPERATORS.get(event.name, "gates, norms, copies and all else"), event
-        while around is not None:
-            part = next((name for stretch, name in _STRETCHES.items() if around.name.startswith(stretch)), part)
-            around = around.cpu_parent
-        shares[part] += event.self_cpu_time_total
-    return {name: time / shares.total() for name, time in shares.most_common()}
+    return time_shares(seen.events(), "cpu")
 
 
 def main() -> None:
