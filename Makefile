@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check slow test-long format clean help s3 browser \
-	bench-augment bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
+	bench-augment bench-gpu bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -16,7 +16,7 @@ help:
 	@echo "make check            lint, types and fast tests"
 	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
-	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
+	@echo "make bench-gpu        checks and speed on a CUDA device, on random models of 1.2 and 8 billion parameters (nine minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
@@ -82,8 +82,9 @@ test-long: setup
 bench-train: setup
 	$(BIN)/python benchmarks/train.py $(if $(STORE),--store $(STORE))
 
-bench-train-gpu: setup
-	$(BIN)/python benchmarks/train_gpu.py
+# Without Ray or a network: the script says what it needs instead of `make setup`.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 # Ctrl+C stops it. The next start has the same objects at the same address.
 s3: setup

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from prag_core.testing import write_tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def last_line(name: str, *arguments: str) -> dict:
+def run(name: str, *arguments: str, **environment: str) -> list[str]:
+    """Return the lines that a benchmark prints."""
     command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def last_line(name: str, *arguments: str) -> dict:
+    return json.loads(run(name, *arguments)[-1])
 
 
 def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,12 +109,125 @@ def test_precision(tmp_path: Path) -> None:
     assert set(found["f1"]) == {"fp32", "bf16"}
 
 
+# Python imports this before anything else.
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+"""
+
+
+def bare_machine(folder: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Return an environment in which Python, and its children, find these packages with what they require, and ours."""
+    present, wanted = set(), list(packages)
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name not in present:
+            with contextlib.suppress(PackageNotFoundError):  # needed on another system only
+                wanted += [
+                    r.name for r in map(Requirement, requires(name) or ()) if not r.marker or r.marker.evaluate()
+                ]
+                present.add(name)
+    ours = {"prag_core", "pipelines", "cluster"}
+    absent = [
+        module
+        for module, owners in packages_distributions().items()
+        if module not in ours and not present & set(map(canonicalize_name, owners))
+    ]
+    assert {"ray", "pyserini", "jnius", "s3fs", "fastapi", "polars"} <= set(absent)
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"ABSENT = frozenset({absent!r})\n{BARE}")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(BENCHMARKS.parent)])}
+
+
+def numbers(figures: object) -> Iterator[float]:
+    if isinstance(figures, dict | list):
+        for value in figures.values() if isinstance(figures, dict) else figures:
+            yield from numbers(value)
+    elif isinstance(figures, int | float):
+        yield figures
+
+
+# What must be in the line of each part, or in each of its rows.
+GPU_PARTS = {
+    "card": {"bf16_tflop_s", "fp32_tflop_s", "copy_gb_s", "from_host_gb_s", "kernel_us", "launch_us"},
+    "trainer": {"dw_fp64", "dw_fp32"},
+    "checkpointing": {"dw_fp64", "dw_fp32"},
+    "short_memory": {"dw_fp64", "dw_fp32", "stacks"},
+    "decoder": {"same_rows", "rows_changed_by_adapters"},
+    "child": {"loss_difference", "first_s", "next_s"},
+    "training": {"passages_per_s", "peft_passages_per_s", "x_vs_peft", "matrix_rate_share", "padding", "peak_gb"},
+    "profile": {"step_s", "steps_share", "busy_share", "shares", "kernels_per_step", "top"},
+    "stacks": {"passages_per_s", "tokens_per_s", "peak_gb"},
+    "variants": {"passages_per_s", "tokens_per_s", "peak_gb"},
+    "decoding": {"step_ms", "tokens_per_s", "peak_gb"},
+    "prefill": {"chunk_ms", "tokens_per_s", "peak_gb"},
+    "training_8b": {"passages_per_s", "peft_passages_per_s", "x_vs_peft", "matrix_rate_share", "padding", "peak_gb"},
+    "decoding_8b": {"step_ms", "tokens_per_s", "peak_gb"},
+}
+GPU_CHECKS = {"trainer", "checkpointing", "short_memory", "decoder", "child"}
+
+
 @pytest.mark.slow
-def test_train_gpu_on_the_cpu() -> None:
-    sizes = ["--passages", "4", "--peft-passages", "1", "--repeats", "1", "--tokens-per-step", "2048"]
-    found = last_line("train_gpu.py", "--smoke", *sizes)
-    assert found["passages_per_s"] > 0
-    assert found["in_flight"] == 4
+def test_gpu_runs_each_part_on_a_bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    wheels = importlib.import_module("gpu").WHEELS
+    bare = bare_machine(tmp_path / "site", ["torch", "peft", "pyarrow", *wheels])
+    lines = {line.pop("part"): line for line in map(json.loads, run("gpu.py", "--smoke", **bare))}
+    assert list(lines) == list(GPU_PARTS)
+    for part, line in lines.items():
+        assert line.get("ok") is (True if part in GPU_CHECKS else None), line
+        rows = [row for row in line.values() if isinstance(row, dict) and part not in GPU_CHECKS | {"card", "profile"}]
+        for figures in rows or [line]:
+            assert GPU_PARTS[part] <= figures.keys(), (part, figures)
+        # Two ways to compute the same may not differ at all.
+        least = 0.0 if part in GPU_CHECKS else 1e-9
+        assert all(math.isfinite(number) and number >= least for number in numbers(line)), (part, line)
+    # Each share is found by the name of a profiler event, which a rename would change.
+    assert {"AdamW", "the loss, with its products with the output layer"} < set(lines["profile"]["shares"])
+    assert {"1 rows, 0 adapters", "64 rows, 3 adapters"} < set(lines["decoding"])
+
+
+def gpu_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[object, list[dict]]:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module("gpu").main()
+    return exit.value.code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_gpu_skips_what_it_has_no_time_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    code, lines = gpu_lines(monkeypatch, capsys, "--minutes", "0", "--parts", "prefill,card")
+    assert code == 0
+    assert [line["part"] for line in lines] == ["card", "prefill"]
+    assert all("needs" in line["skipped"] for line in lines)
+
+
+def test_gpu_goes_on_after_a_part_or_a_row_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def broken(bench: object) -> dict:
+        raise RuntimeError("no kernel image")
+
+    def rows(bench: Any) -> dict:
+        return bench.rows({"bad": lambda: broken(bench), "good": lambda: {"ms": 1.23456}}, needs_s=1)
+
+    monkeypatch.setattr(importlib.import_module("gpu"), "PARTS", ((broken, 1), (rows, 1)))
+    code, lines = gpu_lines(monkeypatch, capsys)
+    assert code == 1
+    assert lines[0]["error"] == "RuntimeError: no kernel image"
+    assert lines[1]["bad"] == {"error": "RuntimeError: no kernel image"}
+    assert lines[1]["good"] == {"ms": 1.235}
 
 
 @pytest.mark.slow
