@@ -42,8 +42,8 @@ def prepare_cuda(gpus: float) -> None:
     """
     import torch
 
-    # Of the two variables torch reads the older one, PYTORCH_CUDA_ALLOC_CONF, first.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if 0 < gpus < 1:
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - CUDA_CONTEXT_BYTES / total))

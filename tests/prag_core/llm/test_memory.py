@@ -63,7 +63,7 @@ def test_unused_memory_of_a_device_is_given_back(monkeypatch: pytest.MonkeyPatch
 def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fractions: list[float] = []
     card = SimpleNamespace(total_memory=10_000_000_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     prepare_cuda(1)
