@@ -26,7 +26,7 @@ def probe() -> tuple[int, str]:
     try:
         import torch
 
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         failures = {f"cuda:{n}": failure_on(f"cuda:{n}") for n in range(torch.cuda.device_count())}
     except (ImportError, RuntimeError, AssertionError) as error:
         return 0, _first_line(error)
