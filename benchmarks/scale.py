@@ -155,7 +155,7 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     passages, actors = divmod(argument, 100)
     store = Store(str(folder / "store"))
     write_million(store.url, passages, passages)
-    profile = PROFILES["laptop"].tuned(actors_min=actors, actors_max=actors)
+    profile = replace(PROFILES["laptop"], train=PROFILES["laptop"].train.tuned(min_size=actors, max_size=actors))
     with ray_session(replace(profile, logical_cpus=actors + 2)):
         begun = time.perf_counter()
         corpus = read_parts(store, "corpus/million", schema(Passage).names, profile.partitions)

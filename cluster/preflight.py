@@ -6,19 +6,24 @@ A check never raises; it returns a `CheckResult`, so that one preflight names ev
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster import gpu_probe
 from cluster.resources import list_nodes
 
 MIB = 1024 * 1024
 # How long a node may take to start a process and answer: starting Python and importing Ray takes seconds.
 NODE_TIMEOUT_S = 60.0
+# How long a process may take to import torch and compute on each GPU; less than a node has.
+PROBE_TIMEOUT_S = 50.0
 
 CheckOutcome = Literal["ok", "failed", "warning", "skipped"]
 
@@ -46,13 +51,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node reports. `cuda` is the CUDA version that its torch was built for, empty for a CPU build."""
+    """What one node reports.
+
+    `gpus` are those that its driver shows. Its torch has computed a product on `usable_gpus` of them; `gpu_error` says
+    why not on another one.
+    """
 
     name: str
     resources: Mapping[str, float]
     versions: Mapping[str, str] = field(default_factory=dict)
     gpus: tuple[Gpu, ...] = ()
-    cuda: str = ""
+    usable_gpus: int = 0
+    gpu_error: str = ""
     findings: tuple[CheckResult, ...] = ()
     answer: Any = None
 
@@ -87,17 +97,34 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(name, int(total) * MIB, int(free) * MIB) for name, total, free in rows)
 
 
-def torch_cuda() -> str:
-    """Return the CUDA version that torch was built for, empty for a CPU build or without torch."""
+def probe_gpus(timeout_s: float = PROBE_TIMEOUT_S) -> tuple[int, str]:
+    """Compute on each GPU of this machine with torch.
+
+    Return the number of GPUs on which torch can compute, and why it cannot on another one or on any. A GPU whose memory
+    is full at present counts.
+    """
+    # An empty list of visible devices is how Ray hides them from a process that holds none.
+    environment = {name: value for name, value in os.environ.items() if (name, value) != ("CUDA_VISIBLE_DEVICES", "")}
+    # -P: beside the program stand modules of ours, which must not hide those of torch.
+    command = [sys.executable, "-P", str(gpu_probe.__file__)]
     try:
-        import torch
-    except ImportError:
-        return ""
-    return torch.version.cuda or ""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return 0, f"a small product has not ended in {timeout_s:.0f} s"
+    try:
+        usable, error = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return 0, f"a process that computes on a GPU ended with exit code {done.returncode}: {last}"
+    return usable, error
 
 
-def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S) -> list[NodeReport]:
+def ask_nodes(
+    packages: Sequence[str], ask: Callable[[], Any], timeout_s: float = NODE_TIMEOUT_S, *, probe: bool = False
+) -> list[NodeReport]:
     """Return a report of each node of the connected cluster, with what `ask` returned there as its `answer`.
+
+    `probe` says whether to compute on the nodes' GPUs.
 
     `ask` runs in a process on the node that takes none of its CPUs. A node that does not answer in time, or on which
     `ask` raises, has a failed finding instead of an answer.
@@ -105,9 +132,9 @@ def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float 
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def report() -> tuple[dict[str, str], tuple[Gpu, ...], str, Any]:
+    def report() -> tuple[dict[str, str], tuple[Gpu, ...], tuple[int, str], Any]:
         found = gpus()
-        return versions(packages), found, torch_cuda() if found else "", ask()
+        return versions(packages), found, probe_gpus() if found and probe else (0, ""), ask()
 
     alive = [node for node in list_nodes() if node["Alive"]]
     remote = ray.remote(report)
@@ -128,7 +155,7 @@ def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float 
             nodes.append(NodeReport(name, resources, findings=(finding,)))
             continue
         try:
-            found, cards, cuda, answer = ray.get(reference)
+            found, cards, (usable, gpu_error), answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             detail = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
             finding = CheckResult("node", "failed", detail, "use the same image on every node", name)
@@ -137,7 +164,7 @@ def ask_nodes(packages: Sequence[str], ask: Callable[[], Any], timeout_s: float 
             finding = CheckResult("node", "warning", f"lost while it was asked: {_first_line(error)}", "", name)
             nodes.append(NodeReport(name, resources, findings=(finding,)))
         else:
-            nodes.append(NodeReport(name, resources, found, cards, cuda, answer=answer))
+            nodes.append(NodeReport(name, resources, found, cards, usable, gpu_error, answer=answer))
     return nodes
 
 
@@ -185,36 +212,59 @@ def check_cuda(nodes: Sequence[NodeReport]) -> list[CheckResult]:
     """Find the nodes on which torch cannot use a GPU, for actors that need one but reserve none."""
     remedy = "set run.actor_gpus, so that only nodes with GPUs get such actors, or model.device=auto"
     findings = [
-        CheckResult("device", "failed", "model.device = 'cuda', but torch can use no GPU", remedy, node.name)
+        CheckResult(
+            "device", "failed", _and_why("model.device = 'cuda', but torch can use no GPU", node), remedy, node.name
+        )
         for node in nodes
-        if not node.findings and not (node.gpus and node.cuda)
+        if not node.findings and not node.usable_gpus
     ]
-    return findings or [CheckResult("device", "ok", f"each of {len(nodes)} nodes has a GPU")]
+    return findings or [CheckResult("device", "ok", f"torch computes on a GPU of each of {len(nodes)} nodes")]
+
+
+def check_gpus(nodes: Sequence[NodeReport]) -> list[CheckResult]:
+    """Find the nodes to which Ray assigns GPUs that are missing, or on which torch cannot compute."""
+    with_gpus = _with_gpus(nodes)
+    if not with_gpus:
+        return [CheckResult("GPUs", "skipped", "no node with a GPU is running")]
+    findings = []
+    for node in with_gpus:
+        counted = f"Ray counts {node.resources['GPU']:g} GPUs"
+        if not node.gpus:
+            detail, remedy = f"{counted}, the driver shows none", "fix its driver, or set run.actor_gpus=0"
+            findings.append(CheckResult("GPUs", "failed", detail, remedy, node.name))
+        elif node.gpu_error or not node.usable_gpus:
+            detail = _and_why(f"{counted}, torch can compute on {node.usable_gpus}", node)
+            remedy = "use a torch that is built for its GPUs, for no newer CUDA than its driver's, or run.actor_gpus=0"
+            findings.append(CheckResult("GPUs", "failed", detail, remedy, node.name))
+        elif node.usable_gpus < node.resources["GPU"]:
+            detail = f"{counted}, torch sees {node.usable_gpus}"
+            findings.append(CheckResult("GPUs", "warning", detail, "fine with parts of GPUs (MIG)", node.name))
+    return findings or [CheckResult("GPUs", "ok", f"torch computes on each GPU of {len(with_gpus)} nodes")]
 
 
 def check_gpu_memory(needed_bytes: int, breakdown: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
-    """Find the nodes to which Ray assigns GPUs that are missing or have too little memory.
+    """Find the nodes to which Ray assigns GPUs that have too little memory.
 
     `breakdown` says what `needed_bytes` are for.
     """
-    with_gpus = [node for node in nodes if node.resources.get("GPU", 0) and not node.findings]
+    with_gpus = [node for node in _with_gpus(nodes) if node.gpus]
     if not with_gpus:
-        return [CheckResult("GPU memory", "skipped", "no node with a GPU is running")]
+        return []
     findings = []
     for node in with_gpus:
-        if not node.gpus:
-            detail = f"Ray counts {node.resources['GPU']:g} GPUs, the driver shows none"
-            findings.append(
-                CheckResult("GPU memory", "failed", detail, "fix its driver, or set run.actor_gpus=0", node.name)
-            )
-        elif not node.cuda:
-            findings.append(
-                CheckResult("GPU memory", "failed", "its torch has no CUDA", "use the image's CUDA target", node.name)
-            )
-        elif (smallest := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
+        if (smallest := min(gpu.total_bytes for gpu in node.gpus)) < needed_bytes:
             detail = f"{smallest / 1e9:.1f} GB, at least {needed_bytes / 1e9:.1f} GB needed: {breakdown}"
             findings.append(CheckResult("GPU memory", "failed", detail, remedy, node.name))
     if not findings:
         detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({breakdown}); {len(with_gpus)} nodes have it"
         findings.append(CheckResult("GPU memory", "ok", detail))
     return findings
+
+
+def _with_gpus(nodes: Sequence[NodeReport]) -> list[NodeReport]:
+    """Return the nodes to which Ray assigns GPUs, without those that gave no answer."""
+    return [node for node in nodes if node.resources.get("GPU", 0) and not node.findings]
+
+
+def _and_why(detail: str, node: NodeReport) -> str:
+    return f"{detail}: {node.gpu_error}" if node.gpu_error else detail

@@ -30,6 +30,32 @@ class Actors:
     max_size: int
     threads: int | None
 
+    def tuned(
+        self,
+        *,
+        min_size: int | None = None,
+        max_size: int | None = None,
+        cpus: float | None = None,
+        gpus: float | None = None,
+        cores: int = 1,
+    ) -> Actors:
+        """Return this pool with the given numbers in place of its own.
+
+        Several actors that would each compute on all cores of the machine share its `cores`.
+        """
+        most = self.max_size if max_size is None else max_size
+        # An actor computes with as many threads as it takes CPUs, unless the profile gives it all cores.
+        threads = self.threads if cpus is None else max(1, int(cpus))
+        if self.threads is None:
+            threads = None if most == 1 else max(1, cores // most)
+        return Actors(
+            cpus=self.cpus if cpus is None else cpus,
+            gpus=self.gpus if gpus is None else gpus,
+            min_size=min(self.min_size if min_size is None else min_size, most),
+            max_size=most,
+            threads=threads,
+        )
+
     def memory_bytes(self) -> float:
         """Return an actor's share of the memory of the node on which this is called, as Ray counts it."""
         import ray
@@ -59,8 +85,9 @@ class Profile:
 
     `logical_cpus` and `object_store_bytes` are for a Ray that the job starts itself; with None Ray finds them out.
     `partitions` is the number of blocks of a shuffle of more than `rows_per_task` passages. `augment` and `train` are
-    the actor pools of the two stages that hold a model. `index_cpus` are the CPUs of the process that builds the
-    index. `tokens_per_step` is the number of tokens that a training actor processes at once.
+    the actor pools of these stages, and `answer` is what a process that answers questions gets: a serving replica, the
+    canaries, an evaluation. `index_cpus` are the CPUs of the process that builds the index. `tokens_per_step` is the
+    number of tokens that a training actor processes at once.
     """
 
     name: str
@@ -69,6 +96,7 @@ class Profile:
     partitions: int
     augment: Actors
     train: Actors
+    answer: Actors
     index_cpus: float
     tokens_per_step: int
     # The passages that one task can hold with their texts: some tens of megabytes.
@@ -81,43 +109,10 @@ class Profile:
         """
         return 1 if passages <= self.rows_per_task else self.partitions
 
-    @property
-    def model_actors(self) -> Actors:
-        """The resources of a process outside the stages that holds a model, such as a serving replica."""
-        return self.train
-
-    def tuned(
-        self,
-        *,
-        actors_min: int | None = None,
-        actors_max: int | None = None,
-        actor_cpus: float | None = None,
-        actor_gpus: float | None = None,
-        partitions: int | None = None,
-        tokens_per_step: int | None = None,
-        cores: int = 1,
-    ) -> Profile:
-        """Return this profile with the given numbers in place of its own.
-
-        Several actors that would each compute on all cores of the machine share its `cores`.
-        """
-
-        def actors(pool: Actors) -> Actors:
-            max_size = pool.max_size if actors_max is None else actors_max
-            min_size = min(pool.min_size if actors_min is None else actors_min, max_size)
-            cpus = pool.cpus if actor_cpus is None else actor_cpus
-            gpus = pool.gpus if actor_gpus is None else actor_gpus
-            # An actor computes with as many threads as it takes CPUs, unless the profile gives it all cores.
-            threads = pool.threads if actor_cpus is None else max(1, int(actor_cpus))
-            if pool.threads is None:
-                threads = None if max_size == 1 else max(1, cores // max_size)
-            return Actors(cpus, gpus, min_size, max_size, threads)
-
+    def tuned(self, *, partitions: int | None = None, tokens_per_step: int | None = None) -> Profile:
+        """Return this profile with the given numbers in place of its own."""
         return replace(
             self,
-            augment=actors(self.augment),
-            train=actors(self.train),
-            index_cpus=self.index_cpus if actor_cpus is None else min(self.index_cpus, actor_cpus),
             partitions=self.partitions if partitions is None else partitions,
             rows_per_task=self.rows_per_task if partitions is None else 0,
             tokens_per_step=self.tokens_per_step if tokens_per_step is None else tokens_per_step,
@@ -138,6 +133,7 @@ PROFILES: dict[str, Profile] = {
         partitions=2,
         augment=_LAPTOP,
         train=_LAPTOP,
+        answer=_LAPTOP,
         index_cpus=1,
         tokens_per_step=1024,
     ),
@@ -149,6 +145,7 @@ PROFILES: dict[str, Profile] = {
         partitions=16,
         augment=_GPU,
         train=_GPU,
+        answer=_GPU,
         index_cpus=2,
         tokens_per_step=32_768,
     ),
@@ -160,6 +157,7 @@ PROFILES: dict[str, Profile] = {
         partitions=256,
         augment=_CLUSTER,
         train=_CLUSTER,
+        answer=_CLUSTER,
         index_cpus=4,
         tokens_per_step=32_768,
     ),

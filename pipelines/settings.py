@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from cluster.resources import PROFILES, Profile
-from prag_core.config import Config, augment_recipe, train_recipe
+from cluster.resources import PROFILES, Actors, Profile
+from prag_core.config import ActorsConfig, Config, augment_recipe, train_recipe
 from prag_core.errors import ConfigError, DamagedError
 from prag_core.identity import fingerprint, is_checksum
 from prag_core.llm.checkpoint import resolve_model
@@ -17,6 +18,8 @@ from prag_core.packaged import local_path
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
+
+T = TypeVar("T")
 
 # A folder in the form of a store, with the writers that come with the project.
 _PACKAGED_WRITERS = "package://pipelines/examples/writer"
@@ -137,14 +140,32 @@ def _writer(store: Store, name: str, model: str) -> Writer:
 
 
 def profile_of(config: Config) -> Profile:
-    """Return the profile that a configuration names, changed by the numbers in its section `run`."""
-    run = config.run
-    return PROFILES[run.profile].tuned(
-        actors_min=run.actors_min,
-        actors_max=run.actors_max,
-        actor_cpus=run.actor_cpus,
-        actor_gpus=run.actor_gpus,
-        partitions=run.partitions,
-        tokens_per_step=run.tokens_per_step,
-        cores=available_cores(),
+    """Return the profile that a configuration names, changed by the numbers in its section `run`.
+
+    A stage that computes nothing on a GPU holds none: one whose model is on the CPU, and augmenting that asks an
+    endpoint or only imports.
+    """
+    run, profile, cores = config.run, PROFILES[config.run.profile], available_cores()
+    on_gpu = config.model.device != "cpu"
+
+    def actors(pool: Actors, own: ActorsConfig, *, on_gpu: bool) -> Actors:
+        gpus = _first(own.actor_gpus, run.actor_gpus) if on_gpu else _first(own.actor_gpus, 0.0)
+        return pool.tuned(
+            min_size=_first(own.actors_min, run.actors_min),
+            max_size=_first(own.actors_max, run.actors_max),
+            cpus=_first(own.actor_cpus, run.actor_cpus),
+            gpus=gpus,
+            cores=cores,
+        )
+
+    return replace(
+        profile.tuned(partitions=run.partitions, tokens_per_step=run.tokens_per_step),
+        augment=actors(profile.augment, run.augment, on_gpu=on_gpu and config.augment.generator == "transformers"),
+        train=actors(profile.train, run.train, on_gpu=on_gpu),
+        answer=actors(profile.answer, run.answer, on_gpu=on_gpu),
+        index_cpus=profile.index_cpus if run.actor_cpus is None else min(profile.index_cpus, run.actor_cpus),
     )
+
+
+def _first(own: T | None, general: T | None) -> T | None:
+    return general if own is None else own

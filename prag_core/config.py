@@ -231,6 +231,15 @@ class ServeConfig(_Strict):
     downscale_delay_s: float = Field(300.0, ge=0, description="How long the load must be lower to stop a replica.")
 
 
+class ActorsConfig(_Strict):
+    """The actors of one stage, where they differ from those that `run` gives to every stage."""
+
+    actors_min: int | None = Field(None, ge=1, description="By default run.actors_min.")
+    actors_max: int | None = Field(None, ge=1, description="By default run.actors_max.")
+    actor_cpus: float | None = Field(None, gt=0, description="By default run.actor_cpus.")
+    actor_gpus: float | None = Field(None, ge=0, description="By default run.actor_gpus; 0 where no model runs on one.")
+
+
 class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
@@ -239,6 +248,9 @@ class RunConfig(_Strict):
     actors_max: int | None = Field(None, ge=1, description="The most actors with a model that a stage may have.")
     actor_cpus: float | None = Field(None, gt=0, description="CPUs per actor.")
     actor_gpus: float | None = Field(None, ge=0, description="GPUs per actor; 0 on a cluster without GPUs.")
+    augment: ActorsConfig = Field(ActorsConfig(), description="The actors that augment.")
+    train: ActorsConfig = Field(ActorsConfig(), description="The actors that train.")
+    answer: ActorsConfig = Field(ActorsConfig(), description="What answers: replicas, canaries, an evaluation.")
     partitions: int | None = Field(None, ge=1, description="Blocks of a shuffle; by default 1 up to 20,000 passages.")
     augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
     train_batch: int = Field(8, ge=1, description="The fewest passages of a training task; the most fill one shard.")

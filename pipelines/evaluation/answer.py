@@ -43,7 +43,7 @@ def answer_requests(
         total=len(requests),
         batch=2 * run_context.config.answer.batch_size,
         stage="ask",
-        actors=run_context.profile.model_actors,
+        actors=run_context.profile.answer,
         console=console,
     )
 
@@ -63,8 +63,8 @@ class AnswerEvaluation:
 
     def __init__(self, run_context: RunContext, snapshot: Snapshot, folder: str) -> None:
         config, store = run_context.config, run_context.store
-        compute_here(run_context.profile.model_actors.threads)
-        base = load_base_model(config.model)
+        compute_here(run_context.profile.answer.threads)
+        base = load_base_model(config.model, gpus=run_context.profile.answer.gpus)
         check_base_model(snapshot, store, config.model.name, base.fingerprint)
         adapters, train = open_adapters(store, snapshot.recipe)
         layout = adapters.layout

@@ -75,7 +75,7 @@ def run_evaluation(
         gold = match_gold(questions, find_gold(store, snapshot, questions, profile.partitions))
         asked, left_out = _choose(questions, gold, plan, limit)
         # 2. Retrieve passages. With an oracle, only the control `wrong` needs them.
-        found = retrieve(config, store, snapshot, asked, plan.depth, min(profile.model_actors.max_size, _SEARCHERS))
+        found = retrieve(config, store, snapshot, asked, plan.depth, min(profile.answer.max_size, _SEARCHERS))
         contexts = [QuestionContext(row.hits, gold[q.id]) for row, q in zip(found, asked, strict=True)]
         contexts = _complete(run_context, snapshot, plan, contexts, console)
         # 3. Answer the requests of each column that have no stored reply.

@@ -74,7 +74,7 @@ def train_task_adapters(
             total=len(rows),
             batch=config.run.train_batch,
             stage="task",
-            actors=run_context.profile.model_actors,
+            actors=run_context.profile.train,
             console=console,
         )
         if tally.rejected:
@@ -88,8 +88,10 @@ class TrainTasks:
     def __init__(
         self, run_context: RunContext, folder: str, texts: dict[str, tuple[Passage, Augmentation]], rounds: int
     ) -> None:
-        compute_here(run_context.profile.model_actors.threads)
-        base = load_base_model(run_context.config.model, expected=run_context.recipe.base_model)
+        compute_here(run_context.profile.train.threads)
+        base = load_base_model(
+            run_context.config.model, expected=run_context.recipe.base_model, gpus=run_context.profile.train.gpus
+        )
         self._train, self._store = run_context.recipe.train, run_context.store
         start = get_start(self._store, self._train.start) if self._train.start else None
         self._trainer = Trainer(base, self._train, start)

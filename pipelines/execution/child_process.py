@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from cluster.session import SessionError, socket_folder
 from prag_core.errors import PragError
+from prag_core.llm.memory import is_out_of_memory
 
 # Between two checks of the child's memory; it may grow beyond its limit for as long.
 _POLL_S = 0.1
@@ -194,9 +195,7 @@ def _serve(connection: Connection, work: bytes) -> None:
 
 def _explain(error: BaseException) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"[:300]
-    # On the CPU torch raises a plain RuntimeError; on a device, an OutOfMemoryError.
-    no_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    return ("out_of_memory" if no_memory or "can't allocate memory" in text else "failed"), text
+    return ("out_of_memory" if is_out_of_memory(error) else "failed"), text
 
 
 def _send(connection: Connection, kind: str, data: Any) -> None:

@@ -24,21 +24,23 @@ def ask_canaries(
     """
     environment = {"env_vars": index_kind(config.index).PROCESS_ENV}
     ask = ray.remote(_ask).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=1, runtime_env=environment)
-    scores: list[float] = ray.get(ask.remote(config, store, list(snapshots), list(canaries)))
+    scores: list[float] = ray.get(ask.remote(config, store, list(snapshots), list(canaries), actors.gpus))
     return scores
 
 
-def _ask(config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Question]) -> list[float]:
+def _ask(
+    config: Config, store: Store, snapshots: Sequence[str], canaries: Sequence[Question], gpus: float
+) -> list[float]:
     # One snapshot after the other: one model in memory at a time.
-    return [_mean_f1(config, store, snapshot, canaries) for snapshot in snapshots]
+    return [_mean_f1(config, store, snapshot, canaries, gpus) for snapshot in snapshots]
 
 
-def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Question]) -> float:
+def _mean_f1(config: Config, store: Store, snapshot: str, canaries: Sequence[Question], gpus: float) -> float:
     from prag_core.evaluation.metrics import f1
     from prag_core.inference.engine import open_engine
     from prag_core.inference.request import Request
 
-    engine = open_engine(store, config, snapshot)
+    engine = open_engine(store, config, snapshot, gpus=gpus)
     answer = config.answer
     answers = engine.answer_batch([Request(c.question, answer.mode, answer.top_k, answer.weights) for c in canaries])
     return fmean(f1(a.text, c.answers) for a, c in zip(answers, canaries, strict=True))

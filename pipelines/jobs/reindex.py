@@ -152,7 +152,7 @@ class _CandidateGate:
         put_candidate(store, new)
         self.candidate = new.id
         ids = [new.id, *([old.id] if old and self._given_min is None else [])]
-        self.canary_f1, *serving = ask_canaries(context.config, store, ids, self._canaries, profile.train)
+        self.canary_f1, *serving = ask_canaries(context.config, store, ids, self._canaries, profile.answer)
         self.canary_min = self._given_min if self._given_min is not None else max(serving, default=0.0)
         result = f"{len(self._canaries)} canary questions with F1 {self.canary_f1:.3f}"
         progress.console.print(f"the candidate {new.id} answers {result}; it must reach {self.canary_min:.3f}")

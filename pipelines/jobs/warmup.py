@@ -141,13 +141,13 @@ def pairs_of_the_example() -> list[Question]:
 
 
 def _fit(context: RunContext, questions: list[Question], settings: WarmupSettings, workers: int) -> _Trained:
-    """Train on `workers` workers, each with the resources of an actor that holds a model."""
+    """Train on `workers` workers, each with the CPUs of a training actor, and one GPU if those have any."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     # Ray Train would start its workers in a folder of its own, where relative paths of the configuration do not exist.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    actors, train_loop = context.profile.model_actors, cast(Any, partial(_train, context, questions, settings))
+    actors, train_loop = context.profile.train, cast(Any, partial(_train, context, questions, settings))
     with tempfile.TemporaryDirectory(prefix="prag-warmup-") as scratch:
         # The types of Ray know only its older trainer, whose function returns nothing.
         trainer: Any = TorchTrainer(
@@ -171,10 +171,12 @@ def _train(context: RunContext, questions: list[Question], settings: WarmupSetti
     import ray.train
     import torch.distributed
 
-    compute_here(context.profile.model_actors.threads)
+    compute_here(context.profile.train.threads)
     worker = ray.train.get_context()
     rank, workers = worker.get_world_rank(), worker.get_world_size()
-    base = load_base_model(context.config.model, expected=context.recipe.base_model)
+    # Ray Train gives a worker a whole GPU, or none.
+    gpus = float(context.profile.train.gpus > 0)
+    base = load_base_model(context.config.model, expected=context.recipe.base_model, gpus=gpus)
     trainer = Trainer(base, _recipe(context, settings))
     if settings.asking:
         examples = asking_examples(trainer, questions)

@@ -64,7 +64,7 @@ def _measure(context: RunContext, passages: list[Passage]) -> Measurement:
     config, recipe, profile = context.config, context.recipe, context.profile
     begun = time.perf_counter()
     compute_here(profile.train.threads)
-    base = load_base_model(config.model, expected=recipe.base_model)
+    base = load_base_model(config.model, expected=recipe.base_model, gpus=profile.train.gpus)
     # Without the initial adapter of the recipe: the time is the same.
     trainer = Trainer(base, replace(recipe.train, start=""), checkpoint=config.run.checkpoint_activations)
     loaded = time.perf_counter() - begun
@@ -102,7 +102,7 @@ def _augmentations(
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
     if missing and config.augment.generator != "none":
-        generator = make_generator(config)
+        generator = make_generator(config, context.profile.train.gpus)
         size = config.run.augment_batch
         for i in range(0, len(missing), size):
             begun = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Plan:
     Estimates from a measurement are None if there is none. Each has a 95 % interval (`…_interval`), which is None if
     only one batch was measured. `tokens` are the training tokens over all epochs. `augment_seconds` and
     `train_seconds` are for one actor; `wall_seconds` are by number of actors, without the shuffles and the index.
-    `gpu_hours` are for all actors together, and None for a profile without GPUs. `basis` says what was measured.
+    `gpu_hours` are for all actors that hold GPUs, and None where none does. `basis` says what was measured.
     """
 
     records: int
@@ -101,14 +102,13 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
     augment, train = _seconds(augmenting, training, to_augment, tokens)
     total = augment.plus(train) if augment and train else None
-    actors = profile.train
-    hours = total.scaled(actors.gpus / 3600) if total and actors.gpus else None
+    hours = _gpu_hours([(augment, profile.augment.gpus), (train, profile.train.gpus)])
     dollars = hours.scaled(price_gpu_hour) if hours and price_gpu_hour is not None else None
     load = measurement.load_seconds if measurement else 0.0
     tasks = math.ceil(to_train / passages_per_task(to_train, context)) if to_train else 0
     batches = math.ceil(to_augment / config.run.augment_batch)
     # More actors than tasks would not be faster.
-    numbers = [n for n in _ACTORS if n == 1 or n <= min(actors.max_size, max(tasks, batches))]
+    numbers = [n for n in _ACTORS if n == 1 or n <= min(profile.train.max_size, max(tasks, batches))]
     walls = {n: total.scaled(1 / n).plus(exactly(load)) for n in numbers} if total else {}
     return Plan(
         records=corpus.report.taken,
@@ -145,6 +145,21 @@ def _seconds(
     augment = exactly(0) if not to_augment else per_passage and per_passage.scaled(to_augment)
     train = exactly(0) if not tokens.value else per_token and per_token.times(tokens)
     return augment, train
+
+
+def _gpu_hours(parts: Sequence[tuple[Quantity | None, float]]) -> Quantity | None:
+    """Return the GPU-hours of stages, given the seconds of one actor and its GPUs; None without GPUs or a measurement.
+
+    Stages without GPUs do not count.
+    """
+    hours: Quantity | None = None
+    for seconds, gpus in parts:
+        if gpus and seconds is None:
+            return None
+        if gpus and seconds is not None:
+            part = seconds.scaled(gpus / 3600)
+            hours = hours.plus(part) if hours else part
+    return hours
 
 
 def _token_counts(context: RunContext, passages: list[Passage]) -> tuple[float, ...]:

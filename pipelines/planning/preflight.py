@@ -16,14 +16,15 @@ from cluster.preflight import (
     ask_nodes,
     check_cuda,
     check_gpu_memory,
+    check_gpus,
     check_resources,
     compare_versions,
     gpus,
     on_cluster,
-    torch_cuda,
+    probe_gpus,
     versions,
 )
-from cluster.resources import Profile
+from cluster.resources import Actors, Profile
 from cluster.session import JoinError, StartError, ray_session, socket_folder, wanted_folder
 from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
@@ -31,9 +32,9 @@ from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.files import shown, without_query
 from prag_core.errors import ClusterError, InputError, StoreError
-from prag_core.llm.base_model import check_device
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout
+from prag_core.llm.memory import CUDA_CONTEXT_BYTES
 from prag_core.llm.model_facts import parameter_count
 from prag_core.recipe import Recipe
 from prag_core.retrieval.kinds import index_kind
@@ -42,8 +43,7 @@ from prag_core.store.snapshot import check_base_model, current_id, load_snapshot
 
 # Packages that must have the same version on the driver and its workers.
 PACKAGES = ("prag-ray", "ray", "torch", "transformers", "peft", "pyarrow")
-# The fixed memory of a CUDA process and of PyTorch's kernels.
-_CUDA_CONTEXT_BYTES = 500_000_000
+_GPU_REMEDY = "check that nvidia-smi shows the GPU and that torch is built for CUDA, no newer than the driver's"
 
 
 def check_here(config: Config) -> PreflightReport:
@@ -70,10 +70,7 @@ def check_here(config: Config) -> PreflightReport:
             [CheckResult("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
         )
         report.add([_check_sockets()])
-        if config.model.device == "cuda":
-            report.check("device", lambda: (check_device(config.model.device), None))
-        if report.layout is not None:
-            report.add(_check_machine(config, profile_of(config), report.layout))
+        report.add(_check_machine(config, profile_of(config), report.layout))
     return report
 
 
@@ -81,7 +78,7 @@ def check_nodes(config: Config, profile: Profile, report: PreflightReport) -> No
     """Check each node of the connected cluster, and add the findings to a report: see `docs/operations.md`."""
     here = versions(PACKAGES)
     with _probe(config) as probe:
-        nodes = ask_nodes(PACKAGES, partial(check_node, config, probe))
+        nodes = ask_nodes(PACKAGES, partial(check_node, config, probe), probe=_needs_gpus(config, profile))
     nodes = [node for node in nodes if node.versions or node.findings]
     workers = [node for node in nodes if node.resources.get("CPU", 0)]
     report.add([finding for node in nodes for finding in node.findings])
@@ -99,9 +96,11 @@ def check_nodes(config: Config, profile: Profile, report: PreflightReport) -> No
     # What fails on this machine fails on the nodes too, and is reported once.
     known = {finding.detail for finding in report.findings if finding.outcome == "failed"}
     report.add(_merge_passed([answer for answer in answers if answer.detail not in known]))
-    report.add([check_resources(profile.train.cpus, profile.train.gpus, "a training actor", workers)])
+    report.add([check_resources(actors.cpus, actors.gpus, user, workers) for user, actors in _stages(profile)])
     if config.model.device == "cuda" and not profile.train.gpus:
         report.add(check_cuda(workers))
+    if _needs_gpus(config, profile):
+        report.add(check_gpus(nodes))
     if profile.train.gpus and report.layout is not None:
         report.add(_gpu_memory(config, profile, report.layout, nodes))
 
@@ -185,24 +184,54 @@ def _merge_passed(answers: list[CheckResult]) -> list[CheckResult]:
     return failed + [CheckResult(name, "ok", f"{f.detail}, on {counts[name]} nodes") for name, f in by_check.items()]
 
 
-def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list[CheckResult]:
-    """Check that the Ray that will be started here can give an actor its resources."""
-    actors, cpus = profile.train, profile.logical_cpus or os.cpu_count() or 1
-    if actors.cpus > cpus:
-        detail = f"a training actor takes {actors.cpus:g} CPUs; the profile {profile.name} has {cpus} of this machine"
-        return [CheckResult("resources", "failed", detail, "lower run.actor_cpus")]
-    if not actors.gpus:
-        return [check_resources(actors.cpus, 0, "a training actor", [NodeReport("", {"CPU": cpus})])]
-    import torch  # takes seconds, so only if GPUs are wanted
+def _stages(profile: Profile) -> list[tuple[str, Actors]]:
+    """Return the actors of training, and those of augmenting if they take other resources, each with their name."""
+    train, augment = profile.train, profile.augment
+    same = (train.cpus, train.gpus) == (augment.cpus, augment.gpus)
+    return [("a training actor", train), *([] if same else [("an augmenting actor", augment)])]
 
-    count = torch.cuda.device_count()
-    if actors.gpus > count:
-        detail = f"a training actor takes {actors.gpus:g} GPUs; torch can use {count} of this machine"
-        remedy = "check that nvidia-smi shows the GPU and that torch is built for CUDA, or use --profile laptop"
-        return [CheckResult("resources", "failed", detail, remedy)]
-    here = NodeReport("", {"CPU": cpus, "GPU": count}, gpus=gpus(), cuda=torch_cuda())
-    room = check_resources(actors.cpus, actors.gpus, "a training actor", [here])
-    return [room, *_gpu_memory(config, profile, layout, [here])]
+
+def _needs_gpus(config: Config, profile: Profile) -> bool:
+    return config.model.device == "cuda" or any(actors.gpus for _, actors in _stages(profile))
+
+
+def _check_machine(config: Config, profile: Profile, layout: LoraLayout | None) -> list[CheckResult]:
+    """Check that the Ray that will be started here can give actors their resources, and that torch can use its GPUs."""
+    cpus = profile.logical_cpus or os.cpu_count() or 1
+    cards = gpus()
+    if not _needs_gpus(config, profile):
+        here = NodeReport("", {"CPU": cpus})
+        findings = [_check_room(user, actors, profile, here) for user, actors in _stages(profile)]
+        if cards and config.model.device == "auto":
+            detail = f"this machine has a GPU ({cards[0].name}), which the profile {profile.name} does not use"
+            findings.append(CheckResult("device", "warning", detail, "use --profile gpu, or model.device=cpu"))
+        return findings
+    usable, error = probe_gpus()
+    here = NodeReport("", {"CPU": cpus, "GPU": usable}, gpus=cards, usable_gpus=usable, gpu_error=error)
+    findings = [_check_room(user, actors, profile, here) for user, actors in _stages(profile)]
+    if config.model.device == "cuda" and not usable:
+        detail = f"model.device = 'cuda', but torch can use no GPU of this machine: {error}"
+        findings.append(CheckResult("device", "failed", detail, f"{_GPU_REMEDY}, or set model.device to auto or cpu"))
+    if usable:
+        findings += check_gpus([here])
+    if usable and layout is not None and profile.train.gpus:
+        findings += _gpu_memory(config, profile, layout, [here])
+    return findings
+
+
+def _check_room(user: str, actors: Actors, profile: Profile, here: NodeReport) -> CheckResult:
+    """Check that this machine can hold one of a stage's actors."""
+    if actors.cpus > here.resources["CPU"]:
+        detail = (
+            f"{user} takes {actors.cpus:g} CPUs; the profile {profile.name} has {here.resources['CPU']} of this machine"
+        )
+        return CheckResult("resources", "failed", detail, "lower run.actor_cpus")
+    if actors.gpus > here.usable_gpus:
+        detail = f"{user} takes {actors.gpus:g} GPUs; torch can use {here.usable_gpus} of this machine"
+        if here.gpu_error:
+            detail += f": {here.gpu_error}"
+        return CheckResult("resources", "failed", detail, f"{_GPU_REMEDY}, or use --profile laptop")
+    return check_resources(actors.cpus, actors.gpus, user, [here])
 
 
 def _check_sockets() -> CheckResult:
@@ -224,7 +253,7 @@ def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: lis
     a step that passes may still be halved (`docs/trainer.md`), but one that does not pass cannot work.
     """
     width = 4 if config.model.dtype == "float32" else 2
-    weights = width * parameter_count(resolve_model(config.model.name)) + _CUDA_CONTEXT_BYTES
+    weights = width * parameter_count(resolve_model(config.model.name)) + CUDA_CONTEXT_BYTES
     token_bytes = width * len(layout.layers) * sum(outputs for _, outputs in layout.shapes)
     step = token_bytes * profile.tokens_per_step
     breakdown = f"weights {weights / 1e9:.1f} GB, a step of {profile.tokens_per_step:,} tokens {step / 1e9:.1f} GB"

@@ -70,10 +70,10 @@ def application(config: Config) -> Application:
     """
     open_keys(config.serve)
     check_defaults(config)
-    actors = profile_of(config).model_actors
+    actors = profile_of(config).answer
     cores = actors.threads or max(1, available_cores() // config.serve.max_replicas)
     deployment = serve.deployment(name=DEPLOYMENT, **_options(config, actors))(serve.ingress()(AnswerQuestions))
-    return deployment.bind(config.model_dump(mode="json"), cores)
+    return deployment.bind(config.model_dump(mode="json"), cores, actors.gpus)
 
 
 def _options(config: Config, actors: Actors) -> dict[str, Any]:
@@ -116,13 +116,15 @@ class AnswerQuestions:
     Args:
         settings: The configuration, as plain values.
         cores: The cores that its decoding thread computes on; None stands for all of the machine.
+        gpus: The GPUs that it holds.
     """
 
-    async def __init__(self, settings: dict[str, Any], cores: int | None) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: dict[str, Any], cores: int | None, gpus: float) -> None:  # type: ignore[misc]
         compute_elsewhere()
         self._config = parse_config(settings)
         self._keys = open_keys(self._config.serve)
-        self._service: Service = await asyncio.to_thread(open_service, self._config, open_store(self._config), cores)
+        store = open_store(self._config)
+        self._service: Service = await asyncio.to_thread(open_service, self._config, store, cores, gpus=gpus)
         self._metrics = Metrics(self._service.stats)
         self._limiter = RateLimiter()
         context = serve.get_replica_context()

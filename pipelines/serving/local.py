@@ -48,7 +48,7 @@ def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.E
     load_snapshot(open_store(config))
     profile = profile_of(config)
     if profile.logical_cpus is not None:
-        cpus = math.ceil(limits.max_replicas * profile.model_actors.cpus)
+        cpus = math.ceil(limits.max_replicas * profile.answer.cpus)
         profile = replace(profile, logical_cpus=max(profile.logical_cpus, cpus))
     with ray_session(profile):
         start(config, made)

@@ -31,16 +31,19 @@ from prag_core.store.adapters import get_start
 from prag_core.store.tables import put_augmentations, put_rejects
 
 
-def make_generator(config: Config) -> Generator:
+def make_generator(config: Config, gpus: float) -> Generator:
     """Open the generator that a configuration names, with its writer's adapter if the strategy needs one.
+
+    `gpus` are the GPUs that this process holds.
 
     Raises:
         ConfigError: when the store has no such writer, or its factors are altered.
+        ModelError: when a local model cannot be loaded.
     """
     if config.augment.generator == "openai":
         return OpenAIGenerator(config.augment.endpoint)
     name = config.augment.model or config.model.name
-    base = load_base_model(config.model.model_copy(update={"name": name}))
+    base = load_base_model(config.model.model_copy(update={"name": name}), gpus=gpus)
     writer = writer_of(config, base.fingerprint)
     if writer is None:
         return TransformersGenerator(base)
@@ -60,7 +63,7 @@ class AugmentPassages:
         self._store = context.store
         self._recipe = context.recipe.augment
         self._run = context.run
-        self._threads = context.profile.augment.threads
+        self._actors = context.profile.augment
         file = config.augment.import_file
         self._imported = read_augmentations(file, config.storage) if file else None
         self._generator: Generator | None = None
@@ -99,8 +102,8 @@ class AugmentPassages:
             detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
             return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
         if self._generator is None:  # no model is needed if all augmentations are imported
-            compute_here(self._threads)
-            self._generator = make_generator(self._config)
+            compute_here(self._actors.threads)
+            self._generator = make_generator(self._config, self._actors.gpus)
         return augment(passages, self._generator, self._recipe)
 
 

@@ -54,7 +54,7 @@ class TrainAdapters:
 
         config, store, recipe = context.config, context.store, context.recipe
         compute_here(context.profile.train.threads)
-        base = load_base_model(config.model, expected=recipe.base_model)
+        base = load_base_model(config.model, expected=recipe.base_model, gpus=context.profile.train.gpus)
         start = get_start(store, recipe.train.start) if recipe.train.start else None
         self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)
         self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)

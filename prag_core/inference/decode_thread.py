@@ -16,6 +16,7 @@ from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.decoder import Decoder
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Injector
+from prag_core.llm.memory import free_unused, is_out_of_memory
 from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 
@@ -67,6 +68,7 @@ class DecodeThread:
         self, base: BaseModel, *, slots: int, prefill_chunk: int, max_tokens: int | None, cores: int | None = None
     ) -> None:
         self._model = base.model
+        self._device = base.device
         self._make_decoder = partial(Decoder, base, slots=slots, prefill_chunk=prefill_chunk, max_tokens=max_tokens)
         self._cores = cores
         self._claimed = threading.Event()
@@ -203,20 +205,15 @@ class DecodeThread:
 
     def _step(self, batch: _Batch) -> None:
         begun = time.monotonic()
+        failure: Exception | None = None
         try:
             events = batch.decoder.step()
         except Exception as error:  # such as out of memory: these jobs fail, later ones may work
             log.exception("a decoding step failed")
-            jobs, batch.jobs = list(batch.jobs.values()), {}
-            self._failures += 1
-            self._progress = time.monotonic()
-            reason = GenerationError(f"decoding failed: {type(error).__name__}: {error}", "ask again; see the log")
-            for job in jobs:
-                if not job.cancelled:
-                    job.on_end(reason)
-            # Last, since on a lost device this fails too and ends the thread.
-            batch.decoder.reset()
-            self._count()
+            # Its traceback would keep the failed step's tensors alive.
+            failure = error.with_traceback(None)
+        if failure is not None:
+            self._fail(batch, failure)
             return
         self._failures = 0
         self._progress = time.monotonic()
@@ -231,6 +228,21 @@ class DecodeThread:
                 job.on_token(event.token)
             if event.result is not None:
                 job.on_end(event.result)
+
+    def _fail(self, batch: _Batch, failure: Exception) -> None:
+        """End all jobs of a batch whose step has failed."""
+        jobs, batch.jobs = list(batch.jobs.values()), {}
+        self._failures += 1
+        self._progress = time.monotonic()
+        reason = GenerationError(f"decoding failed: {type(failure).__name__}: {failure}", "ask again; see the log")
+        for job in jobs:
+            if not job.cancelled:
+                job.on_end(reason)
+        # Last, since on a lost device this fails too and ends the thread.
+        batch.decoder.reset()
+        if is_out_of_memory(failure):
+            free_unused(self._device)
+        self._count()
 
     def _count(self) -> None:
         self.running = sum(batch.decoder.running for batch in self._batches.values())

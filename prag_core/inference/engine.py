@@ -152,17 +152,18 @@ class Engine:
             return error
 
 
-def open_engine(store: Store, config: Config, snapshot_id: str | None = None) -> Engine:
+def open_engine(store: Store, config: Config, snapshot_id: str | None = None, *, gpus: float | None = None) -> Engine:
     """Open an engine on a snapshot of a store, by default the one in service.
 
     The index is unpacked into the local cache on first use; adapters are fetched when a question needs them. The
-    calling thread is the one to compute, on all cores.
+    calling thread is the one to compute, on all cores, or on the GPUs that its process holds (`gpus`; see
+    `choose_device`).
 
     Raises:
         StoreError: when nothing is published, or the snapshot was made with another base model.
         ModelError, RetrievalError: when the model or the index cannot be opened.
     """
     compute_here()
-    base = load_base_model(config.model)
+    base = load_base_model(config.model, gpus=gpus)
     opened = open_snapshot(base, config, store, load_snapshot(store, snapshot_id))
     return Engine(base, opened.recipe, opened.processor, opened.source, batch_size=config.answer.batch_size)

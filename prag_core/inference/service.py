@@ -336,11 +336,12 @@ class Service:
             searching.add_done_callback(release)
 
 
-def open_service(config: Config, store: Store, cores: int | None = None) -> Service:
+def open_service(config: Config, store: Store, cores: int | None = None, *, gpus: float | None = None) -> Service:
     """Open the snapshot in service of a store, and start the threads that answer from it.
 
     Adapters are kept in memory and in the local cache folder (`PRAG_CACHE`). The decoding thread computes on `cores`
-    cores (None: all); the calling thread, and all that start later, on one each.
+    cores (None: all); the calling thread, and all that start later, on one each. `gpus` are the GPUs that this process
+    holds; see `choose_device`.
 
     Raises:
         ConfigError: when a default for questions is beyond the server's limits.
@@ -350,7 +351,7 @@ def open_service(config: Config, store: Store, cores: int | None = None) -> Serv
     compute_elsewhere()
     check_defaults(config)
     settings = config.serve
-    base = load_base_model(config.model)
+    base = load_base_model(config.model, gpus=gpus)
     disk = DiskCache(cache_dir() / "adapters", settings.disk_cache_bytes) if settings.disk_cache_bytes else None
     cache = AdapterCache(
         settings.cache_bytes, disk=disk, threads=settings.fetch_threads, negative_ttl_s=settings.negative_ttl_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,12 @@ from prag_core.config import ModelConfig
 from prag_core.errors import ModelError
 from prag_core.llm.chat import end_ids
 from prag_core.llm.checkpoint import load_tokenizer, resolve_model, silence_progress
+from prag_core.llm.memory import prepare_cuda
 from prag_core.llm.model_facts import model_fingerprint
+
+# What the decoder passes to a model's forward pass. transformers' models take any other name without an error, so
+# under another name in another release each token would be answered as if nothing came before it.
+_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache")
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,18 @@ class BaseModel:
         return end_ids(self.tokenizer, getattr(self.model, "generation_config", None))
 
 
-def load_base_model(config: ModelConfig, *, expected: str | None = None) -> BaseModel:
+def load_base_model(config: ModelConfig, *, expected: str | None = None, gpus: float | None = None) -> BaseModel:
     """Load a base model onto a device, with frozen weights.
 
     Args:
         config: The model's name, dtype and device.
         expected: The fingerprint that the model must have; a worker gets it from the driver.
+        gpus: How many GPUs this process holds; see `choose_device`.
 
     Raises:
-        ModelError: when the model cannot be found or loaded, or has another fingerprint than expected.
+        ModelError: when the model cannot be found or loaded, has another fingerprint than expected, cannot decode with
+            this release of transformers, or when torch cannot use the device.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from prag_core.llm.skinny_linear import use_few_rows
@@ -56,14 +64,11 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
             f"model.name = {config.name!r} has the fingerprint {found} here, but {expected} where the run started",
             "put the same model files on each node",
         )
-    check_device(config.device)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device, gpus)
     # Its declared type is that of a call without the loading info.
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, loaded = load(folder, dtype=_dtype(config.dtype, device), output_loading_info=True)
+        model, loaded = load(folder, dtype=choose_dtype(config.dtype, device), output_loading_info=True)
         if missing := sorted(loaded["missing_keys"]):
             raise ModelError(
                 f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be random",
@@ -75,6 +80,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
                 f"{folder}: its config.json leaves out layers: the weights hold {left[0]} and {len(left) - 1} more",
                 "get the model again, or name the config.json that belongs to these weights",
             )
+        _check_forward(model)
         model.to(device)
     except ModelError:
         raise
@@ -88,30 +94,64 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None) -> Base
     return BaseModel(config.name, found, model, load_tokenizer(folder))
 
 
-def check_device(device: str) -> str:
-    """Check that this machine has the device that `model.device` names; return what will be used, in words.
+def choose_device(device: str, gpus: float | None = None) -> str:
+    """Return the device of a process, `cpu` or `cuda`, and set torch up for it.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`. With `auto` a process that holds GPUs computes on them, and one that holds none
+            on the CPU, even where it sees a GPU: that one is another's.
+        gpus: How many GPUs the process holds, or which part of one; None where nobody assigns GPUs, as in a notebook.
+            With `auto` it then computes on a GPU if torch finds one.
 
     Raises:
-        ModelError: when it is `cuda`, and torch finds no GPU here.
+        ModelError: when it is `cuda`, and torch cannot compute there.
     """
-    if device != "cuda":
-        return device
     import torch
 
-    if not torch.cuda.is_available():
-        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    if device == "auto":
+        device = "cuda" if (torch.cuda.is_available() if gpus is None else gpus) else "cpu"
+    if device == "cuda":
+        try:
+            prepare_cuda(1 if gpus is None else gpus)
+            # A card may be there for which this torch has no kernels.
+            ones = torch.ones(16, 16, device="cuda")
+            (ones @ ones).sum().item()
+        except (RuntimeError, AssertionError) as error:
+            build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            holds = f"this process holds {gpus:g} GPUs" if gpus else "model.device = 'cuda'"
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{holds}, but torch ({build}) cannot compute on a GPU here: {reason}",
+                "check that nvidia-smi shows the GPU and that torch is built for CUDA, no newer than the driver; or "
+                "compute on CPUs: model.device=cpu",
+            ) from error
+    return device
+
+
+def _check_forward(model: Any) -> None:
+    """Check that a model's forward pass knows what the decoder passes to it.
+
+    Raises:
+        ModelError: when it does not.
+    """
+    known = inspect.signature(model.forward).parameters
+    if missing := [name for name in _FORWARD_ARGUMENTS if name not in known]:
         raise ModelError(
-            f"model.device = 'cuda', but torch ({build}) finds no GPU on this machine",
-            "set model.device to auto or cpu, or check that nvidia-smi shows the GPU and that torch is built for CUDA",
+            f"{type(model).__name__} of transformers {importlib.metadata.version('transformers')} takes no "
+            f"{', '.join(missing)}, without which it would answer wrongly",
+            "install the release of transformers that prag-ray requires; or use another model, such as a Llama or Qwen",
         )
-    return torch.cuda.get_device_name()
 
 
-def _dtype(name: str, device: str) -> Any:
+def choose_dtype(name: str, device: str) -> Any:
+    """Return the torch dtype that `model.dtype` names; `auto` is bf16 where `device` multiplies it natively."""
     import torch
 
     if name == "auto":
-        # A CPU without bf16 instructions emulates them, at a tenth of the speed of fp32.
-        native = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # Without bf16 instructions a CPU or an older GPU emulates them, at a fraction of the speed of fp32.
+        if device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         name = "bfloat16" if native else "float32"
     return getattr(torch, name)

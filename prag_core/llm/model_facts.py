@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from prag_core.errors import ModelError
-from prag_core.identity import FINGERPRINT_BYTES, canonical_json, checksum, fingerprint
+from prag_core.identity import canonical_json, checksum, fingerprint
 from prag_core.llm.checkpoint import cache_dir, load_tokenizer, weight_files
-from prag_core.llm.safetensors_header import SafetensorsHeader, read_header
+from prag_core.llm.weights_digest import tensor_headers, weights_digest
 
 log = logging.getLogger(__name__)
 
 # The suffixes of the files that describe the model and its vocabulary.
 _DESCRIPTIONS = {".json", ".model", ".txt", ".jinja"}
-_BLOCK_BYTES = 1 << 24
 
 
 def parameter_count(folder: Path) -> int:
     """Return the number of weights of a model folder; see `weight_files`."""
-    headers = (_header(path) for path in weight_files(folder))
+    headers = (tensor_headers(path) for path in weight_files(folder))
     return sum(math.prod(tensor.shape) for header in headers for tensor in header.tensors.values())
 
 
@@ -53,7 +49,7 @@ def model_facts(folder: Path) -> ModelFacts:
     Raises:
         ModelError: when the folder holds no readable safetensors weights, or its tokenizer has no chat template.
     """
-    weights = _weights_digest(folder)
+    weights = weights_digest(folder)
     paths = sorted(path for path in folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
     descriptions = [[path.name, checksum(path.read_bytes())] for path in paths]
     # Another version of transformers may read the same files in another way.
@@ -95,36 +91,6 @@ def model_fingerprint(folder: Path) -> str:
         ModelError: when the folder holds no readable safetensors weights, or its tokenizer has no chat template.
     """
     return model_facts(folder).fingerprint
-
-
-def _weights_digest(folder: Path) -> str:
-    """Return a hash of all tensors of a folder, in the order of their names."""
-    files = weight_files(folder)
-    tensors = sorted((name, path, tensor) for path in files for name, tensor in _header(path).tensors.items())
-    for (name, path, _), (next_name, next_path, _) in itertools.pairwise(tensors):
-        if name == next_name:
-            raise ModelError(f"{next_path}: holds {name}, and so does {path.name}", "get the model again")
-    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for name, path, tensor in tensors:
-        digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-        with path.open("rb") as stream:
-            stream.seek(tensor.begin)
-            remaining = tensor.end - tensor.begin
-            while remaining:
-                block = stream.read(min(remaining, _BLOCK_BYTES))
-                if not block:
-                    raise ModelError(f"{path}: ends before tensor {name}", "the file is truncated; get it again")
-                digest.update(block)
-                remaining -= len(block)
-    return digest.hexdigest()
-
-
-def _header(path: Path) -> SafetensorsHeader:
-    with path.open("rb") as stream:
-        try:
-            return read_header(lambda begin, end: os.pread(stream.fileno(), end - begin, begin))
-        except ValueError as error:
-            raise ModelError(f"{path}: {error}", "the file is damaged; get it again") from None
 
 
 def model_skeleton(folder: Path) -> Any:

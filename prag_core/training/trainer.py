@@ -33,6 +33,7 @@ from prag_core.llm.lora import (
     check_factors,
     initial_factors,
 )
+from prag_core.llm.memory import free_unused, is_out_of_memory
 from prag_core.recipe import TrainRecipe
 from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingExample, TrainingJob
@@ -103,6 +104,7 @@ class Trainer:
         self._injector = Injector(base.model, recipe)
         self._start = initial_factors(self.layout, recipe.seed) if start is None else start
         check_factors(self.layout, self._start, "start")
+        self._tokens_that_fit: int | None = None
         self._checkpointing: list[torch.nn.Module] = []
         if checkpoint:
             base.model.activation_checkpointing_enable(
@@ -142,8 +144,8 @@ class Trainer:
         Args:
             jobs: The adapters to train; each has at least one example.
             tokens_per_step: The most tokens of one step, padding included; it does not change the result beyond
-                rounding. When a stack does not fit into memory, its passages and all later ones are trained in stacks
-                of half as many tokens.
+                rounding. When a stack does not fit into memory, its passages and all later ones, also those of later
+                calls, are trained in stacks of half as many tokens.
             on_step: Called after each step with (steps done, steps in all) of the current stack.
         """
         distinct = {job.examples: job for job in reversed(jobs)}
@@ -152,12 +154,16 @@ class Trainer:
                 yield _failed(job, "equals_another")
         seen: set[str] = set()
         tokens_per_step //= self.recipe.examples_per_step
+        if self._tokens_that_fit is not None:
+            tokens_per_step = min(tokens_per_step, self._tokens_that_fit)
         stacks = deque(make_stacks([job for job in jobs if distinct[job.examples] is job], tokens_per_step))
         while stacks:
             stack = stacks.popleft()
             try:
                 trained = self._train_stack(stack, on_step)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 trained = None
             # Not in the handler: its exception keeps the failed step's tensors alive.
             if trained is not None:
@@ -165,12 +171,12 @@ class Trainer:
             elif len(stack) == 1:
                 yield _failed(stack[0], "out_of_memory")
             else:
-                tokens_per_step = len(stack) * max(job.longest for job in stack) // 2
+                tokens_per_step = self._tokens_that_fit = len(stack) * max(job.longest for job in stack) // 2
                 log.warning("out of memory: continuing with stacks of %d tokens", tokens_per_step)
                 left = [job for later in (stack, *stacks) for job in later]
                 stacks = deque(make_stacks(left, tokens_per_step))
-            if trained is None and self.base.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if trained is None:
+                free_unused(self.base.device)
 
     def _train_stack(
         self, jobs: Sequence[TrainingJob], on_step: Callable[[int, int], None] | None

@@ -248,5 +248,6 @@ def test_the_dockerfile_builds_both_images_and_copies_all_packages() -> None:
     folders = {pattern.removesuffix("*") for pattern in found["include"]}
     assert {*folders, PROJECT["readme"], *PROJECT["license-files"]} <= set(copied)
     assert re.findall(rf"-t ({re.escape(IMAGE)}\S*)", text) == [IMAGE, f"{IMAGE}-cuda"]
+    assert re.search(r"install .*\bgcc libc6-dev\b", text.partition(" AS cuda")[2])  # Triton needs a C compiler
     assert re.search(r"grep -oE '(torch==\[0-9.\]\+)'", text)
     assert any(d.startswith("torch==") for d in PROJECT["dependencies"])

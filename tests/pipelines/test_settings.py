@@ -11,8 +11,9 @@ from prag_core.errors import ConfigError
 from prag_core.store.adapters import get_start
 
 
-def profile(**run: object):
-    return profile_of(parse_config({"store": "s", "corpus": {"path": "c"}, "run": run}))
+def profile(*, augment: dict[str, object] | None = None, model: dict[str, object] | None = None, **run: object):
+    sections = {"augment": augment or {}, "model": model or {}, "run": run}
+    return profile_of(parse_config({"store": "s", "corpus": {"path": "c"}, **sections}))
 
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
@@ -22,11 +23,38 @@ def test_a_profile_by_its_name(name: str) -> None:
 
 def test_single_numbers_are_replaced() -> None:
     made = profile(profile="cluster", actors_min=2, actors_max=6, actor_gpus=0, actor_cpus=2, partitions=8)
-    for pool in (made.augment, made.train):
+    for pool in (made.augment, made.train, made.answer):
         assert (pool.min_size, pool.max_size, pool.cpus, pool.gpus, pool.threads) == (2, 6, 2, 0, 2)
     assert (made.partitions, made.index_cpus) == (8, 2)
     assert made.tokens_per_step == PROFILES["cluster"].tokens_per_step
     assert profile(tokens_per_step=128).tokens_per_step == 128
+
+
+def test_a_stage_may_have_numbers_of_its_own() -> None:
+    own = {"actor_gpus": 0.5, "actors_max": 4}
+    made = profile_of(
+        parse_config(
+            {
+                "store": "s",
+                "corpus": {"path": "c"},
+                "run": {"profile": "gpu", "actor_gpus": 0, "actor_cpus": 3, "train": own, "answer": {"actor_gpus": 1}},
+            }
+        )
+    )
+    assert [pool.gpus for pool in (made.augment, made.train, made.answer)] == [0, 0.5, 1]
+    assert [pool.max_size for pool in (made.augment, made.train, made.answer)] == [8, 4, 8]
+    assert {pool.cpus for pool in (made.augment, made.train, made.answer)} == {3}
+
+
+@pytest.mark.parametrize(("generator", "gpus"), [("transformers", 1), ("openai", 0), ("none", 0)])
+def test_augmenting_without_a_model_of_its_own_holds_no_gpu(generator: str, gpus: float) -> None:
+    made = profile(profile="cluster", augment={"generator": generator})
+    assert (made.augment.gpus, made.train.gpus, made.answer.gpus) == (gpus, 1, 1)
+
+
+def test_a_model_on_the_cpu_holds_no_gpu() -> None:
+    made = profile(profile="gpu", model={"device": "cpu"})
+    assert (made.augment.gpus, made.train.gpus, made.answer.gpus) == (0, 0, 0)
 
 
 def test_a_pool_grows_from_its_minimum_to_its_maximum() -> None:

@@ -70,6 +70,8 @@ class Obedient:
                         hoard.append(bytearray(hoard[0]))
                 case "no memory":
                     raise MemoryError
+                case "no device memory":
+                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
                 case "bug":
                     raise KeyError("fixed soon")
                 case "store away":
@@ -118,6 +120,7 @@ def rejects(store: Store, run: str = "") -> dict[str, Reject]:
         ("hang", "timeout", "no sign of life for 1 s", Limits(1.0, 1e12)),
         ("starve", "out_of_memory", "more than its share of 1.0 GB", Limits(60.0, 1e9)),
         ("no memory", "out_of_memory", "MemoryError", NOTHING),
+        ("no device memory", "out_of_memory", "CUBLAS_STATUS_ALLOC_FAILED", NOTHING),
         ("bug", "failed", "KeyError: 'fixed soon'", NOTHING),
     ],
 )

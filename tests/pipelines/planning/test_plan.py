@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.preflight import gpus
 from tests.helpers.passages import make_passage
 from tests.helpers.workspace import Workspace
 
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, ray_here: str) -> None:
     work = Workspace(tmp_path, [make_passage(n, words=20 + 5 * (n % 7)) for n in range(40)])
-    settings = ["--set", "run.train_batch=2", "--set", "run.actor_gpus=0.5", "--set", "run.actors_max=4"]
-    settings += ["--set", "run.tokens_per_step=256"]
+    settings = ["--set", "run.train_batch=2", "--set", "run.train.actor_gpus=0.5", "--set", "run.actors_max=4"]
+    # The GPU is one that Ray counts and nobody has.
+    settings += ["--set", "run.tokens_per_step=256", "--set", "model.device=cpu"]
     measured = ["--measure", "10", "--price-gpu-hour", "2.5"]
     plan = json.loads(work.run("plan", "-c", "config.yaml", "--json", *settings, *measured))
     assert (plan["passages"], plan["to_augment"], plan["to_train"]) == (40, 40, 40)
@@ -35,3 +37,14 @@ def test_a_measured_plan_has_a_price_and_writes_nothing(tmp_path: Path, ray_here
     assert plan["wall_seconds"]["1"] > plan["wall_seconds"]["4"] > plan["train_seconds"] / 4
     store = tmp_path / "store"
     assert not store.exists() or [path for path in store.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_an_actor_whose_gpu_torch_cannot_use_says_so_and_does_not_compute_on_the_cpu(
+    tmp_path: Path, ray_here: str
+) -> None:
+    work = Workspace(tmp_path, [make_passage(1)])
+    settings = ["--set", "run.train.actor_gpus=0.5"]
+    said = work.run("plan", "-c", "config.yaml", "--measure", "1", *settings, code=4)
+    assert "this process holds 0.5 GPUs, but torch" in said
+    assert not list((work.folder / "store").rglob("*.parquet"))

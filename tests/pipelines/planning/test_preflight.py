@@ -12,16 +12,20 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
+from cluster.gpu_probe import failure_on
 from cluster.preflight import (
     CheckResult,
     Gpu,
     NodeReport,
     check_cuda,
     check_gpu_memory,
+    check_gpus,
     check_resources,
     compare_versions,
     gpus,
+    probe_gpus,
     versions,
 )
 from pipelines.planning.checks import PreflightReport, check_node
@@ -67,7 +71,7 @@ def changed(config: Config, **settings: object) -> Config:
 def node(name: str = "n1", found: Mapping[str, str] | None = None, **of_it: object) -> NodeReport:
     resources = {"CPU": 8.0, "GPU": 1.0}
     return NodeReport(
-        name, **{"versions": found or {}, "gpus": (GPU,), "cuda": "13.0", "resources": resources, **of_it}
+        name, **{"versions": found or {}, "gpus": (GPU,), "usable_gpus": 1, "resources": resources, **of_it}
     )
 
 
@@ -197,15 +201,52 @@ def test_versions_must_agree() -> None:
     assert [f.outcome for f in compare_versions(here, [node("a", here)])] == ["ok"]
 
 
-def test_missing_and_small_gpus_are_found() -> None:
+def test_missing_and_useless_gpus_are_found() -> None:
+    def outcomes(**of_node: object) -> list[str]:
+        return [f"{f.outcome} {f.detail}" for f in check_gpus([node(**of_node)])]
+
+    assert outcomes() == ["ok torch computes on each GPU of 1 nodes"]
+    assert outcomes(gpus=()) == ["failed Ray counts 1 GPUs, the driver shows none"]
+    old = "The NVIDIA driver on your system is too old (found version 12020)."
+    assert outcomes(usable_gpus=0, gpu_error=old) == [f"failed Ray counts 1 GPUs, torch can compute on 0: {old}"]
+    two = {"resources": {"CPU": 8.0, "GPU": 2.0}, "gpus": (GPU, GPU)}
+    (one_fails,) = outcomes(gpu_error="cuda:1: no kernel image is available", **two)
+    assert one_fails.startswith("failed Ray counts 2 GPUs, torch can compute on 1: cuda:1: no kernel image")
+    assert outcomes(**two) == ["warning Ray counts 2 GPUs, torch sees 1"]
+    assert outcomes(resources={"CPU": 4.0}) == ["skipped no node with a GPU is running"]
+
+
+def test_small_gpus_are_found() -> None:
     def outcomes(*nodes: NodeReport, needed: int = 20_000_000_000) -> list[str]:
         return [f"{f.outcome} {f.detail}" for f in check_gpu_memory(needed, "weights", "less", nodes)]
 
     assert outcomes(node())[0].startswith("ok")
     assert outcomes(node(), needed=30_000_000_000)[0].startswith("failed 24.0 GB, at least 30.0 GB needed")
-    assert "the driver shows none" in outcomes(node(gpus=()))[0]
-    assert "no CUDA" in outcomes(node(cuda=""))[0]
-    assert outcomes(node(resources={"CPU": 4.0}))[0].startswith("skipped")
+    assert outcomes(node(resources={"CPU": 4.0})) == []
+
+
+def test_a_product_is_computed_on_a_device() -> None:
+    assert failure_on("cpu") == ""
+    assert failure_on("meta") != ""  # what it computes cannot be read
+    assert failure_on("cuda:99") != ""
+
+
+def test_a_device_whose_memory_others_fill_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(torch, "ones", full)
+    assert failure_on("cuda:0") == ""
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_gpus_are_tried_in_another_process_that_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable, error = probe_gpus()
+    assert usable == 0
+    assert error
+    assert "product has not ended in 0 s" in probe_gpus(timeout_s=0.01)[1]
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    assert "ended with exit code 1" in probe_gpus()[1]
 
 
 def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None:
@@ -227,14 +268,17 @@ def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None
 def test_a_device_that_this_machine_lacks_is_found_before_the_run(config: Config, profile: str) -> None:
     found = check_here(changed(config, model__device="cuda", run__profile=profile))
     failed = {finding.check: finding for finding in found.findings if finding.outcome == "failed"}
-    assert "finds no GPU on this machine" in failed["device"].detail
+    assert "torch can use no GPU of this machine: " in failed["device"].detail
     assert "model.device to auto" in failed["device"].remedy
 
 
 def test_a_device_that_a_node_lacks_is_found_before_the_run() -> None:
-    bare, lost = node("b", gpus=()), node("c", findings=(CheckResult("node", "warning", "lost"),), gpus=())
+    bare, lost = (
+        node("b", gpus=(), usable_gpus=0),
+        node("c", findings=(CheckResult("node", "warning", "lost"),), gpus=()),
+    )
     assert [(f.outcome, f.where) for f in check_cuda([node("a"), bare, lost])] == [("failed", "b")]
-    assert [(f.outcome, f.where) for f in check_cuda([node("a", cuda="")])] == [("failed", "a")]
+    assert [(f.outcome, f.where) for f in check_cuda([node("a", usable_gpus=0)])] == [("failed", "a")]
     assert [f.outcome for f in check_cuda([node("a")])] == ["ok"]
 
 
@@ -273,6 +317,18 @@ def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, setti
     (failed,) = [finding for finding in found.findings if finding.outcome == "failed"]
     assert failed.check == "resources"
     assert said in failed.detail
+
+
+def test_a_gpu_that_the_profile_does_not_use_is_said(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'a card, 81559, 81008'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (said,) = [f for f in check_here(config).findings if f.check == "device"]
+    assert (said.outcome, said.remedy) == ("warning", "use --profile gpu, or model.device=cpu")
+    assert not [f for f in check_here(changed(config, model__device="cpu")).findings if f.check == "device"]
 
 
 def test_torch_is_not_loaded_if_no_gpu_is_wanted(config: Config, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -520,6 +521,28 @@ def test_a_failing_step_fails_its_own_requests_only(world: World, service: Servi
     handle.remove()
     service.check()
     assert asyncio.run(service.answer(Request(named([2]), "prag", 1))).text == "cccc"
+
+
+def test_after_a_step_without_memory_its_tensors_are_freed_and_the_rest_given_back(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def fail(*_) -> None:
+        large = torch.ones(3)
+        held.append(weakref.ref(large))
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    # On a CPU it has nothing to give back; what counts is that it comes last. pytest keeps what is logged alive.
+    monkeypatch.setattr("prag_core.inference.decode_thread.free_unused", lambda _: alive.append(held[0]() is not None))
+    monkeypatch.setattr("prag_core.inference.decode_thread.log.disabled", True)
+    handle = world.base.model.get_input_embeddings().register_forward_hook(fail)
+    with pytest.raises(GenerationError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        asyncio.run(service.answer(Request(named([1]), "prag", 1)))
+    handle.remove()
+    assert asyncio.run(service.answer(Request(named([2]), "prag", 1))).text == "cccc"
+    assert alive == [False]
 
 
 def test_a_stuck_engine_is_noticed(world: World) -> None:

@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prag_core.config import ModelConfig
 from prag_core.errors import ModelError
-from prag_core.llm.base_model import check_device, load_base_model
+from prag_core.llm.base_model import choose_device, choose_dtype, load_base_model
 from prag_core.llm.checkpoint import find_model, resolve_model, weight_files
 from prag_core.llm.model_facts import model_facts, model_fingerprint, parameter_count
 
@@ -223,6 +225,38 @@ def test_an_index_that_transformers_cannot_read_is_an_error(folder: Path) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error_with_a_remedy(tiny_model_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.device = 'cuda', but torch .* finds no GPU.*\n.*auto or cpu"):
+    with pytest.raises(ModelError, match=r"model\.device = 'cuda', but torch .* cannot compute on a GPU here: .*\n"):
         load_base_model(ModelConfig(name=str(tiny_model_folder), device="cuda"))
-    assert [check_device(device) for device in ("auto", "cpu")] == ["auto", "cpu"]
+    with pytest.raises(ModelError, match=r"this process holds 0\.5 GPUs, but torch .*: .+\n.*model\.device=cpu"):
+        load_base_model(ModelConfig(name=str(tiny_model_folder)), gpus=0.5)
+
+
+def test_a_process_that_holds_no_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves all GPUs of a node visible to a process that holds none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto", 0) == "cpu"
+    assert choose_device("cpu", 1) == "cpu"
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = SimpleNamespace(major=8 if native else 7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert choose_dtype("auto", "cuda") == dtype
+    assert choose_dtype("bfloat16", "cuda") == torch.bfloat16
+
+
+def test_a_model_whose_forward_pass_calls_the_cache_otherwise_is_refused(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    version = transformers.__version__
+    with pytest.raises(ModelError, match=rf"LlamaForCausalLM of transformers {version} takes no cache,.*\n.*release"):
+        load_base_model(ModelConfig(name=str(tiny_model_folder), device="cpu"))

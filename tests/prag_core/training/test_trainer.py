@@ -341,6 +341,35 @@ def test_running_out_of_memory_halves_the_stacks_and_loses_nothing(tiny: BaseMod
         assert worst_difference(delta_weights(factors, trainer.layout), reference[job.key]) < 1e-4
 
 
+def test_a_trainer_remembers_how_many_tokens_fit(tiny: BaseModel) -> None:
+    first, second = jobs_of(tiny, 4, RECIPE), jobs_of(tiny, 4, RECIPE, first=5)
+    sizes: list[int] = []
+
+    def short_of_memory(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
+        sizes.append(len(keywords["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    handle = tiny.model.get_decoder().register_forward_pre_hook(short_of_memory, with_kwargs=True)
+    trainer = Trainer(tiny, RECIPE)
+    assert all(a.factors is not None for a in trainer.train(first, tokens_per_step=100_000))
+    assert max(sizes) == 4
+    sizes.clear()
+    assert all(a.factors is not None for a in trainer.train(second, tokens_per_step=100_000))
+    handle.remove()
+    assert max(sizes) <= 2
+
+
+def test_an_error_that_is_not_for_want_of_memory_is_raised(tiny: BaseModel) -> None:
+    def fail(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    handle = tiny.model.get_decoder().register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(Trainer(tiny, RECIPE).train(jobs_of(tiny, 2, RECIPE), tokens_per_step=100_000))
+    handle.remove()
+
+
 def test_a_start_that_does_not_fit_is_refused(tiny: BaseModel) -> None:
     start = random_factors(find_targets(tiny.model, replace(RECIPE, rank=3))[0])
     with pytest.raises(AdapterError, match=r"adapter start: down_proj.A has shape"):
