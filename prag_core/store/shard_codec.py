@@ -75,7 +75,7 @@ def pack_shard(
             for name, values in stored.items():
                 values.copy_(factors[name])
             check_factors(layout, stored, key)
-    data = b"".join((header, memoryview(body.numpy())))
+    data = b"".join((header, body.numpy().data))
     begins = {key: len(header) + position * size for position, (key, _) in enumerate(ordered)}
     view = memoryview(data)
     packed = [
@@ -126,7 +126,7 @@ def _views(layout: LoraLayout, stored: Tensor, dtype: torch.dtype) -> dict[str, 
     """Return the bytes of a float adapter `[size]` as its tensors, without a copy."""
     values = stored.view(dtype)
     counts = [math.prod(shape) for shape in layout.tensor_shapes.values()]
-    parts = zip(layout.tensor_shapes.items(), values.split(counts), strict=True)
+    parts = zip(layout.tensor_shapes.items(), values.split_with_sizes(counts), strict=True)
     return {name: part.view(shape) for (name, shape), part in parts}
 
 
