@@ -1,17 +1,19 @@
 """Measure the pipeline's own cost, with work that only takes time: `python benchmarks/scale.py`.
 
-1. Rates: a trainer sleeps 0.2 s a passage, then stores an adapter of the small model's size. It runs on 1, 2, 4 and 8
-   actors through the real pipeline: survey, joins, batches, child processes, shards, ledger. The rate is measured
-   between the first and the last outcome, because starting workers on two cores takes as long as a short run. The
-   time before the first outcome is printed too.
-2. Planning (corpus files to a survey of what is missing) of 10,000, 100,000 and a million made-up rows, each in its
+1. Rates: a trainer sleeps 0.2 s a passage in the real training stage: survey, joins, batches, child processes,
+   tokenizing (the example corpus, over and over), the trainer's checks, shards with adapters of the small model's
+   size, ledger. It runs on 1, 2, 4 and 8 actors. The rate is measured between the first and the last outcome, because
+   starting workers on two cores takes as long as a short run. The time before the first outcome is printed too.
+2. The same at a GPU's pace: 18 ms a passage on one actor, in tasks of as many passages as fill a shard of
+   Llama-3.2-1B's adapters. `busy_share_at_gpu_pace` is the share of the time in which the GPU would compute.
+3. Planning (corpus files to a survey of what is missing) of 10,000, 100,000 and a million made-up rows, each in its
    own process: seconds, the driver's memory, and the bytes that go through shuffles.
-3. The survey of a million passages that are almost all done, with which every resumed run begins.
-4. The Lucene index of a hundred thousand made-up passages of a hundred words, from the stored corpus to the archive:
+4. The survey of a million passages that are almost all done, with which every resumed run begins.
+5. The Lucene index of a hundred thousand made-up passages of a hundred words, from the stored corpus to the archive:
    a new index, against a previous one that is updated after some of the passages were replaced.
 
 `overhead_share` is the share of a passage's time beyond its 0.2 s: the loss at the rate of one actor, and the passage's
-share of planning a million. `--only` runs one of the four parts; `--rows` and `--passages` make it smaller. The last
+share of planning a million. `--only` runs one of the parts; `--rows` and `--passages` make it smaller. The last
 line is JSON.
 """
 
@@ -23,20 +25,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from measure import machine, peak_mb
 
+from pipelines.settings import RunContext
+from pipelines.stages.train import TrainAdapters
+
+if TYPE_CHECKING:
+    from prag_core.llm.layout import LoraLayout
+    from prag_core.llm.lora import TrainedAdapter
+    from prag_core.store.objects import Store
+    from prag_core.training.examples import TrainingJob
+
 WORK_S = 0.2
+# An estimate for Llama-3.2-1B on an H100: 56 passages of 1,010 tokens a second.
+GPU_WORK_S = 0.018
+GPU_TASK = 65
 ACTORS = (1, 2, 4, 8)
 TASKS_AN_ACTOR = 8  # as in the training stage, when a task is less than a shard
 ROWS = {"10k": 10_000, "100k": 100_000, "1m": 1_000_000}
 FILES = 20
-PARTS = ("rates", "plan", "scan", "index")
+PARTS = ("rates", "gpu", "plan", "scan", "index")
 CHANGED = (0.01, 0.1, 0.25)
 
 
@@ -45,13 +59,18 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="run only this part")
     parser.add_argument("--passages", type=int, default=400, help="passages for each actor of the sleeping trainer")
     parser.add_argument("--actors", type=int, nargs="*", default=ACTORS, help="how many sleeping trainers")
+    parser.add_argument("--gpu-tasks", type=int, default=16, help=f"tasks of {GPU_TASK} passages at a GPU's pace")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="the corpora to plan")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         what, argument, folder = arguments.child.split(" ")
         print(
-            json.dumps({"rates": rate, "plan": plan, "scan": scan, "index": index}[what](int(argument), Path(folder)))
+            json.dumps(
+                {"rates": rate, "gpu": gpu_rate, "plan": plan, "scan": scan, "index": index}[what](
+                    int(argument), Path(folder)
+                )
+            )
         )
         return
     print(machine())
@@ -72,6 +91,10 @@ def main() -> None:
             found["passages_per_s_fake"] = {name: round(value, 2) for name, value in rates.items()}
             if {"1", "8"} <= {*rates}:
                 found["efficiency_8"] = round(rates["8"] / rates["1"] / 8, 3)
+        if "gpu" in parts:
+            result = in_process("gpu", arguments.gpu_tasks, Path(scratch))
+            found["busy_share_at_gpu_pace"] = round(result["rate"] * GPU_WORK_S, 3)
+            print(f"at a GPU's pace: {result['rate']:.2f} passages/s of {1 / GPU_WORK_S:.1f}", flush=True)
         if "plan" in parts:
             plans = {}
             for name in arguments.rows:
@@ -103,34 +126,48 @@ def in_process(what: str, number: int, scratch: Path, actors: int = 0) -> dict[s
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-# ---- 1. a trainer that sleeps
+# ---- 1, 2. a trainer that sleeps
 
 
-class Sleeper:
-    """A trainer that sleeps for the time of a GPU, and stores what a trainer stores: shards and ledger parts."""
+class SleepingTrainer:
+    """Has the time of a GPU's trainer, and leaves to the host what that leaves to it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, layout: LoraLayout, work_s: float) -> None:
         import torch
 
-        from prag_core.llm.layout import LoraLayout
-        from prag_core.store.adapters import AdapterStore
-        from prag_core.store.objects import Store
-
-        torch.set_num_threads(1)
-        shapes = ((576, 1536), (576, 1536), (1536, 576))  # the small model's
-        layout = LoraLayout(2, 16.0, tuple(range(30)), ("gate_proj", "up_proj", "down_proj"), shapes)
-        self._adapters = AdapterStore(Store(url), recipe(), layout)
+        self._work_s = work_s
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
-    def __call__(self, table: pa.Table, heartbeat: Callable[[], None]) -> Iterator[pa.Table]:
-        from pipelines.execution.outcomes import TASK, Outcome, outcome_table
+    def train(
+        self, jobs: Sequence[TrainingJob], *, tokens_per_step: int, on_step: Callable[[int, int], None]
+    ) -> Iterator[TrainedAdapter]:
         from prag_core.llm.lora import TrainedAdapter
+        from prag_core.training.trainer import check_distinct, make_stacks
 
-        keys, digests = table["key"].to_pylist(), table["augmentation"].to_pylist()
-        time.sleep(WORK_S * len(keys))
-        trained = [TrainedAdapter(key, self._factors, 20, 3000, 3.0, 0.5, WORK_S) for key in keys]
-        rows = self._adapters.commit(list(zip(trained, digests, strict=True)), table[TASK][0].as_py())
-        yield outcome_table(Outcome(row.key, bytes=row.length, seconds=row.seconds) for row in rows)
+        seen: set[str] = set()
+        for stack in make_stacks(jobs, tokens_per_step):
+            time.sleep(self._work_s * len(stack))
+            on_step(1, 1)
+            trained = []
+            for row, job in enumerate(stack):
+                factors = {name: factor.clone() for name, factor in self._factors.items()}
+                factors["up_proj.B"][0, 0, 0] = len(seen) + row
+                trained.append(TrainedAdapter(job.key, factors, 20, job.tokens, 3.0, 0.5, self._work_s))
+            yield from check_distinct(trained, seen)
+
+
+class Sleeper(TrainAdapters):
+    """The training stage's actor with a trainer that sleeps."""
+
+    def __init__(self, context: RunContext, work_s: float) -> None:
+        self._work_s = work_s
+        super().__init__(context)
+
+    def _load(self, context: RunContext) -> tuple[Any, Any]:
+        from prag_core.llm.checkpoint import load_tokenizer, resolve_model
+
+        tokenizer = load_tokenizer(resolve_model(context.config.model.name))
+        return SleepingTrainer(context.layout, self._work_s), tokenizer
 
 
 def recipe() -> Any:
@@ -140,32 +177,47 @@ def recipe() -> Any:
 
 
 def rate(argument: int, folder: Path) -> dict[str, Any]:
-    from store import write_million
+    passages, actors = divmod(argument, 100)
+    return train_asleep(folder, passages, actors, passages // (actors * TASKS_AN_ACTOR), WORK_S)
 
+
+def gpu_rate(tasks: int, folder: Path) -> dict[str, Any]:
+    return train_asleep(folder, tasks * GPU_TASK, 1, GPU_TASK, GPU_WORK_S)
+
+
+def train_asleep(folder: Path, passages: int, actors: int, batch: int, work_s: float) -> dict[str, Any]:
+    """Train made-up passages in tasks of `batch` with actors that sleep; return the rate and the times."""
     from cluster.resources import PROFILES
     from cluster.session import ray_session
     from pipelines.execution.isolation import StageRun, run_actors
     from pipelines.execution.outcomes import outcome_blocks
     from pipelines.execution.survey import survey, with_augmentations
-    from pipelines.execution.tables import read_parts
-    from prag_core.config import RunConfig
+    from pipelines.execution.tables import map_blocks, read_parts
+    from pipelines.stages.train import LANES, with_length
+    from prag_core.config_file import parse_config
+    from prag_core.llm.layout import LoraLayout
     from prag_core.records import Passage, schema
     from prag_core.store.objects import Store
 
-    passages, actors = divmod(argument, 100)
     store = Store(str(folder / "store"))
-    write_million(store.url, passages, passages)
-    profile = replace(PROFILES["laptop"], train=PROFILES["laptop"].train.tuned(min_size=actors, max_size=actors))
-    with ray_session(replace(profile, logical_cpus=actors + 2)):
+    write_example_corpus(store, passages)
+    shapes = ((576, 1536), (576, 1536), (1536, 576))  # the small model's
+    layout = LoraLayout(2, 16.0, tuple(range(30)), ("gate_proj", "up_proj", "down_proj"), shapes)
+    config = parse_config({"store": store.url, "corpus": {"path": "none"}, "augment": {"generator": "none"}})
+    profile = PROFILES["laptop"]
+    pool = replace(profile.train, min_size=actors, max_size=actors, threads=1)
+    profile = replace(profile, train=pool, tokens_per_step=32_768, logical_cpus=actors + 2)
+    context = RunContext(config, store, profile, recipe(), layout, "run")
+    with ray_session(profile):
         begun = time.perf_counter()
-        corpus = read_parts(store, "corpus/million", schema(Passage).names, profile.partitions)
+        corpus = read_parts(store, "corpus/example", schema(Passage).names, profile.partitions)
         found = survey(store, corpus, passages, recipe(), profile)
         surveyed = time.perf_counter()
         missing = with_augmentations(store, found, "to_train", corpus, recipe().augment.fingerprint, profile)
-        batch = passages // (actors * TASKS_AN_ACTOR)
-        limits = RunConfig()
-        stage_run = StageRun(store, "run", "train", recipe().fingerprint, limits, limits.passage_timeout_s)
-        outcomes = run_actors(Sleeper, (store.url,), missing, batch, profile.train, stage_run)
+        missing = map_blocks(missing, with_length).sort("length")
+        stage_run = StageRun(store, "run", "train", recipe().fingerprint, config.run, config.run.passage_timeout_s)
+        preload = ["prag_core.training.trainer"]
+        outcomes = run_actors(Sleeper, (context, work_s), missing, batch, profile.train, stage_run, preload, LANES)
         times: list[tuple[float, int]] = []
         done = 0
         for block in outcome_blocks(outcomes):
@@ -187,7 +239,29 @@ def rate(argument: int, folder: Path) -> dict[str, Any]:
     }
 
 
-# ---- 2. planning
+def write_example_corpus(store: Store, passages: int) -> None:
+    """Store the passages of the example corpus with their augmentations, over and over under other titles."""
+    from prag_core.augmentation.formats import read_augmentations
+    from prag_core.identity import passage_key
+    from prag_core.packaged import local_path
+    from prag_core.records import Passage, passage_table
+    from prag_core.store.tables import put_augmentations
+
+    corpus = Path(local_path("package://pipelines/examples/atlas/passages.jsonl")).read_text().splitlines()
+    texts = [json.loads(line) for line in corpus]
+    by_name = read_augmentations("package://pipelines/examples/atlas/augmentations.jsonl").by_name
+    made, augmentations = [], []
+    for n in range(passages):
+        row = texts[n % len(texts)]
+        title = f"{row['title']} {n}"
+        key = passage_key(title, row["text"])
+        made.append(Passage(key, title, row["text"], (f"p{n}",)))
+        augmentations.append(replace(by_name[row["id"]], key=key))
+    store.put_table("corpus/example", passage_table(made))
+    put_augmentations(store, recipe().augment.fingerprint, augmentations)
+
+
+# ---- 3. planning
 
 
 def plan(rows: int, folder: Path) -> dict[str, Any]:
@@ -264,7 +338,7 @@ def write_corpus(folder: Path, rows: int) -> None:
                 stream.write(f'{{"id": "p{n}", "title": "Passage {n}", "text": "Row {n} says {text}."}}\n')
 
 
-# ---- 3. the survey of a resumed run
+# ---- 4. the survey of a resumed run
 
 
 def scan(rows: int, folder: Path) -> dict[str, Any]:
@@ -274,7 +348,7 @@ def scan(rows: int, folder: Path) -> dict[str, Any]:
     return dict(plan_million(argparse.Namespace(store=str(folder / "store"), rows=rows)))
 
 
-# ---- 4. a new index against an updated one
+# ---- 5. a new index against an updated one
 
 
 def index(rows: int, folder: Path) -> dict[str, Any]:

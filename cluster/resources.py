@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,16 +63,33 @@ class Actors:
 
         here = ray.get_runtime_context().get_node_id()
         (node,) = (node["Resources"] for node in list_nodes() if node["NodeID"] == here)
-        room = [node.get("CPU", 0) // self.cpus, *([node.get("GPU", 0) // self.gpus] if self.gpus else [])]
-        return float(node["memory"] / max(1, min(self.max_size, *room)))
+        return float(node["memory"] / max(1, min(self.max_size, self._room_on(node))))
 
-    def pool(self) -> dict[str, Any]:
-        """Return the arguments of `Dataset.map_batches` for a pool of these actors."""
+    def that_fit(self) -> int:
+        """Return how many of these actors the nodes of the connected cluster have room for, or how many start at least.
+
+        It counts the nodes that are there, whatever else runs on them.
+        """
+        nodes = [node["Resources"] for node in list_nodes() if node["Alive"]]
+        return min(self.max_size, max(self.min_size, sum(int(self._room_on(node)) for node in nodes)))
+
+    def _room_on(self, resources: Mapping[str, float]) -> float:
+        """Return how many of these actors a node with these resources has room for."""
+        room = [resources.get("CPU", 0) // self.cpus, *([resources.get("GPU", 0) // self.gpus] if self.gpus else [])]
+        return min(room)
+
+    def pool(self, lanes: int = 1) -> dict[str, Any]:
+        """Return the arguments of `Dataset.map_batches` for a pool of these actors, each called by `lanes` threads."""
         import ray.data
 
-        # One batch ahead, so that no actor waits for its next one; more would be lost with the actor.
+        # A batch ahead for each thread, so that no actor waits for its next one; more would be lost with the actor.
+        # Ray Data adds actors only if the batches of an actor are about twice its threads.
         compute = ray.data.ActorPoolStrategy(
-            min_size=self.min_size, max_size=self.max_size, max_tasks_in_flight_per_actor=2
+            min_size=self.min_size,
+            max_size=self.max_size,
+            max_tasks_in_flight_per_actor=2 * lanes,
+            max_concurrent_calls_per_actor=lanes,
+            enable_true_multi_threading=lanes > 1,
         )
         resources: dict[str, Any] = {"compute": compute, "num_cpus": self.cpus}
         if self.gpus:

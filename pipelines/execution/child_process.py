@@ -1,7 +1,10 @@
-"""A child process holds an actor: it gets tables of passages through a pipe and answers each with outcomes.
+"""A child process holds an actor: it gets tables of passages through pipes and answers each with outcomes.
 
 Its parent sees how it ends, and can kill it. Children are forked from a process that has imported their modules, so
 that the next one is ready in a fraction of a second.
+
+A child may hold two batches. Its main thread works on one batch after the other; threads beside it prepare the next
+batch, and finish the one before, so that the main thread's device does not wait for them.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -37,6 +44,24 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 # An actor calls this whenever it has made progress, so that a slow actor is not taken for one that hangs.
 Heartbeat = Callable[[], None]
+# What is left to do for some passages of a batch while the actor works on: it returns their outcomes.
+Finish = Callable[[], pa.Table]
+
+
+class Actor(Protocol):
+    """What a child holds. Batches pass through it in the order in which they came."""
+
+    def prepare(self, table: pa.Table) -> Any:
+        """Return what `__call__` needs of a batch. It is called in another thread, beside the batch before."""
+        ...
+
+    def __call__(self, prepared: Any, heartbeat: Heartbeat) -> Iterable[pa.Table | Finish]:
+        """Work on a prepared batch: yield outcomes, or what is left to do for them.
+
+        What is left is done in another thread and in order, one at a time: before it yields the next, this waits for
+        the one before.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,14 +76,24 @@ class ChildLostError(Exception):
     """A child died, was killed for exceeding a limit, or raised an unexpected error; it cannot be used any more.
 
     `reason` is `killed_worker`, `out_of_memory`, `timeout` or `failed`. `starting` says that it had not yet begun to
-    work.
+    work on the batch, and `shared` that it held another batch too, which may have been the cause.
     """
 
-    def __init__(self, reason: str, detail: str, *, starting: bool = False) -> None:
+    def __init__(self, reason: str, detail: str, *, starting: bool = False, shared: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
         self.starting = starting
+        self.shared = shared
+
+
+class _Lane:
+    """The way of one batch at a time to the child and of its outcomes back; `end` is the child's end of the pipe."""
+
+    def __init__(self, connection: Connection, end: Connection) -> None:
+        self.connection = connection
+        self.end = end
+        self.ready = False
 
 
 class Child:
@@ -66,64 +101,77 @@ class Child:
 
     Args:
         work: The pickled pair; only the child unpickles it, so that its parent need not import the actor's module.
-            The actor is called with a table and a `Heartbeat`.
+            The actor is an `Actor`.
         preload: The modules that the process from which children are forked imports beforehand.
+        lanes: The most batches that it holds; so many threads may be in `call`.
 
     Raises:
         ChildLostError: when the system has no process or pipe left for it.
     """
 
-    def __init__(self, work: bytes, preload: Sequence[str]) -> None:
+    def __init__(self, work: bytes, preload: Sequence[str], lanes: int = 1) -> None:
         # The process from which children are forked finds modules where this one does.
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         try:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(list(preload))
-            self._connection, end = context.Pipe()
-            self._process = context.Process(target=_serve, args=(end, work), daemon=True)
+            self._lanes = [_Lane(*context.Pipe()) for _ in range(lanes)]
+            ends = [lane.end for lane in self._lanes]
+            self._process = context.Process(target=_serve, args=(ends, work), daemon=True)
             with _short_temporary_folder():
                 self._process.start()
         except (OSError, EOFError, SessionError) as error:  # EOF: the process from which children are forked has died
             raise ChildLostError("failed", f"it cannot be started: {error}", starting=True) from None
-        end.close()
-        self._ready = False
+        for lane in self._lanes:
+            lane.end.close()
+        self._free = list(self._lanes)
+        self._lock = threading.Lock()
+        # Whether it held several batches when it was lost; None as long as it lives.
+        self._shared: bool | None = None
 
     def call(self, table: pa.Table, limits: Limits) -> Iterator[pa.Table]:
         """Yield the actor's outcomes for a table as they come.
 
         Raises:
             ChildLostError: when the child did not survive it.
-            PragError: when the actor raised one; the child has ended with it.
+            PragError: when the actor raised one, for this table or for another that the child held; it has ended.
         """
-        if not self._ready:
-            # Loading a model has no time limit; Ray ends a stage in which nothing ever moves.
-            self._receive(replace(limits, silence_s=float("inf")), starting=True)
-            self._ready = True
+        with self._lock:
+            lane = self._free.pop()
         try:
-            self._connection.send_bytes(_pack(table))
-        except OSError as error:  # it died between two calls
-            raise self._lost(*self._cause_of_death(error), starting=False) from None
-        while data := self._receive(limits, starting=False):
-            yield _unpack(data)
+            if not lane.ready:
+                # Loading a model has no time limit; Ray ends a stage in which nothing ever moves.
+                self._receive(lane, replace(limits, silence_s=float("inf")), starting=True)
+                lane.ready = True
+            try:
+                lane.connection.send_bytes(_pack(table))
+            except OSError as error:  # it died between two calls
+                raise self._lost(*self._cause_of_death(error), starting=True) from None
+            while data := self._receive(lane, limits, starting=False):
+                yield _unpack(data)
+        finally:
+            with self._lock:
+                self._free.append(lane)
 
     def kill(self) -> None:
         """End the child at once."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+        with self._lock:
+            self._process.kill()
+            self._process.join()
 
-    def _receive(self, limits: Limits, *, starting: bool) -> bytes:
+    def _receive(self, lane: _Lane, limits: Limits, *, starting: bool) -> bytes:
         deadline = time.monotonic() + limits.silence_s
         while True:
-            ready = wait([self._connection, self._process.sentinel], _POLL_S)
-            if self._connection in ready:
+            ready = wait([lane.connection, self._process.sentinel], _POLL_S)
+            if lane.connection in ready:
                 try:
-                    kind, data = pickle.loads(self._connection.recv_bytes())
+                    kind, data = pickle.loads(lane.connection.recv_bytes())
                 except (EOFError, OSError) as error:
                     raise self._lost(*self._cause_of_death(error), starting=starting) from None
                 if kind == "answer":
                     return bytes(data)
                 if kind == "raised":
+                    self._note_end()
                     raise data
                 if kind == "lost":
                     raise self._lost(*data, starting=starting)
@@ -139,12 +187,21 @@ class Child:
                 raise self._lost("timeout", detail, starting=starting)
 
     def _lost(self, reason: str, detail: str, *, starting: bool) -> ChildLostError:
+        shared = self._note_end()
         self.kill()
-        return ChildLostError(reason, detail, starting=starting)
+        return ChildLostError(reason, detail, starting=starting, shared=shared)
+
+    def _note_end(self) -> bool:
+        """Return whether the child held several batches when the first of its callers learned of its end."""
+        with self._lock:
+            if self._shared is None:
+                self._shared = len(self._lanes) - len(self._free) > 1
+            return self._shared
 
     def _cause_of_death(self, error: Exception | None = None) -> tuple[str, str]:
-        self._process.join(_EXIT_TIMEOUT_S)
-        code = self._process.exitcode
+        with self._lock:
+            self._process.join(_EXIT_TIMEOUT_S)
+            code = self._process.exitcode
         if code is None:
             return "failed", f"its process runs, but its pipe is broken: {error}"
         if code >= 0:
@@ -165,41 +222,118 @@ def _short_temporary_folder() -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def _serve(connection: Connection, work: bytes) -> None:
+def _serve(ends: Sequence[Connection], work: bytes) -> None:
     _die_with_parent()
     # A crash writes its stack to the worker's log. A JVM uses the same signals, but this process has none.
     faulthandler.enable()
-
-    def heartbeat() -> None:
-        _send(connection, "heartbeat", b"")
-
+    server = _Server([_ServedLane(end) for end in ends])
     try:
         actor, arguments = pickle.loads(work)
-        call = actor(*arguments)
-        _send(connection, "answer", b"")
-        while True:
-            try:
-                table = _unpack(connection.recv_bytes())
-            except EOFError:
-                return
-            result = call(table, heartbeat)
-            for done in [result] if isinstance(result, pa.Table) else result:
-                _send(connection, "answer", _pack(done))
-            _send(connection, "answer", b"")
-    except PragError as error:
-        _send(connection, "raised", error)
+        server.run(actor(*arguments))
     except BaseException as error:
-        _send(connection, "lost", _explain(error))
-        raise
+        server.end(error)
+
+
+class _ServedLane:
+    """The child's end of a lane; `busy` from when a batch has come until its last outcome is sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.busy = False
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def receive(self) -> pa.Table:
+        table = _unpack(self._connection.recv_bytes())
+        self.busy = True
+        return table
+
+    def send(self, kind: str, data: Any) -> None:
+        with self._sending:
+            self._connection.send_bytes(pickle.dumps((kind, data)))
+
+
+class _Server:
+    """Passes the batches of all lanes through an actor: prepared beside, worked on here, finished beside."""
+
+    def __init__(self, lanes: Sequence[_ServedLane]) -> None:
+        self._lanes = lanes
+        self._prepared: queue.SimpleQueue[tuple[_ServedLane, Any] | None] = queue.SimpleQueue()
+        self._beside = ThreadPoolExecutor(1, "finish")
+        self._preparing = threading.Lock()
+        self._ending = threading.Lock()
+        self._working = False
+
+    def run(self, actor: Actor) -> None:
+        """Work on what comes until the parent closes its ends."""
+        for lane in self._lanes:
+            lane.send("answer", b"")
+            threading.Thread(target=self._prepare, args=(actor, lane), name="prepare", daemon=True).start()
+        self._working = True
+        unfinished: Future[None] | None = None
+        while batch := self._prepared.get():
+            lane, prepared = batch
+            for done in actor(prepared, self._heartbeat):
+                if isinstance(done, pa.Table):
+                    lane.send("answer", _pack(done))
+                    continue
+                if unfinished is not None:
+                    unfinished.result()
+                unfinished = self._beside.submit(self._answer, lane, done)
+            # After what is left to do for this batch.
+            self._beside.submit(self._answer, lane, None)
+
+    def end(self, error: BaseException) -> None:
+        """Say why the child ends, after what is being finished, and end it."""
+        self._beside.shutdown()
+        self._end(error)
+
+    def _prepare(self, actor: Actor, lane: _ServedLane) -> None:
+        try:
+            while True:
+                try:
+                    table = lane.receive()
+                except EOFError:
+                    self._prepared.put(None)
+                    return
+                with self._preparing:
+                    self._prepared.put((lane, actor.prepare(table)))
+        except BaseException as error:
+            self._end(error)
+
+    def _answer(self, lane: _ServedLane, finish: Finish | None) -> None:
+        try:
+            if finish is not None:
+                lane.send("answer", _pack(finish()))
+                return
+            lane.busy = False
+            lane.send("answer", b"")
+        except BaseException as error:
+            self._end(error)
+
+    def _heartbeat(self) -> None:
+        # A batch that waits for another one is as alive as that.
+        for lane in self._lanes:
+            if lane.busy:
+                lane.send("heartbeat", b"")
+
+    def _end(self, error: BaseException) -> None:
+        # Not released: the process ends, and what another thread says of its end would be a consequence.
+        self._ending.acquire()
+        known = isinstance(error, PragError)
+        kind, data = ("raised", error) if known else ("lost", _explain(error))
+        for lane in self._lanes:
+            if lane.busy or not self._working:
+                with contextlib.suppress(OSError):
+                    lane.send(kind, data)
+        if not known:
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(0 if known else 1)
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"[:300]
     return ("out_of_memory" if is_out_of_memory(error) else "failed"), text
-
-
-def _send(connection: Connection, kind: str, data: Any) -> None:
-    connection.send_bytes(pickle.dumps((kind, data)))
 
 
 def _pack(table: pa.Table) -> bytes:

@@ -2,9 +2,10 @@
 
 A stage's actor works in a child process (`pipelines.execution.child_process`). When the child is lost, its batch is
 split until the culprit is alone; a passage gets `run.passage_attempts` attempts in all. The parent counts them: it
-outlives the child and knows how it died. The counts are in the store (`pipelines.execution.attempts`), where a run
-that is started after a killed driver finds them. When a node is lost, and the parent with it, no passage is charged;
-Ray moves the batch to another node.
+outlives the child and knows how it died. A child may hold two batches: one is worked on, the other prepared or
+finished. If it is lost then, neither is charged, and each is tried again alone. The counts are in the store
+(`pipelines.execution.attempts`), where a run that is started after a killed driver finds them. When a node is lost, and
+the parent with it, no passage is charged; Ray moves the batch to another node.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,10 +67,16 @@ class IsolatedWorker:
         preload: The modules that a child needs; the process from which children are forked imports them.
         stage_run: The stage and the run.
         memory_share: Returns the bytes that a child may hold if `limits` do not say.
+        lanes: The number of batches that the child holds; so many threads call this.
     """
 
     def __init__(
-        self, work: bytes, preload: Sequence[str], stage_run: StageRun, memory_share: Callable[[], float]
+        self,
+        work: bytes,
+        preload: Sequence[str],
+        stage_run: StageRun,
+        memory_share: Callable[[], float],
+        lanes: int = 1,
     ) -> None:
         self._work = work
         self._preload = preload
@@ -77,9 +85,15 @@ class IsolatedWorker:
         self._attempt_log = AttemptLog(stage_run.store, stage_run.run, stage_run.stage, stage_run.recipe)
         memory_gb = stage_run.limits.worker_memory_gb
         self._limits = Limits(stage_run.silence_s, memory_share() if memory_gb is None else memory_gb * 1e9)
+        self._lanes = lanes
+        # A batch takes one place while it is in the child, or all of them to be alone; they are taken by one thread at
+        # a time, so that two that want all do not wait for each other.
+        self._places = threading.Semaphore(lanes)
+        self._taking = threading.Lock()
+        self._replacing = threading.Lock()
         self._child: Child | None = None
         with contextlib.suppress(ChildLostError):  # the first batch tries again
-            self._child = Child(work, preload)
+            self._child = Child(work, preload, lanes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the outcomes of a batch of passages, including those of its rejects.
@@ -98,6 +112,7 @@ class IsolatedWorker:
         pending = deque(batch for batch in batches if batch.num_rows)
         counts = {key: attempts.count for key, attempts in earlier.items()}
         given_up = {key: attempts.reason for key, attempts in earlier.items() if attempts.reason}
+        suspected = bool(earlier)
         while pending:
             batch = pending.popleft()
             key = batch["key"][0].as_py()
@@ -105,10 +120,16 @@ class IsolatedWorker:
                 outcomes.append(outcome_table([Outcome(key, rejected=given_up[key])]))
                 continue
             try:
-                for done in self._try(batch):
+                for done in self._try(batch, alone=suspected):
                     outcomes.append(done)
                     batch = drop_keys(batch, done["key"].to_pylist())
             except ChildLostError as error:
+                suspected = True
+                if error.shared:
+                    log.warning("%s: lost a worker with two batches: %s", self._stage_run.stage, error)
+                    if batch.num_rows:
+                        pending.appendleft(batch)
+                    continue
                 lost = {key: counts.get(key, 0) + 1 for key in batch["key"].to_pylist()}
                 counts |= lost
                 log.warning(
@@ -124,14 +145,19 @@ class IsolatedWorker:
         self._attempt_log.clear(counts.keys() - given_up.keys())
         return pa.concat_tables(outcomes)
 
-    def _try(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def _try(self, batch: pa.Table, *, alone: bool) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
             try:
-                child = self._child or Child(self._work, self._preload)
-                # Kept again only once the batch is done: after any error the child is of no more use.
-                self._child = None
-                yield from child.call(batch, self._limits)
-                self._child = child
+                with self._place(self._lanes if alone else 1):
+                    child = self._living_child()
+                    try:
+                        yield from child.call(batch, self._limits)
+                    except BaseException:
+                        # After any error the child is of no more use.
+                        with self._replacing:
+                            if self._child is child:
+                                self._child = None
+                        raise
                 return
             except ChildLostError as error:
                 if not error.starting:
@@ -141,6 +167,21 @@ class IsolatedWorker:
                         f"{self._stage_run.stage}: its worker dies as it starts: {error}",
                         "read the worker's log; give it more memory, or a smaller model",
                     ) from None
+
+    def _living_child(self) -> Child:
+        with self._replacing:
+            self._child = self._child or Child(self._work, self._preload, self._lanes)
+            return self._child
+
+    @contextlib.contextmanager
+    def _place(self, count: int) -> Iterator[None]:
+        with self._taking:
+            for _ in range(count):
+                self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release(count)
 
     def _give_up(self, batch: pa.Table, attempts: int, lost: ChildLostError) -> pa.Table:
         """Store the reject at once, so that the passage is not tried again; return its outcome."""
@@ -160,11 +201,13 @@ def run_actors(
     actors: Actors,
     stage_run: StageRun,
     preload: Sequence[str] = (),
+    lanes: int = 1,
 ) -> ray.data.Dataset:
     """Return the outcomes of `missing`, to be made by a pool of `actor(*arguments)`.
 
     One block is one batch of `batch` passages; its outcomes are seen when the whole block is done. Each actor works in
-    a child process. `preload` names modules that the actor imports only in its constructor.
+    a child process. `preload` names modules that the actor imports only in its constructor. `lanes` is the number of
+    batches that an actor holds at the same time, see `pipelines.execution.child_process.Actor`.
     """
     work = pickle.dumps((actor, arguments))
     # Ray shows a stage's workers under the name of their class.
@@ -173,8 +216,8 @@ def run_actors(
         worker,
         batch_size=batch,
         batch_format="pyarrow",
-        fn_constructor_args=(work, (actor.__module__, *preload), stage_run, actors.memory_bytes),
-        **actors.pool(),
+        fn_constructor_args=(work, (actor.__module__, *preload), stage_run, actors.memory_bytes, lanes),
+        **actors.pool(lanes),
     )
 
 

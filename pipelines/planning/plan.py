@@ -87,6 +87,7 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
         found = survey(store, corpus.passages, corpus.count, recipe, profile)
         to_augment = found.counts["to_augment"]
         to_train = to_augment + found.counts["to_train"]
+        actors_now = profile.train.that_fit()
         # Only passages that are missing: those that are done may have another length.
         drawn = sample(found, corpus.passages, max(_SAMPLE, measured))
         measurement: Measurement | None = None
@@ -105,7 +106,7 @@ def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_
     hours = _gpu_hours([(augment, profile.augment.gpus), (train, profile.train.gpus)])
     dollars = hours.scaled(price_gpu_hour) if hours and price_gpu_hour is not None else None
     load = measurement.load_seconds if measurement else 0.0
-    tasks = math.ceil(to_train / passages_per_task(to_train, context)) if to_train else 0
+    tasks = math.ceil(to_train / passages_per_task(to_train, context, actors_now)) if to_train else 0
     batches = math.ceil(to_augment / config.run.augment_batch)
     # More actors than tasks would not be faster.
     numbers = [n for n in _ACTORS if n == 1 or n <= min(profile.train.max_size, max(tasks, batches))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pyarrow as pa
@@ -68,9 +68,12 @@ class AugmentPassages:
         self._imported = read_augmentations(file, config.storage) if file else None
         self._generator: Generator | None = None
 
-    def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> pa.Table:
-        """Augment a batch of passages and return one outcome each; `heartbeat` is not called in between."""
-        passages = from_table(Passage, table)
+    def prepare(self, table: pa.Table) -> list[Passage]:
+        """Return the passages of a batch."""
+        return from_table(Passage, table)
+
+    def __call__(self, passages: list[Passage], heartbeat: Heartbeat) -> Iterator[pa.Table]:
+        """Augment a batch of passages and yield one outcome each; `heartbeat` is not called in between."""
         results: list[Augmentation | Reject] = []
         missing = []
         for passage in passages:
@@ -85,7 +88,7 @@ class AugmentPassages:
         if made:
             put_augmentations(self._store, self._recipe.fingerprint, made)
         put_rejects(self._store, self._run, rejects)
-        return outcome_table(
+        yield outcome_table(
             [
                 *(
                     Outcome(r.key, pairs=len(r.pairs), refused=r.refused, coverage=r.coverage, seconds=r.seconds)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from pipelines.execution.child_process import Heartbeat
+from pipelines.execution.child_process import Finish, Heartbeat
 from pipelines.execution.isolation import StageRun, run_actors
 from pipelines.execution.outcomes import TASK, Budget, Outcome, StageReport, Tally, outcome_table
 from pipelines.execution.progress import RunProgress, follow_outcomes
@@ -30,8 +32,11 @@ from prag_core.training.examples import TrainingJob, training_examples
 
 if TYPE_CHECKING:
     from prag_core.llm.lora import TrainedAdapter
+    from prag_core.training.trainer import Trainer
 
 
+# An actor trains one task while another is tokenized or committed.
+LANES = 2
 # The least number of tasks for each actor, even if they do not fill their shards: a task is lost with its actor, shows
 # its progress only at its end, and is the unit that actors share.
 _TASKS_PER_ACTOR = 8
@@ -45,82 +50,115 @@ _DETAIL = {
 }
 
 
+@dataclass
+class PreparedTask:
+    """A training task: what to train, and the augmentation's digest of each of its passages.
+
+    `committed` are the adapters of an earlier attempt at it, and `rejects` the passages that were given up so far.
+    """
+
+    name: str
+    digests: Mapping[str, str]
+    committed: Sequence[LedgerRow]
+    sources: dict[str, str] = field(default_factory=dict)
+    jobs: list[TrainingJob] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+
 class TrainAdapters:
-    """The actor of this stage: it holds the frozen model, trains a batch, and commits shards and ledger parts."""
+    """The actor of this stage: it holds the frozen model, trains a batch, and commits shards and ledger parts.
+
+    The next batch is tokenized, and the shard of the one before is packed and written, beside the training: a GPU
+    trains a passage in the time that these take.
+    """
 
     def __init__(self, context: RunContext) -> None:
-        # Imported here: the driver imports this module too, and torch would cost it seconds.
-        from prag_core.training.trainer import Trainer
-
-        config, store, recipe = context.config, context.store, context.recipe
         compute_here(context.profile.train.threads)
-        base = load_base_model(config.model, expected=recipe.base_model, gpus=context.profile.train.gpus)
-        start = get_start(store, recipe.train.start) if recipe.train.start else None
-        self._trainer = Trainer(base, recipe.train, start, checkpoint=config.run.checkpoint_activations)
-        self._adapters = AdapterStore(store, recipe, self._trainer.layout, config.storage.adapter_dtype)
+        self._trainer, self._tokenizer = self._load(context)
+        dtype = context.config.storage.adapter_dtype
+        self._adapters = AdapterStore(context.store, context.recipe, context.layout, dtype)
         self._adapters_per_shard = adapters_per_shard(context)
-        self._commit_every_s = config.run.commit_every_s
-        self._tokenizer = base.tokenizer
+        self._commit_every_s = context.config.run.commit_every_s
         self._tokens_per_step = context.profile.tokens_per_step
         self._run = context.run
 
-    def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> Iterator[pa.Table]:
-        """Train a batch of passages and yield one outcome each; `heartbeat` is called with each training step.
+    def _load(self, context: RunContext) -> tuple[Trainer, Any]:
+        """Return the trainer, with the frozen model, and the model's tokenizer."""
+        # Imported here: the driver imports this module too, and torch would cost it seconds.
+        from prag_core.training.trainer import Trainer
 
-        Adapters that an earlier attempt at this batch committed before its process died are not trained again. All
-        attempts at a batch, and at parts of it, have the same value in the column `task`.
+        train = context.recipe.train
+        gpus = context.profile.train.gpus
+        base = load_base_model(context.config.model, expected=context.recipe.base_model, gpus=gpus)
+        start = get_start(context.store, train.start) if train.start else None
+        checkpoint = context.config.run.checkpoint_activations
+        return Trainer(base, train, start, checkpoint=checkpoint), base.tokenizer
+
+    def prepare(self, table: pa.Table) -> PreparedTask:
+        """Return the examples of a batch's passages, without those that an earlier attempt at this batch committed.
+
+        All attempts at a batch, and at parts of it, have the same value in the column `task`.
         """
         recipe = self._adapters.recipe
         digests = dict(zip(table["key"].to_pylist(), table["augmentation"].to_pylist(), strict=True))
-        task = table[TASK][0].as_py()
-        earlier = [row for row in self._adapters.committed(task) if digests.get(row.key) == row.augmentation]
-        committed = {row.key for row in earlier}
-        sources: dict[str, str] = {}
-        jobs: list[TrainingJob] = []
-        rejects: list[Reject] = []
-
-        def reject(key: str, reason: str, detail: str) -> None:
-            rejects.append(Reject("train", reason, detail, sources[key], key, recipe=recipe.fingerprint))
-
+        name = table[TASK][0].as_py()
+        committed = [row for row in self._adapters.committed(name) if digests.get(row.key) == row.augmentation]
+        task = PreparedTask(name, digests, committed)
+        done = {row.key for row in committed}
         for row in table.to_pylist():
             passage, augmentation = from_dict(Passage, row), from_dict(Augmentation, row)
-            if passage.key in committed:
+            if passage.key in done:
                 continue
-            sources[passage.key] = passage.sources[0]
+            task.sources[passage.key] = passage.sources[0]
             try:
                 examples = training_examples(self._tokenizer, passage, augmentation, recipe.train)
             except TurnsError as error:
-                reject(passage.key, "not_encodable", error.message)
+                self._reject(task, passage.key, "not_encodable", error.message)
                 continue
             if examples:
-                jobs.append(TrainingJob(passage.key, examples))
+                task.jobs.append(TrainingJob(passage.key, examples))
             else:
                 detail = f"no example has at most train.max_tokens = {recipe.train.max_tokens} tokens; raise it"
-                reject(passage.key, "nothing_to_train", detail)
-        yield _outcomes(earlier)
+                self._reject(task, passage.key, "nothing_to_train", detail)
+        return task
+
+    def __call__(self, task: PreparedTask, heartbeat: Heartbeat) -> Iterator[pa.Table | Finish]:
+        """Train a batch of passages; yield one outcome for each, or the commit that returns the outcomes.
+
+        `heartbeat` is called with each training step.
+        """
+        yield _outcomes(task.committed)
         waiting: list[tuple[TrainedAdapter, str]] = []
         since = time.monotonic()
         training = self._trainer.train(
-            jobs, tokens_per_step=self._tokens_per_step, on_step=lambda step, steps: heartbeat()
+            task.jobs, tokens_per_step=self._tokens_per_step, on_step=lambda step, steps: heartbeat()
         )
         for adapter in training:
             if adapter.factors is None:
-                reject(adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
+                self._reject(task, adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
             else:
-                waiting.append((adapter, digests[adapter.key]))
+                waiting.append((adapter, task.digests[adapter.key]))
             # Committed adapters are reported at once: they stay, even if the rest of the batch is lost.
             if len(waiting) >= self._adapters_per_shard or time.monotonic() - since >= self._commit_every_s:
-                yield _outcomes(self._commit(waiting, task))
+                yield partial(self._commit, waiting, task.name)
                 waiting, since = [], time.monotonic()
-        yield _outcomes(self._commit(waiting, task))
-        put_rejects(self._adapters.store, self._run, rejects)
-        yield outcome_table(Outcome(r.key, rejected=r.reason) for r in rejects)
+        yield partial(self._end, waiting, task)
 
-    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str) -> list[LedgerRow]:
+    def _reject(self, task: PreparedTask, key: str, reason: str, detail: str) -> None:
+        recipe = self._adapters.recipe.fingerprint
+        task.rejects.append(Reject("train", reason, detail, task.sources[key], key, recipe=recipe))
+
+    def _commit(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: str) -> pa.Table:
         if not adapters:
-            return []
+            return _outcomes([])
         check_holder(self._adapters.store, self._run)
-        return self._adapters.commit(adapters, task)
+        return _outcomes(self._adapters.commit(adapters, task))
+
+    def _end(self, adapters: Sequence[tuple[TrainedAdapter, str]], task: PreparedTask) -> pa.Table:
+        committed = self._commit(adapters, task.name)
+        put_rejects(self._adapters.store, self._run, task.rejects)
+        rejected = outcome_table(Outcome(r.key, rejected=r.reason) for r in task.rejects)
+        return pa.concat_tables([committed, rejected])
 
 
 def _outcomes(rows: Sequence[LedgerRow]) -> pa.Table:
@@ -133,9 +171,9 @@ def adapters_per_shard(context: RunContext) -> int:
     return max(1, int(storage.shard_mb * 1e6) // adapter_size_bytes(context.layout, storage.adapter_dtype))
 
 
-def passages_per_task(total: int, context: RunContext) -> int:
-    """Return how many passages a training task takes: enough for a shard, or fewer so that every actor has tasks."""
-    share = -(-total // (_TASKS_PER_ACTOR * context.profile.train.max_size))
+def passages_per_task(total: int, context: RunContext, actors: int) -> int:
+    """Return how many passages a training task takes: enough for a shard, or fewer so that all `actors` have tasks."""
+    share = -(-total // (_TASKS_PER_ACTOR * actors))
     return min(adapters_per_shard(context), max(context.config.run.train_batch, share))
 
 
@@ -167,10 +205,12 @@ def run_train(
             TrainAdapters,
             (context,),
             missing,
-            passages_per_task(total, context),
+            # Actors that come later share what is left. By the most that may come, tasks would be small for all.
+            passages_per_task(total, context, profile.train.that_fit()),
             profile.train,
             stage_run,
             preload=["prag_core.training.trainer"],
+            lanes=LANES,
         )
         return follow_outcomes(outcomes, total, "train", progress, budget.after(survey.rejected))
 

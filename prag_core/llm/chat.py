@@ -7,6 +7,7 @@ functions encode them as plain text: control tokens come from the chat template,
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from prag_core.records import Template
 
 # A template that writes the text alone.
 _TEXT_ALONE = "{{ messages[0]['content'] }}"
+# Characters without a meaning of their own.
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
 # Settings by which the templates of models that can reason are told not to; other templates ignore them.
 WITHOUT_REASONING: Mapping[str, bool] = {"enable_thinking": False, "thinking": False}
 
@@ -47,11 +50,32 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return _encode(tokenizer, [{"role": "user", "content": text}], chat_template=_TEXT_ALONE)
 
 
+def texts_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return `text_ids` of each text. Together they take a tenth of the time.
+
+    Raises:
+        TurnsError: see `text_ids`.
+    """
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    # Without a control token, and without the characters that transformers uses to mark them, the template writes the
+    # text as it stands.
+    added = tokenizer.added_tokens_decoder.keys()
+    return [
+        ids if added.isdisjoint(ids) and not _PRIVATE_USE.search(text) else text_ids(tokenizer, text)
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
 def document_ids(tokenizer: Any, text: str) -> list[int]:
     """Return `text_ids` with the token in front with which the model expects a text to begin, if it expects one."""
+    return [*_begin_ids(tokenizer), *text_ids(tokenizer, text)]
+
+
+def _begin_ids(tokenizer: Any) -> list[int]:
     special = set(tokenizer.all_special_ids)
-    begin = itertools.takewhile(special.__contains__, tokenizer.encode("a"))
-    return [*begin, *text_ids(tokenizer, text)]
+    return [*itertools.takewhile(special.__contains__, tokenizer.encode("a"))]
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **settings: Any) -> list[int]:
@@ -84,6 +108,18 @@ def question_ids(
     if template == "brief" and not passages and not history:
         return document_ids(tokenizer, brief_text(question))
     return chat_ids(tokenizer, answer_messages(question, passages, history=history, template=template))
+
+
+def questions_ids(tokenizer: Any, asked: Sequence[tuple[str, Sequence[str]]], *, template: Template) -> list[list[int]]:
+    """Return `question_ids` of each question with its passages. Questions that are plain text are encoded together.
+
+    Raises:
+        TurnsError: see `question_ids`.
+    """
+    if template != "brief" or any(passages for _, passages in asked):
+        return [question_ids(tokenizer, question, passages, template=template) for question, passages in asked]
+    begin = _begin_ids(tokenizer)
+    return [[*begin, *ids] for ids in texts_ids(tokenizer, [brief_text(question) for question, _ in asked])]
 
 
 def answer_prefix_ids(tokenizer: Any, template: Template = "direct") -> list[int]:

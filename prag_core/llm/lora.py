@@ -75,6 +75,20 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
         AdapterError: names the adapter and the first tensor that does not fit.
         NotFiniteAdapterError: names the adapter and the first tensor that is not finite.
     """
+    check_shapes(layout, factors, key)
+    for name in layout.tensor_shapes:
+        # If any value is not finite, an extreme is not. In bf16 `aminmax` is ten times faster than `isfinite` on all
+        # values, which took most of the time of fetching an adapter.
+        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
+            raise NotFiniteAdapterError(f"adapter {key}: {name} holds values that are not finite")
+
+
+def check_shapes(layout: LoraLayout, factors: Factors, key: str) -> None:
+    """Check that an adapter has each tensor of the layout, in the right shape.
+
+    Raises:
+        AdapterError: names the adapter and the first tensor that does not fit.
+    """
     expected = layout.tensor_shapes
     if set(factors) != set(expected):
         raise AdapterError(f"adapter {key}: has tensors {sorted(factors)}, the layout wants {sorted(expected)}")
@@ -83,10 +97,6 @@ def check_factors(layout: LoraLayout, factors: Factors, key: str) -> None:
             raise AdapterError(
                 f"adapter {key}: {name} has shape {tuple(factors[name].shape)}, the layout wants {shape}"
             )
-        # If any value is not finite, an extreme is not. In bf16 `aminmax` is ten times faster than `isfinite` on all
-        # values, which took most of the time of fetching an adapter.
-        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(factors[name])):
-            raise NotFiniteAdapterError(f"adapter {key}: {name} holds values that are not finite")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The header of a safetensors file: which tensors it holds, and where their bytes lie.
 
-The safetensors library gives tensors, but neither their byte ranges nor their raw bytes one at a time.
+The safetensors library gives tensors, but neither their byte ranges nor their raw bytes one at a time. And it writes
+tensors that exist already, in three copies; who knows the header beforehand can compute them in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prag_core.data.parsing import parse_json
@@ -18,7 +20,7 @@ class TensorInfo(NamedTuple):
     """One tensor of a file; its bytes are those from position `begin` up to `end` of the file."""
 
     dtype: str
-    shape: list[int]
+    shape: Sequence[int]
     begin: int
     end: int
 
@@ -57,3 +59,18 @@ def read_header(read: Callable[[int, int], bytes]) -> SafetensorsHeader:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no safetensors header: {error}") from None
     return SafetensorsHeader(tensors, metadata, size_bytes)
+
+
+def write_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file, up to the byte at which the tensors begin.
+
+    `begin` and `end` of each tensor are counted from that byte. A reader wants tensors that lie in order and side by
+    side.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, tensor in tensors.items():
+        offsets = [tensor.begin, tensor.end]
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors must begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -21,13 +19,13 @@ from prag_core.llm.layout import (
     STORED_BYTES,
     LoraLayout,
     adapter_size_bytes,
-    check_dtype,
     groups_of,
 )
-from prag_core.llm.lora import Factors, check_factors
-from prag_core.llm.safetensors_header import read_header
+from prag_core.llm.lora import Factors, check_factors, check_shapes
+from prag_core.llm.safetensors_header import TensorInfo, write_header
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORED_BYTES}
+_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,49 @@ def pack_shard(
     Raises:
         AdapterError: if an adapter does not fit the layout or the dtype, or holds values that are not finite.
     """
-    check_dtype(dtype)
-    tensors: dict[str, Tensor] = {}
+    size = adapter_size_bytes(layout, dtype)
     described = {**metadata, "dtype": dtype}
     if dtype == INT8:
         described |= {"group": str(GROUP), "scale_unit": str(SCALE_UNIT), "tensors": json.dumps(layout.tensor_shapes)}
-    for key, factors in adapters:
-        check_factors(layout, factors, key)
+    # 1. The layout says where each tensor lies. The order of the adapters in a shard does not depend on the caller's.
+    ordered = sorted(adapters, key=lambda adapter: adapter[0])
+    tensors: dict[str, TensorInfo] = {}
+    for position, (key, _) in enumerate(ordered):
+        tensors |= _describe(layout, key, dtype, position * size)
+    header = write_header(tensors, described)
+    # 2. Each adapter is rounded in its place, so its values are copied once.
+    body = torch.empty(len(ordered) * size, dtype=torch.uint8)
+    for position, (key, factors) in enumerate(ordered):
+        place = body[position * size : (position + 1) * size]
         if dtype == INT8:
-            tensors[key] = _quantize(layout, factors, key)
+            check_factors(layout, factors, key)
+            place.copy_(_quantize(layout, factors, key))
         else:
-            stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in factors.items()}
+            check_shapes(layout, factors, key)
+            stored = _views(layout, place, DTYPES[dtype])
+            for name, values in stored.items():
+                values.copy_(factors[name])
             check_factors(layout, stored, key)
-            tensors.update({f"{key}/{name}": tensor.contiguous() for name, tensor in stored.items()})
-    data = safetensors.torch.save(tensors, described)
-    header = read_header(lambda begin, end: data[begin:end])
-    packed = []
-    for key, _ in adapters:
-        names = [key] if dtype == INT8 else [f"{key}/{name}" for name in layout.tensor_shapes]
-        stored_tensors = [header.tensors[name] for name in names]
-        # safetensors sorts tensors of one dtype by name, and so does the layout.
-        if any(left.end != right.begin for left, right in itertools.pairwise(stored_tensors)):
-            raise AdapterError(f"adapter {key}: its tensors do not lie side by side in the shard")
-        begin, end = stored_tensors[0].begin, stored_tensors[-1].end
-        packed.append(PackedAdapter(key, begin, end - begin, checksum(memoryview(data)[begin:end])))
+    data = b"".join((header, body.numpy().data))
+    begins = {key: len(header) + position * size for position, (key, _) in enumerate(ordered)}
+    view = memoryview(data)
+    packed = [
+        PackedAdapter(key, begins[key], size, checksum(view[begins[key] : begins[key] + size])) for key, _ in adapters
+    ]
     return data, packed
+
+
+def _describe(layout: LoraLayout, key: str, dtype: str, begin: int) -> dict[str, TensorInfo]:
+    """Return the tensors of an adapter whose bytes begin at `begin`, by the names that they have in a shard."""
+    if dtype == INT8:
+        size = adapter_size_bytes(layout, dtype)
+        return {key: TensorInfo("U8", [size], begin, begin + size)}
+    tensors = {}
+    for name, shape in layout.tensor_shapes.items():
+        end = begin + math.prod(shape) * STORED_BYTES[dtype]
+        tensors[f"{key}/{name}"] = TensorInfo(_SAFETENSORS_NAMES[dtype], shape, begin, end)
+        begin = end
+    return tensors
 
 
 def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expected: str) -> dict[str, Tensor]:
@@ -100,19 +116,18 @@ def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expect
             f"adapter {key}: {len(data)} bytes, as {dtype} the layout wants {adapter_size_bytes(layout, dtype)}"
         )
     buffer = bytearray(data)
-    factors = _dequantize(layout, buffer) if dtype == INT8 else _views(layout, buffer, DTYPES[dtype])
+    stored = torch.frombuffer(buffer, dtype=torch.uint8)
+    factors = _dequantize(layout, buffer) if dtype == INT8 else _views(layout, stored, DTYPES[dtype])
     check_factors(layout, factors, key)
     return factors
 
 
-def _views(layout: LoraLayout, buffer: bytearray, dtype: torch.dtype) -> dict[str, Tensor]:
-    factors = {}
-    offset = 0
-    for name, shape in layout.tensor_shapes.items():
-        count = math.prod(shape)
-        factors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
-        offset += count * dtype.itemsize
-    return factors
+def _views(layout: LoraLayout, stored: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the bytes of a float adapter `[size]` as its tensors, without a copy."""
+    values = stored.view(dtype)
+    counts = [math.prod(shape) for shape in layout.tensor_shapes.values()]
+    parts = zip(layout.tensor_shapes.items(), values.split_with_sizes(counts), strict=True)
+    return {name: part.view(shape) for (name, shape), part in parts}
 
 
 def _quantize(layout: LoraLayout, factors: Factors, key: str) -> Tensor:

@@ -7,17 +7,15 @@ module imports no torch.
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import safetensors
 
 from prag_core.errors import DamagedError
 from prag_core.identity import checksum
-from prag_core.llm.safetensors_header import read_header
+from prag_core.llm.safetensors_header import TensorInfo, read_header, write_header
 from prag_core.records import LedgerRow, from_table, to_table
 from prag_core.store.objects import Store
 
@@ -87,21 +85,19 @@ def keys_in(store: Store, shard: str) -> tuple[set[str], int] | None:
 def _repack(data: bytes, rows: Sequence[LedgerRow]) -> tuple[bytes, list[LedgerRow]]:
     """Return a shard that holds only the adapters of `rows`, and these rows with their offsets in it."""
     header = read_header(lambda begin, end: data[begin:end])
-    entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
+    tensors: dict[str, TensorInfo] = {}
     body = bytearray()
     moved = []
     for row in sorted(rows, key=lambda row: row.offset):
         size_bytes = 0
         for name, tensor in header.tensors.items():
             if name == row.key or name.startswith(f"{row.key}/"):  # an int8 adapter is one tensor, named by its key
-                begin, end = (len(body) + position - row.offset for position in (tensor.begin, tensor.end))
-                entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
-                size_bytes += end - begin
+                shift = len(body) - row.offset
+                tensors[name] = tensor._replace(begin=tensor.begin + shift, end=tensor.end + shift)
+                size_bytes += tensor.end - tensor.begin
         if size_bytes != row.length:
             raise ValueError(f"{row.key}: the header has {size_bytes} bytes for it, the ledger {row.length}")
         moved.append(replace(row, offset=len(body)))
         body += data[row.offset : row.offset + row.length]
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors must begin at a multiple of eight
-    packed = len(text).to_bytes(8, "little") + text + bytes(body)
-    return packed, [replace(row, offset=8 + len(text) + row.offset) for row in moved]
+    begin = write_header(tensors, header.metadata)
+    return begin + bytes(body), [replace(row, offset=len(begin) + row.offset) for row in moved]

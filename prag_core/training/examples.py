@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prag_core.llm.chat import answer_prefix_ids, document_ids, end_of_turn_id, question_ids, text_ids
+from prag_core.llm.chat import answer_prefix_ids, document_ids, end_of_turn_id, questions_ids, texts_ids
 from prag_core.prompts import answer_target, passage_text
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Augmentation, Passage, QAPair
@@ -59,10 +59,7 @@ def training_examples(
     """
     if recipe.without in ("qa", "both"):
         return _text_examples(tokenizer, passage, augmentation, recipe)
-    examples = [
-        pair_example(tokenizer, pair, contexts, recipe)
-        for pair, contexts in _pairs_with_contexts(passage, augmentation, recipe)
-    ]
+    examples = _pair_examples(tokenizer, [*_pairs_with_contexts(passage, augmentation, recipe)], recipe)
     return tuple(example for example in examples if example is not None)
 
 
@@ -71,15 +68,27 @@ def pair_example(tokenizer: Any, pair: QAPair, passages: Sequence[str], recipe: 
 
     None when it has more than `recipe.max_tokens` tokens, so that its answer or its end would be cut off.
     """
-    question = question_ids(tokenizer, pair.question, passages, template=recipe.template)
-    target = text_ids(tokenizer, answer_target(pair, recipe.template))
-    ids = (*question, *target, *_end(tokenizer, recipe))
-    if len(ids) > recipe.max_tokens:
-        return None
+    (example,) = _pair_examples(tokenizer, [(pair, passages)], recipe)
+    return example
+
+
+def _pair_examples(
+    tokenizer: Any, asked: Sequence[tuple[QAPair, Sequence[str]]], recipe: TrainRecipe
+) -> list[TrainingExample | None]:
+    """Return `pair_example` of each pair with its passages."""
+    questions = questions_ids(
+        tokenizer, [(pair.question, passages) for pair, passages in asked], template=recipe.template
+    )
+    targets = texts_ids(tokenizer, [answer_target(pair, recipe.template) for pair, _ in asked])
     # The words with which each answer begins are in the prompt when the question is asked: there is nothing to learn.
-    prefix = answer_prefix_ids(tokenizer, recipe.template)
-    given = len(prefix) if target[: len(prefix)] == prefix else 0
-    return TrainingExample(ids, len(question) + given if recipe.loss == "answer" else 1)
+    prefix, end = answer_prefix_ids(tokenizer, recipe.template), _end(tokenizer, recipe)
+    examples: list[TrainingExample | None] = []
+    for question, target in zip(questions, targets, strict=True):
+        ids = (*question, *target, *end)
+        given = len(prefix) if target[: len(prefix)] == prefix else 0
+        scored_from = len(question) + given if recipe.loss == "answer" else 1
+        examples.append(TrainingExample(ids, scored_from) if len(ids) <= recipe.max_tokens else None)
+    return examples
 
 
 def _text_examples(

@@ -244,6 +244,12 @@ def test_store(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_scale() -> None:
+    found = last_line("scale.py", "--only", "gpu", "--gpu-tasks", "4")
+    assert 0 < found["busy_share_at_gpu_pace"] <= 1.05
+
+
 def test_augment() -> None:
     found = last_line("augment.py", "--smoke", "--slots", "3")
     assert set(found) == {"x_vs_generate", "tokens_per_s", "prompts", "slots", "dtype", "machine"}

@@ -33,8 +33,11 @@ with ray_session(PROFILES["laptop"]):
 
 
 class Same:
-    def __call__(self, table, heartbeat):
+    def prepare(self, table):
         return table
+
+    def __call__(self, table, heartbeat):
+        yield table
 
 
 @pytest.fixture(autouse=True)

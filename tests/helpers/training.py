@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pyarrow as pa
 
+from pipelines.execution.child_process import Heartbeat
 from pipelines.execution.outcomes import TASK
 from pipelines.settings import make_context
 from pipelines.stages.train import TrainAdapters
@@ -25,6 +29,12 @@ def training_batch(passages: list[Passage]) -> pa.Table:
     return table.append_column(TASK, pa.array([f"task of {len(passages)}"] * len(passages)))
 
 
+def outcomes_here(actor: Any, table: pa.Table, heartbeat: Heartbeat = lambda: None) -> Iterator[pa.Table]:
+    """Pass a batch through an actor in this process, one step after the other, and yield its outcomes."""
+    for done in actor(actor.prepare(table), heartbeat):
+        yield done if isinstance(done, pa.Table) else done()
+
+
 def train_here(config: Config, passages: list[Passage]) -> LedgerSource:
     """Train passages with the train stage's actor in this process; return the adapters.
 
@@ -34,7 +44,7 @@ def train_here(config: Config, passages: list[Passage]) -> LedgerSource:
     table = training_batch(passages)
     nothing = pa.array([[]] * len(passages), pa.list_(pa.string()))
     table = table.set_column(table.column_names.index("rewrites"), "rewrites", nothing)
-    assert sum(done.num_rows for done in TrainAdapters(context)(table, lambda: None)) == len(passages)
+    assert sum(done.num_rows for done in outcomes_here(TrainAdapters(context), table)) == len(passages)
     adapters = AdapterStore(context.store, context.recipe, context.layout)
     return LedgerSource(adapters, adapters.ledger_parts())
 

@@ -8,15 +8,18 @@ import os
 import pickle
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from pipelines.execution.attempts import AttemptLog, Attempts
-from pipelines.execution.child_process import Child, ChildLostError, Heartbeat, Limits
+from pipelines.execution.child_process import Child, ChildLostError, Finish, Heartbeat, Limits
 from pipelines.execution.isolation import IsolatedWorker, StageRun
 from pipelines.execution.outcomes import Outcome, outcome_table
 from prag_core.config import RunConfig
@@ -43,8 +46,10 @@ class Obedient:
         if (folder / "do-not-start").exists():
             os.abort()
 
-    def __call__(self, table: pa.Table, heartbeat: Heartbeat) -> Iterator[pa.Table]:
-        passages = from_table(Passage, table)
+    def prepare(self, table: pa.Table) -> list[Passage]:
+        return from_table(Passage, table)
+
+    def __call__(self, passages: list[Passage], heartbeat: Heartbeat) -> Iterator[pa.Table | Finish]:
         (self._folder / f"{time.time_ns()}").write_text(" ".join(p.title for p in passages))
         for passage in passages:
             match passage.text:
@@ -76,10 +81,72 @@ class Obedient:
                     raise KeyError("fixed soon")
                 case "store away":
                     raise StoreError("the store is away", "wait")
+                case "store away when it commits":
+                    yield self._store_away
+                    signal.pause()
             yield outcome_table([Outcome(passage.key)])
+
+    def _store_away(self) -> pa.Table:
+        raise StoreError("the store is away", "wait")
 
     def seen(self) -> list[list[str]]:
         return [path.read_text().split() for path in sorted(self._folder.iterdir())]
+
+
+class Relay:
+    """An actor whose batches wait for each other: it works on one until the next is prepared, and finishes it once it
+    works on the next. Of `count` batches of a passage each the last waits for none, and may fail."""
+
+    def __init__(self, count: int, last_fails: bool = False) -> None:
+        self._count = count
+        self._last_fails = last_fails
+        self._prepared = self._begun = 0
+        self._changed = threading.Condition()
+
+    def prepare(self, table: pa.Table) -> Passage:
+        (passage,) = from_table(Passage, table)
+        with self._changed:
+            self._prepared += 1
+            self._changed.notify_all()
+        return passage
+
+    def __call__(self, passage: Passage, heartbeat: Heartbeat) -> Iterator[pa.Table | Finish]:
+        with self._changed:
+            self._begun += 1
+            self._changed.notify_all()
+            order = self._begun
+            self._changed.wait_for(lambda: self._prepared > order or order == self._count)
+        if self._last_fails and order == self._count:
+            raise KeyError("fixed soon")
+        yield partial(self._finish, passage, order)
+
+    def _finish(self, passage: Passage, order: int) -> pa.Table:
+        with self._changed:
+            self._changed.wait_for(lambda: self._begun > order or order == self._count)
+        return outcome_table([Outcome(passage.key)])
+
+
+class RelayOnce:
+    """An actor that crashes on a passage: for the first time once another batch is in the same process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._prepared = threading.Semaphore(0)
+
+    def prepare(self, table: pa.Table) -> Passage:
+        (passage,) = from_table(Passage, table)
+        self._prepared.release()
+        return passage
+
+    def __call__(self, passage: Passage, heartbeat: Heartbeat) -> Iterator[pa.Table]:
+        first = not [*self._folder.glob("crash-*")]
+        if first:  # wait until both have come
+            self._prepared.acquire()
+            self._prepared.acquire()
+        if passage.text == "crash":
+            (self._folder / f"crash-{time.time_ns()}").touch()
+            os.abort()
+        yield outcome_table([Outcome(passage.key)])
 
 
 def batch(*texts: str) -> pa.Table:
@@ -134,6 +201,27 @@ def test_a_child_says_how_it_was_lost(tmp_path: Path, text: str, reason: str, de
     assert not caught.value.starting
 
 
+@pytest.mark.slow
+def test_a_batch_is_prepared_and_finished_beside_another_one() -> None:
+    table = batch("fine", "fine", "fine", "fine")
+    one = Child(pickle.dumps((Relay, (4,))), [Relay.__module__], lanes=2)
+    # Without the overlap each batch would wait for the next one for ever.
+    with ThreadPoolExecutor(2) as threads:
+        answers = threads.map(lambda i: list(one.call(table.slice(i, 1), Limits(30.0, 1e12))), range(4))
+        keys = [from_table(Outcome, outcomes[0])[0].key for outcomes in answers]
+    assert keys == table["key"].to_pylist()
+
+
+@pytest.mark.slow
+def test_what_is_being_finished_survives_an_error_of_the_next_batch() -> None:
+    table = batch("fine", "fine")
+    one = Child(pickle.dumps((Relay, (2, True))), [Relay.__module__], lanes=2)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(lambda i=i: list(one.call(table.slice(i, 1), NOTHING))) for i in range(2)]
+        failures = [call.exception() for call in calls]
+    assert sorted(str(failure) for failure in failures) == ["None", "failed: KeyError: 'fixed soon'"]
+
+
 def test_attempts_are_stored(store: Store) -> None:
     log, later = (AttemptLog(store, run, "train", "recipe") for run in ("run", "later"))
     log.record_losses({"a": 1, "b": 2})
@@ -159,7 +247,8 @@ def test_a_pipe_that_breaks_is_the_end_of_the_child(tmp_path: Path) -> None:
     answers = one.call(batch("fine", "hang"), NOTHING)
     assert next(answers).num_rows == 1
     # If a killed process leaves unread data in the pipe, its parent gets an error and not the end of the pipe.
-    one._connection.send_bytes(b"unread")
+    os.kill(one._process.pid, signal.SIGSTOP)
+    one._lanes[0].connection.send_bytes(b"unread")
     one._process.kill()
     with pytest.raises(ChildLostError, match=r"out_of_memory: .*SIGKILL"):
         list(answers)
@@ -192,6 +281,23 @@ def test_the_culprit_is_found_and_rejected_alone(tmp_path: Path) -> None:
     given = Obedient(tmp_path / "seen").seen()
     assert [len(names) for names in given] == [20, 3, 1, 1, 1, 3, 3, 3, 3, 2]
     assert given[1:3] == [["3", "4", "5"], ["3"]]
+
+
+@pytest.mark.slow
+def test_a_loss_with_two_batches_charges_neither_and_each_is_tried_alone(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    work = pickle.dumps((RelayOnce, (tmp_path,)))
+    stage_run = StageRun(store, "run", "train", "recipe", LIMITS, 60.0)
+    worker = IsolatedWorker(work, [RelayOnce.__module__], stage_run, _no_limit, lanes=2)
+    table = batch("crash", "fine")
+    with ThreadPoolExecutor(2) as threads:
+        answers = [*threads.map(lambda i: from_table(Outcome, worker(table.slice(i, 1))), range(2))]
+    assert [outcome.rejected for outcomes in answers for outcome in outcomes] == ["killed_worker", ""]
+    (reject,) = rejects(store).values()
+    # The third worker that it lost: the first loss, with both, was charged to none.
+    assert (reject.source, reject.attempts) == ("p0", 2)
+    assert len([*tmp_path.glob("crash-*")]) == 3
+    assert store.list("runs/attempts", ".json") == [f"runs/attempts/train/recipe/{table['key'][0].as_py()}.json"]
 
 
 @pytest.mark.slow
@@ -240,6 +346,10 @@ def test_an_error_that_the_passage_did_not_cause_is_no_reject(tmp_path: Path) ->
         worker(batch("fine", "store away"))
     assert worker(batch("fine")).num_rows == 1
     assert rejects(store) == {}
+    with pytest.raises(StoreError, match="the store is away"):
+        worker(batch("fine", "store away when it commits"))
+    assert rejects(store) == {}
+    assert store.list("runs/attempts", ".json") == []
     # A worker that cannot even start is no passage's fault either.
     (tmp_path / "seen" / "do-not-start").write_text("")
     broken, store = isolated(tmp_path)

@@ -18,7 +18,7 @@ from prag_core.records import LedgerRow, Reject, from_table
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
 from tests.helpers.passages import make_passage
-from tests.helpers.training import training_batch
+from tests.helpers.training import outcomes_here, training_batch
 
 ADAPTER_BYTES = 2880  # of the tiny model, in bf16
 
@@ -44,7 +44,7 @@ def batch_of(count: int) -> pa.Table:
 def train(config: Config, table: pa.Table) -> tuple[Store, list[LedgerRow], list[dict]]:
     store = Store(config.store)
     actor = TrainAdapters(make_context(config, "run"))
-    outcomes = pa.concat_tables(actor(table, lambda: None)).to_pylist()
+    outcomes = pa.concat_tables(outcomes_here(actor, table)).to_pylist()
     rows = from_table(LedgerRow, store.get_table(LedgerRow, store.list("adapters", ".parquet")))
     return store, rows, outcomes
 
@@ -61,6 +61,18 @@ def test_shards_are_filled_to_their_target(tmp_path: Path, tiny_model_folder: Pa
 def test_adapters_are_committed_in_time_even_if_the_shard_is_not_full(tmp_path: Path, tiny_model_folder: Path) -> None:
     _, rows, _ = train(settings(tmp_path, tiny_model_folder, commit_every_s=0), batch_of(3))
     assert len({row.shard for row in rows}) == 3
+
+
+def test_a_task_of_one_shard_leaves_one_thing_to_do_beside_the_next_task(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    config = settings(tmp_path, tiny_model_folder)
+    actor = TrainAdapters(make_context(config, "run"))
+    table = batch_of(4)
+    # A second one would wait for the first before the next task begins.
+    (finish,) = [done for done in actor(actor.prepare(table), lambda: None) if not isinstance(done, pa.Table)]
+    assert Store(config.store).list("", "") == []
+    assert sorted(finish()["key"].to_pylist()) == sorted(table["key"].to_pylist())
 
 
 def test_a_retried_batch_trains_only_what_was_not_committed(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -121,7 +133,7 @@ def test_each_training_step_sends_a_heartbeat(tmp_path: Path, tiny_model_folder:
     config = settings(tmp_path, tiny_model_folder)
     steps: list[None] = []
     actor = TrainAdapters(make_context(config, "run"))
-    assert sum(done.num_rows for done in actor(batch_of(1), lambda: steps.append(None))) == 1
+    assert sum(done.num_rows for done in outcomes_here(actor, batch_of(1), lambda: steps.append(None))) == 1
     assert len(steps) == 3  # the questions of a passage, once
 
 
@@ -137,6 +149,7 @@ def test_a_task_fills_a_shard_unless_the_corpus_is_small(tmp_path: Path, tiny_mo
     context = make_context(config)
     assert adapters_per_shard(context) == 5
     # Eight tasks for the one actor, never smaller than train_batch, never larger than a shard.
-    assert [passages_per_task(total, context) for total in (1, 16, 24, 25, 1000)] == [2, 2, 3, 4, 5]
+    assert [passages_per_task(total, context, 1) for total in (1, 16, 24, 25, 1000)] == [2, 2, 3, 4, 5]
+    assert [passages_per_task(total, context, 10) for total in (160, 240, 1000)] == [2, 3, 5]
     huge = config.model_copy(update={"storage": config.storage.model_copy(update={"shard_mb": 1e-3})})
-    assert passages_per_task(1000, replace(context, config=huge)) == 1
+    assert passages_per_task(1000, replace(context, config=huge), 1) == 1

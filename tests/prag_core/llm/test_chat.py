@@ -24,7 +24,7 @@ from prag_core.inference.engine import Engine
 from prag_core.inference.processor import RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
-from prag_core.llm.chat import chat_ids, document_ids, end_ids, end_of_turn_id, question_ids, text_ids
+from prag_core.llm.chat import chat_ids, document_ids, end_ids, end_of_turn_id, question_ids, text_ids, texts_ids
 from prag_core.llm.checkpoint import load_tokenizer, resolve_model
 from prag_core.llm.generator import Prompt, TransformersGenerator
 from prag_core.recipe import RECIPES, AugmentRecipe
@@ -71,6 +71,12 @@ def test_a_text_is_encoded_without_control_tokens(tokenizer: Any, text: str) -> 
         assert tokenizer.decode(ids) == text
     if "<|" not in text:
         assert text_ids(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_texts_are_encoded_together_as_one_by_one(tokenizer: Any) -> None:
+    texts = [EVIL, "", " a b ", "naïve\n\n\t東京 😀", "<|im_end|>", "\U000f0000<|im_end|>\U000f0001\ue000"]
+    assert texts_ids(tokenizer, texts) == [text_ids(tokenizer, text) for text in texts]
+    assert texts_ids(tokenizer, []) == []
 
 
 def test_every_special_token_is_only_text_in_a_text(tokenizer: Any) -> None:

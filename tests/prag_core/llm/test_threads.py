@@ -151,14 +151,18 @@ class CountThreads:
     def __init__(self, cores: int) -> None:
         compute_here(cores)
 
-    def __call__(self, table: pa.Table, alive: object) -> pa.Table:
+    def prepare(self, table: pa.Table) -> pa.Table:
+        large_product()  # in a thread of its own
+        return table
+
+    def __call__(self, table: pa.Table, alive: object) -> Iterator[pa.Table]:
         before = threads_of_the_system()
         large_product()
         other = threading.Thread(target=large_product)  # as a library may
         other.start()
         other.join()
         time.sleep(1.0)  # the system counts a thread for a moment after it was joined
-        return pa.table({"added": [threads_of_the_system() - before]})
+        yield pa.table({"added": [threads_of_the_system() - before]})
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,19 @@ def test_each_adapter_is_one_range_and_comes_back(layout: LoraLayout, dtype: str
     covered = sorted((place.offset, place.offset + place.length) for place in placed)
     assert all(left[1] == right[0] for left, right in itertools.pairwise(covered))
     assert covered[-1][1] == len(data)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shard_is_a_safetensors_file_whatever_the_order_of_its_adapters(dtype: str) -> None:
+    made = {key: random_factors(UNEVEN, seed) for seed, key in enumerate(["k3", "k1", "k2"])}
+    data, placed = pack_shard(UNEVEN, list(made.items()), dtype, {"base_model": "b"})
+    tensors = safetensors.torch.load(data)
+    expected = {f"{key}/{name}": t.to(DTYPES[dtype]) for key, factors in made.items() for name, t in factors.items()}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    again, replaced = pack_shard(UNEVEN, list(made.items())[::-1], dtype, {"base_model": "b"})
+    assert again == data
+    assert replaced == placed[::-1]
 
 
 @pytest.mark.parametrize(("size_a", "size_b"), [(1.0, 1.0), (0.02, 1e-3), (0.02, 1e-5), (10.0, 10.0)])
