@@ -9,6 +9,7 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_result, progress_to, result_only
+from pipelines.words import counted
 
 app = typer.Typer()
 
@@ -33,7 +34,7 @@ def import_augmentations(
     given: dict[str, object] = {"augment.import_file": file}
     if passages_to is not None:
         written = write_corpus(file, passages_to, options.settings_of(config, set_).storage)
-        progress_to.print(f"{passages_to}: {written} passages")
+        progress_to.print(f"{passages_to}: {counted(written, 'passage')}")
         given["corpus.path"] = str(passages_to)
     with result_only():
         counts = import_into_store(options.settings_of(config, set_, given), progress_to)
@@ -58,4 +59,4 @@ def export_augmentations(
     chosen = options.snapshot_of(settings, snapshot)
     with result_only():
         count = export_from_store(settings, file, form, chosen, progress_to)
-    out.print(f"{file}: {count} augmentations")
+    out.print(f"{file}: {counted(count, 'augmentation')}")

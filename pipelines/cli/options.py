@@ -23,7 +23,7 @@ Set = Annotated[
 Profile = Annotated[
     str | None, typer.Option("--profile", help="Where to run: laptop, gpu or cluster; default: run.profile.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Snapshot = Annotated[
     str | None, typer.Option(help="Use this snapshot, not the one in service: its id, or the beginning of it.")
 ]

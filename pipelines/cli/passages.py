@@ -11,6 +11,7 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_result
+from pipelines.words import counted
 
 app = typer.Typer()
 
@@ -60,7 +61,9 @@ def retry(
     if not (reason or stage or everything):
         raise typer.BadParameter("give a --reason, a --stage, or --all", param_hint="prag retry")
     count = operations.retry(options.settings_of(config, set_), stage=stage, reason=reason, take_over=take_over)
-    print_result({"retried": count}, f"{count:,} rejects cleared" + ("; run `prag run`" if count else ""), as_json)
+    print_result(
+        {"retried": count}, f"{counted(count, 'reject')} cleared" + ("; run `prag run`" if count else ""), as_json
+    )
 
 
 @app.command()
@@ -89,7 +92,7 @@ def forget(
         out.print(f"{key}  {known.get(key, 'not in the corpus in service')}", highlight=False)
     out.print(f"snapshot {done.snapshot} is in service", highlight=False)
     if not undo:
-        out.print("to remove their bytes, run `prag run`, then `prag gc`")
+        out.print("To erase the data itself, run `prag run`, then `prag gc`.")
 
 
 @app.command()

@@ -11,6 +11,7 @@ import typer
 from pipelines.cli import options
 from pipelines.cli.evaluate import read_question_set
 from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from pipelines.words import counted
 from prag_core.errors import ConfigError
 
 app = typer.Typer()
@@ -80,6 +81,6 @@ def warmup(
         return
     setting = "answer.reader" if reading else "augment.writer" if asking else "train.initial_adapter"
     out.print(
-        f"{trained.questions} questions ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
+        f"{counted(trained.questions, 'question')} ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
         f"{trained.last_loss:.3f}\nuse it with: --set {setting}={trained.start}"
     )

@@ -147,7 +147,7 @@ def test_questions_that_are_left_out_are_counted(folder: Path, prag: Prag) -> No
     document = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [asked, impossible]}]}]}
     (folder / "squad.json").write_text(json.dumps(document))
     _, output = prag("evaluate", "-c", "config.yaml", "--dataset", "squad.json")
-    assert "squad.json: 1 questions; left out: 1 unanswerable" in output
+    assert "squad.json: 1 question; left out: 1 unanswerable" in output
 
 
 def test_canary_questions_may_be_at_a_url(folder: Path, prag: Prag) -> None:
