@@ -14,7 +14,11 @@ from pipelines.words import counted
 app = typer.Typer()
 
 
-@app.command("import-augmentations")
+@app.command(
+    "import-augmentations",
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag import-augmentations -c config.yaml made.jsonl`",
+)
 def import_augmentations(
     file: Annotated[str, typer.Argument(help="JSON Lines of id, rewrites, qa, or the paper's published JSON.")],
     config: options.Config = options.EXAMPLE,
@@ -42,7 +46,11 @@ def import_augmentations(
     print_result(counts, text, as_json)
 
 
-@app.command("export-augmentations")
+@app.command(
+    "export-augmentations",
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag export-augmentations -c config.yaml made.jsonl`",
+)
 def export_augmentations(
     file: Annotated[Path, typer.Argument(help="The file to write.")],
     config: options.Config = options.EXAMPLE,

@@ -29,7 +29,10 @@ N = TypeVar("N", int, float)
 _NAMED = {"atlas": "package://pipelines/examples/atlas/questions.jsonl"}
 
 
-@app.command()
+@app.command(
+    rich_help_panel=options.EVALUATE,
+    epilog="Example: `prag evaluate -c config.yaml --dataset questions.jsonl`",
+)
 def evaluate(
     config: options.Config = options.EXAMPLE,
     dataset: Annotated[

@@ -34,6 +34,9 @@ Wait = Annotated[
     float, typer.Option("--wait", min=0, help="Seconds to wait for another run's lease, also for a dead run's.")
 ]
 
+# The groups of commands in `prag --help`.
+START, RUN, ASK, STORE, EVALUATE, CLUSTER = "Start", "Run", "Ask", "Store", "Evaluate", "Cluster"
+
 # The configuration of commands without `--config`.
 EXAMPLE = "package://pipelines/examples/demo.yaml"
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag reindex -c config.yaml --corpus tonight.jsonl`",
+)
 def reindex(
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="The new corpus; default: the configuration's corpus.path.")

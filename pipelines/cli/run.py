@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag run -c config.yaml`")
 def run(
     config: options.Config = options.EXAMPLE,
     set_: options.Set = None,
@@ -42,7 +42,7 @@ def run(
         _show_report(report)
 
 
-@app.command()
+@app.command(rich_help_panel=options.START, epilog="Example: `prag demo`")
 def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> None:
     """Run the main job on the example corpus, ask its questions in every mode, and print tables.
 
@@ -58,7 +58,7 @@ def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> 
 
 
 def _show_report(report: RunReport) -> None:
-    columns = ("stage", "in", "done", "reused", "rejected", "seconds", "passages/s", "bytes")
+    columns = ("stage", "in", "done", "reused", "rejected", "time", "passages/s", "bytes")
     rows = [
         (
             stage.stage,
@@ -66,7 +66,7 @@ def _show_report(report: RunReport) -> None:
             str(stage.done),
             str(stage.earlier),
             str(sum(stage.rejected.values())),
-            f"{stage.seconds:.1f}",
+            duration(stage.seconds),
             f"{stage.per_second:.2f}",
             decimal(stage.bytes) if stage.bytes else "",
         )

@@ -23,7 +23,7 @@ app = typer.Typer()
 _SHOWN = 50
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag verify -c config.yaml --full`")
 def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte: check checksums, shapes and finite values too.")
@@ -69,7 +69,7 @@ def _show_findings(findings: Sequence[Finding]) -> None:
         out.print(f"… and {len(findings) - _SHOWN:,} more; see --json")
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag repair -c config.yaml`")
 def repair(
     fast: Annotated[bool, typer.Option("--fast", help="Check sizes and presence only, as `prag verify` does.")] = False,
     run: Annotated[
@@ -125,7 +125,7 @@ def _made_again(run: dict[str, Any] | None) -> str:
     return ", ".join(f"{stage} {n:,}" for stage, n in made.items() if n) or "nothing was missing"
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag gc -c config.yaml --dry-run`")
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed. Try this first.")] = False,
     keep: Annotated[
@@ -179,7 +179,7 @@ def _show_garbage(report: GarbageReport) -> None:
         out.print(f"{place}. To erase the data itself, run {command}.")
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag du -c config.yaml`")
 def du(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """Show how many bytes each kind of object has, and how many `prag gc` could remove."""
     from pipelines.maintenance import operations

@@ -21,7 +21,7 @@ _WRITER_RANK = 8
 _WRITER_RATE = 1e-3
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag warmup -c config.yaml squad:train.json --reading`")
 def warmup(
     data: Annotated[str, typer.Argument(help="The questions to train on: a file, FORM:FILE, or `atlas`.")],
     config: options.Config = options.EXAMPLE,
