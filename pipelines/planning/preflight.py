@@ -28,6 +28,7 @@ from cluster.resources import Actors, Profile
 from cluster.session import JoinError, StartError, ray_session, socket_folder, wanted_folder
 from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
+from pipelines.words import counted
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.files import shown, without_query
@@ -66,9 +67,7 @@ def check_here(config: Config) -> PreflightReport:
         if store is not None:
             report.check("snapshot", lambda: (_snapshot(config, store, recipe.base_model), None))
     if not on_cluster():
-        report.add(
-            [CheckResult("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
-        )
+        report.add([CheckResult("cluster checks", "skipped", "running locally")])
         report.add([_check_sockets()])
         report.add(_check_machine(config, profile_of(config), report.layout))
     return report
@@ -96,7 +95,8 @@ def check_nodes(config: Config, profile: Profile, report: PreflightReport) -> No
     # What fails on this machine fails on the nodes too, and is reported once.
     known = {finding.detail for finding in report.findings if finding.outcome == "failed"}
     report.add(_merge_passed([answer for answer in answers if answer.detail not in known]))
-    report.add([check_resources(actors.cpus, actors.gpus, user, workers) for user, actors in _stages(profile)])
+    for stage, actors in _stages(profile):
+        report.add([check_resources(actors.cpus, actors.gpus, f"a {stage} actor", workers)])
     if config.model.device == "cuda" and not profile.train.gpus:
         report.add(check_cuda(workers))
     if _needs_gpus(config, profile):
@@ -142,8 +142,9 @@ def _import_file(config: Config) -> tuple[str, list[str]]:
     _check_shared("augment.import_file", file)
     imported = read_augmentations(file, config.storage)
     name, bad = shown(without_query(file)), imported.rejects
-    first = [f"{name}: {len(bad)} bad records, such as {bad[0].source}: {bad[0].detail}"] if bad else []
-    return f"{name}: {len(imported.by_name)} augmentations", first
+    count = counted(len(bad), "bad record")
+    first = [f"{name}: {count}, such as {bad[0].source}: {bad[0].detail}"] if bad else []
+    return f"{name}: {counted(len(imported.by_name), 'augmentation')}", first
 
 
 def _check_shared(setting: str, path: str) -> None:
@@ -181,14 +182,16 @@ def _merge_passed(answers: list[CheckResult]) -> list[CheckResult]:
     passed = [finding for finding in answers if finding.check not in wrong]
     counts = Counter(finding.check for finding in passed)
     by_check = {finding.check: finding for finding in passed}
-    return failed + [CheckResult(name, "ok", f"{f.detail}, on {counts[name]} nodes") for name, f in by_check.items()]
+    return failed + [
+        CheckResult(name, "ok", f"{f.detail}, on {counted(counts[name], 'node')}") for name, f in by_check.items()
+    ]
 
 
 def _stages(profile: Profile) -> list[tuple[str, Actors]]:
-    """Return the actors of training, and those of augmenting if they take other resources, each with their name."""
+    """Return the actors of training, and those of augmenting if they take other resources, each with their stage."""
     train, augment = profile.train, profile.augment
     same = (train.cpus, train.gpus) == (augment.cpus, augment.gpus)
-    return [("a training actor", train), *([] if same else [("an augmenting actor", augment)])]
+    return [("training", train), *([] if same else [("augmentation", augment)])]
 
 
 def _needs_gpus(config: Config, profile: Profile) -> bool:
@@ -201,14 +204,14 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout | None) 
     cards = gpus()
     if not _needs_gpus(config, profile):
         here = NodeReport("", {"CPU": cpus})
-        findings = [_check_room(user, actors, profile, here) for user, actors in _stages(profile)]
+        findings = [_check_room(stage, actors, profile, here) for stage, actors in _stages(profile)]
         if cards and config.model.device == "auto":
             detail = f"this machine has a GPU ({cards[0].name}), which the profile {profile.name} does not use"
             findings.append(CheckResult("device", "warning", detail, "use --profile gpu, or model.device=cpu"))
         return findings
     usable, error = probe_gpus()
     here = NodeReport("", {"CPU": cpus, "GPU": usable}, gpus=cards, usable_gpus=usable, gpu_error=error)
-    findings = [_check_room(user, actors, profile, here) for user, actors in _stages(profile)]
+    findings = [_check_room(stage, actors, profile, here) for stage, actors in _stages(profile)]
     if config.model.device == "cuda" and not usable:
         detail = f"model.device = 'cuda', but torch can use no GPU of this machine: {error}"
         findings.append(CheckResult("device", "failed", detail, f"{_GPU_REMEDY}, or set model.device to auto or cpu"))
@@ -219,19 +222,20 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout | None) 
     return findings
 
 
-def _check_room(user: str, actors: Actors, profile: Profile, here: NodeReport) -> CheckResult:
+def _check_room(stage: str, actors: Actors, profile: Profile, here: NodeReport) -> CheckResult:
     """Check that this machine can hold one of a stage's actors."""
     if actors.cpus > here.resources["CPU"]:
-        detail = (
-            f"{user} takes {actors.cpus:g} CPUs; the profile {profile.name} has {here.resources['CPU']} of this machine"
-        )
+        wanted = counted(actors.cpus, "CPU")
+        detail = f"{stage.capitalize()} needs {wanted}; the profile {profile.name} has {here.resources['CPU']} of this machine"
         return CheckResult("resources", "failed", detail, "lower run.actor_cpus")
     if actors.gpus > here.usable_gpus:
-        detail = f"{user} takes {actors.gpus:g} GPUs; torch can use {here.usable_gpus} of this machine"
+        detail = (
+            f"{stage.capitalize()} needs {counted(actors.gpus, 'GPU')}; PyTorch sees {here.usable_gpus or 'none'} here"
+        )
         if here.gpu_error:
             detail += f": {here.gpu_error}"
         return CheckResult("resources", "failed", detail, f"{_GPU_REMEDY}, or use --profile laptop")
-    return check_resources(actors.cpus, actors.gpus, user, [here])
+    return check_resources(actors.cpus, actors.gpus, f"a {stage} actor", [here])
 
 
 def _check_sockets() -> CheckResult:
@@ -263,5 +267,5 @@ def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: lis
     share = profile.train.gpus
     if 0 < share < 1:
         weights, step = round(weights / share), round(step / share)
-        breakdown += f"; {1 / share:.0f} actors a GPU"
+        breakdown += f"; actors a GPU: {1 / share:.0f}"
     return check_gpu_memory(weights + step, breakdown, remedy, nodes)
