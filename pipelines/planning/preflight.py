@@ -225,8 +225,8 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout | None) 
 def _check_room(stage: str, actors: Actors, profile: Profile, here: NodeReport) -> CheckResult:
     """Check that this machine can hold one of a stage's actors."""
     if actors.cpus > here.resources["CPU"]:
-        wanted = counted(actors.cpus, "CPU")
-        detail = f"{stage.capitalize()} needs {wanted}; the profile {profile.name} has {here.resources['CPU']} of this machine"
+        has = f"the profile {profile.name} has {here.resources['CPU']} of this machine"
+        detail = f"{stage.capitalize()} needs {counted(actors.cpus, 'CPU')}; {has}"
         return CheckResult("resources", "failed", detail, "lower run.actor_cpus")
     if actors.gpus > here.usable_gpus:
         detail = (
