@@ -185,7 +185,12 @@ class Bench:
         self.popularity = [1 / (rank + 1) for rank in range(arguments.adapters)]
         settings = config.serve
         # No disk cache, so that cold adapters come from S3.
-        self.cache = AdapterCache(settings.cache_bytes, threads=settings.fetch_threads)
+        self.cache = AdapterCache(
+            settings.cache_bytes,
+            dtype=base.model.dtype,
+            page_locked=base.device.type == "cuda",
+            threads=settings.fetch_threads,
+        )
         store = open_store(config)
         self.opened = open_snapshot(base, config, store, load_snapshot(store))
         self.service = Service(base, lambda id: self.opened, lambda: current_id(store), self.cache, settings)
