@@ -8,6 +8,7 @@ passages. A question names three passages, drawn by Zipf's law. All answers have
 2. The paper's way on the same model: three PEFT adapters loaded, merged by `add_weighted_adapter` (cat), removed.
 3. 1, 4 and 16 users at once: tokens a second, and the same with the bare model.
 4. Ten times as many users as slots: the latency of accepted requests, and whether the others are refused.
+5. A decoding step by its parts, with 1 and 16 rows, without and with adapters (`benchmarks/decode_step.py`).
 
 The last line is JSON. `prag serve` and `prag ask` answer by the same code, but HTTP and Ray are not measured here.
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_step import step_parts
 from measure import machine, peak_mb
 from peft import PeftModel
 
@@ -44,7 +46,7 @@ from prag_core.inference.request import Request
 from prag_core.inference.service import Service
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Factors, TrainedAdapter, find_targets
+from prag_core.llm.lora import Factors, TrainedAdapter, find_targets, flatten_adapter
 from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_elsewhere, compute_here
 from prag_core.recipe import Recipe
@@ -110,6 +112,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         finally:
             bench.service.close()
         compute_here()  # now it is this thread, on all cores
+        flat = [flatten_adapter(layout, factors, dtype=base.model.dtype) for factors in samples]
+        result["step"] = step_parts(base, train_recipe(config.train), flat)
         paper_ms = paper_update_ms(base, layout, samples, folder)
     update_ms = result["inject_ms_warm"] + result["fetch_ms_cold"]
     result["paper_update_ms"] = round(paper_ms, 1)
