@@ -8,6 +8,7 @@ passages. A question names three passages, drawn by Zipf's law. All answers have
 2. The paper's way on the same model: three PEFT adapters loaded, merged by `add_weighted_adapter` (cat), removed.
 3. 1, 4 and 16 users at once: tokens a second, and the same with the bare model.
 4. Ten times as many users as slots: the latency of accepted requests, and whether the others are refused.
+5. A decoding step by its parts, with 1 and 16 rows, without and with adapters (`benchmarks/decode_step.py`).
 
 The last line is JSON. `prag serve` and `prag ask` answer by the same code, but HTTP and Ray are not measured here.
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_step import step_parts
 from measure import machine, peak_mb
 from peft import PeftModel
 
@@ -44,7 +46,7 @@ from prag_core.inference.request import Request
 from prag_core.inference.service import Service
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Factors, TrainedAdapter, find_targets
+from prag_core.llm.lora import Factors, TrainedAdapter, find_targets, flatten_adapter
 from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_elsewhere, compute_here
 from prag_core.recipe import Recipe
@@ -110,6 +112,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         finally:
             bench.service.close()
         compute_here()  # now it is this thread, on all cores
+        flat = [flatten_adapter(layout, factors, dtype=base.model.dtype) for factors in samples]
+        result["step"] = step_parts(base, train_recipe(config.train), flat)
         paper_ms = paper_update_ms(base, layout, samples, folder)
     update_ms = result["inject_ms_warm"] + result["fetch_ms_cold"]
     result["paper_update_ms"] = round(paper_ms, 1)
@@ -185,7 +189,12 @@ class Bench:
         self.popularity = [1 / (rank + 1) for rank in range(arguments.adapters)]
         settings = config.serve
         # No disk cache, so that cold adapters come from S3.
-        self.cache = AdapterCache(settings.cache_bytes, threads=settings.fetch_threads)
+        self.cache = AdapterCache(
+            settings.cache_bytes,
+            dtype=base.model.dtype,
+            page_locked=base.device.type == "cuda",
+            threads=settings.fetch_threads,
+        )
         store = open_store(config)
         self.opened = open_snapshot(base, config, store, load_snapshot(store))
         self.service = Service(base, lambda id: self.opened, lambda: current_id(store), self.cache, settings)

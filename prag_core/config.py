@@ -10,9 +10,9 @@ import difflib
 import re
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
@@ -198,7 +198,10 @@ class AnswerConfig(_Strict):
 
 
 class ServeConfig(_Strict):
-    """How a serving replica runs: machine facts, which never enter a fingerprint."""
+    """How a serving replica runs: machine facts, which never enter a fingerprint.
+
+    Five defaults are higher where a replica has a GPU; see `ON_A_GPU`.
+    """
 
     slots: int = Field(16, ge=1, description="The most requests that decode together.")
     # With half as many waiting requests as slots, a request that waits takes little longer than one that does not.
@@ -229,6 +232,17 @@ class ServeConfig(_Strict):
     target_ongoing_requests: float = Field(16.0, gt=0, description="With more requests each, another replica starts.")
     upscale_delay_s: float = Field(10.0, ge=0, description="How long the load must be higher to start a replica.")
     downscale_delay_s: float = Field(300.0, ge=0, description="How long the load must be lower to stop a replica.")
+
+
+# The defaults of a replica with a GPU. Up to some hundred rows, a decoding step takes about as long as it takes to read
+# the weights. A chunk of 8,192 tokens is enough to keep a GPU busy, and takes as long as some steps.
+ON_A_GPU: dict[str, Any] = {
+    "slots": 64,
+    "max_queue": 32,
+    "prefill_chunk": 8192,
+    "batch_tokens": 131_072,
+    "target_ongoing_requests": 64.0,
+}
 
 
 class ActorsConfig(_Strict):
@@ -294,6 +308,14 @@ class Config(_Strict):
     answer: AnswerConfig = AnswerConfig()
     serve: ServeConfig = ServeConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fit_serving_to_the_profile(self) -> Self:
+        if self.run.profile != "laptop" and self.run.actor_gpus != 0:
+            chosen = self.serve.model_fields_set
+            defaults = {name: value for name, value in ON_A_GPU.items() if name not in chosen}
+            object.__setattr__(self, "serve", self.serve.model_copy(update=defaults))
+        return self
 
 
 def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:

@@ -16,7 +16,7 @@ from pipelines.settings import RunContext
 from prag_core.evaluation.controls import ControlSource
 from prag_core.evaluation.plan import EvaluationReply, EvaluationRequest
 from prag_core.inference.engine import Engine
-from prag_core.inference.loaded_snapshot import open_reader
+from prag_core.inference.loaded_snapshot import load_reader
 from prag_core.inference.processor import RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import load_base_model
@@ -82,7 +82,7 @@ class AnswerEvaluation:
                 template=train.template,
                 snapshot=snapshot.id,
                 max_new_tokens=config.answer.max_new_tokens,
-                reader=open_reader(store, config, layout),
+                reader=load_reader(base, store, config, layout),
                 hidden=forgotten_keys(store, snapshot),
             ),
             source,

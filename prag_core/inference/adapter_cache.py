@@ -16,12 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from cachetools import TTLCache
 
 from prag_core.errors import AdapterError
 from prag_core.inference.disk_cache import DiskCache
 from prag_core.inference.stats import CacheStats
-from prag_core.llm.lora import Factors
+from prag_core.llm.lora import Factors, FlatAdapter, flatten_adapter
 from prag_core.store.adapters import LedgerSource
 from prag_core.store.ledger import AdapterLocation
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 # How many failures are remembered; beyond that, the oldest are forgotten and tried again.
 _MAX_FAILURES = 100_000
 
-Loaded = Factors | AdapterError
+Loaded = FlatAdapter | AdapterError
 
 
 class AdapterId(NamedTuple):
@@ -65,8 +66,8 @@ class AdapterLease:
         """The futures of the adapters that are in memory or being loaded."""
         return [entry.future for _, entry in self._entries.values()]
 
-    def factors(self, waited_s: float) -> dict[str, Loaded]:
-        """Return each adapter's factors, or an error if they could not be loaded by now.
+    def adapters(self, waited_s: float) -> dict[str, Loaded]:
+        """Return each adapter, laid out for a forward pass, or an error if it could not be loaded by now.
 
         Adapters with an error are released. `waited_s` is how long the caller waited; it is part of the error.
         """
@@ -91,6 +92,8 @@ class AdapterCache:
 
     Args:
         size_bytes: The memory budget. Pinned adapters may exceed it.
+        dtype: The dtype of the model, in which adapters are kept.
+        page_locked: Whether to keep them in page-locked memory, from which a GPU copies without waiting.
         disk: The cache on the local disk; None for none.
         threads: How many adapters are fetched at the same time.
         negative_ttl_s: How long to wait before retrying an adapter that could not be loaded.
@@ -101,12 +104,16 @@ class AdapterCache:
         self,
         size_bytes: int,
         *,
+        dtype: torch.dtype,
+        page_locked: bool = False,
         disk: DiskCache | None = None,
         threads: int = 16,
         negative_ttl_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget = size_bytes
+        self._dtype = dtype
+        self._page_locked = page_locked
         self._disk = disk
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._lock = threading.Lock()
@@ -176,6 +183,8 @@ class AdapterCache:
     def _load(self, id: AdapterId, source: LedgerSource, row: AdapterLocation) -> Loaded:
         try:
             factors, from_disk = self._read(id, source, row)
+            # Here, in a fetching thread: all other rows would wait for the decoding thread.
+            adapter = flatten_adapter(source.layout, factors, dtype=self._dtype, page_locked=self._page_locked)
         except Exception as error:  # no error may fail a request or leave an entry behind
             if not isinstance(error, AdapterError):
                 log.exception("adapter %s: loading failed", id.key)
@@ -189,10 +198,10 @@ class AdapterCache:
             self._disk_hits += from_disk
             self._misses += not from_disk
             entry = self._entries[id]
-            entry.size_bytes = sum(tensor.nbytes for tensor in factors.values())
+            entry.size_bytes = _memory_bytes(adapter)
             self._size_bytes += entry.size_bytes
             self._evict()
-        return factors
+        return adapter
 
     def _read(self, id: AdapterId, source: LedgerSource, row: AdapterLocation) -> tuple[Factors, bool]:
         """Return verified factors, and whether they came from the local disk."""
@@ -220,3 +229,8 @@ class AdapterCache:
             self._evictions += 1
             if self._size_bytes <= self._budget:
                 return
+
+
+def _memory_bytes(adapter: FlatAdapter) -> int:
+    """Return how much memory an adapter takes; torch allocates page-locked memory in powers of two."""
+    return 1 << (adapter.nbytes - 1).bit_length() if adapter.is_pinned() else adapter.nbytes

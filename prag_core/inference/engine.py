@@ -21,7 +21,7 @@ from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.decode_request import Decoded
 from prag_core.llm.decoder import Decoder
-from prag_core.llm.lora import Factors, Injector
+from prag_core.llm.lora import FlatAdapter, Injector, flatten_adapter
 from prag_core.llm.threads import compute_here
 from prag_core.recipe import TrainRecipe
 from prag_core.records import Answer
@@ -139,10 +139,11 @@ class Engine:
         begun = time.perf_counter()
         hits = self._processor.search(request)
         searched = time.perf_counter()
-        adapters: dict[str, Factors | AdapterError] = {}
+        adapters: dict[str, FlatAdapter | AdapterError] = {}
         for hit in hits if request.updates else ():
             try:
-                adapters[hit.passage.key] = self._adapters.get(hit.passage.key)
+                factors = self._adapters.get(hit.passage.key)
+                adapters[hit.passage.key] = flatten_adapter(self._injector.layout, factors, dtype=self.base.model.dtype)
             except AdapterError as error:
                 adapters[hit.passage.key] = error
         spent = {"retrieve": (searched - begun) * 1e3, "fetch": (time.perf_counter() - searched) * 1e3}

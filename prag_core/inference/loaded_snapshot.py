@@ -11,7 +11,7 @@ from prag_core.inference.processor import RequestProcessor
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.checkpoint import cache_dir
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Factors, check_factors, find_targets
+from prag_core.llm.lora import Factors, FlatAdapter, check_factors, find_targets, flatten_adapter
 from prag_core.recipe import TrainRecipe
 from prag_core.retrieval.archive import open_index
 from prag_core.store.adapters import LedgerSource, get_start, open_adapters
@@ -54,6 +54,15 @@ def open_reader(store: Store, config: Config, layout: LoraLayout) -> tuple[Facto
     return factors, config.answer.reader_strength
 
 
+def load_reader(base: BaseModel, store: Store, config: Config, layout: LoraLayout) -> tuple[FlatAdapter, float] | None:
+    """Return the configured reader as `RequestProcessor` takes it; it raises what `open_reader` raises."""
+    reader = open_reader(store, config, layout)
+    if reader is None:
+        return None
+    factors, weight = reader
+    return flatten_adapter(layout, factors, dtype=base.model.dtype), weight
+
+
 def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snapshot) -> LoadedSnapshot:
     """Open a snapshot. Its index is unpacked into the local cache on first use; adapters are fetched when needed.
 
@@ -71,7 +80,7 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
             f"{store.url}/{adapters.folder}/recipe.json: says {adapters.layout}, but its recipe makes {layout} here",
             "it was written by hand or by another version: run `prag run` again",
         )
-    reader = open_reader(store, config, layout)
+    reader = load_reader(base, store, config, layout)
     hidden, source = forgotten_keys(store, snapshot), LedgerSource(adapters, snapshot.ledger_parts)
     # The index is opened last, so that no other error leaves one open in the Java machine.
     retriever = open_index(store, snapshot.index, cache_dir() / "indexes", config.index)

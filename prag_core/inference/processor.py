@@ -16,7 +16,7 @@ from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.decode_request import Decoded, DecodeRequest
-from prag_core.llm.lora import Factors
+from prag_core.llm.lora import FlatAdapter
 from prag_core.prompts import final_answer, passage_text, reasons
 from prag_core.records import DEFAULT_COMBINE_STRENGTH, Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
@@ -74,7 +74,7 @@ class RequestProcessor:
         snapshot: str = "",
         max_new_tokens: int | None = None,
         combine_strength: float = DEFAULT_COMBINE_STRENGTH,
-        reader: tuple[Factors, float] | None = None,
+        reader: tuple[FlatAdapter, float] | None = None,
         hidden: Iterable[str] = (),
     ) -> None:
         self.snapshot = snapshot
@@ -111,7 +111,7 @@ class RequestProcessor:
         self,
         request: Request,
         hits: Sequence[Hit],
-        adapters: Mapping[str, Factors | AdapterError],
+        adapters: Mapping[str, FlatAdapter | AdapterError],
         milliseconds: Mapping[str, float],
     ) -> PreparedRequest:
         """Make a request ready to decode. A passage whose adapter is an error goes into the prompt instead.
@@ -119,19 +119,19 @@ class RequestProcessor:
         Args:
             request: The request.
             hits: The result of `search` for it.
-            adapters: For each hit its factors, or the error instead of them; ignored unless the request `updates`.
+            adapters: For each hit its adapter, or the error instead of it; ignored unless the request `updates`.
             milliseconds: The time spent so far, by step.
         """
         # 1. Decide where each passage goes. Check again that it may be used, as late as possible.
         hits = [hit for hit in hits if self._may_use(hit.passage, request)]
         strength = request.strength or (self._combine_strength if request.mode == "combine" else 1.0)
-        weighted: list[tuple[Factors, float]] = []
+        weighted: list[tuple[FlatAdapter, float]] = []
         used = []
         in_prompt: list[Passage] = []
         for hit, share in zip(hits, hit_weights(hits, request.weights), strict=True):
             passage, weight = hit.passage, strength * share
-            factors = adapters[passage.key] if request.updates else None
-            fallback = isinstance(factors, AdapterError)
+            adapter = adapters[passage.key] if request.updates else None
+            fallback = isinstance(adapter, AdapterError)
             entry = UsedPassage(
                 key=passage.key,
                 title=passage.title,
@@ -140,11 +140,11 @@ class RequestProcessor:
                 in_weights=request.updates and not fallback,
                 in_prompt=fallback or request.mode in ("rag", "combine"),
                 weight=weight if request.updates and not fallback else 0.0,
-                note=factors.message if isinstance(factors, AdapterError) else "",
+                note=adapter.message if isinstance(adapter, AdapterError) else "",
                 text=passage.text,
             )
-            if factors is not None and not isinstance(factors, AdapterError):
-                weighted.append((factors, weight))
+            if adapter is not None and not isinstance(adapter, AdapterError):
+                weighted.append((adapter, weight))
             if entry.in_prompt:
                 in_prompt.append(passage)
             used.append(entry)

@@ -283,9 +283,9 @@ class Service:
         pending = [asyncio.wrap_future(future) for future in retrieved.lease.futures if not future.done()]
         if pending:
             await wait_until(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
-        factors = retrieved.lease.factors(self._config.fetch_timeout_s)
+        adapters = retrieved.lease.adapters(self._config.fetch_timeout_s)
         spent = {"retrieve": retrieved.retrieve_ms, "fetch": 0.0}
-        building = self._search_thread.submit(snapshot.processor.build, request, retrieved.hits, factors, spent)
+        building = self._search_thread.submit(snapshot.processor.build, request, retrieved.hits, adapters, spent)
         return await wait_until(deadline, asyncio.wrap_future(building))
 
     async def _decode(
@@ -354,7 +354,12 @@ def open_service(config: Config, store: Store, cores: int | None = None, *, gpus
     base = load_base_model(config.model, gpus=gpus)
     disk = DiskCache(cache_dir() / "adapters", settings.disk_cache_bytes) if settings.disk_cache_bytes else None
     cache = AdapterCache(
-        settings.cache_bytes, disk=disk, threads=settings.fetch_threads, negative_ttl_s=settings.negative_ttl_s
+        settings.cache_bytes,
+        dtype=base.model.dtype,
+        page_locked=base.device.type == "cuda",
+        disk=disk,
+        threads=settings.fetch_threads,
+        negative_ttl_s=settings.negative_ttl_s,
     )
 
     def opener(id: str | None) -> LoadedSnapshot:

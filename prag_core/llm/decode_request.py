@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prag_core.llm.lora import Factors
+from prag_core.llm.lora import FlatAdapter
 
 DecodeFinish = Literal["stop", "length", "not_finite"]
 
@@ -24,7 +24,7 @@ class DecodeRequest:
         top_k: Sample from this many of the most likely tokens; 0 for all.
         top_p: Sample from the most likely tokens that together have this probability.
         seed: Sampling depends on the seed and the prompt only.
-        adapters: (factors, weight) pairs; their weighted sum is added to the model.
+        adapters: (adapter, weight) pairs; their weighted sum is added to the model.
 
     Raises:
         ValueError: when the prompt is empty or a number is out of range.
@@ -38,7 +38,7 @@ class DecodeRequest:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    adapters: Sequence[tuple[Factors, float]] = ()
+    adapters: Sequence[tuple[FlatAdapter, float]] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt or self.max_new_tokens < 1:

@@ -18,7 +18,7 @@ from prag_core.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from prag_core.llm.decode_request import Decoded
-    from prag_core.llm.lora import Factors
+    from prag_core.llm.lora import Factors, FlatAdapter
 
 # Larger than in serving: here no user waits for the next token while a prompt is read.
 _PREFILL_CHUNK = 2048
@@ -90,12 +90,15 @@ class TransformersGenerator:
     ) -> None:
         # Imported here, because callers that only use an endpoint need no torch.
         from prag_core.llm.decoder import Decoder
-        from prag_core.llm.lora import Injector
+        from prag_core.llm.lora import Injector, flatten_adapter
 
         self.fingerprint = base.fingerprint
         self._base = base
-        injector = Injector(base.model, adapter[0]) if adapter else None
-        self._adapters = ((adapter[1], 1.0),) if adapter else ()
+        injector: Injector | None = None
+        self._adapters: tuple[tuple[FlatAdapter, float], ...] = ()
+        if adapter is not None:
+            injector = Injector(base.model, adapter[0])
+            self._adapters = ((flatten_adapter(injector.layout, adapter[1], dtype=base.model.dtype), 1.0),)
         self._decoder = Decoder(
             base, injector, slots=max_batch, prefill_chunk=_PREFILL_CHUNK, max_tokens=tokens_per_batch
         )

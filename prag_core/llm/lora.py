@@ -23,6 +23,8 @@ from prag_core.llm.layout import LoraLayout, find_layout, place_of
 from prag_core.recipe import TrainRecipe
 
 Factors = Mapping[str, Tensor]
+# An adapter as `flatten_adapter` lays it out.
+FlatAdapter = Tensor
 # Smaller values of B change no output, and as int8 they are stored as zero.
 _LEAST = 1e-9
 
@@ -135,9 +137,38 @@ class AdapterStack:
         return RowAdapters(views, self.weights[:count])
 
 
+def flatten_adapter(
+    layout: LoraLayout, factors: Factors, *, dtype: torch.dtype, page_locked: bool = False
+) -> FlatAdapter:
+    """Lay an adapter out for a forward pass, as one tensor of `layout.parameters` values on the CPU.
+
+    For each target it holds A `[layers, rank, inputs]` and then the transpose of B `[layers, rank, outputs]`. Do it
+    once, where an adapter is loaded: transposing takes most of the time of adding an adapter to a row.
+
+    Args:
+        layout: The layout that the factors have.
+        factors: The adapter.
+        dtype: The dtype of the model.
+        page_locked: Whether to use page-locked memory, from which a GPU copies without waiting.
+    """
+    flat = torch.empty(layout.parameters, dtype=dtype, pin_memory=page_locked)
+    for target, (a, b) in _unflatten(layout, flat).items():
+        a.copy_(factors[f"{target}.A"])
+        b.copy_(factors[f"{target}.B"].transpose(1, 2))
+    return flat
+
+
+def _unflatten(layout: LoraLayout, flat: FlatAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return views of each target's A `[layers, rank, inputs]` and transposed B `[layers, rank, outputs]`."""
+    shape = (len(layout.layers), layout.rank, -1)
+    sizes = [shape[0] * shape[1] * size for pair in layout.shapes for size in pair]
+    blocks = [block.view(shape) for block in torch.split(flat, sizes)]
+    return dict(zip(layout.targets, zip(blocks[::2], blocks[1::2], strict=True), strict=True))
+
+
 def stack_adapters(
     layout: LoraLayout,
-    rows: Sequence[Sequence[tuple[Factors, float]]],
+    rows: Sequence[Sequence[tuple[FlatAdapter, float]]],
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -153,19 +184,24 @@ def stack_adapters(
     for i, row in enumerate(rows):
         for j, (_, weight) in enumerate(row):
             weights[i, j * layout.rank : (j + 1) * layout.rank] = weight * layout.scale
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for target in layout.targets:
-        count, rank, inputs = layout.tensor_shapes[f"{target}.A"]
-        outputs = layout.tensor_shapes[f"{target}.B"][1]
-        a = torch.empty(count, len(rows), most, rank, inputs, dtype=dtype)
-        b = torch.empty(count, len(rows), most, rank, outputs, dtype=dtype)
-        for i, row in enumerate(rows):
-            for j, (adapter, _) in enumerate(row):
-                a[:, i, j] = adapter[f"{target}.A"]
-                b[:, i, j] = adapter[f"{target}.B"].transpose(1, 2)
-            a[:, i, len(row) :] = 0
-            b[:, i, len(row) :] = 0
-        factors[target] = (a.flatten(2, 3).to(device), b.flatten(2, 3).to(device))
+    shape = (len(layout.layers), len(rows), most * layout.rank)
+    factors = {
+        target: (
+            torch.empty(*shape, inputs, dtype=dtype, device=device),
+            torch.empty(*shape, outputs, dtype=dtype, device=device),
+        )
+        for target, (inputs, outputs) in zip(layout.targets, layout.shapes, strict=True)
+    }
+    for i, row in enumerate(rows):
+        for j, (adapter, _) in enumerate(row):
+            # One transfer for each adapter; it is taken apart on the device.
+            blocks = _unflatten(layout, adapter.to(device, non_blocking=True))
+            for target, pair in factors.items():
+                for tensor, block in zip(pair, blocks[target], strict=True):
+                    tensor[:, i, j * layout.rank : (j + 1) * layout.rank] = block
+        for pair in factors.values():
+            for tensor in pair:
+                tensor[:, i, len(row) * layout.rank :] = 0
     return AdapterStack(layout.layers, factors, weights.to(device=device, dtype=dtype))
 
 

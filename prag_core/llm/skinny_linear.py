@@ -1,7 +1,7 @@
-"""A faster linear layer for few rows: for 2 to 64 rows on a CPU, compute (W·xᵀ)ᵀ; MKL is faster there.
+"""A faster linear layer for few rows on a CPU: it computes (W·xᵀ)ᵀ in place of x·Wᵀ where that takes less time.
 
-A decoding step multiplies one row for each sequence. For so few rows MKL's fp32 kernel for x·Wᵀ takes 1.2 to 4 times as
-long as the one for W·xᵀ, which reads the weights along their rows (docs/decisions.md, 65).
+A decoding step multiplies one row for each sequence. For which numbers of rows W·xᵀ is faster depends on the library
+that computes it, and so on the dtype and the processor (docs/decisions.md, 65 and K1).
 """
 
 from __future__ import annotations
@@ -10,29 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# One row has a fast matrix-vector kernel. Beyond 64 rows little or nothing is gained, except in the output layer.
-FEW_ROWS = range(2, 65)
+
+def few_rows(dtype: torch.dtype, inputs: int) -> range:
+    """Return the numbers of rows for which this processor is faster with W·xᵀ, for W `[outputs, inputs]`."""
+    if dtype == torch.float32:
+        # MKL. One row has a fast kernel of its own. Beyond 64, only the output layer gains.
+        return range(2, 65)
+    if dtype != torch.bfloat16 or inputs < 1536:
+        return range(0)
+    if torch.cpu._is_amx_tile_supported():
+        return range(1, 65)
+    # oneDNN takes as long for W·xᵀ with 2 rows as with 16. Of x·Wᵀ, each row has its price.
+    return range(16, 49) if torch.cpu._is_avx512_bf16_supported() else range(0)
 
 
 class FewRowsLinear(nn.Linear):
-    """An `nn.Linear` without a bias that is fast for few rows."""
+    """An `nn.Linear` without a bias that is fast for the numbers of rows in `rows`."""
+
+    rows = range(0)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., inputs]` to `[..., outputs]`; the result differs from `nn.Linear` by rounding only."""
-        rows = input.numel() // self.in_features
-        if rows not in FEW_ROWS:
+        count = input.numel() // self.in_features
+        if count not in self.rows:
             return functional.linear(input, self.weight)
-        transposed = self.weight @ input.reshape(rows, self.in_features).T
-        return transposed.T.reshape(*input.shape[:-1], self.out_features)
+        output = (self.weight @ input.reshape(count, self.in_features).T).T
+        if output.dtype == torch.bfloat16:
+            # Stored by columns, it would keep attention and later products from their fast kernels.
+            output = output.contiguous()
+        return output.reshape(*input.shape[:-1], self.out_features)
 
 
 def use_few_rows(model: nn.Module) -> None:
-    """Turn the linear modules of an fp32 model on a CPU into `FewRowsLinear`; weights and hooks stay.
+    """Turn the linear modules of a model on a CPU into `FewRowsLinear` where that gains; weights and hooks stay.
 
     Modules with a bias and subclasses of `nn.Linear` are left as they are.
     """
     for module in model.modules():
-        if type(module) is nn.Linear and module.bias is None:
-            weight = module.weight
-            if weight.dtype == torch.float32 and weight.device.type == "cpu":
+        if type(module) is nn.Linear and module.bias is None and module.weight.device.type == "cpu":
+            rows = few_rows(module.weight.dtype, module.in_features)
+            if rows:
                 module.__class__ = FewRowsLinear
+                module.rows = rows

@@ -236,24 +236,27 @@ class SlotAdapters:
     def _widen(self, source: AdapterStack) -> None:
         """Make the tensors at least as wide as the summed rank of `source`, or exactly so when no row has adapters.
 
-        Allocating tensors for all slots takes longer than copying an adapter into one, so they are kept when the last
-        row with adapters leaves.
+        They are kept when the last row with adapters leaves. Of new ones only the live rows are written: the memory of
+        the others comes into use when a row joins.
         """
         rank, in_use = source.weights.shape[1], any(self._has_adapters)
         width = 0 if self._stack is None else self._stack.weights.shape[1]
         if width == rank or (in_use and width > rank):
             return
         old = self._stack if in_use else None
+        live = len(self._has_adapters)
         factors = {}
         for target, pair in source.factors.items():
-            wider = [tensor.new_zeros(len(tensor), self._slots, rank, tensor.shape[3]) for tensor in pair]
-            if old is not None:
-                for tensor, former in zip(wider, old.factors[target], strict=True):
-                    tensor[:, :, : old.weights.shape[1]] = former
+            wider = [tensor.new_empty(len(tensor), self._slots, rank, tensor.shape[3]) for tensor in pair]
+            for side, tensor in enumerate(wider):
+                tensor[:, :live] = 0
+                if old is not None:
+                    tensor[:, :live, :width] = old.factors[target][side][:, :live]
             factors[target] = (wider[0], wider[1])
-        weights = source.weights.new_zeros(self._slots, rank)
+        weights = source.weights.new_empty(self._slots, rank)
+        weights[:live] = 0
         if old is not None:
-            weights[:, : old.weights.shape[1]] = old.weights
+            weights[:live, :width] = old.weights[:live]
         self._stack = AdapterStack(source.layers, factors, weights)
 
 

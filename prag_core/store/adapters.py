@@ -193,6 +193,11 @@ class LedgerSource:
         """The fingerprint of the recipe of all these adapters."""
         return self._adapters.recipe.fingerprint
 
+    @property
+    def layout(self) -> LoraLayout:
+        """The layout of all these adapters."""
+        return self._adapters.layout
+
     def __contains__(self, key: str) -> bool:
         return self._ledger.find(key) is not None
 

@@ -113,7 +113,11 @@ class World:
     def service(self, *, disk: DiskCache | None = None, **settings: Any) -> Iterator[Service]:
         config = ServeConfig(**settings)
         cache = AdapterCache(
-            config.cache_bytes, disk=disk, threads=config.fetch_threads, negative_ttl_s=config.negative_ttl_s
+            config.cache_bytes,
+            dtype=self.base.model.dtype,
+            disk=disk,
+            threads=config.fetch_threads,
+            negative_ttl_s=config.negative_ttl_s,
         )
         service = Service(self.base, self.open, lambda: current_id(self.store), cache, config)
         try:

@@ -33,6 +33,26 @@ def test_defaults_and_overrides(write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "slots", "prefill_chunk", "batch_tokens"),
+    [
+        ([], 16, 512, 32_768),
+        (["run.profile=gpu"], 64, 8192, 131_072),
+        (["run.profile=cluster", "serve.slots=24"], 24, 8192, 131_072),
+        (["run.profile=gpu", "serve.prefill_chunk=512"], 64, 512, 131_072),
+        (["run.profile=cluster", "run.actor_gpus=0"], 16, 512, 32_768),
+    ],
+)
+def test_a_replica_with_a_gpu_holds_more_unless_told_otherwise(
+    write, overrides: list[str], slots: int, prefill_chunk: int, batch_tokens: int
+) -> None:
+    config = load_config(write(MINIMAL), overrides)
+    found = config.serve
+    assert (found.slots, found.prefill_chunk, found.batch_tokens) == (slots, prefill_chunk, batch_tokens)
+    # As a replica gets it: with all defaults written out.
+    assert load_config(write(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
         (MINIMAL, ["train.epoch=4"], r"unknown key train\.epoch\n.*did you mean train\.epochs\?"),

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from prag_core.errors import AdapterError, TurnsError
 from prag_core.inference.engine import Engine
@@ -13,7 +14,7 @@ from prag_core.inference.processor import RequestProcessor, hit_weights
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
-from prag_core.llm.lora import find_targets
+from prag_core.llm.lora import find_targets, flatten_adapter
 from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Hit
@@ -131,7 +132,7 @@ def test_the_strength_of_combine(tiny_session: BaseModel) -> None:
 
 def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseModel) -> None:
     source = Adapters(tiny_session)
-    reader = source.get(PASSAGES[4].key)
+    reader = flatten_adapter(source.layout, source.get(PASSAGES[4].key), dtype=torch.float32)
     plain, reading = (
         RequestProcessor(tiny_session, KnownHits(), max_new_tokens=6, combine_strength=1.0, reader=given)
         for given in (None, (reader, 0.5))
@@ -156,7 +157,7 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
 
     # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
     combine = requests[-1]
-    prepared = reading.build(combine, hits, {hit.passage.key: source.get(hit.passage.key) for hit in hits}, {})
+    prepared = reading.build(combine, hits, dict.fromkeys((hit.passage.key for hit in hits), reader), {})
     assert [weight for _, weight in prepared.decode.adapters] == [1.0, 1.0, 0.5]
     assert prepared.decode.adapters[-1][0] is reader
     assert [passage.weight for passage in prepared.passages] == [1.0, 1.0]

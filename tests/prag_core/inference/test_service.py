@@ -40,7 +40,7 @@ from prag_core.recipe import RECIPES
 from prag_core.records import MODES, Answer, Hit
 from prag_core.store.adapters import LedgerSource
 from prag_core.store.snapshot import load_snapshot, publish, with_ledger, with_tombstones
-from tests.helpers.adapters import random_adapter
+from tests.helpers.adapters import random_flat
 from tests.helpers.scripted_model import follow, with_tokens
 from tests.helpers.serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
 
@@ -116,7 +116,7 @@ class Weak:
         hits = processor.search(request)
         numbers = {passage.key: n for n, passage in enumerate(PASSAGES)}
         return processor.build(
-            request, hits, {h.passage.key: random_adapter(self.layout, numbers[h.passage.key]) for h in hits}, {}
+            request, hits, {h.passage.key: random_flat(self.layout, numbers[h.passage.key]) for h in hits}, {}
         )
 
 

@@ -20,11 +20,11 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.decoder import Decoder, context_length
 from prag_core.llm.generator import Prompt, TransformersGenerator
-from prag_core.llm.lora import AdapterStack, Factors, Injector, find_targets, stack_adapters
+from prag_core.llm.lora import AdapterStack, FlatAdapter, Injector, find_targets, stack_adapters
 from prag_core.llm.prefix_cache import PrefixCache
 from prag_core.llm.slots import SlotAdapters, attention_layers
 from prag_core.recipe import RECIPES
-from tests.helpers.adapters import random_adapter, stack_rows
+from tests.helpers.adapters import random_flat
 
 RECIPE = RECIPES["recall"]
 VOCABULARY = 259
@@ -54,7 +54,7 @@ def random_requests(base: BaseModel, count: int, seed: int = 0, longest: int = 6
             top_p=rng.choice([1.0, 0.7]),
             seed=rng.randrange(100),
             adapters=[
-                (random_adapter(layout, rng.randrange(1000)), rng.choice([1.0, 0.5])) for _ in range(rng.randint(0, 3))
+                (random_flat(layout, rng.randrange(1000)), rng.choice([1.0, 0.5])) for _ in range(rng.randint(0, 3))
             ],
         )
         for _ in range(count)
@@ -68,7 +68,8 @@ def alone(base: BaseModel, injector: Injector | None, request: DecodeRequest) ->
 def greedy(base: BaseModel, injector: Injector, request: DecodeRequest) -> list[int]:
     """The oracle: read the whole sequence again for each token, without a cache."""
     ids = list(request.prompt)
-    rows = stack_rows(injector.layout, [request.adapters])
+    stacked = stack_adapters(injector.layout, [request.adapters], dtype=torch.float32)
+    rows = stacked.rows() if stacked is not None else None
     for _ in range(request.max_new_tokens):
         with injector.active(rows), torch.inference_mode():
             ids.append(int(base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -131,14 +132,14 @@ def test_results_come_in_the_order_of_the_requests(tiny_session: BaseModel, inje
 def test_a_slot_keeps_nothing_of_its_former_row(tiny_session: BaseModel, injector: Injector) -> None:
     """The former row's keys, values and adapters are not finite, so that any of them left behind would show."""
     layout = injector.layout
-    broken = {name: torch.full(shape, float("nan")) for name, shape in layout.tensor_shapes.items()}
+    broken = torch.full((layout.parameters,), float("nan"))
     rng = random.Random(0)
 
-    def request(length: int, *adapters: Factors) -> DecodeRequest:
+    def request(length: int, *adapters: FlatAdapter) -> DecodeRequest:
         pairs = [(adapter, float("nan") if adapter is broken else 1.0) for adapter in adapters]
         return DecodeRequest(random_prompt(rng, length), 6, adapters=pairs, temperature=1.0)
 
-    one, other = random_adapter(layout, 1), random_adapter(layout, 2)
+    one, other = random_flat(layout, 1), random_flat(layout, 2)
     poison = [replace(request(50, broken, broken, broken), temperature=0.0) for _ in range(2)]
     # Longer and shorter than the former rows, with fewer adapters, with others, with none beside one that has some.
     later = [request(9, one), request(70), request(30, other, one), request(3), request(64, one)]
@@ -156,9 +157,48 @@ def test_a_slot_keeps_nothing_of_its_former_row(tiny_session: BaseModel, injecto
     assert decoder.cancel(stays)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_live_rows_hold_exactly_their_own_adapters(injector: Injector, poisoned: None) -> None:
+    """Random rows with none to three adapters join and leave; the live ones are as if they were stacked anew."""
+    rng = random.Random(0)
+    layout = injector.layout
+    adapters = [random_flat(layout, seed) for seed in range(5)]
+    slots, live = SlotAdapters(6), []
+    for _ in range(300):
+        if live and (len(live) == 6 or rng.random() < 0.5):
+            slot = rng.randrange(len(live))
+            slots.leave(slot)
+            live[slot] = live[-1]
+            live.pop()
+        else:
+            row = [(rng.choice(adapters), rng.choice([1.0, 0.5])) for _ in range(rng.randint(0, 3))]
+            # It was read in a group with another one.
+            group = stack_adapters(layout, [row, row[:1]], dtype=torch.float32)
+            slots.join(group if row else None, 0)
+            live.append(row)
+        rows = slots.rows()
+        wanted = stack_adapters(layout, live, dtype=torch.float32) if any(live) else None
+        assert (rows is None) == (wanted is None)
+        if rows is None or wanted is None:
+            continue
+        assert torch.equal(rows.weights[:, : wanted.weights.shape[1]], wanted.weights)
+        for place, pair in wanted.rows().factors.items():
+            for found, expected in zip(rows.factors[place], pair, strict=True):
+                rank = expected.shape[1]
+                assert torch.equal(found[:, :rank], expected)
+                assert not found[:, rank:].any()
+
+
 def test_tensors_for_adapters_are_kept_until_the_rank_changes(injector: Injector) -> None:
     def stack(count: int) -> AdapterStack:
-        one = random_adapter(injector.layout, 1)
+        one = random_flat(injector.layout, 1)
         stacked = stack_adapters(injector.layout, [[(one, 1.0)] * count], dtype=torch.float32)
         assert stacked is not None
         return stacked
@@ -180,7 +220,7 @@ def test_tensors_for_adapters_are_kept_until_the_rank_changes(injector: Injector
 
 
 def test_a_neighbour_that_is_not_finite_changes_nothing(tiny_session: BaseModel, injector: Injector) -> None:
-    broken = {name: torch.full(shape, float("inf")) for name, shape in injector.layout.tensor_shapes.items()}
+    broken = torch.full((injector.layout.parameters,), float("inf"))
     requests = random_requests(tiny_session, 6, seed=3)
     bad = [
         DecodeRequest(random_prompt(random.Random(0), 40), 20, adapters=[(broken, 1.0)], temperature=temperature)
@@ -281,7 +321,7 @@ def test_without_adapters_the_bare_model_runs(
     monkeypatch.setattr(injector, "active", lambda rows: (bare.append(rows is None), active(rows))[1])
     decoder = Decoder(tiny_session, injector)
     decoder.submit(DecodeRequest([7], 6))
-    decoder.submit(DecodeRequest([8], 3, adapters=[(random_adapter(injector.layout, 0), 1.0)]))
+    decoder.submit(DecodeRequest([8], 3, adapters=[(random_flat(injector.layout, 0), 1.0)]))
     while decoder.busy:
         decoder.step()
     assert bare == [False] * 3 + [True] * 3
@@ -297,7 +337,7 @@ def test_invalid_requests_are_refused(tiny_session: BaseModel) -> None:
     assert not decoder.busy
     layout, _ = find_targets(tiny_session.model, RECIPE)
     with pytest.raises(ModelError, match="Injector"):
-        decoder.submit(DecodeRequest([5], 3, adapters=[(random_adapter(layout, 0), 1.0)]))
+        decoder.submit(DecodeRequest([5], 3, adapters=[(random_flat(layout, 0), 1.0)]))
     decoder.submit(DecodeRequest([5], 3))
     with pytest.raises(RuntimeError, match="busy"):
         decoder.run([DecodeRequest([6], 3)])
@@ -453,7 +493,7 @@ def test_the_most_recently_used_prefixes_are_kept(tiny_session: BaseModel) -> No
 def test_rows_with_adapters_never_use_the_bare_models_prefix(tiny_session: BaseModel, injector: Injector) -> None:
     rng = random.Random(0)
     beginning = random_prompt(rng, 100)
-    adapter = random_adapter(injector.layout, 7)
+    adapter = random_flat(injector.layout, 7)
     bare = [DecodeRequest([*beginning, *random_prompt(rng, 5)], 8, temperature=1.0) for _ in range(3)]
     requests = [*bare, *(replace(request, adapters=[(adapter, 1.0)]) for request in bare)]
     decoder = Decoder(tiny_session, injector)

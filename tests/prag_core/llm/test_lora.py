@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from prag_core.errors import AdapterError, ModelError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
-from prag_core.llm.lora import Injector, check_factors, find_targets, initial_factors
+from prag_core.llm.lora import (
+    Injector,
+    check_factors,
+    find_targets,
+    flatten_adapter,
+    initial_factors,
+    stack_adapters,
+)
 from prag_core.recipe import RECIPES
 from prag_core.testing import FAMILIES, tiny_base_model
 from tests.helpers.adapters import random_adapter, stack_rows
@@ -64,6 +71,28 @@ def check_mixed_batch(base: BaseModel, plan: list) -> None:
             assert torch.allclose(mixed[i], with_dense_sum(base, layout, row, ids[i : i + 1])[0], atol=1e-4)
     finally:
         injector.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_holds_the_very_values_of_its_adapters(tiny_session: BaseModel, dtype: torch.dtype) -> None:
+    """Rows with three adapters, none and one: the values as they are in the model's dtype, else zeros."""
+    layout, _ = find_targets(tiny_session.model, RECIPE)
+    rows = [[(1, 1.0), (2, 0.5), (3, 2.0)], [], [(2, 0.25)]]
+    factors = {seed: random_adapter(layout, seed) for seed in (1, 2, 3)}
+    flat = {seed: flatten_adapter(layout, each, dtype=dtype) for seed, each in factors.items()}
+    stack = stack_adapters(layout, [[(flat[seed], weight) for seed, weight in row] for row in rows], dtype=dtype)
+    assert stack is not None
+    for i, row in enumerate(rows):
+        for j in range(3):
+            place = slice(j * layout.rank, (j + 1) * layout.rank)
+            weight = row[j][1] if j < len(row) else 0.0
+            assert stack.weights[i, place].tolist() == [weight * layout.scale] * layout.rank
+            for target, (a, b) in stack.factors.items():
+                wanted_a, wanted_b = (factors[row[j][0] if j < len(row) else 1][f"{target}.{side}"] for side in "AB")
+                if j >= len(row):
+                    wanted_a, wanted_b = torch.zeros_like(wanted_a), torch.zeros_like(wanted_b)
+                assert torch.equal(a[:, i, place], wanted_a.to(dtype))
+                assert torch.equal(b[:, i, place], wanted_b.mT.to(dtype))
 
 
 def test_outside_the_context_the_model_is_bare(tiny: BaseModel) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prag_core.llm.base_model import BaseModel
-from prag_core.llm.skinny_linear import FEW_ROWS, FewRowsLinear, use_few_rows
+from prag_core.llm.skinny_linear import FewRowsLinear, few_rows, use_few_rows
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (1, 5), (4, 16), (2, 33), (64,), (65,), (2, 3, 4)])
@@ -17,6 +17,34 @@ def test_products_equal_those_of_a_plain_linear_module(shape: tuple[int, ...]) -
     x = torch.randn(*shape, 24)
     assert type(turned) is FewRowsLinear
     torch.testing.assert_close(turned(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not few_rows(torch.bfloat16, 1536), reason="this processor has no arithmetic in bf16")
+@pytest.mark.parametrize("shape", [(1, 1), (15, 1), (16, 1), (3, 16), (65,)])
+def test_products_in_bf16_equal_those_of_a_plain_linear_module(shape: tuple[int, ...]) -> None:
+    plain = nn.Linear(1536, 40, bias=False, dtype=torch.bfloat16)
+    turned = nn.Linear(1536, 40, bias=False, dtype=torch.bfloat16)
+    turned.load_state_dict(plain.state_dict())
+    use_few_rows(turned)
+    x = torch.randn(*shape, 1536, dtype=torch.bfloat16)
+    y = turned(x)
+    assert type(turned) is FewRowsLinear
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, plain(x), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "inputs", "first"),
+    [(True, True, 1536, 1), (False, True, 1536, 16), (True, True, 576, None), (False, False, 1536, None)],
+)
+def test_bf16_is_turned_only_where_the_processor_gains(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, inputs: int, first: int | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    module = nn.Linear(inputs, 6, bias=False, dtype=torch.bfloat16)
+    use_few_rows(module)
+    assert min(module.rows if isinstance(module, FewRowsLinear) else [], default=None) == first
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -52,7 +80,7 @@ def test_modules_with_a_bias_or_another_dtype_or_class_are_left_as_they_are() ->
 def test_a_loaded_model_uses_them_and_decodes_one_row_as_it_does_many(tiny_session: BaseModel) -> None:
     kinds = {type(module) for module in tiny_session.model.modules() if isinstance(module, nn.Linear)}
     assert kinds == {FewRowsLinear}
-    ids = torch.arange(5, 5 + max(FEW_ROWS))
+    ids = torch.arange(5, 5 + max(few_rows(torch.float32, 32)))
     with torch.inference_mode():
         alone = torch.cat([tiny_session.model(input_ids=row[None, None]).logits[0] for row in ids])
         together = tiny_session.model(input_ids=ids[:, None]).logits[:, 0]

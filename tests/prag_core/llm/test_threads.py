@@ -116,7 +116,7 @@ def opener(id):
 
 
 config = ServeConfig()
-cache = AdapterCache(config.cache_bytes, disk=None, threads=4, negative_ttl_s=1.0)
+cache = AdapterCache(config.cache_bytes, dtype=torch.float32, disk=None, threads=4, negative_ttl_s=1.0)
 service = Service(base, opener, lambda: current_id(world.store), cache, config, cores)
 
 
