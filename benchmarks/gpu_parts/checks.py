@@ -18,7 +18,7 @@ from prag_core.config import ModelConfig
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.decode_request import DecodeRequest
 from prag_core.llm.decoder import Decoder
-from prag_core.llm.lora import Factors, Injector, TrainedAdapter, find_targets
+from prag_core.llm.lora import Factors, Injector, TrainedAdapter, find_targets, flatten_adapter
 from prag_core.recipe import RECIPES
 from prag_core.training.examples import TrainingJob
 
@@ -91,10 +91,11 @@ def decoder(bench: Bench) -> Figures:
     prompts = [prompt[: 5 + 3 * i] for i, prompt in enumerate(random_prompts(16, 50, _VOCABULARY))]
     plain = {k: [_greedy(base, model, prompt) for prompt in prompts] for k, model in ((0, base.model), (3, summed))}
     same = {}
+    flat = [(flatten_adapter(layout, factors, dtype=base.model.dtype), weight) for factors, weight in adapters]
     injector = Injector(base.model, RECIPE)
     try:
         for k, wanted in plain.items():
-            requests = [DecodeRequest(p, _NEW_TOKENS, base.end_ids, adapters=adapters[:k]) for p in prompts]
+            requests = [DecodeRequest(p, _NEW_TOKENS, base.end_ids, adapters=flat[:k]) for p in prompts]
             rows = Decoder(base, injector, slots=5, prefill_chunk=64).run(requests)
             same[str(k)] = statistics.mean(row.tokens == tokens for row, tokens in zip(rows, wanted, strict=True))
     finally:

@@ -219,7 +219,8 @@ def _decoding(bench: Bench, name: str, rows: Sequence[int]) -> Figures:
 
 def _decode(bench: Bench, base: BaseModel, rows: int, k: int) -> Figures:
     injector = Injector(base.model, PAPER)
-    adapters = [(random_adapter(injector.layout, seed), 1 / k) for seed in range(k)]
+    layout, dtype = injector.layout, base.model.dtype
+    adapters = [(flatten_adapter(layout, random_adapter(layout, seed), dtype=dtype), 1 / k) for seed in range(k)]
     prompts = random_prompts(rows, bench.sizes.prompt, base.model.config.vocab_size)
     decoder = Decoder(base, injector, slots=rows, prefill_chunk=rows * bench.sizes.prompt)
     for prompt in prompts:
