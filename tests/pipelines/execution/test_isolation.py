@@ -126,8 +126,8 @@ class Relay:
         return outcome_table([Outcome(passage.key)])
 
 
-class RelayOnce:
-    """An actor that crashes on a passage: for the first time once another batch is in the same process."""
+class CrashesWithTwo:
+    """An actor that crashes once it holds two batches, and later on each passage that says so."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -140,10 +140,10 @@ class RelayOnce:
 
     def __call__(self, passage: Passage, heartbeat: Heartbeat) -> Iterator[pa.Table]:
         first = not [*self._folder.glob("crash-*")]
-        if first:  # wait until both have come
+        if first:
             self._prepared.acquire()
             self._prepared.acquire()
-        if passage.text == "crash":
+        if first or passage.text == "crash":
             (self._folder / f"crash-{time.time_ns()}").touch()
             os.abort()
         yield outcome_table([Outcome(passage.key)])
@@ -286,9 +286,9 @@ def test_the_culprit_is_found_and_rejected_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_loss_with_two_batches_charges_neither_and_each_is_tried_alone(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
-    work = pickle.dumps((RelayOnce, (tmp_path,)))
+    work = pickle.dumps((CrashesWithTwo, (tmp_path,)))
     stage_run = StageRun(store, "run", "train", "recipe", LIMITS, 60.0)
-    worker = IsolatedWorker(work, [RelayOnce.__module__], stage_run, _no_limit, lanes=2)
+    worker = IsolatedWorker(work, [CrashesWithTwo.__module__], stage_run, _no_limit, lanes=2)
     table = batch("crash", "fine")
     with ThreadPoolExecutor(2) as threads:
         answers = [*threads.map(lambda i: from_table(Outcome, worker(table.slice(i, 1))), range(2))]
