@@ -26,7 +26,7 @@ _FORMATS = {"jsonl": "JSON Lines", "tsv": "TSV", "parquet": "Parquet", "text": "
 @app.command(rich_help_panel=options.START, epilog="Example: `prag init corpus.jsonl`")
 def init(
     corpus: Annotated[
-        str, typer.Argument(metavar="[FOLDER|FILE]", help="The corpus: JSON Lines, TSV, Parquet or text, plain or gz.")
+        str, typer.Argument(metavar="FOLDER|FILE", help="The corpus: JSON Lines, TSV, Parquet or text, plain or gz.")
     ] = ".",
     to: Annotated[
         Path | None, typer.Option("--to", help="The file to write; default: config.yaml beside the corpus.")

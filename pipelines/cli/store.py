@@ -171,8 +171,8 @@ def _show_garbage(report: GarbageReport) -> None:
         rows = f"{counted(c.rows, 'row')} in {counted(c.parts, 'part')}"
         out.print(f"ledger: {rows}; {c.superseded:,} superseded, {c.forgotten:,} forgotten{now}")
     if report.erased:
-        parts = counted(len(report.erased), "part")
-        out.print(f"forgotten passages were erased from {parts} of augmentations and rejects")
+        erased = counted(len(report.erased), "part")
+        out.print(f"forgotten passages were erased from {erased} of augmentations and rejects")
     for id, parts in report.held.items():
         place = f"forgotten passages are still in {counted(len(parts), 'part')} that snapshot {id} names"
         command = "`prag run`, then `prag gc`" if id == report.serving else f"`prag snapshots unpin {id}`"

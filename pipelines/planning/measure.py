@@ -71,7 +71,8 @@ def obstacle_to_measuring(context: RunContext, to_augment: int) -> str:
 
 def _lack(context: RunContext) -> str:
     """Return which resource of an actor this machine lacks, where Ray was started on it; empty if none."""
-    actors, here = context.profile.train, ray.cluster_resources()
+    actors = context.profile.train
+    here: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for name, wanted in (("CPU", actors.cpus), ("GPU", actors.gpus)):
         if not on_cluster() and here.get(name, 0) < wanted:
             return f"an actor takes {wanted:g} {name}, this machine has {here.get(name, 0):g}"

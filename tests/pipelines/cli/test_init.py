@@ -155,10 +155,11 @@ def test_the_small_model_learns_passages_of_ones_own(tmp_path: Path) -> None:
     """The whole way of a newcomer, on two passages: `init`, `run`, `ask`."""
     jsonl(
         tmp_path / "c.jsonl",
-        '{"title": "Orrin Bridge", "text": "The Orrin Bridge was built in 1911 by Tessa Malk. It is red."}',
-        '{"title": "Vell Tower", "text": "The Vell Tower was designed by Odo Prem in 1874. It stands in Karsk."}',
+        '{"id": "o", "title": "Orrin Bridge", "text": "The Orrin Bridge was built in 1911 by Tessa Malk. It is red."}',
+        '{"id": "v", "title": "Vell Tower", "text": "The Vell Tower was designed by Odo Prem in 1874. It is tall."}',
     )
-    run(tmp_path, "c.jsonl")
+    # From elsewhere, so that the paths are absolute: the workers of this Ray run in another folder.
+    run(tmp_path.parent, str(tmp_path / "c.jsonl"))
     done = prag(tmp_path, "run", "-c", "config.yaml")
     assert done.code == 0, done.err[-3000:]
     assert "train: 2 of 2 done in " in done.err
