@@ -109,7 +109,7 @@ class _Decoding:
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return the result of a request, or raise what a step raises. If the caller is cancelled, its row is freed."""
-        result = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
         id = self._decoder.submit(request)
         self._waiting[id] = result
         if self._steps is None or self._steps.done():
@@ -134,8 +134,10 @@ class _Decoding:
                     result.set_exception(error)
                 return
             for event in events:
-                result = self._waiting.pop(event.id, None) if event.result is not None else None
-                if result is not None and not result.done():  # it is done if its caller was cancelled in this turn
+                if event.result is None:
+                    continue
+                result = self._waiting.pop(event.id)
+                if not result.done():  # it is done if its caller was cancelled in this turn
                     result.set_result(event.result)
             self._on_step()
 

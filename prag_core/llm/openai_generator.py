@@ -116,13 +116,12 @@ class OpenAIGenerator:
                 finally:
                     on_progress()
 
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         client = AsyncOpenAI(
             api_key=self._key,
             base_url=endpoint.url,
             timeout=endpoint.timeout_s,
             max_retries=endpoint.retries,
-            http_client=WholeReplies(timeout=endpoint.timeout_s, limits=limits),
+            http_client=WholeReplies(timeout=endpoint.timeout_s),
         )
         self._session = _Session(loop, client, asyncio.Semaphore(self.concurrency))
         return self._session

@@ -7,6 +7,7 @@ which only the command is known here.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import secrets
 import shlex
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -29,10 +30,13 @@ from prag_core.llm.generator import Prompt
 from prag_core.llm.model_facts import model_fingerprint
 from prag_core.llm.openai_generator import OpenAIGenerator
 
+log = logging.getLogger(__name__)
+
 DEFAULT_REQUESTS = 256
 # Large models are read and compiled within it.
 _START_S = 1800.0
 _REPLY_S = 600.0
+_LOGGED_LINES = 60
 _SET_PARENT_DEATH_SIGNAL = 1
 _INSTALL = (
     "install vLLM in an environment of its own on each node (python -m venv /opt/vllm && /opt/vllm/bin/pip install "
@@ -76,8 +80,8 @@ class VllmGenerator:
         arguments = ["serve", str(folder), "--served-model-name", model.name, "--dtype", model.dtype]
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(concurrency)]
         arguments += ["--disable-uvicorn-access-log", *further]
-        self._log = Path(tempfile.mkdtemp(prefix="prag-vllm-")) / "log"
-        self._server = _start([found, *arguments], self.key, self._log)
+        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (it lives as long as the server)
+        self._server = _start([found, *arguments], self.key, self._output)
         try:
             self._wait(f"http://127.0.0.1:{port}/health", on_progress)
         except BaseException:
@@ -94,16 +98,12 @@ class VllmGenerator:
         Raises:
             RuntimeError: when the server has ended. A new generator starts a new one.
         """
-        reply: str | GenerationError
         try:
-            reply = await self._endpoint.ask(
+            return await self._endpoint.ask(
                 prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
             )
-        except GenerationError as error:
-            reply = error
-        if isinstance(reply, GenerationError) and self._server.poll() is not None:
-            raise RuntimeError(f"vLLM has ended with code {self._server.returncode}: {self._last_errors()}")
-        return reply
+        except GenerationError:  # its port is closed, perhaps before its process has ended
+            raise RuntimeError(f"vLLM has ended: {self._last_errors()}") from None
 
     async def close(self) -> None:
         """Close the connections; the server runs on."""
@@ -130,16 +130,18 @@ class VllmGenerator:
         ended = f"ended with code {self._server.returncode}" if self._server.poll() is not None else "is not ready"
         raise ModelError(
             f"vLLM {ended} as it started: {self._last_errors()}",
-            f"read {self._log}; arguments of `vllm serve` may follow the command in augment.vllm",
+            "read the worker's log; arguments of `vllm serve` may follow the command in augment.vllm",
         )
 
     def _last_errors(self) -> str:
-        """Return the last lines of the server's log that name an error."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return " | ".join([line.strip() for line in lines if "rror" in line][-3:])[:1000] or "its log names no error"
+        """Return the last lines of the server's output that name an error, and log its end."""
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").splitlines()
+        log.error("vLLM wrote at its end:\n%s", "\n".join(lines[-_LOGGED_LINES:]))
+        return " | ".join([line.strip() for line in lines if "rror" in line][-3:])[:1000] or "it names no error"
 
 
-def _start(command: list[str], key: str, log: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], key: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
     # The modules of this environment are not those of vLLM's.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -149,10 +151,9 @@ def _start(command: list[str], key: str, log: Path) -> subprocess.Popen[bytes]:
         if sys.platform == "linux":
             libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, preexec_fn=end_with_parent
-        )
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent
+    )
 
 
 def _free_port() -> int:

@@ -63,7 +63,7 @@ def test_a_server_is_started_asked_and_found_dead(command: str, tiny_model_folde
     generator = VllmGenerator(command, ModelConfig(name=str(tiny_model_folder)), concurrency=4)
     assert generator.fingerprint == model_fingerprint(tiny_model_folder)
     assert replies(generator, [Prompt("a"), Prompt("b")], max_new_tokens=4) == ["AFalse", "BFalse"]
-    with pytest.raises(RuntimeError, match="code 3: RuntimeError: out of everything"):
+    with pytest.raises(RuntimeError, match="vLLM has ended: RuntimeError: out of everything"):
         replies(generator, [Prompt("die")], max_new_tokens=4)
 
 
