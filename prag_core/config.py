@@ -94,21 +94,25 @@ class ModelConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+# The requests that an endpoint gets at the same time: small servers refuse or delay more.
+DEFAULT_CONCURRENCY = 16
+
+
 class EndpointConfig(_Strict):
     """An OpenAI-compatible endpoint. Its key is read from the environment, never from a file."""
 
     url: str = "http://127.0.0.1:8000/v1"
     model: str = "default"
     api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(16, ge=1)
     timeout_s: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
+    send_seed: bool = Field(True, description="Send a seed with each request; some builds of vLLM fail with one.")
 
 
 class AugmentConfig(_Strict):
     """How rewrites and question-answer pairs are made for each passage."""
 
-    generator: Literal["transformers", "openai", "none"] = Field(
+    generator: Literal["transformers", "vllm", "openai", "none"] = Field(
         "transformers", description="'none' uses the passages that `import_file` covers and rejects the others."
     )
     strategy: Literal["paper", "lines", "writer"] | None = Field(
@@ -120,6 +124,17 @@ class AugmentConfig(_Strict):
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
     model: str | None = Field(None, description="The augmenting model; by default the base model.")
     endpoint: EndpointConfig = EndpointConfig()
+    vllm: str = Field(
+        "vllm",
+        description="For the generator 'vllm': the command in vLLM's own environment, such as /opt/vllm/bin/vllm. "
+        "Further arguments of `vllm serve` may follow.",
+    )
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        description="Requests in flight of each augmenting actor. By default 16 to an endpoint, 256 to vLLM, and in a "
+        "local model's batch 16 rows on a CPU, on a GPU as many as its memory holds.",
+    )
     pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
@@ -266,14 +281,14 @@ class RunConfig(_Strict):
     train: ActorsConfig = Field(ActorsConfig(), description="The actors that train.")
     answer: ActorsConfig = Field(ActorsConfig(), description="What answers: replicas, canaries, an evaluation.")
     partitions: int | None = Field(None, ge=1, description="Blocks of a shuffle; by default 1 up to 20,000 passages.")
-    augment_batch: int = Field(8, ge=1, description="Passages augmented and stored together.")
+    augment_batch: int = Field(8, ge=1, description="The fewest augmentations to store together.")
     train_batch: int = Field(8, ge=1, description="The fewest passages of a training task; the most fill one shard.")
-    commit_every_s: float = Field(120.0, ge=0, description="Commit trained adapters this often, full shard or not.")
+    commit_every_s: float = Field(120.0, ge=0, description="Commit what is done this often, full shard or not.")
     tokens_per_step: int | None = Field(None, ge=64, description="Token budget of a training step, padding included.")
     checkpoint_activations: bool = Field(False, description="Saves memory; costs a second forward pass in training.")
     max_reject_share: float = Field(0.5, ge=0, le=1, description="A run with more rejects fails; bad records count.")
     passage_attempts: int = Field(3, ge=1, description="How many workers a passage may crash before it is rejected.")
-    passage_timeout_s: float = Field(600.0, gt=0, description="The longest training step or augmentation of a passage.")
+    passage_timeout_s: float = Field(600.0, gt=0, description="The longest step of training or decoding, or reply.")
     worker_memory_gb: float | None = Field(None, gt=0, description="By default its share of the node's memory for Ray.")
 
 

@@ -5,7 +5,7 @@ Nothing is downloaded. A tiny model trains and answers in milliseconds, but its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,18 @@ class ScriptedGenerator:
     A reply may be an error.
     """
 
-    def __init__(self, reply: Callable[[str], str | GenerationError]) -> None:
+    def __init__(self, reply: Callable[[str], str | GenerationError], concurrency: int = 16) -> None:
         self.fingerprint = "scripted"
+        self.concurrency = concurrency
         self.prompts: list[str] = []
         self._reply = reply
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-    ) -> list[str | GenerationError]:
-        """Return the scripted reply to each prompt; all other arguments are ignored."""
-        self.prompts.extend(prompt.text for prompt in prompts)
-        return [self._reply(prompt.text) for prompt in prompts]
+    async def ask(
+        self, prompt: Prompt, *, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0
+    ) -> str | GenerationError:
+        """Return the scripted reply to a prompt; all other arguments are ignored."""
+        self.prompts.append(prompt.text)
+        return self._reply(prompt.text)
+
+    async def close(self) -> None:
+        """Do nothing."""

@@ -20,7 +20,7 @@ from gpu_parts.bench import Bench, Figures, random_adapter, random_jobs, random_
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.decode_request import DecodeRequest
 from prag_core.llm.decoder import Decoder
-from prag_core.llm.lora import Injector
+from prag_core.llm.lora import Injector, flatten_adapter
 from prag_core.recipe import RECIPES, TrainRecipe
 from prag_core.training.examples import TrainingJob
 from prag_core.training.trainer import make_stacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -43,11 +44,18 @@ def judge(store: Store, folder: str, evaluation: Evaluation, generator: Generato
                 names[question.id, id] = fingerprint(row)
                 rows[fingerprint(row)] = row
     missing = sorted(rows.keys() - known.keys())
-    for begin in range(0, len(missing), _JUDGED_TOGETHER):
-        console.print(f"judge: {begin}/{len(missing)}")
-        part = missing[begin : begin + _JUDGED_TOGETHER]
-        verdicts = judge_answers(generator, [rows[name] for name in part])
-        made = [Verdict(name, right) for name, right in zip(part, verdicts, strict=True)]
-        store.put_table(verdict_folder, to_table(Verdict, made))
-        known.update({verdict.id: verdict.right for verdict in made})
+
+    async def ask() -> None:
+        try:
+            for begin in range(0, len(missing), _JUDGED_TOGETHER):
+                console.print(f"judge: {begin}/{len(missing)}")
+                part = missing[begin : begin + _JUDGED_TOGETHER]
+                verdicts = await judge_answers(generator, [rows[name] for name in part])
+                made = [Verdict(name, right) for name, right in zip(part, verdicts, strict=True)]
+                store.put_table(verdict_folder, to_table(Verdict, made))
+                known.update({verdict.id: verdict.right for verdict in made})
+        finally:
+            await generator.close()
+
+    asyncio.run(ask())
     return replace(evaluation, verdicts={pair: known[name] for pair, name in names.items()})

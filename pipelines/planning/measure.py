@@ -150,13 +150,13 @@ def _augmentations(
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
     if missing and config.augment.generator != "none":
-        generator = make_generator(config, context.profile.train.gpus)
+        results = augment(missing, make_generator(config, context.profile.train.gpus), recipe.augment)
+        made = [result for result in results if isinstance(result, Augmentation)]
         size = config.run.augment_batch
-        for i in range(0, len(missing), size):
-            begun = time.perf_counter()
-            results = augment(missing[i : i + size], generator, recipe.augment)
-            batches.append((float(len(results)), time.perf_counter() - begun))
-            found |= {result.key: result for result in results if isinstance(result, Augmentation)}
+        # `seconds` is the time since the augmentation before, so that of several together is theirs.
+        groups = [made[i : i + size] for i in range(0, len(made), size)]
+        batches += [(float(len(group)), sum(result.seconds for result in group)) for group in groups]
+        found |= {result.key: result for result in made}
     return [found.get(passage.key) or planned(passage, recipe) for passage in passages], batches
 
 

@@ -14,6 +14,7 @@ from pipelines.execution.survey import sample, survey
 from pipelines.planning.estimate import Moments, Quantity, exactly, mean
 from pipelines.planning.measure import Measurement, measure, obstacle_to_measuring, planned, stored_moments
 from pipelines.settings import RunContext, make_context
+from pipelines.stages.augment import augment_task_size
 from pipelines.stages.ingest import ingest
 from pipelines.stages.train import passages_per_task
 from pipelines.words import counted
@@ -133,7 +134,8 @@ def make_plan(
     tasks = math.ceil(to_train / passages_per_task(to_train, context, actors_now)) if to_train else 0
     batches = math.ceil(to_augment / config.run.augment_batch)
     # More actors than tasks would not be faster.
-    numbers = [n for n in _ACTORS if n == 1 or n <= min(profile.train.max_size, max(tasks, batches))]
+    augment_tasks = math.ceil(to_augment / augment_task_size(to_augment, context))
+    numbers = [n for n in _ACTORS if n == 1 or n <= min(profile.train.max_size, max(tasks, augment_tasks))]
     walls = {n: total.scaled(1 / n).plus(exactly(load)) for n in numbers} if total else {}
     return Plan(
         records=corpus.report.taken,

@@ -1,10 +1,11 @@
-"""Augment stage: passages without an augmentation → augmentations, stored batch by batch."""
+"""Augment stage: passages without an augmentation → augmentations, stored as they come."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -18,40 +19,50 @@ from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
 from pipelines.settings import WRITER_REMEDY, RunContext, writer_of
-from prag_core.augmentation.augment import augment, complete
+from prag_core.augmentation.augment import augment_each, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
-from prag_core.config import Config
+from prag_core.config import DEFAULT_CONCURRENCY, Config
 from prag_core.errors import AdapterError, ConfigError
 from prag_core.llm.base_model import load_base_model
-from prag_core.llm.generator import Generator, TransformersGenerator
+from prag_core.llm.generator import CPU_ROWS, MOST_ROWS, Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
+from prag_core.llm.vllm_generator import DEFAULT_REQUESTS, VllmGenerator
 from prag_core.records import Augmentation, Passage, Reject, from_table
 from prag_core.store.adapters import get_start
 from prag_core.store.tables import put_augmentations, put_rejects
 
+# A task has at most so many passages for each request in flight. At its end the actor runs empty, and until then the
+# driver does not see what it has done. A model on a CPU is slow, and loses little when it runs empty.
+_ENDPOINT_SHARE, _GPU_SHARE, _CPU_SHARE = 16, 8, 4
 
-def make_generator(config: Config, gpus: float) -> Generator:
+
+def make_generator(config: Config, gpus: float, on_progress: Callable[[], None] = lambda: None) -> Generator:
     """Open the generator that a configuration names, with its writer's adapter if the strategy needs one.
 
-    `gpus` are the GPUs that this process holds.
+    `gpus` are the GPUs that this process holds. `on_progress` is called whenever the generator has made progress.
 
     Raises:
-        ConfigError: when the store has no such writer, or its factors are altered.
-        ModelError: when a local model cannot be loaded.
+        ConfigError: when the store has no such writer, or its factors are altered, or there is no vLLM.
+        ModelError: when the model cannot be found or loaded.
     """
     if config.augment.generator == "openai":
-        return OpenAIGenerator(config.augment.endpoint)
-    name = config.augment.model or config.model.name
-    base = load_base_model(config.model.model_copy(update={"name": name}), gpus=gpus)
+        concurrency = config.augment.concurrency or DEFAULT_CONCURRENCY
+        return OpenAIGenerator(config.augment.endpoint, concurrency=concurrency, on_progress=on_progress)
+    model = config.model.model_copy(update={"name": config.augment.model or config.model.name})
+    if config.augment.generator == "vllm":
+        requests = config.augment.concurrency or DEFAULT_REQUESTS
+        return VllmGenerator(config.augment.vllm, model, concurrency=requests, on_progress=on_progress)
+    base = load_base_model(model, gpus=gpus)
     writer = writer_of(config, base.fingerprint)
+    rows = config.augment.concurrency
     if writer is None:
-        return TransformersGenerator(base)
+        return TransformersGenerator(base, max_batch=rows, on_progress=on_progress)
     try:
         factors = get_start(writer.store, writer.name)
     except AdapterError as error:
         raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", WRITER_REMEDY) from None
-    return TransformersGenerator(base, adapter=(writer.recipe, factors))
+    return TransformersGenerator(base, adapter=(writer.recipe, factors), max_batch=rows, on_progress=on_progress)
 
 
 class AugmentPassages:
@@ -66,23 +77,39 @@ class AugmentPassages:
         self._actors = context.profile.augment
         file = config.augment.import_file
         self._imported = read_augmentations(file, config.storage) if file else None
-        self._generator: Generator | None = None
+        self._heartbeat: Heartbeat = lambda: None
+        # What the generator opens in this loop (connections) is kept from one task to the next.
+        self._loop = asyncio.Runner()
+        # Loading a model has no time limit here; but none is needed if all augmentations are imported.
+        self._generator = None if file or config.augment.generator == "none" else self._make_generator()
 
     def prepare(self, table: pa.Table) -> list[Passage]:
         """Return the passages of a batch."""
         return from_table(Passage, table)
 
     def __call__(self, passages: list[Passage], heartbeat: Heartbeat) -> Iterator[pa.Table]:
-        """Augment a batch of passages and yield one outcome each; `heartbeat` is not called in between."""
-        results: list[Augmentation | Reject] = []
+        """Augment passages and yield one outcome each as they are stored; `heartbeat` is called in between."""
+        self._heartbeat = heartbeat
+        made: list[Augmentation | Reject] = []
         missing = []
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
             if found is not None:
-                results.append(complete(passage, found, self._recipe))
+                made.append(complete(passage, found, self._recipe))
             else:
                 missing.append(passage)
-        results += self._generate(missing)
+        since = time.monotonic()
+        for results in self._generate(missing):
+            made += results
+            limits = self._config.run
+            if len(made) >= limits.augment_batch or time.monotonic() - since >= limits.commit_every_s:
+                yield self._put(made)
+                made, since = [], time.monotonic()
+        if made:
+            yield self._put(made)
+
+    def _put(self, results: Sequence[Augmentation | Reject]) -> pa.Table:
+        """Store results, and return their outcomes."""
         made = [result for result in results if isinstance(result, Augmentation)]
         rejects = [replace(result, recipe=self._recipe.fingerprint) for result in results if isinstance(result, Reject)]
         if made:
@@ -98,16 +125,44 @@ class AugmentPassages:
             ]
         )
 
-    def _generate(self, passages: list[Passage]) -> list[Augmentation | Reject]:
+    def _generate(self, passages: list[Passage]) -> Iterator[list[Augmentation | Reject]]:
         if not passages:
-            return []
+            return
         if self._config.augment.generator == "none":
             detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
-            return [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
-        if self._generator is None:  # no model is needed if all augmentations are imported
+            yield [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
+            return
+        if self._generator is None:
+            self._generator = self._make_generator()
+        results = augment_each(passages, self._generator, self._recipe)
+
+        async def following() -> list[Augmentation | Reject] | None:
+            return await anext(results, None)
+
+        try:
+            while ended := self._loop.run(following()):
+                yield ended
+        finally:
+            self._loop.run(results.aclose())
+
+    def _make_generator(self) -> Generator:
+        if self._config.augment.generator == "transformers":
             compute_here(self._actors.threads)
-            self._generator = make_generator(self._config, self._actors.gpus)
-        return augment(passages, self._generator, self._recipe)
+        return make_generator(self._config, self._actors.gpus, lambda: self._heartbeat())
+
+
+def augment_task_size(total: int, context: RunContext) -> int:
+    """Return how many passages a task takes: enough to keep its actor busy, or fewer so that every actor has tasks."""
+    config, pool = context.config, context.profile.augment
+    if config.augment.generator == "openai":
+        most = _ENDPOINT_SHARE * (config.augment.concurrency or DEFAULT_CONCURRENCY)
+    elif config.augment.generator == "vllm":
+        most = _ENDPOINT_SHARE * (config.augment.concurrency or DEFAULT_REQUESTS)
+    elif pool.gpus:
+        most = _GPU_SHARE * (config.augment.concurrency or MOST_ROWS)
+    else:
+        most = _CPU_SHARE * (config.augment.concurrency or CPU_ROWS)
+    return max(config.run.augment_batch, most // 4, min(most, -(-total // pool.max_size)))
 
 
 def run_augment(
@@ -135,9 +190,8 @@ def run_augment(
             f"augment: {len(unmatched)} of {len(imported.by_name)} imported augmentations are for no passage of the "
             f"corpus, such as {example!r} at {imported.places[example]}"
         )
-    batch = config.run.augment_batch
-    # The actor returns a batch at once, so its time limit is that of all passages together.
-    silence_s = config.run.passage_timeout_s * batch
+    # An endpoint may take as long as its own limit says.
+    silence_s = max(config.run.passage_timeout_s, 2 * config.augment.endpoint.timeout_s)
     recipe = context.recipe.augment.fingerprint
     stage_run = StageRun(context.store, context.run, "augment", recipe, config.run, silence_s)
 
@@ -146,7 +200,8 @@ def run_augment(
         if not total:
             return Tally()
         missing = with_passages(survey, "to_augment", passages, context.profile)
-        outcomes = run_actors(AugmentPassages, (context,), missing, batch, context.profile.augment, stage_run)
+        size = augment_task_size(total, context)
+        outcomes = run_actors(AugmentPassages, (context,), missing, size, context.profile.augment, stage_run)
         return follow_outcomes(outcomes, total, "augment", progress, budget.after(survey.rejected))
 
     last, tally = resume_until_done("augment", "to_augment", first, take_survey, work, progress)

@@ -8,8 +8,10 @@ rules, can fill up the pairs of each strategy, and those of an imported augmenta
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 
 from prag_core.augmentation.cloze import add_cloze_pairs
@@ -18,8 +20,8 @@ from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.lines import add_line_pairs
 from prag_core.augmentation.paper import add_pairs, add_rewrites
 from prag_core.augmentation.writer import add_written_pairs
-from prag_core.errors import PromptTooLongError
-from prag_core.llm.generator import Generator
+from prag_core.errors import GenerationError, PromptTooLongError
+from prag_core.llm.generator import Generator, Prompt
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Augmentation, Passage, Reject
 
@@ -28,39 +30,88 @@ _STRATEGIES = {
     "paper": add_pairs,
     "writer": add_written_pairs,
 }
+# After so many failures in a row, or as many as there are passages under way, the generator is to blame.
+_MOST_FAILURES = 8
 
 
 def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRecipe) -> list[Augmentation | Reject]:
-    """Make rewrites and question-answer pairs of some passages, in common batches; return the results in their order.
+    """Augment some passages, and return the results in their order; see `augment_each`.
 
-    Eight to sixteen passages in a call keep a local model busy. After `recipe.attempts` an augmentation may have fewer
-    rewrites or pairs than the recipe asks for. A passage without any pair is a reject, with the reason
-    `no_usable_pair`, `too_long_for_model` or `generation_failed`.
+    Call it from a thread without a running event loop.
+    """
+
+    async def results() -> dict[str, Augmentation | Reject]:
+        try:
+            return {result.key: result async for ended in augment_each(passages, generator, recipe) for result in ended}
+        finally:
+            await generator.close()
+
+    by_key = asyncio.run(results())
+    return [by_key[passage.key] for passage in passages]
+
+
+async def augment_each(
+    passages: Iterable[Passage], generator: Generator, recipe: AugmentRecipe
+) -> AsyncGenerator[list[Augmentation | Reject]]:
+    """Make rewrites and question-answer pairs of passages, and yield the results as they come, in any order.
+
+    So many passages are under way that the generator has `generator.concurrency` prompts at a time; each goes on as
+    soon as it has its reply. After `recipe.attempts` an augmentation may have fewer rewrites or pairs than the recipe
+    asks for. A passage without any pair is a reject, with the reason `no_usable_pair`, `too_long_for_model` or
+    `generation_failed`. `seconds` of an augmentation is the time since the one before it.
 
     Raises:
         GenerationError: when the generator cannot be used, or failed for each of several passages.
     """
-    started = time.monotonic()
-    drafts = [Draft(passage, wanted_pairs(passage, recipe.pairs)) for passage in passages]
-    add = _STRATEGIES[recipe.strategy]
-    for attempt in range(recipe.attempts):
-        drafts_open = [draft for draft in drafts if _is_open(draft, recipe)]
-        for draft in drafts_open:
-            draft.attempts += 1
-            draft.error = None
-        add_rewrites(drafts_open, generator, recipe, attempt)
-        add([draft for draft in drafts_open if len(draft.pairs) < draft.wanted], generator, recipe, attempt)
-    seconds = (time.monotonic() - started) / max(1, len(drafts))
-    for draft in drafts:
-        # They must not hide that the generator failed.
-        if recipe.cloze and not draft.error:
-            add_cloze_pairs(draft)
-    results = [_result(draft, seconds) for draft in drafts]
-    failed = [draft.error for draft in drafts if draft.error]
-    if len(failed) > 1 and all(isinstance(r, Reject) and r.reason == "generation_failed" for r in results):
+    counted = _Counted(generator)
+    waiting = iter(passages)
+    running: set[_Task] = set()
+    finished: deque[_Task] = deque()
+    failed: list[tuple[Reject, GenerationError]] = []
+    most, any_done, last = _MOST_FAILURES, False, time.monotonic()
+
+    def finish(task: _Task) -> None:
+        finished.append(task)
+        counted.changed.set()
+
+    try:
+        while True:
+            while max(len(running), counted.open) < generator.concurrency and (passage := next(waiting, None)):
+                running.add(task := asyncio.create_task(_augment(passage, counted, recipe)))
+                task.add_done_callback(finish)
+                await asyncio.sleep(0)  # it asks before the next one is started
+            most = max(most, len(running))
+            if not running:
+                break
+            await counted.changed.wait()
+            counted.changed.clear()
+            results: list[Augmentation | Reject] = []
+            while finished and not finished[0].exception():
+                running.remove(task := finished.popleft())
+                result, error = task.result()
+                if isinstance(result, Reject) and result.reason == "generation_failed" and error:
+                    failed.append((result, error))
+                    continue
+                if isinstance(result, Augmentation):
+                    now = time.monotonic()
+                    result, last = replace(result, seconds=now - last), now
+                results += [*(reject for reject, _ in failed), result]
+                any_done, failed = True, []
+            if results:
+                yield results
+            if finished:
+                finished[0].result()  # raises
+            if len(failed) >= most:
+                break
         # If all fail, the generator is to blame and not the passages: a server that is down must not reject a corpus.
-        raise failed[0]
-    return results
+        if len(failed) >= most or (len(failed) > 1 and not any_done):
+            raise failed[0][1]
+        if failed:
+            yield [reject for reject, _ in failed]
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def complete(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe) -> Augmentation:
@@ -82,12 +133,60 @@ def wanted_pairs(passage: Passage, pairs: int) -> int:
     return pairs or min(MOST_PAIRS, max(_FEWEST_PAIRS, len(passage.text.split()) // _WORDS_PER_PAIR))
 
 
+_Task = asyncio.Task[tuple[Augmentation | Reject, GenerationError | None]]
+
+
+class _Counted:
+    """A generator whose prompts under way are counted: `open`. `changed` is set whenever one of them has ended."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.fingerprint = generator.fingerprint
+        self.concurrency = generator.concurrency
+        self.open = 0
+        self.changed = asyncio.Event()
+        self._generator = generator
+
+    async def ask(
+        self, prompt: Prompt, *, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0
+    ) -> str | GenerationError:
+        self.open += 1
+        try:
+            return await self._generator.ask(
+                prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+            )
+        finally:
+            self.open -= 1
+            self.changed.set()
+
+    async def close(self) -> None:
+        await self._generator.close()
+
+
+async def _augment(
+    passage: Passage, generator: Generator, recipe: AugmentRecipe
+) -> tuple[Augmentation | Reject, GenerationError | None]:
+    """Return the result for one passage, and the error of its last attempt."""
+    draft = Draft(passage, wanted_pairs(passage, recipe.pairs))
+    for attempt in range(recipe.attempts):
+        if not _is_open(draft, recipe):
+            break
+        draft.attempts += 1
+        draft.error = None
+        await add_rewrites(draft, generator, recipe, attempt)
+        if len(draft.pairs) < draft.wanted:
+            await _STRATEGIES[recipe.strategy](draft, generator, recipe, attempt)
+    # Rules must not hide that the generator failed.
+    if recipe.cloze and not draft.error:
+        add_cloze_pairs(draft)
+    return _result(draft), draft.error
+
+
 def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
     short = len(draft.pairs) < draft.wanted or len(draft.rewrites) < recipe.rewrites
     return short and not isinstance(draft.error, PromptTooLongError)
 
 
-def _result(draft: Draft, seconds: float) -> Augmentation | Reject:
+def _result(draft: Draft) -> Augmentation | Reject:
     if draft.error:
         draft.refused["no_reply"] += 1
     refused = tuple(f"{reason}={count}" for reason, count in sorted(draft.refused.items()))
@@ -100,7 +199,6 @@ def _result(draft: Draft, seconds: float) -> Augmentation | Reject:
             origin="generated",
             refused=refused,
             attempts=draft.attempts,
-            seconds=seconds,
             coverage=coverage(passage, draft.pairs),
         )
     if isinstance(draft.error, PromptTooLongError):

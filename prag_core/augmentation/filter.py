@@ -142,7 +142,7 @@ def _trigrams(words: list[str]) -> list[tuple[str, ...]]:
 
 @dataclass
 class Draft:
-    """The augmentation of one passage while a call of `augment` makes it. `wanted` is how many pairs it should have.
+    """The augmentation of one passage while it is made. `wanted` is how many pairs it should have.
 
     `error` is the last attempt's. `reasons` says that a reply was cut off in its reasoning, so later ones need room.
     """

@@ -7,7 +7,7 @@ last line alone. Each attempt is a draft of its own; the filter keeps what is ne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from prag_core.augmentation.filter import Draft
 from prag_core.augmentation.prompts import lines_prompt
@@ -28,30 +28,25 @@ _LINE = re.compile(
 _QUESTION = re.compile(_OPENING, re.IGNORECASE | re.MULTILINE)
 
 
-def add_line_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Ask for the pairs that each draft lacks, and add those that the filter accepts."""
-    prompts = []
-    for draft in drafts:
-        text, lacking = passage_text(draft.passage), draft.wanted - len(draft.pairs)
-        limit = _PAIR_TOKENS * lacking + reasoning_room(draft)
-        prompts.append(Prompt(lines_prompt(text, lacking), max_new_tokens=limit))
-    replies = generator.generate(
-        prompts,
-        max_new_tokens=max((prompt.max_new_tokens or 0 for prompt in prompts), default=1),
+async def add_line_pairs(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Ask for the pairs that a draft lacks, and add those that the filter accepts."""
+    lacking = draft.wanted - len(draft.pairs)
+    reply = await generator.ask(
+        Prompt(lines_prompt(passage_text(draft.passage), lacking)),
+        max_new_tokens=_PAIR_TOKENS * lacking + reasoning_room(draft),
         temperature=TEMPERATURE,
         top_k=TOP_K,
         seed=attempt_seed(recipe, attempt, 0),
     )
-    for draft, reply in zip(drafts, replies, strict=True):
-        content = read_reply(draft, reply)
-        if content is None:
-            continue
-        pairs = list(parse_lines(content))
-        if (bad := max(len(_QUESTION.findall(content)), 1) - len(pairs)) > 0:
-            draft.refused["bad_line"] += bad
-        for pair in pairs:
-            if len(draft.pairs) < draft.wanted:
-                draft.offer(pair)
+    content = read_reply(draft, reply)
+    if content is None:
+        return
+    pairs = list(parse_lines(content))
+    if (bad := max(len(_QUESTION.findall(content)), 1) - len(pairs)) > 0:
+        draft.refused["bad_line"] += bad
+    for pair in pairs:
+        if len(draft.pairs) < draft.wanted:
+            draft.offer(pair)
 
 
 def parse_lines(reply: str) -> Iterator[QAPair]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import astuple
 
 from prag_core.augmentation.filter import Draft, contains_text, is_rewrite
@@ -42,63 +41,51 @@ _ANNOUNCEMENT = re.compile(r"\A\s*(?:#[^\n]*|[^\n]{0,120}:[*_ ]*)\n\s*(?=\S)")
 _CUT_OFF = re.compile(r"(?<=[.!?])\s+[^.!?]*\Z")
 
 
-def add_rewrites(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Add the rewrites that each draft lacks, one rewrite a call: with the same prompt, only the seed differs."""
-    for number in range(recipe.rewrites):
-        lacking = [draft for draft in drafts if len(draft.rewrites) <= number]
-        if not lacking:
-            continue
-        prompts = []
-        for draft in lacking:
-            text = passage_text(draft.passage)
-            # About 1.3 times the passage's tokens: counted as three bytes a token, and English has about four.
-            limit = min(_REWRITE_TOKENS, max(32, len(text.encode()) // 3))
-            prompts.append(Prompt(rewrite_prompt(text), max_new_tokens=limit + reasoning_room(draft)))
-        replies = generator.generate(
-            prompts,
-            max_new_tokens=_REWRITE_TOKENS + max(map(reasoning_room, lacking)),
+async def add_rewrites(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Add the rewrites that a draft lacks, one rewrite a prompt: with the same prompt, only the seed differs."""
+    source = passage_text(draft.passage)
+    # About 1.3 times the passage's tokens: counted as three bytes a token, and English has about four.
+    limit = min(_REWRITE_TOKENS, max(32, len(source.encode()) // 3))
+    for number in range(len(draft.rewrites), recipe.rewrites):
+        reply = await generator.ask(
+            Prompt(rewrite_prompt(source)),
+            max_new_tokens=limit + reasoning_room(draft),
             temperature=TEMPERATURE,
             top_k=TOP_K,
             seed=attempt_seed(recipe, attempt, number),
         )
-        for draft, reply in zip(lacking, replies, strict=True):
-            content = read_reply(draft, reply)
-            if content is None:
-                continue
-            # The fence may stand around the label or the lead-in, or after it.
-            text = _from_json(without_fence(content))
-            label = next((label for label in _LABEL.finditer(text) if label[0].strip() not in draft.passage.text), None)
-            text = without_fence(text[label.end() :] if label else _LEAD_IN.sub("", text))
-            text = _CUT_OFF.sub("", _unwrapped(text, draft.passage)).strip()
-            if text not in draft.rewrites and is_rewrite(text, draft.passage):
-                draft.rewrites.append(text)
-            else:
-                draft.refused["bad_rewrite"] += 1
+        content = read_reply(draft, reply)
+        if content is None:
+            continue
+        # The fence may stand around the label or the lead-in, or after it.
+        text = _from_json(without_fence(content))
+        label = next((label for label in _LABEL.finditer(text) if label[0].strip() not in draft.passage.text), None)
+        text = without_fence(text[label.end() :] if label else _LEAD_IN.sub("", text))
+        text = _CUT_OFF.sub("", _unwrapped(text, draft.passage)).strip()
+        if text not in draft.rewrites and is_rewrite(text, draft.passage):
+            draft.rewrites.append(text)
+        else:
+            draft.refused["bad_rewrite"] += 1
 
 
-def add_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+async def add_pairs(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
     """Ask for the pairs as JSON and add those that the filter accepts.
 
     The first attempt decodes greedily; later attempts sample.
     """
-    prompts = []
-    for draft in drafts:
-        limit = _QUESTION_TOKENS * draft.wanted + reasoning_room(draft)
-        prompts.append(Prompt(questions_prompt(passage_text(draft.passage), draft.wanted), max_new_tokens=limit))
-    replies = generator.generate(
-        prompts,
-        max_new_tokens=max((prompt.max_new_tokens or 0 for prompt in prompts), default=1),
+    reply = await generator.ask(
+        Prompt(questions_prompt(passage_text(draft.passage), draft.wanted)),
+        max_new_tokens=_QUESTION_TOKENS * draft.wanted + reasoning_room(draft),
         temperature=TEMPERATURE if attempt else 0.0,
         top_k=TOP_K if attempt else 0,
         seed=attempt_seed(recipe, attempt, 0),
     )
-    for draft, reply in zip(drafts, replies, strict=True):
-        content = read_reply(draft, reply)
-        for pair in parse_pairs(content) if content is not None else ():
-            if pair is None:
-                draft.refused["bad_json"] += 1
-            elif len(draft.pairs) < draft.wanted:
-                draft.offer(pair)
+    content = read_reply(draft, reply)
+    for pair in parse_pairs(content) if content is not None else ():
+        if pair is None:
+            draft.refused["bad_json"] += 1
+        elif len(draft.pairs) < draft.wanted:
+            draft.offer(pair)
 
 
 def _unwrapped(text: str, passage: Passage) -> str:

@@ -17,7 +17,7 @@ from prag_core.augmentation.prompts import ask_prompt, name_facts_prompt, read_p
 from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed
 from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.errors import GenerationError
-from prag_core.llm.generator import Generator, Prompt
+from prag_core.llm.generator import Generator, Prompt, ask_all
 from prag_core.recipe import AugmentRecipe
 from prag_core.records import Passage, QAPair
 
@@ -34,38 +34,34 @@ _SAME_SHARE = 0.5
 class _Fact:
     """A fact that a pair can ask for: an answer, and the sentence that holds it."""
 
-    draft: Draft
     sentence: str
     answer: str
 
-    @property
-    def topic(self) -> str:
-        return topic_of(self.draft.passage)
 
-
-def add_written_pairs(drafts: Sequence[Draft], generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Ask for each fact of the drafts, in other words in each later attempt, and add the pairs that are answered alike.
+async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
+    """Ask for each fact of a draft, in other words in each later attempt, and add the pairs that are answered alike.
 
     The facts are those that the model names, and then those that English rules find.
     """
+    topic, sentences = topic_of(draft.passage), sentences_of(draft.passage)
     # 1. Name the facts of each sentence.
-    sentences = [(draft, sentence) for draft in drafts for sentence in sentences_of(draft.passage)]
-    named = _replies(generator, [(d, name_facts_prompt(topic_of(d.passage), s)) for d, s in sentences], _FACTS_TOKENS)
-    facts = list(_facts(sentences, named))
+    prompts = [name_facts_prompt(topic, sentence) for sentence in sentences]
+    facts = list(_facts(topic, sentences, await _replies(generator, draft, prompts, _FACTS_TOKENS)))
     # 2. Ask for each.
-    prompts = [(fact.draft, ask_prompt(fact.topic, fact.sentence, fact.answer)) for fact in facts]
-    asked = _replies(generator, prompts, _QUESTION_TOKENS, attempt_seed(recipe, attempt, 0) if attempt else None)
+    prompts = [ask_prompt(topic, fact.sentence, fact.answer) for fact in facts]
+    seed = attempt_seed(recipe, attempt, 0) if attempt else None
+    asked = await _replies(generator, draft, prompts, _QUESTION_TOKENS, seed)
     questions = [(fact, text) for fact, text in zip(facts, asked, strict=True) if text]
     # 3. Answer each question, and keep those that are answered alike.
-    prompts = [(fact.draft, read_prompt(fact.topic, fact.sentence, text)) for fact, text in questions]
-    answers = _replies(generator, prompts, _ANSWER_TOKENS)
+    prompts = [read_prompt(topic, fact.sentence, text) for fact, text in questions]
+    answers = await _replies(generator, draft, prompts, _ANSWER_TOKENS)
     for (fact, question), answer in zip(questions, answers, strict=True):
-        if len(fact.draft.pairs) >= fact.draft.wanted:
-            continue
+        if len(draft.pairs) >= draft.wanted:
+            return
         if _same(answer, fact.answer):
-            fact.draft.offer(QAPair(question, fact.answer, fact.sentence))
+            draft.offer(QAPair(question, fact.answer, fact.sentence))
         else:
-            fact.draft.refused["answered_otherwise"] += 1
+            draft.refused["answered_otherwise"] += 1
 
 
 def writer_tasks(passage: Passage, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -91,41 +87,40 @@ def writer_tasks(passage: Passage, pairs: Sequence[tuple[str, str]]) -> Iterator
         yield name_facts_prompt(topic, sentence), _BETWEEN_FACTS.join(ordered)
 
 
-def _facts(sentences: Sequence[tuple[Draft, str]], named: Sequence[str]) -> Iterator[_Fact]:
+def _facts(topic: str, sentences: Sequence[str], named: Sequence[str]) -> Iterator[_Fact]:
     """Yield each fact once: the named ones that their sentence holds, then those that the rules find."""
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     found = [
-        _Fact(draft, sentence, answer.strip())
-        for (draft, sentence), reply in zip(sentences, named, strict=True)
+        _Fact(sentence, answer.strip())
+        for sentence, reply in zip(sentences, named, strict=True)
         for answer in reply.split(_BETWEEN_FACTS.strip())
     ]
-    for draft in {id(draft): draft for draft, _ in sentences}.values():
-        candidates = find_answers(topic_of(draft.passage), sentences_of(draft.passage))
-        found += [_Fact(draft, candidate.sentence, candidate.answer) for candidate in candidates]
+    found += [_Fact(candidate.sentence, candidate.answer) for candidate in find_answers(topic, list(sentences))]
     for fact in found:
-        key = (fact.draft.passage.key, fold_text(fact.answer))
-        if fact.answer and key not in seen and contains_text(fact.sentence, fact.answer):
-            seen.add(key)
+        folded = fold_text(fact.answer)
+        if fact.answer and folded not in seen and contains_text(fact.sentence, fact.answer):
+            seen.add(folded)
             yield fact
 
 
-def _replies(
-    generator: Generator, prompts: Sequence[tuple[Draft, str]], limit: int, seed: int | None = None
+async def _replies(
+    generator: Generator, draft: Draft, prompts: Sequence[str], limit: int, seed: int | None = None
 ) -> list[str]:
-    """Return the first line of the reply to each draft's prompt, sampled if there is a seed.
+    """Return the first line of the reply to each prompt about a draft, sampled if there is a seed.
 
-    If a prompt fails, its reply is empty and its draft notes the error.
+    If a prompt fails, its reply is empty and the draft notes the error.
     """
     sampled = seed is not None
-    replies = generator.generate(
-        [Prompt(text, chat=False, stop="\n") for _, text in prompts],
+    replies = await ask_all(
+        generator,
+        [Prompt(text, chat=False, stop="\n") for text in prompts],
         max_new_tokens=limit,
         temperature=TEMPERATURE if sampled else 0.0,
         top_k=TOP_K if sampled else 0,
         seed=seed or 0,
     )
     lines = []
-    for (draft, _), reply in zip(prompts, replies, strict=True):
+    for reply in replies:
         if isinstance(reply, GenerationError):
             draft.error = reply
         lines.append("" if isinstance(reply, GenerationError) else reply.strip())

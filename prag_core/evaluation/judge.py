@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from prag_core.errors import GenerationError
-from prag_core.llm.generator import Generator, Prompt
+from prag_core.llm.generator import Generator, Prompt, ask_all
 from prag_core.llm.reply import reply_content
 
 # Raise it whenever the prompt changes.
@@ -21,7 +21,7 @@ _PROMPT = (
 )
 
 
-def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[float]:
+async def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[float]:
     """Return 1.0 for each right answer and 0.0 for each wrong one; an empty answer is wrong without asking.
 
     A row is a question, its accepted answers and the given answer.
@@ -35,7 +35,7 @@ def judge_answers(generator: Generator, rows: Sequence[tuple[str, Sequence[str],
     ]
     verdicts = [0.0] * len(rows)
     unclear: list[str] = []
-    for i, prompt, reply in zip(asked, prompts, generator.generate(prompts, max_new_tokens=8), strict=True):
+    for i, prompt, reply in zip(asked, prompts, await ask_all(generator, prompts, max_new_tokens=8), strict=True):
         if isinstance(reply, GenerationError):
             raise reply
         words = re.findall(r"\w+", (reply_content(reply, prompt.text) or "").lower())

@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prag_core.config import EndpointConfig
+from prag_core.config import DEFAULT_CONCURRENCY, EndpointConfig
 from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedReplyError
 from prag_core.llm.chat import WITHOUT_REASONING
 from prag_core.llm.generator import Prompt
@@ -36,44 +37,72 @@ _TOO_LONG = re.compile(
 )
 
 
-class OpenAIGenerator:
-    """Sends prompts to an OpenAI-compatible endpoint, many at the same time, and retries failed ones with back-off.
+@dataclass(frozen=True)
+class _Session:
+    """What belongs to one event loop: the client with its connections, and the gate for requests at the same time."""
 
-    Chat prompts go to `/chat/completions`, plain ones to `/completions`. `top_k` is not part of the protocol and
-    is ignored. A setting that the endpoint refuses by name is left out from then on; `max_tokens` is then called
-    `max_completion_tokens`. Call it from a thread without a running event loop.
+    loop: asyncio.AbstractEventLoop
+    client: openai.AsyncOpenAI
+    gate: asyncio.Semaphore
+
+
+class OpenAIGenerator:
+    """Sends prompts to an OpenAI-compatible endpoint, and retries failed ones with back-off.
+
+    At most `concurrency` requests are in flight. Chat prompts go to `/chat/completions`, plain ones to `/completions`.
+    `top_k` is not part of the protocol and is ignored. A setting that the endpoint refuses by name is left out from
+    then on; `max_tokens` is then called `max_completion_tokens`. `on_progress` is called after each attempt at a
+    request. The key is `key`, or else that of the environment.
     """
 
-    def __init__(self, endpoint: EndpointConfig) -> None:
+    def __init__(
+        self,
+        endpoint: EndpointConfig,
+        *,
+        key: str | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         # URL and key belong to one machine; only the model decides the text.
         self.fingerprint = f"openai:{endpoint.model}"
+        self.concurrency = concurrency
         self._endpoint = endpoint
+        self._on_progress = on_progress
+        # Local servers need no key, but the client requires one.
+        self._key = key or os.environ.get(endpoint.api_key_env) or "unused"
+        self._session: _Session | None = None
         # The settings that the endpoint does not know, as ("chat" or "plain", name).
         self._unknown: set[tuple[str, str]] = set()
+        if not endpoint.send_seed:
+            self._unknown |= {("chat", "seed"), ("plain", "seed")}
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-    ) -> list[str | GenerationError]:
-        """Return one result for each prompt: its text, or its error after `endpoint.retries` retries; see `Generator`.
+    async def ask(
+        self, prompt: Prompt, *, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0
+    ) -> str | GenerationError:
+        """Return the text that continues a prompt, or its error after `endpoint.retries` retries; see `Generator`.
 
         Raises:
             GenerationError: when the endpoint cannot be reached, refuses the key or does not know the model.
         """
-        if not prompts:
-            return []
-        return asyncio.run(self._generate(prompts, max_new_tokens, temperature, seed))
+        session = self._open()
+        async with session.gate:
+            return await self._ask(session.client, self._key, prompt, max_new_tokens, temperature, seed)
 
-    async def _generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str | GenerationError]:
+    async def close(self) -> None:
+        """Close the connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.client.close()
+
+    def _open(self) -> _Session:
+        """Return the session of the running event loop; it is made once, since a new connection costs milliseconds."""
+        loop = asyncio.get_running_loop()
+        if self._session is not None and self._session.loop is loop:
+            return self._session
         import httpx
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        endpoint, on_progress = self._endpoint, self._on_progress
 
         class WholeReplies(DefaultAsyncHttpxClient):
             """Limits the time of a whole reply; httpx limits that of each piece, and a reply may have many."""
@@ -84,24 +113,18 @@ class OpenAIGenerator:
                         return await super().send(*arguments, **options)
                 except TimeoutError:
                     raise httpx.ReadTimeout("the reply was not complete in time") from None
+                finally:
+                    on_progress()
 
-        endpoint = self._endpoint
-        # Local servers need no key, but the client requires one.
-        key = os.environ.get(endpoint.api_key_env) or "unused"
-        gate = asyncio.Semaphore(endpoint.concurrency)
-        async with AsyncOpenAI(
-            api_key=key,
+        client = AsyncOpenAI(
+            api_key=self._key,
             base_url=endpoint.url,
             timeout=endpoint.timeout_s,
             max_retries=endpoint.retries,
             http_client=WholeReplies(timeout=endpoint.timeout_s),
-        ) as client:
-
-            async def ask(prompt: Prompt) -> str | GenerationError:
-                async with gate:
-                    return await self._ask(client, key, prompt, prompt.limit(max_new_tokens), temperature, seed)
-
-            return await asyncio.gather(*(ask(prompt) for prompt in prompts))
+        )
+        self._session = _Session(loop, client, asyncio.Semaphore(self.concurrency))
+        return self._session
 
     async def _ask(
         self, client: Any, key: str, prompt: Prompt, limit: int, temperature: float, seed: int
@@ -126,7 +149,7 @@ class OpenAIGenerator:
                 return self._error("the reply has no text", key, "see what the server logs")
             return _before(text, prompt.stop)
         except openai.APITimeoutError as error:
-            return self._error(error, key, "raise augment.endpoint.timeout_s or lower augment.endpoint.concurrency")
+            return self._error(error, key, "raise augment.endpoint.timeout_s or lower augment.concurrency")
         except openai.APIConnectionError as error:
             # Its text is only "Connection error."; its cause says more.
             cause = error.__cause__ or error

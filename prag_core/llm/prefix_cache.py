@@ -48,7 +48,7 @@ class PrefixCache:
         if not prompts:
             return
         first, last = min(prompts), max(prompts)
-        ids = first[: _common(first, last)]
+        ids = first[: common_length(first, last)]
         known, length = self.match(ids)
         if known is not None:
             self._kept.remove(known)
@@ -69,7 +69,7 @@ class PrefixCache:
         """Return the known prefix with which `ids` share the most tokens, and how many; None and 0 when too few."""
         best, length = None, _SHORTEST_PREFIX - 1
         for prefix in self._kept:
-            common = _common(prefix.ids, ids)
+            common = common_length(prefix.ids, ids)
             if common > length:
                 best, length = prefix, common
         return (best, length) if best is not None else (None, 0)
@@ -86,6 +86,6 @@ def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -252,10 +252,11 @@ def test_scale() -> None:
 
 def test_augment() -> None:
     found = last_line("augment.py", "--smoke", "--slots", "3")
-    assert set(found) == {"x_vs_generate", "tokens_per_s", "prompts", "slots", "dtype", "machine"}
     assert found["slots"] == 3
-    assert found["prompts"] == 2  # a rewrite and the pairs of one passage
-    assert found["tokens_per_s"]["ours"] > 0 < found["tokens_per_s"]["generate"]
+    assert found["strategy"] == "lines"  # the tiny model has no writer
+    assert found["prompts"] == 1
+    assert min(found["tokens_per_s"].values()) > 0
+    assert min(found["x_vs_generate"], found["x_vs_padded"], found["passages_per_s"]) > 0
 
 
 @pytest.mark.slow

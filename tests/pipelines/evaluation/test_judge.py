@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_yes_and_no() -> None:
         lambda text: next(reply for given, reply in replies.items() if f"answer: {given}\n" in text)
     )
     rows = [("Where?", ("Rome", "Roma"), given) for given in ("Rome", "Milan", " ", "roma")]
-    assert judge_answers(generator, rows) == [1.0, 0.0, 0.0, 1.0]
+    assert asyncio.run(judge_answers(generator, rows)) == [1.0, 0.0, 0.0, 1.0]
     assert len(generator.prompts) == 3
     assert "Accepted answers: Rome; Roma\n" in generator.prompts[0]
 
@@ -39,7 +40,7 @@ def test_yes_and_no() -> None:
 )  # fmt: skip
 def test_the_word_may_be_wrapped_but_not_guessed(reply: str, verdict: float | None) -> None:
     def asked() -> list[float]:
-        return judge_answers(ScriptedGenerator(lambda text: reply), [("q", ("a",), "b")])
+        return asyncio.run(judge_answers(ScriptedGenerator(lambda text: reply), [("q", ("a",), "b")]))
 
     if verdict is not None:
         assert asked() == [verdict]
@@ -50,9 +51,9 @@ def test_the_word_may_be_wrapped_but_not_guessed(reply: str, verdict: float | No
 
 def test_a_judge_that_rambles_or_fails_is_no_judge() -> None:
     with pytest.raises(GenerationError, match="1 of 1 replies"):
-        judge_answers(ScriptedGenerator(lambda text: "I think so"), [("q", ("a",), "a")])
+        asyncio.run(judge_answers(ScriptedGenerator(lambda text: "I think so"), [("q", ("a",), "a")]))
     with pytest.raises(GenerationError, match="down"):
-        judge_answers(ScriptedGenerator(lambda text: GenerationError("down")), [("q", ("a",), "a")])
+        asyncio.run(judge_answers(ScriptedGenerator(lambda text: GenerationError("down")), [("q", ("a",), "a")]))
 
 
 def test_verdicts_are_stored_and_reported(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
@@ -30,15 +30,18 @@ class Replies:
     """A generator whose replies depend on the prompt and on how many new tokens it may have."""
 
     fingerprint = "scripted"
+    concurrency = 16
 
     def __init__(self, reply: Callable[[str, int], str | GenerationError]) -> None:
         self._reply = reply
         self.limits: list[int] = []
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, **_: object) -> list[str | GenerationError]:
-        limits = [prompt.limit(max_new_tokens) for prompt in prompts]
-        self.limits += limits
-        return [self._reply(prompt.text, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    async def ask(self, prompt: Prompt, *, max_new_tokens: int, **_: object) -> str | GenerationError:
+        self.limits.append(max_new_tokens)
+        return self._reply(prompt.text, max_new_tokens)
+
+    async def close(self) -> None:
+        pass
 
 
 def replies(pairs: str, rewrite: str) -> Replies:

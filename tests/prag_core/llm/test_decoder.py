@@ -25,6 +25,7 @@ from prag_core.llm.prefix_cache import PrefixCache
 from prag_core.llm.slots import SlotAdapters, attention_layers
 from prag_core.recipe import RECIPES
 from tests.helpers.adapters import random_flat
+from tests.helpers.generators import replies
 
 RECIPE = RECIPES["recall"]
 VOCABULARY = 259
@@ -458,11 +459,11 @@ def test_a_shared_prefix_is_read_once_and_kept_between_calls(tiny_session: BaseM
     read: list[int] = []
     for call in calls:
         with tokens_read(tiny_session) as counts:
-            together = generator.generate(call, max_new_tokens=3, temperature=1.0)
+            together = replies(generator, call, max_new_tokens=3, temperature=1.0)
         read.append(sum(counts))
         for prompt, made in zip(call, together, strict=True):
             fresh = TransformersGenerator(tiny_session)
-            assert fresh.generate([prompt], max_new_tokens=3, temperature=1.0) == [made]
+            assert replies(fresh, [prompt], max_new_tokens=3, temperature=1.0) == [made]
     assert 300 <= read[0] < 330
     assert max(read[1], read[2], read[4]) < 20, "the beginning was known"
     assert 40 < read[3] < 100

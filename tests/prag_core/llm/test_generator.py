@@ -18,6 +18,7 @@ from prag_core.errors import GenerationError, PromptTooLongError, UnfinishedRepl
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.generator import Generator, Prompt, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
+from tests.helpers.generators import replies
 
 SHARED = "A long beginning that all of these texts have in common. "
 ENDINGS = ["a", "bc and some more words", "d?", "one more, of middling length", "a"]
@@ -39,8 +40,8 @@ def test_a_batch_gives_the_texts_that_each_prompt_gives_alone(
     generator = TransformersGenerator(tiny, max_batch=3)
     prompts = [Prompt(beginning + text, chat=i % 2 == 0) for i, text in enumerate(ENDINGS)]
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "top_k": 20, "seed": 3}
-    together = generator.generate(prompts, **settings)
-    alone = [generator.generate([prompt], **settings)[0] for prompt in prompts]
+    together = replies(generator, prompts, **settings)
+    alone = [replies(generator, [prompt], **settings)[0] for prompt in prompts]
     assert together == alone
     assert len(set(map(str, together))) > 1
 
@@ -53,7 +54,7 @@ def test_greedy_decoding_equals_that_of_transformers(tiny: BaseModel) -> None:
     made = tiny.model.generate(ids, max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(ids))
     expected = tiny.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     # A second prompt makes the generator share the common beginning.
-    got = TransformersGenerator(tiny).generate(plain(text, SHARED + "yz"), max_new_tokens=10)[0]
+    got = replies(TransformersGenerator(tiny), plain(text, SHARED + "yz"), max_new_tokens=10)[0]
     assert got == expected
 
 
@@ -61,7 +62,7 @@ def test_the_seed_decides_the_sample(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
 
     def draw(seed: int) -> list[str | GenerationError]:
-        return generator.generate(plain("p", "q"), max_new_tokens=12, temperature=1.0, seed=seed)
+        return replies(generator, plain("p", "q"), max_new_tokens=12, temperature=1.0, seed=seed)
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -69,23 +70,23 @@ def test_the_seed_decides_the_sample(tiny: BaseModel) -> None:
 
 def test_generation_ends_at_the_stop_string_the_end_token_and_the_limit(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
-    (text,) = generator.generate(plain("abc"), max_new_tokens=12)
+    (text,) = replies(generator, plain("abc"), max_new_tokens=12)
     assert isinstance(text, str)
     stop = text[2:4]
-    (stopped,) = generator.generate([Prompt("abc", chat=False, stop=stop)], max_new_tokens=12)
+    (stopped,) = replies(generator, [Prompt("abc", chat=False, stop=stop)], max_new_tokens=12)
     assert stopped == text.split(stop)[0]
-    (short,) = generator.generate([Prompt("abc", chat=False, max_new_tokens=2)], max_new_tokens=12)
+    (short,) = replies(generator, plain("abc"), max_new_tokens=2)
     assert isinstance(short, str)
     assert text.startswith(short)
     assert len(short) < len(text)
     # The token that comes first is made the end token.
     first = tiny.tokenizer.encode(text)[0]
     tiny.model.generation_config.eos_token_id = first
-    assert TransformersGenerator(tiny).generate(plain("abc"), max_new_tokens=12) == [""]
+    assert replies(TransformersGenerator(tiny), plain("abc"), max_new_tokens=12) == [""]
 
 
 def test_a_prompt_too_long_is_an_error_in_its_place(tiny: BaseModel) -> None:
-    results = TransformersGenerator(tiny).generate(plain("a", "b" * 5000), max_new_tokens=4)
+    results = replies(TransformersGenerator(tiny), plain("a", "b" * 5000), max_new_tokens=4)
     assert isinstance(results[0], str)
     assert isinstance(results[1], PromptTooLongError)
     assert "4096" in str(results[1])
@@ -100,7 +101,7 @@ def test_output_that_is_not_finite_is_an_error_in_its_place(tiny: BaseModel) -> 
         # The output has a table of its own from here on: only prompts with this token come to grief.
         tiny.model.lm_head.weight = torch.nn.Parameter(tiny.model.lm_head.weight.clone(), requires_grad=False)
         tiny.model.get_input_embeddings().weight[poisoned] = float("nan")
-    results = TransformersGenerator(tiny).generate(plain("a", "b!"), max_new_tokens=4)
+    results = replies(TransformersGenerator(tiny), plain("a", "b!"), max_new_tokens=4)
     assert isinstance(results[0], str)
     assert isinstance(results[1], GenerationError)
     assert "not finite" in str(results[1])
@@ -111,17 +112,17 @@ def test_a_shared_beginning_is_known_and_changes_no_text(tiny: BaseModel, temper
     generator = TransformersGenerator(tiny, max_batch=2)
     prompts = plain(*(SHARED + text for text in ENDINGS))
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
-    together = generator.generate(prompts, **settings)
+    together = replies(generator, prompts, **settings)
     _, known = generator._decoder.prefixes.match(tiny.tokenizer.encode(SHARED + "x"))
     assert known == len(SHARED)
     # A new generator knows no beginning.
-    assert together == [TransformersGenerator(tiny).generate([prompt], **settings)[0] for prompt in prompts]
+    assert together == [replies(TransformersGenerator(tiny), [prompt], **settings)[0] for prompt in prompts]
 
 
 def test_no_prompts_give_no_results(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
-    assert generator.generate([], max_new_tokens=4) == []
-    assert OpenAIGenerator(EndpointConfig()).generate([], max_new_tokens=4) == []
+    assert replies(generator, [], max_new_tokens=4) == []
+    assert replies(OpenAIGenerator(EndpointConfig()), [], max_new_tokens=4) == []
 
 
 def test_a_fingerprint_names_the_model(tiny: BaseModel) -> None:
@@ -141,8 +142,10 @@ class Endpoint:
     url: str
     requests: list[tuple[str, dict[str, Any], str]] = field(default_factory=list)
 
-    def generator(self, **settings: Any) -> OpenAIGenerator:
-        return OpenAIGenerator(EndpointConfig(url=self.url, model="tiny", **{"retries": 1, **settings}))
+    def generator(self, concurrency: int = 16, **settings: Any) -> OpenAIGenerator:
+        return OpenAIGenerator(
+            EndpointConfig(url=self.url, model="tiny", **{"retries": 1, **settings}), concurrency=concurrency
+        )
 
 
 Reply = Callable[[str, int], tuple[int, Any]]
@@ -202,8 +205,8 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_answers_chat_and_plain_prompts_in_order() -> None:
     with serve(lambda text, _: (200, text.upper())) as endpoint:
-        prompts = [Prompt(f"p{i}", chat=i % 2 == 0, stop="\n", max_new_tokens=5 + i) for i in range(6)]
-        results = endpoint.generator().generate(prompts, max_new_tokens=7, temperature=0.5, top_k=9, seed=4)
+        prompts = [Prompt(f"p{i}", chat=i % 2 == 0, stop="\n") for i in range(6)]
+        results = replies(endpoint.generator(), prompts, max_new_tokens=7, temperature=0.5, top_k=9, seed=4)
     assert results == [f"P{i}" for i in range(6)]
     by_text = {body.get("prompt") or body["messages"][0]["content"]: body for _, body, _ in endpoint.requests}
     assert {path for path, _, _ in endpoint.requests} == {"/v1/chat/completions", "/v1/completions"}
@@ -211,7 +214,7 @@ def test_an_endpoint_answers_chat_and_plain_prompts_in_order() -> None:
         **{"model": "tiny", "prompt": "p5", "max_tokens": 7},
         **{"temperature": 0.5, "seed": 4, "stop": ["\n"]},
     }
-    assert by_text["p0"]["max_tokens"] == 5
+    assert by_text["p0"]["max_tokens"] == 7
 
 
 def test_no_more_requests_at_once_than_configured() -> None:
@@ -228,19 +231,19 @@ def test_no_more_requests_at_once_than_configured() -> None:
         return 200, text
 
     with serve(reply) as endpoint:
-        endpoint.generator(concurrency=2).generate([Prompt(str(i)) for i in range(8)], max_new_tokens=4)
+        replies(endpoint.generator(concurrency=2), [Prompt(str(i)) for i in range(8)], max_new_tokens=4)
     assert most == 2
 
 
 def test_a_request_to_a_busy_endpoint_is_repeated() -> None:
     with serve(lambda text, n: (429, error("slow down")) if n == 1 else (200, text)) as endpoint:
-        assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["a"]
+        assert replies(endpoint.generator(), [Prompt("a")], max_new_tokens=4) == ["a"]
     assert len(endpoint.requests) == 2
 
 
 def test_retries_are_bounded_and_the_error_has_the_address_the_cause_and_a_remedy() -> None:
     with serve(lambda text, _: (500, error("kaputt")) if text == "bad" else (200, text)) as endpoint:
-        good, bad = endpoint.generator().generate([Prompt("good"), Prompt("bad")], max_new_tokens=4)
+        good, bad = replies(endpoint.generator(), [Prompt("good"), Prompt("bad")], max_new_tokens=4)
     assert good == "good"
     assert isinstance(bad, GenerationError)
     assert len(endpoint.requests) == 3
@@ -255,7 +258,7 @@ def test_a_slow_reply_times_out() -> None:
 
     with serve(reply) as endpoint:
         generator = endpoint.generator(timeout_s=0.3, retries=0)
-        slow, fast = generator.generate([Prompt("slow"), Prompt("fast")], max_new_tokens=4)
+        slow, fast = replies(generator, [Prompt("slow"), Prompt("fast")], max_new_tokens=4)
     assert fast == "fast"
     assert isinstance(slow, GenerationError)
     assert "timeout_s" in str(slow)
@@ -271,7 +274,7 @@ def test_one_bad_prompt_does_not_lose_the_others() -> None:
 
     with serve(reply) as endpoint:
         prompts = [Prompt(text) for text in ("a", "bad", "long", "odd", "b")]
-        first, bad, long, odd, last = endpoint.generator().generate(prompts, max_new_tokens=4)
+        first, bad, long, odd, last = replies(endpoint.generator(), prompts, max_new_tokens=4)
     assert (first, last) == ("a", "b")
     assert isinstance(bad, GenerationError)
     assert "forbidden words" in str(bad)
@@ -283,7 +286,7 @@ def test_one_bad_prompt_does_not_lose_the_others() -> None:
 @pytest.mark.parametrize(("status", "hint"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "model")])
 def test_an_error_of_the_whole_endpoint_is_raised_at_once(status: int, hint: str) -> None:
     with serve(lambda *_: (status, error(f"no: {KEY}"))) as endpoint, pytest.raises(GenerationError) as caught:
-        endpoint.generator().generate([Prompt("a"), Prompt("b")], max_new_tokens=4)
+        replies(endpoint.generator(), [Prompt("a"), Prompt("b")], max_new_tokens=4)
     assert hint in str(caught.value)
     assert endpoint.url in str(caught.value)
 
@@ -292,7 +295,7 @@ def test_an_unreachable_endpoint_is_raised() -> None:
     with serve(lambda text, _: (200, text)) as endpoint:
         pass
     with pytest.raises(GenerationError) as caught:
-        endpoint.generator(retries=0).generate([Prompt("a")], max_new_tokens=4)
+        replies(endpoint.generator(retries=0), [Prompt("a")], max_new_tokens=4)
     assert endpoint.url in str(caught.value)
     assert "start the server" in str(caught.value)
 
@@ -302,7 +305,7 @@ def test_the_key_is_sent_and_never_in_an_error(status: int) -> None:
     # Some servers echo the key that they refuse; here where the message is cut, too.
     with serve(lambda *_: (status, error("x" * 430 + KEY * 9))) as endpoint:
         try:
-            (failed,) = endpoint.generator(retries=0).generate([Prompt("a")], max_new_tokens=4)
+            (failed,) = replies(endpoint.generator(retries=0), [Prompt("a")], max_new_tokens=4)
         except GenerationError as raised:
             failed = raised
     assert isinstance(failed, GenerationError)
@@ -315,7 +318,7 @@ def test_the_key_is_sent_and_never_in_an_error(status: int) -> None:
 def test_a_local_server_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with serve(lambda text, _: (200, text)) as endpoint:
-        assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["a"]
+        assert replies(endpoint.generator(), [Prompt("a")], max_new_tokens=4) == ["a"]
     assert endpoint.requests[0][2] == "Bearer unused"
 
 
@@ -344,9 +347,9 @@ def test_a_setting_that_the_endpoint_refuses_is_left_out_from_then_on(words: str
     with serve(refusing(*refused, words=words)) as endpoint:
         generator = endpoint.generator(concurrency=4)
         prompts = [Prompt(str(i), stop="\n") for i in range(6)]
-        assert generator.generate(prompts, max_new_tokens=7) == ["fine"] * 6
+        assert replies(generator, prompts, max_new_tokens=7) == ["fine"] * 6
         needed = len(endpoint.requests)
-        assert generator.generate(prompts[:1], max_new_tokens=7) == ["fine"]
+        assert replies(generator, prompts[:1], max_new_tokens=7) == ["fine"]
     assert len(endpoint.requests) == needed + 1
     body = endpoint.requests[-1][1]
     assert body["max_completion_tokens"] == 7
@@ -355,7 +358,7 @@ def test_a_setting_that_the_endpoint_refuses_is_left_out_from_then_on(words: str
 
 def test_endpoints_are_asked_not_to_let_the_model_reason() -> None:
     with serve(lambda text, _: (200, text)) as endpoint:
-        endpoint.generator().generate([Prompt("a"), Prompt("b", chat=False)], max_new_tokens=4)
+        replies(endpoint.generator(), [Prompt("a"), Prompt("b", chat=False)], max_new_tokens=4)
     bodies = {path: body for path, body, _ in endpoint.requests}
     assert bodies["/v1/chat/completions"]["chat_template_kwargs"]["enable_thinking"] is False
     assert "chat_template_kwargs" not in bodies["/v1/completions"]
@@ -367,7 +370,7 @@ def test_endpoints_are_asked_not_to_let_the_model_reason() -> None:
 )
 def test_what_can_not_be_left_out_is_an_error(name: str, words: str) -> None:
     with serve(refusing("max_tokens", name) if "max" in name else lambda *_: (400, error(words))) as endpoint:
-        (failed,) = endpoint.generator().generate([Prompt("a")], max_new_tokens=4)
+        (failed,) = replies(endpoint.generator(), [Prompt("a")], max_new_tokens=4)
     assert isinstance(failed, GenerationError)
     assert "refuses this prompt" in str(failed)
     assert len(endpoint.requests) == (2 if "max" in name else 1)
@@ -376,7 +379,7 @@ def test_what_can_not_be_left_out_is_an_error(name: str, words: str) -> None:
 def test_a_context_that_is_too_short_is_no_refused_setting() -> None:
     words = "'max_tokens' is too large: 9. This model's maximum context length is 8 tokens, more is not supported."
     with serve(lambda *_: (400, error(words))) as endpoint:
-        (failed,) = endpoint.generator().generate([Prompt("a")], max_new_tokens=9)
+        (failed,) = replies(endpoint.generator(), [Prompt("a")], max_new_tokens=9)
     assert isinstance(failed, PromptTooLongError)
     assert len(endpoint.requests) == 1
 
@@ -399,7 +402,7 @@ def test_a_reply_without_content_is_no_answer(choice: dict[str, Any], kind: Any,
     """So the next run asks again, where an empty text would be the passage's last word."""
     with serve(lambda *_: (200, {"choices": [choice]})) as endpoint:
         prompt = Prompt("a", chat="text" not in choice)
-        (failed,) = endpoint.generator().generate([prompt], max_new_tokens=4)
+        (failed,) = replies(endpoint.generator(), [prompt], max_new_tokens=4)
     assert type(failed) is (kind or UnfinishedReplyError)
     assert message in str(failed)
 
@@ -408,10 +411,10 @@ def test_reasoning_in_a_field_or_a_part_of_its_own_is_left_out() -> None:
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "no"}]}, {"type": "text", "text": "yes"}]
     for message in ({"content": "yes", "reasoning_content": "no"}, {"content": parts}):
         with serve(lambda *_, m=message: (200, {"choices": [{"message": m, "finish_reason": "stop"}]})) as endpoint:
-            assert endpoint.generator().generate([Prompt("a")], max_new_tokens=4) == ["yes"]
+            assert replies(endpoint.generator(), [Prompt("a")], max_new_tokens=4) == ["yes"]
 
 
 def test_a_stop_that_the_endpoint_ignores_ends_the_text() -> None:
     with serve(lambda *_: (200, "a\ud83d?\nb")) as endpoint:
         prompts = [Prompt("p", chat=False, stop="\n"), Prompt("q", stop="\n")]
-        assert endpoint.generator().generate(prompts, max_new_tokens=4) == ["a\ufffd?", "a\ufffd?"]
+        assert replies(endpoint.generator(), prompts, max_new_tokens=4) == ["a\ufffd?", "a\ufffd?"]

@@ -17,6 +17,7 @@ from prag_core.config import EndpointConfig
 from prag_core.errors import GenerationError, PromptTooLongError
 from prag_core.llm.generator import Prompt
 from prag_core.llm.openai_generator import OpenAIGenerator
+from tests.helpers.generators import replies
 
 YES = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "yes"}}]})
 
@@ -57,7 +58,7 @@ def serve(send: Callable[[socket.socket, int], object]) -> Iterator[str]:
 
 def ask(url: str, **settings: Any) -> str | GenerationError:
     config = EndpointConfig(url=url, model="m", **{"retries": 0, **settings})
-    return OpenAIGenerator(config).generate([Prompt("a")], max_new_tokens=4)[0]
+    return replies(OpenAIGenerator(config), [Prompt("a")], max_new_tokens=4)[0]
 
 
 def choice(**fields: Any) -> str:
