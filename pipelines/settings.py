@@ -7,20 +7,16 @@ from pathlib import Path
 
 from cluster.resources import PROFILES, Profile
 from prag_core.config import Config, augment_recipe, train_recipe
-from prag_core.errors import ConfigError, DamagedError
-from prag_core.identity import fingerprint, is_checksum
+from prag_core.errors import ConfigError
+from prag_core.identity import is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 from prag_core.llm.threads import available_cores
-from prag_core.packaged import local_path
-from prag_core.recipe import Recipe, TrainRecipe
+from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
-
-# A folder in the form of a store, with the writers that come with the project.
-_PACKAGED_WRITERS = "package://pipelines/examples/writer"
-WRITER_REMEDY = "train one with `prag warmup --asking`, and set augment.writer to the name that it prints"
+from prag_core.store.writers import WRITER_REMEDY, Writer, find_writer, packaged_writer
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     generator, writer = generator_fingerprint(config, facts.fingerprint), writer_of(config, facts.fingerprint)
     augmenting = augment_recipe(config.augment, generator, train)
     if writer is not None:
-        # The writer is a part of the model that augments.
-        augmenting = replace(augmenting, strategy="writer", generator=fingerprint([generator, writer.name]))
+        augmenting = writer.augment_recipe(augmenting)
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
@@ -92,15 +87,6 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
     return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
 
 
-@dataclass(frozen=True)
-class Writer:
-    """The adapter with which a model writes questions: its name, the store that holds it, and its recipe."""
-
-    name: str
-    store: Store
-    recipe: TrainRecipe
-
-
 def writer_of(config: Config, base_model: str) -> Writer | None:
     """Return the writer that a configuration names, or the packaged one of the augmenting model.
 
@@ -116,24 +102,12 @@ def writer_of(config: Config, base_model: str) -> Writer | None:
     if settings.generator == "transformers":
         model = generator_fingerprint(config, base_model)
         if settings.writer is not None:
-            return _writer(open_store(config), settings.writer, model)
-        packaged = Store(local_path(_PACKAGED_WRITERS))
-        for note in packaged.list("starts", ".json"):
-            if packaged.get_json(note)["base_model"] == model:
-                return _writer(packaged, note.removeprefix("starts/").removesuffix(".json"), model)
+            return find_writer(open_store(config), settings.writer, model)
+        if (writer := packaged_writer(model)) is not None:
+            return writer
     if settings.strategy == "writer":
         raise ConfigError("augment.strategy is writer, but there is no writer of this model", WRITER_REMEDY)
     return None
-
-
-def _writer(store: Store, name: str, model: str) -> Writer:
-    try:
-        about = store.get_json(f"starts/{name}.json")
-    except DamagedError as error:
-        raise ConfigError(f"augment.writer = {name!r}: {error.message}", WRITER_REMEDY) from None
-    if about["base_model"] != model or not about["settings"].get("asking"):
-        raise ConfigError(f"augment.writer = {name!r} is no writer of the model that augments", WRITER_REMEDY)
-    return Writer(name, store, TrainRecipe.from_json(about["recipe"]))
 
 
 def profile_of(config: Config) -> Profile:

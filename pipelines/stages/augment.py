@@ -17,17 +17,15 @@ from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
-from pipelines.settings import WRITER_REMEDY, RunContext, writer_of
+from pipelines.settings import RunContext, writer_of
 from prag_core.augmentation.augment import augment, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import Config
-from prag_core.errors import AdapterError, ConfigError
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
 from prag_core.records import Augmentation, Passage, Reject, from_table
-from prag_core.store.adapters import get_start
 from prag_core.store.tables import put_augmentations, put_rejects
 
 
@@ -44,11 +42,7 @@ def make_generator(config: Config) -> Generator:
     writer = writer_of(config, base.fingerprint)
     if writer is None:
         return TransformersGenerator(base)
-    try:
-        factors = get_start(writer.store, writer.name)
-    except AdapterError as error:
-        raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", WRITER_REMEDY) from None
-    return TransformersGenerator(base, adapter=(writer.recipe, factors))
+    return TransformersGenerator(base, adapter=writer.adapter())
 
 
 class AugmentPassages:
