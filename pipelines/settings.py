@@ -8,22 +8,18 @@ from typing import TypeVar
 
 from cluster.resources import PROFILES, Actors, Profile
 from prag_core.config import ActorsConfig, Config, augment_recipe, train_recipe
-from prag_core.errors import ConfigError, DamagedError
-from prag_core.identity import fingerprint, is_checksum
+from prag_core.errors import ConfigError
+from prag_core.identity import is_checksum
 from prag_core.llm.checkpoint import resolve_model
 from prag_core.llm.layout import LoraLayout, find_layout
 from prag_core.llm.model_facts import ModelFacts, model_facts, model_fingerprint
 from prag_core.llm.threads import available_cores
-from prag_core.packaged import local_path
-from prag_core.recipe import Recipe, TrainRecipe
+from prag_core.recipe import Recipe
 from prag_core.store.adapters import start_fingerprint
 from prag_core.store.objects import Store, open_store
+from prag_core.store.writers import WRITER_REMEDY, Writer, find_writer, packaged_writer
 
 T = TypeVar("T")
-
-# A folder in the form of a store, with the writers that come with the project.
-_PACKAGED_WRITERS = "package://pipelines/examples/writer"
-WRITER_REMEDY = "train one with `prag warmup --asking`, and set augment.writer to the name that it prints"
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     generator, writer = generator_fingerprint(config, facts.fingerprint), writer_of(config, facts.fingerprint)
     augmenting = augment_recipe(config.augment, generator, train)
     if writer is not None:
-        # The writer is a part of the model that augments.
-        augmenting = replace(augmenting, strategy="writer", generator=fingerprint([generator, writer.name]))
+        augmenting = writer.augment_recipe(augmenting)
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
@@ -95,15 +90,6 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
     return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
 
 
-@dataclass(frozen=True)
-class Writer:
-    """The adapter with which a model writes questions: its name, the store that holds it, and its recipe."""
-
-    name: str
-    store: Store
-    recipe: TrainRecipe
-
-
 def writer_of(config: Config, base_model: str) -> Writer | None:
     """Return the writer that a configuration names, or the packaged one of the augmenting model.
 
@@ -119,24 +105,12 @@ def writer_of(config: Config, base_model: str) -> Writer | None:
     if settings.generator == "transformers":
         model = generator_fingerprint(config, base_model)
         if settings.writer is not None:
-            return _writer(open_store(config), settings.writer, model)
-        packaged = Store(local_path(_PACKAGED_WRITERS))
-        for note in packaged.list("starts", ".json"):
-            if packaged.get_json(note)["base_model"] == model:
-                return _writer(packaged, note.removeprefix("starts/").removesuffix(".json"), model)
+            return find_writer(open_store(config), settings.writer, model)
+        if (writer := packaged_writer(model)) is not None:
+            return writer
     if settings.strategy == "writer":
         raise ConfigError("augment.strategy is writer, but there is no writer of this model", WRITER_REMEDY)
     return None
-
-
-def _writer(store: Store, name: str, model: str) -> Writer:
-    try:
-        about = store.get_json(f"starts/{name}.json")
-    except DamagedError as error:
-        raise ConfigError(f"augment.writer = {name!r}: {error.message}", WRITER_REMEDY) from None
-    if about["base_model"] != model or not about["settings"].get("asking"):
-        raise ConfigError(f"augment.writer = {name!r} is no writer of the model that augments", WRITER_REMEDY)
-    return Writer(name, store, TrainRecipe.from_json(about["recipe"]))
 
 
 def profile_of(config: Config) -> Profile:
@@ -147,6 +121,7 @@ def profile_of(config: Config) -> Profile:
     """
     run, profile, cores = config.run, PROFILES[config.run.profile], available_cores()
     on_gpu = config.model.device != "cpu"
+    augments_on_gpu = on_gpu and config.augment.generator in ("transformers", "vllm")
 
     def actors(pool: Actors, own: ActorsConfig, *, on_gpu: bool) -> Actors:
         gpus = _first(own.actor_gpus, run.actor_gpus) if on_gpu else _first(own.actor_gpus, 0.0)
@@ -160,7 +135,9 @@ def profile_of(config: Config) -> Profile:
 
     return replace(
         profile.tuned(partitions=run.partitions, tokens_per_step=run.tokens_per_step),
-        augment=actors(profile.augment, run.augment, on_gpu=on_gpu and config.augment.generator == "transformers"),
+        augment=actors(
+            profile.augment, run.augment, on_gpu=on_gpu and config.augment.generator in ("transformers", "vllm")
+        ),
         train=actors(profile.train, run.train, on_gpu=on_gpu),
         answer=actors(profile.answer, run.answer, on_gpu=on_gpu),
         index_cpus=profile.index_cpus if run.actor_cpus is None else min(profile.index_cpus, run.actor_cpus),

@@ -25,6 +25,8 @@ _LINE_ENDS = re.compile(r"\s*\n\s*")
 
 ANSWER_PREFIX = "The answer is"
 REASONING_PREFIX = "Answer:"
+# The most tokens of an answer where nothing says otherwise.
+MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "brief": 32, "chain_of_thought": 128}
 
 # Common knowledge, one example for each kind of multi-hop question: bridge, comparison, yes or no.
 _WORKED = """\

@@ -27,6 +27,7 @@ ORDER = (
     "prag_core.retrieval",
     "prag_core.maintenance",
     "prag_core.inference",
+    "prag_core.passage_model",
     "prag_core.evaluation",
     "prag_core.testing",
     "pipelines",

@@ -104,7 +104,7 @@ def export(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a passage's adapter as a PEFT folder, which `PeftModel.from_pretrained` loads."""
+    """Write a passage's adapter as a PEFT folder with a README.md, which `PeftModel.from_pretrained` loads."""
     from pipelines.maintenance import adapters
 
     settings = options.settings_of(config, set_)

@@ -21,7 +21,7 @@ from prag_core.inference.processor import RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.threads import compute_here
-from prag_core.records import MODES, Answer, Hit, MergeRule, from_table, to_table
+from prag_core.records import MODES, Answer, MergeRule, from_table, to_table
 from prag_core.store.adapters import LedgerSource, open_adapters
 from prag_core.store.snapshot import Snapshot, check_base_model, forgotten_keys
 
@@ -48,16 +48,6 @@ def answer_requests(
     )
 
 
-class _NoRetriever:
-    """Takes the retriever's place, because every request brings its passages."""
-
-    def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
-        raise AssertionError("a request without passages was asked")
-
-    def close(self) -> None:
-        """Do nothing: there is no index."""
-
-
 class AnswerEvaluation:
     """The actor that answers requests: it holds the engine and stores the replies."""
 
@@ -78,7 +68,7 @@ class AnswerEvaluation:
             train,
             RequestProcessor(
                 base,
-                _NoRetriever(),
+                None,  # every request brings its passages
                 template=train.template,
                 snapshot=snapshot.id,
                 max_new_tokens=config.answer.max_new_tokens,

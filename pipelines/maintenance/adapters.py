@@ -27,7 +27,7 @@ def one_key(store: Store, corpus_version: str, name: str) -> str:
 
 
 def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> str:
-    """Write a passage's adapter as a PEFT folder, and return the passage's key.
+    """Write a passage's adapter as a PEFT folder with a card (README.md), and return the passage's key.
 
     `name` is the passage's key or a source id, `snapshot_id` the snapshot to use (None: the one in service).
 
@@ -37,6 +37,7 @@ def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> 
         ModelError: if the configured base model cannot be found.
         StoreError: if the store was made with another base model.
     """
+    from prag_core.llm.adapter_card import AdapterCard, write_card
     from prag_core.llm.peft import export_peft, peft_base
     from prag_core.store.adapters import find_row, open_adapters
 
@@ -48,10 +49,16 @@ def export(config: Config, name: str, folder: Path, snapshot_id: str | None) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder", "name another with --to")
     adapters, _ = open_adapters(store, snapshot.recipe)
-    factors = adapters.fetch(find_row(store, snapshot.ledger_parts, key))
+    row = find_row(store, snapshot.ledger_parts, key)
+    factors = adapters.fetch(row)
     base = peft_base(config.model.name)
     check_base_model(snapshot, store, config.model.name, base.facts.fingerprint)
     export_peft(adapters.layout, factors, folder, base)
+    # An adapter may outlive its passage's place in the corpus.
+    passages = find_passages(store, snapshot.corpus_version, [key])
+    title, sources = (passages[0].title, passages[0].sources) if passages else ("", ())
+    training = (row.steps, row.tokens, row.first_loss, row.last_loss, row.seconds)
+    write_card(folder, base, AdapterCard(adapters.recipe, key, title, sources, *training))
     return key
 
 

@@ -18,18 +18,16 @@ from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
-from pipelines.settings import WRITER_REMEDY, RunContext, writer_of
+from pipelines.settings import RunContext, writer_of
 from prag_core.augmentation.augment import augment_each, complete
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import DEFAULT_CONCURRENCY, Config
-from prag_core.errors import AdapterError, ConfigError
 from prag_core.llm.base_model import load_base_model
 from prag_core.llm.generator import CPU_ROWS, MOST_ROWS, Generator, TransformersGenerator
 from prag_core.llm.openai_generator import OpenAIGenerator
 from prag_core.llm.threads import compute_here
 from prag_core.llm.vllm_generator import DEFAULT_REQUESTS, VllmGenerator
 from prag_core.records import Augmentation, Passage, Reject, from_table
-from prag_core.store.adapters import get_start
 from prag_core.store.tables import put_augmentations, put_rejects
 
 # A task has at most so many passages for each request in flight. At its end the actor runs empty, and until then the
@@ -58,11 +56,7 @@ def make_generator(config: Config, gpus: float, on_progress: Callable[[], None] 
     rows = config.augment.concurrency
     if writer is None:
         return TransformersGenerator(base, max_batch=rows, on_progress=on_progress)
-    try:
-        factors = get_start(writer.store, writer.name)
-    except AdapterError as error:
-        raise ConfigError(f"augment.writer = {writer.name!r}: {error.message}", WRITER_REMEDY) from None
-    return TransformersGenerator(base, adapter=(writer.recipe, factors), max_batch=rows, on_progress=on_progress)
+    return TransformersGenerator(base, adapter=writer.adapter(), max_batch=rows, on_progress=on_progress)
 
 
 class AugmentPassages:

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prag_core.errors import AdapterError, GenerationError, NotFiniteError
+from prag_core.errors import AdapterError, GenerationError, NotFiniteError, RetrievalError
 from prag_core.identity import normalize
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.lora import FlatAdapter
-from prag_core.prompts import final_answer, passage_text, reasons
+from prag_core.prompts import MAX_NEW_TOKENS, final_answer, passage_text, reasons
 from prag_core.records import DEFAULT_COMBINE_STRENGTH, Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
 
@@ -25,7 +25,6 @@ from prag_core.retrieval.kinds import Retriever
 _MAX_HITS = 1024
 # An answer is one line. Its end is looked for in the text: tokens that hold a line end may hold other text as well.
 _LINE_END = "\n"
-_MAX_NEW_TOKENS: dict[Template, int] = {"direct": 32, "brief": 32, "chain_of_thought": 128}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RequestProcessor:
 
     Args:
         base: The frozen base model.
-        retriever: Finds passages; never called in the mode `closed`.
+        retriever: Finds passages, unless a request brings its own; None where each does.
         template: How questions are asked; it must be the template of the adapters' recipe.
         snapshot: The snapshot's id, which answers carry.
         max_new_tokens: The most tokens of an answer where its request does not say; by default 32, or 128 where the
@@ -68,7 +67,7 @@ class RequestProcessor:
     def __init__(
         self,
         base: BaseModel,
-        retriever: Retriever,
+        retriever: Retriever | None,
         *,
         template: Template = "direct",
         snapshot: str = "",
@@ -83,7 +82,7 @@ class RequestProcessor:
         self._model_name = base.name
         self._retriever = retriever
         self.template = template
-        self.max_new_tokens = max_new_tokens or _MAX_NEW_TOKENS[template]
+        self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS[template]
         self._combine_strength = combine_strength
         self._reader = reader
         self._hidden = frozenset(hidden)
@@ -92,12 +91,14 @@ class RequestProcessor:
         """Return the passages for a request, best first: its own hits, or the best ones that its asker may read.
 
         Raises:
-            RetrievalError: when the index cannot be searched.
+            RetrievalError: when the index cannot be searched, or there is none.
         """
         if request.mode == "closed":
             return ()
         if request.hits is not None:
             return tuple(hit for hit in request.hits if self._may_use(hit.passage, request))
+        if self._retriever is None:
+            raise RetrievalError("there is no index to search", "give the question its passages (`Request.hits`)")
         wanted = request.top_k
         while True:
             hits = self._retriever.search(request.question, wanted, request.min_score)

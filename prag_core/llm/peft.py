@@ -30,6 +30,8 @@ _MOST = 1e9
 # Patterns whose matching may have no end: a group that is repeated, or many repetitions.
 _SLOW = re.compile(r"\)[*+{]|([*+{].*){5}", re.DOTALL)
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Of exported files: whoever may read their folder may read them. safetensors writes files that only their owner reads.
+FILE_MODE = 0o644
 # In the metadata of the weights, which PEFT ignores: the fingerprint of the base model.
 _BASE_MODEL = "base_model"
 # Fields that change what an adapter does, unless they are off: null, false or empty.
@@ -63,11 +65,13 @@ class PeftBase:
     """The base model of adapters in PEFT's format.
 
     `name` is as configured; `location` is what PEFT loads it from: an absolute folder, or a name on the hub.
+    `revision` is the commit on the hub, or empty.
     """
 
     name: str
     location: str
     facts: ModelFacts
+    revision: str = ""
 
 
 def peft_base(name: str, facts: ModelFacts | None = None) -> PeftBase:
@@ -80,7 +84,10 @@ def peft_base(name: str, facts: ModelFacts | None = None) -> PeftBase:
     """
     folder = resolve_model(name)
     local = name in PACKAGED or local_folder(name) is not None
-    return PeftBase(name, str(folder.resolve()) if local else name, facts or model_facts(folder))
+    if local:
+        return PeftBase(name, str(folder.resolve()), facts or model_facts(folder))
+    # The hub's cache names a model's folder by its commit.
+    return PeftBase(name, name, facts or model_facts(folder), revision=folder.name)
 
 
 def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base: PeftBase) -> None:
@@ -111,6 +118,8 @@ def export_peft(layout: LoraLayout, factors: Factors, folder: Path, base: PeftBa
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, folder / _WEIGHTS, metadata)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for name in (_CONFIG, _WEIGHTS):
+            (folder / name).chmod(FILE_MODE)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{folder}: cannot be written: {error}", "name another folder, or make room there") from error
 

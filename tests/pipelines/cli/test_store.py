@@ -199,6 +199,10 @@ def test_export_and_import_keep_the_logits(folder: Path) -> None:
     injector.close()
     code, printed = call("export", passage.sources[0], "--to", "out/peft")
     assert (code, passage.key in printed) == (0, True)
+    card = (folder / "out/peft/README.md").read_text()
+    row = next(row for row in rows_of(folder) if row.key == passage.key)
+    for said in (passage.sources[0], passage.title, snapshot.recipe, f"{row.steps} steps", f"{row.last_loss:.3f}"):
+        assert said in card, said
     plain = load_base_model(ModelConfig(name=str(folder / "tiny"), dtype="float32"))
     with torch.no_grad():
         assert not torch.allclose(plain.model(input_ids=ids).logits, expected, atol=1e-3)
