@@ -1,7 +1,7 @@
 """A faster linear layer for few rows: for 2 to 64 rows on a CPU, compute (W·xᵀ)ᵀ; MKL is faster there.
 
 A decoding step multiplies one row for each sequence. For so few rows MKL's fp32 kernel for x·Wᵀ takes 1.2 to 4 times as
-long as the one for W·xᵀ, which reads the weights along their rows (docs/decisions.md, 65).
+long as the one for W·xᵀ, which reads the weights along their rows (decision 65 in docs/decisions).
 """
 
 from __future__ import annotations
