@@ -155,8 +155,12 @@ def compare_versions(here: Mapping[str, str], nodes: Sequence[NodeReport]) -> li
             findings.append(CheckResult("versions", "failed", "; ".join(wrong), remedy, node.name))
     if not findings:
         listed = ", ".join(f"{package} {version}" for package, version in here.items())
-        findings.append(CheckResult("versions", "ok", f"{listed} on {len(nodes)} nodes"))
+        findings.append(CheckResult("versions", "ok", f"{listed}; nodes: {len(nodes)}"))
     return findings
+
+
+def _s(count: float) -> str:
+    return "" if count == 1 else "s"
 
 
 def _first_line(error: BaseException) -> str:
@@ -170,13 +174,13 @@ def _release(version: str) -> str:
 def check_resources(cpus: float, gpus: float, user: str, nodes: Sequence[NodeReport]) -> CheckResult:
     """Check that a running node has the CPUs and GPUs that `user` (say, "a training actor") takes."""
     fit = [n for n in nodes if n.resources.get("CPU", 0) >= cpus and n.resources.get("GPU", 0) >= gpus]
-    need = f"{user} takes {cpus:g} CPUs and {gpus:g} GPUs"
+    need = f"{user} takes {cpus:g} CPU{_s(cpus)} and {gpus:g} GPU{_s(gpus)}"
     if fit:
-        return CheckResult("resources", "ok", f"{need}; {len(fit)} of {len(nodes)} nodes can hold one")
+        return CheckResult("resources", "ok", f"{need}; nodes that can hold one: {len(fit)} of {len(nodes)}")
     return CheckResult(
         "resources",
         "warning",
-        f"{need}; none of the {len(nodes)} running nodes can hold one",
+        f"{need}; running nodes that can hold one: none of {len(nodes)}",
         "fine if an autoscaler adds such nodes; else the job waits for ever: lower run.actor_cpus, run.actor_gpus",
     )
 
@@ -189,7 +193,7 @@ def check_cuda(nodes: Sequence[NodeReport]) -> list[CheckResult]:
         for node in nodes
         if not node.findings and not (node.gpus and node.cuda)
     ]
-    return findings or [CheckResult("device", "ok", f"each of {len(nodes)} nodes has a GPU")]
+    return findings or [CheckResult("device", "ok", f"each node has a GPU; nodes: {len(nodes)}")]
 
 
 def check_gpu_memory(needed_bytes: int, breakdown: str, remedy: str, nodes: Sequence[NodeReport]) -> list[CheckResult]:
@@ -215,6 +219,6 @@ def check_gpu_memory(needed_bytes: int, breakdown: str, remedy: str, nodes: Sequ
             detail = f"{smallest / 1e9:.1f} GB, at least {needed_bytes / 1e9:.1f} GB needed: {breakdown}"
             findings.append(CheckResult("GPU memory", "failed", detail, remedy, node.name))
     if not findings:
-        detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({breakdown}); {len(with_gpus)} nodes have it"
+        detail = f"at least {needed_bytes / 1e9:.1f} GB needed ({breakdown}); nodes that have it: {len(with_gpus)}"
         findings.append(CheckResult("GPU memory", "ok", detail))
     return findings

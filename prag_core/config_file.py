@@ -111,7 +111,9 @@ def _parse_yaml(text: str, origin: str) -> Any:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
         return _plain(node, origin, itertools.count()) if node else None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}", "fix the line that the message names") from None
+        mark = getattr(error, "problem_mark", None)
+        remedy = f"Fix line {mark.line + 1}, column {mark.column + 1}." if mark else "Fix the file, or write it again."
+        raise ConfigError(f"{origin}: not valid YAML: {error}", remedy) from None
     except RecursionError:
         raise ConfigError(f"{origin}: nested too deeply, or an alias holds itself", _EXAMPLE) from None
 

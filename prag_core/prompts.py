@@ -20,6 +20,7 @@ PROMPT_VERSION = 2
 
 Role = Literal["system", "user", "assistant"]
 
+_COLON = re.compile(r"^[\s:]+")
 _LINE_ENDS = re.compile(r"\s*\n\s*")
 
 ANSWER_PREFIX = "The answer is"
@@ -106,10 +107,13 @@ def answer_target(pair: QAPair, template: Template = "direct") -> str:
 
 
 def final_answer(text: str, template: Template = "direct") -> str:
-    """Return the short answer in a model's text; with `chain_of_thought`, the part after the last "the answer is"."""
+    """Return the short answer in a model's text; with `chain_of_thought`, the part after the last "the answer is".
+
+    A model often goes on from "The answer is" with a colon, which is no part of its answer.
+    """
     if reasons(template):
-        text = re.split(r"(?i)\bthe answer is\b:?", text)[-1]
-    return text.strip().rstrip(".")
+        text = re.split(r"(?i)\bthe answer is\b", text)[-1]
+    return _COLON.sub("", text).rstrip().rstrip(".")
 
 
 def _sentence(text: str) -> str:

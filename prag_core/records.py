@@ -139,7 +139,8 @@ class Hit:
 class UsedPassage:
     """How one retrieved passage was used for an answer: as an adapter, in the prompt, or both.
 
-    `note` says why a passage went into the prompt although its adapter was wanted.
+    `note` says why a passage went into the prompt although its adapter was wanted. `text` is the passage's text, so
+    that an answer can be checked.
     """
 
     key: str
@@ -150,6 +151,7 @@ class UsedPassage:
     in_prompt: bool
     weight: float = 0.0
     note: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -17,17 +19,21 @@ from pipelines.cli import (
     augmentations,
     cluster,
     evaluate,
+    init,
     keys,
     options,
     passages,
+    plan,
     reindex,
     run,
     serve,
     snapshots,
+    status,
     store,
     warmup,
 )
 from pipelines.cli.stopping import run_until_stopped
+from pipelines.cli.terminal import out
 from prag_core.data.parsing import is_storable
 from prag_core.errors import EXIT_CODES, ClusterError, ConfigError, PragError
 from prag_core.packaged import local_path
@@ -38,22 +44,40 @@ app = typer.Typer(
     name="prag",
     help=(
         "Parametric RAG: passages become LoRA adapters; a question adds the adapters it needs to the weights.\n\n"
-        "A first session: `prag plan`, `prag run`, "
-        '`prag ask --compare "Who built the Cazambra Lighthouse?"`. '
-        "Without `--config`, commands use the packaged example. To write your own, copy "
-        f"`{local_path(options.EXAMPLE)}`.\n\n"
+        "A first session with a corpus of your own: `prag init corpus.jsonl`, `prag run -c config.yaml`, "
+        '`prag ask -c config.yaml "Who …?"`. Without `--config`, commands use the packaged example, '
+        f"`{local_path(options.EXAMPLE)}`."
+    ),
+    epilog=(
         f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}. "
         "`prag submit` ends with the code of its job."
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for module in (run, ask, serve, cluster, reindex, store, passages, evaluate, warmup, augmentations):
+# The order of the groups in `prag --help`, and of the commands in each.
+for module in (init, run, plan, status, reindex, warmup, augmentations, ask, serve):
     app.add_typer(module.app)
-app.add_typer(snapshots.app, name="snapshots")
-app.add_typer(keys.app, name="keys")
+app.add_typer(keys.app, name="keys", rich_help_panel=options.ASK)
+app.add_typer(snapshots.app, name="snapshots", rich_help_panel=options.STORE)
+for module in (store, passages, evaluate, cluster):
+    app.add_typer(module.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"prag {importlib.metadata.version('prag-ray')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -68,7 +92,7 @@ def main() -> None:
     try:
         _check_utf8()
         logging.basicConfig(level=_log_level(), format="%(levelname)s %(name)s: %(message)s")
-        run_until_stopped(lambda stop: app(obj=stop))
+        run_until_stopped(lambda stop: app(obj=stop, prog_name="prag"))
     except (PragError, SessionError) as raised:
         error = raised if isinstance(raised, PragError) else ClusterError(str(raised), raised.remedy)
         typer.secho(f"error: {error}", err=True, fg="red")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import shorten
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from pipelines.cli import options
-from pipelines.cli.terminal import out, print_json, print_table, result_only
+from pipelines.cli.terminal import out, print_json, result_only
+from pipelines.words import counted, duration
 from prag_core.config import Config
 from prag_core.inference.question import check_question
 from prag_core.records import MODES, Answer, Mode, UsedPassage
@@ -18,32 +20,42 @@ from prag_core.records import MODES, Answer, Mode, UsedPassage
 app = typer.Typer()
 
 
-@app.command()
+# `prag ask --compare` shows the configured mode first, then the others in this order.
+_COMPARED: tuple[Mode, ...] = ("combine", "prag", "rag", "closed")
+# Of a passage, unless its whole text is wanted.
+_SHOWN_CHARS = 200
+
+
+@app.command(rich_help_panel=options.ASK, epilog='Example: `prag ask -c config.yaml --compare "Who built it?"`')
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
     config: options.Config = options.EXAMPLE,
     mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Passages to retrieve.")] = None,
     weights: Annotated[str | None, typer.Option(help="How to add the adapters: sum, mean or score.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer in all four modes side by side.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer in all four modes, one below the other.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Show the whole texts of the passages.")] = False,
     snapshot: options.Snapshot = None,
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer a question from the snapshot in service.
+    """Answer a question from the snapshot in service, and show the passages it rests on.
 
-    `closed` is the bare model, `rag` has the passages in the prompt, `prag` has them in the weights, `combine` both.
+    `combine` has the passages in the weights and in the prompt, `prag` in the weights alone, `rag` in the prompt alone;
+    `closed` is the bare model.
     """
     given = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
     settings = options.settings_of(config, set_, given)
     check_question(question, settings.serve.max_question_chars)
     chosen = options.snapshot_of(settings, snapshot)
+    first = settings.answer.mode
+    modes = (first, *(other for other in _COMPARED if other != first)) if compare else (first,)
     with result_only():
-        answers = _answers(settings, question, MODES if compare else (settings.answer.mode,), chosen)
+        answers = _answers(settings, question, modes, chosen)
     if as_json:
         print_json([asdict(answer) for answer in answers])
     else:
-        _show_answers(answers)
+        _show_answers(answers, whole=text)
 
 
 def _answers(config: Config, question: str, modes: Sequence[Mode], snapshot: str | None) -> list[Answer]:
@@ -56,23 +68,24 @@ def _answers(config: Config, question: str, modes: Sequence[Mode], snapshot: str
     return [engine.answer(Request(question, mode, top_k, weights)) for mode in modes]
 
 
-def _show_answers(answers: Sequence[Answer]) -> None:
+def _show_answers(answers: Sequence[Answer], *, whole: bool = False) -> None:
     for answer in answers:
         out.print(Text.assemble((f"{answer.mode:>8}", "bold"), f"  {answer.text}"))
         if answer.reasoning:
             out.print(f"          reasoning: {answer.reasoning}", highlight=False)
-        steps = ", ".join(f"{step} {ms:.0f}" for step, ms in answer.milliseconds.items())
-        out.print(f"          {steps} ms; {answer.prompt_tokens} prompt tokens, {answer.new_tokens} new")
+        steps = ", ".join(f"{step} {ms / 1e3:.2f}" for step, ms in answer.milliseconds.items() if ms >= 5)
+        spent = duration(sum(answer.milliseconds.values()) / 1e3) + (f" ({steps})" if steps else "")
+        tokens = f"{counted(answer.prompt_tokens, 'prompt token')}, {answer.new_tokens:,} new"
+        out.print(f"          {spent}; {tokens}", style="dim", highlight=False)
     uses: dict[str, list[str]] = {}
     for answer in answers:
         for passage in answer.passages:
             uses.setdefault(passage.key, []).append(f"{answer.mode}: {_use(passage)}")
-    rows = [
-        (f"{p.score:.2f}", p.title, ", ".join(p.sources), "\n".join(uses[p.key]))
-        for p in max((answer.passages for answer in answers), key=len)
-    ]
-    if rows:
-        print_table("Retrieved passages", rows, ("score", "title", "ids", "how it was used"))
+    for passage in max((answer.passages for answer in answers), key=len):
+        about = f"  ({', '.join(passage.sources)}; BM25 score {passage.score:.2f})"
+        out.print(Text.assemble("\n", (passage.title or passage.key, "bold"), about))
+        out.print(passage.text if whole else shorten(passage.text, _SHOWN_CHARS, placeholder=" …"), highlight=False)
+        out.print("; ".join(uses[passage.key]), style="dim", highlight=False)
 
 
 def _use(passage: UsedPassage) -> str:

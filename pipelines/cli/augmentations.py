@@ -9,11 +9,16 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_result, progress_to, result_only
+from pipelines.words import counted
 
 app = typer.Typer()
 
 
-@app.command("import-augmentations")
+@app.command(
+    "import-augmentations",
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag import-augmentations -c config.yaml made.jsonl`",
+)
 def import_augmentations(
     file: Annotated[str, typer.Argument(help="JSON Lines of id, rewrites, qa, or the paper's published JSON.")],
     config: options.Config = options.EXAMPLE,
@@ -33,7 +38,7 @@ def import_augmentations(
     given: dict[str, object] = {"augment.import_file": file}
     if passages_to is not None:
         written = write_corpus(file, passages_to, options.settings_of(config, set_).storage)
-        progress_to.print(f"{passages_to}: {written} passages")
+        progress_to.print(f"{passages_to}: {counted(written, 'passage')}")
         given["corpus.path"] = str(passages_to)
     with result_only():
         counts = import_into_store(options.settings_of(config, set_, given), progress_to)
@@ -41,7 +46,11 @@ def import_augmentations(
     print_result(counts, text, as_json)
 
 
-@app.command("export-augmentations")
+@app.command(
+    "export-augmentations",
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag export-augmentations -c config.yaml made.jsonl`",
+)
 def export_augmentations(
     file: Annotated[Path, typer.Argument(help="The file to write.")],
     config: options.Config = options.EXAMPLE,
@@ -58,4 +67,4 @@ def export_augmentations(
     chosen = options.snapshot_of(settings, snapshot)
     with result_only():
         count = export_from_store(settings, file, form, chosen, progress_to)
-    out.print(f"{file}: {count} augmentations")
+    out.print(f"{file}: {counted(count, 'augmentation')}")

@@ -14,6 +14,7 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from pipelines.words import counted
 from prag_core.errors import ConfigError
 from prag_core.records import MAX_STRENGTH, MODES, MergeRule
 
@@ -28,7 +29,10 @@ N = TypeVar("N", int, float)
 _NAMED = {"atlas": "package://pipelines/examples/atlas/questions.jsonl"}
 
 
-@app.command()
+@app.command(
+    rich_help_panel=options.EVALUATE,
+    epilog="Example: `prag evaluate -c config.yaml --dataset questions.jsonl`",
+)
 def evaluate(
     config: options.Config = options.EXAMPLE,
     dataset: Annotated[
@@ -48,10 +52,10 @@ def evaluate(
     wrong: Annotated[
         Literal["nearest", "random"], typer.Option(help="Which wrong passage's adapter the control `wrong` takes.")
     ] = "nearest",
-    seeds: Annotated[int, typer.Option(min=1, help="How many times to draw what is random.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of random seeds.")] = 3,
     task_passages: Annotated[int, typer.Option(min=1, help="Passages that train a task adapter.")] = 8,
     task_rounds: Annotated[
-        int, typer.Option(min=1, help="Steps of a task adapter, in multiples of one passage's steps.")
+        int, typer.Option(min=1, help="The task adapter's steps, as a multiple of one passage adapter's.")
     ] = 1,
     split: Annotated[str | None, typer.Option(help="Use only the questions of this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask at most this many, drawn at random.")] = None,
@@ -143,7 +147,9 @@ def read_question_set(name: str, storage: StorageConfig | None = None) -> list[Q
     left_out: Counter[str] = Counter()
     questions = read_questions(_NAMED.get(path, path), form, storage, left_out)
     for reason, count in left_out.items():
-        progress_to.print(f"{shown(without_query(name))}: {len(questions)} questions; left out: {count} {reason}")
+        progress_to.print(
+            f"{shown(without_query(name))}: {counted(len(questions), 'question')}; left out: {count} {reason}"
+        )
     return questions
 
 

@@ -22,7 +22,7 @@ FileOption = Annotated[
 _DEFAULT = Path("keys.json")
 
 
-@app.command()
+@app.command(epilog="Example: `prag keys add ada --file keys.json --access staff`")
 def add(
     name: Annotated[str, typer.Argument(help="The name of the person or program that will use the key.")],
     file: FileOption = _DEFAULT,
@@ -37,7 +37,7 @@ def add(
     print_raw(KeyFile(file).add(name, access or (), rate) + "\n")
 
 
-@app.command("list")
+@app.command("list", epilog="Example: `prag keys list --file keys.json`")
 def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
     """List the keys of a file, without their secrets."""
     from pipelines.serving.api_keys import KeyFile
@@ -53,7 +53,7 @@ def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
     print_table(str(file), rows, ("id", "name", "access", "a minute", "created", "revoked"))
 
 
-@app.command()
+@app.command(epilog="Example: `prag keys revoke ada --file keys.json`")
 def revoke(
     name: Annotated[str, typer.Argument(help="The key's name or id.")],
     file: FileOption = _DEFAULT,

@@ -23,7 +23,7 @@ Set = Annotated[
 Profile = Annotated[
     str | None, typer.Option("--profile", help="Where to run: laptop, gpu or cluster; default: run.profile.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a text for people.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Snapshot = Annotated[
     str | None, typer.Option(help="Use this snapshot, not the one in service: its id, or the beginning of it.")
 ]
@@ -33,6 +33,9 @@ TakeOver = Annotated[
 Wait = Annotated[
     float, typer.Option("--wait", min=0, help="Seconds to wait for another run's lease, also for a dead run's.")
 ]
+
+# The groups of commands in `prag --help`.
+START, RUN, ASK, STORE, EVALUATE, CLUSTER = "Start", "Run", "Ask", "Store", "Evaluate", "Cluster"
 
 # The configuration of commands without `--config`.
 EXAMPLE = "package://pipelines/examples/demo.yaml"

@@ -11,13 +11,14 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_result
+from pipelines.words import counted
 
 app = typer.Typer()
 
 StageOption = Annotated[Literal["corpus", "augment", "train"] | None, typer.Option(help="Only rejects of this stage.")]
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag rejects -c config.yaml --stage train`")
 def rejects(
     config: options.Config = options.EXAMPLE,
     stage: StageOption = None,
@@ -42,7 +43,7 @@ def rejects(
         out.print(f"  … and {len(rows) - limit} more; see --limit or --json")
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag retry -c config.yaml --reason no_usable_pair`")
 def retry(
     reason: Annotated[
         str | None, typer.Option(help="Only rejects with this reason; `prag rejects` lists them.")
@@ -60,10 +61,12 @@ def retry(
     if not (reason or stage or everything):
         raise typer.BadParameter("give a --reason, a --stage, or --all", param_hint="prag retry")
     count = operations.retry(options.settings_of(config, set_), stage=stage, reason=reason, take_over=take_over)
-    print_result({"retried": count}, f"{count:,} rejects cleared" + ("; run `prag run`" if count else ""), as_json)
+    print_result(
+        {"retried": count}, f"{counted(count, 'reject')} cleared" + ("; run `prag run`" if count else ""), as_json
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag forget -c config.yaml p17`")
 def forget(
     passages: Annotated[list[str], typer.Argument(metavar="KEY|ID…", help="Keys, or ids in the corpus.")],
     undo: Annotated[
@@ -89,10 +92,10 @@ def forget(
         out.print(f"{key}  {known.get(key, 'not in the corpus in service')}", highlight=False)
     out.print(f"snapshot {done.snapshot} is in service", highlight=False)
     if not undo:
-        out.print("to remove their bytes, run `prag run`, then `prag gc`")
+        out.print("To erase the data itself, run `prag run`, then `prag gc`.")
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag export -c config.yaml p17 --to adapter`")
 def export(
     passage: Annotated[str, typer.Argument(metavar="KEY|ID", help="The passage's key, or its id in the corpus.")],
     to: Annotated[Path, typer.Option("--to", help="The folder to write; it must be new or empty.")],
@@ -109,7 +112,7 @@ def export(
     print_result({"key": key, "folder": str(to)}, f"the adapter of {key} is in {to}", as_json)
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=options.STORE, epilog="Example: `prag import -c config.yaml adapter --id p17`")
 def import_(
     folder: Annotated[Path, typer.Argument(help="A PEFT folder: adapter_config.json, adapter_model.safetensors.")],
     key: Annotated[str | None, typer.Option("--key", help="The passage's key.")] = None,

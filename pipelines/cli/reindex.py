@@ -8,6 +8,7 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import print_json, print_table, progress_to, result_only
+from pipelines.words import counted
 
 if TYPE_CHECKING:
     from pipelines.jobs.reindex import ReindexReport
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    rich_help_panel=options.RUN,
+    epilog="Example: `prag reindex -c config.yaml --corpus tonight.jsonl`",
+)
 def reindex(
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="The new corpus; default: the configuration's corpus.path.")
@@ -57,9 +61,9 @@ def _show_report(report: ReindexReport) -> None:
     difference, least = report.difference, f"{report.canary_min or 0.0:.3f}"
     rows = [
         ("passages", f"{difference.passages_new} new, {difference.passages_gone} removed"),
-        ("kept passages", f"{difference.passages_kept}, with {difference.moved} new ids"),
+        ("kept passages", f"{difference.passages_kept}, with {counted(difference.moved, 'new id')}"),
         ("ids", f"{difference.added} added, {difference.changed} changed, {difference.removed} removed"),
-        ("made", f"{report.augmented} augmentations, {report.trained} adapters"),
+        ("made", f"{counted(report.augmented, 'augmentation')}, {counted(report.trained, 'adapter')}"),
         ("rejected", ", ".join(f"{reason} {n}" for reason, n in sorted(report.rejected.items())) or "none"),
         ("canary", "not asked" if report.canary_f1 is None else f"F1 {report.canary_f1:.3f}, at least {least} wanted"),
         ("in service", report.snapshot if report.published else f"{report.snapshot}, as before: nothing changed"),

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_table, progress_to, result_only
+from pipelines.words import counted, duration
 
 if TYPE_CHECKING:
     from pipelines.jobs.run import RunReport
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag run -c config.yaml`")
 def run(
     config: options.Config = options.EXAMPLE,
     set_: options.Set = None,
@@ -41,7 +42,7 @@ def run(
         _show_report(report)
 
 
-@app.command()
+@app.command(rich_help_panel=options.START, epilog="Example: `prag demo`")
 def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> None:
     """Run the main job on the example corpus, ask its questions in every mode, and print tables.
 
@@ -57,7 +58,7 @@ def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> 
 
 
 def _show_report(report: RunReport) -> None:
-    columns = ("stage", "in", "done", "earlier", "rejected", "seconds", "passages/s", "bytes")
+    columns = ("stage", "in", "done", "reused", "rejected", "time", "passages/s", "bytes")
     rows = [
         (
             stage.stage,
@@ -65,7 +66,7 @@ def _show_report(report: RunReport) -> None:
             str(stage.done),
             str(stage.earlier),
             str(sum(stage.rejected.values())),
-            f"{stage.seconds:.1f}",
+            duration(stage.seconds),
             f"{stage.per_second:.2f}",
             decimal(stage.bytes) if stage.bytes else "",
         )
@@ -74,4 +75,5 @@ def _show_report(report: RunReport) -> None:
     print_table(f"Run {report.run}", rows, columns, right=columns[1:])
     for reason, count in report.rejected.items():
         out.print(f"rejected: {reason} {count}; `prag rejects` lists them")
-    out.print(f"{report.adapters} adapters; snapshot {report.snapshot} in service; {report.seconds:.1f} s")
+    adapters, seconds = counted(report.adapters, "adapter"), duration(report.seconds)
+    out.print(f"{adapters}; snapshot {report.snapshot} in service; {seconds}", soft_wrap=True)

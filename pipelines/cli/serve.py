@@ -15,7 +15,7 @@ from prag_core.config import Config
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=options.ASK, epilog="Example: `prag serve -c config.yaml --port 8000`")
 def serve(
     config: options.Config = options.EXAMPLE,
     host: Annotated[str | None, typer.Option(help="The address to listen on; default: serve.host.")] = None,

@@ -10,6 +10,7 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import print_json, print_result, print_table
+from pipelines.words import counted
 
 app = typer.Typer(no_args_is_help=True, help="List, show, roll back to, pin and unpin snapshots.")
 
@@ -18,13 +19,15 @@ SnapshotArgument = Annotated[
 ]
 
 _SHOWN = 50
+# Digits of a hash that tell two recipes of one name apart.
+_HASH_SHOWN = 8
 
 
-@app.command("list")
+@app.command("list", epilog="Example: `prag snapshots list -c config.yaml`")
 def list_(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """List the snapshots, the oldest first: which one serves, which are pinned, which `prag gc` keeps."""
     from prag_core.store.pins import kept_snapshots, pinned
-    from prag_core.store.snapshot import current_id, list_snapshots
+    from prag_core.store.snapshot import current_id, list_snapshots, recipe_name
 
     store = options.store_of(config, set_)
     serving, pins = current_id(store), pinned(store)
@@ -36,14 +39,17 @@ def list_(config: options.Config = options.EXAMPLE, set_: options.Set = None, as
         return
     rows = []
     for s in found:
+        forgotten = f"{len(s.tombstones):,} forgotten"
         marked = {"in service": s.id == serving, "pinned": s.id in pins, "old": s.id not in kept}
-        notes = ", ".join(note for note, holds in marked.items() if holds)
-        rows.append((s.id, f"{s.passages:,}", f"{s.adapters:,}", f"{len(s.tombstones):,}", s.recipe, notes))
-    numbers = ("passages", "adapters", "forgotten")
-    print_table(f"{len(found)} snapshots", rows, ("id", *numbers, "recipe", ""), right=numbers)
+        notes = ", ".join(note for note, holds in {**marked, forgotten: s.tombstones}.items() if holds)
+        recipe = f"{recipe_name(store, s)}\n{s.recipe[:_HASH_SHOWN]}".strip()
+        # The notes stand below the id, so that the table fits into 80 columns with whole ids.
+        rows.append((f"{s.id}\n{notes}".strip(), f"{s.passages:,}", f"{s.adapters:,}", recipe))
+    numbers = ("passages", "adapters")
+    print_table(counted(len(found), "snapshot"), rows, ("id", *numbers, "recipe"), right=numbers, whole=("id",))
 
 
-@app.command()
+@app.command(epilog="Example: `prag snapshots show -c config.yaml 20261129T14`")
 def show(
     snapshot: Annotated[
         str | None, typer.Argument(help="The id, or the beginning of it; default: the snapshot in service.")
@@ -53,19 +59,22 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Show everything that a snapshot names."""
-    from prag_core.store.snapshot import load_snapshot
+    from prag_core.store.snapshot import load_snapshot, recipe_name
 
     store = options.store_of(config, set_)
     found = load_snapshot(store, options.whole_id(store, snapshot) if snapshot is not None else None)
     if as_json:
         print_json(asdict(found))
         return
-    fields = asdict(found).items()
-    rows = [(name, "\n".join(_cut(value)) if isinstance(value, tuple) else str(value)) for name, value in fields]
+    fields = {**asdict(found), "recipe": f"{recipe_name(store, found)} {found.recipe}".strip()}
+    rows = [
+        (name.replace("_", " "), "\n".join(_cut(value)) if isinstance(value, tuple) else str(value))
+        for name, value in fields.items()
+    ]
     print_table(f"Snapshot {found.id}", rows)
 
 
-@app.command()
+@app.command(epilog="Example: `prag snapshots rollback -c config.yaml 20261129T14`")
 def rollback(
     snapshot: SnapshotArgument,
     config: options.Config = options.EXAMPLE,
@@ -80,7 +89,7 @@ def rollback(
     print_result({"serving": serving}, f"snapshot {serving} is in service", as_json)
 
 
-@app.command()
+@app.command(epilog="Example: `prag snapshots pin -c config.yaml 20261129T14`")
 def pin(
     snapshot: SnapshotArgument,
     config: options.Config = options.EXAMPLE,
@@ -96,7 +105,7 @@ def pin(
     print_result({"pinned": list(pinned(store))}, f"snapshot {id} is pinned", as_json)
 
 
-@app.command()
+@app.command(epilog="Example: `prag snapshots unpin -c config.yaml 20261129T14`")
 def unpin(
     snapshot: SnapshotArgument,
     config: options.Config = options.EXAMPLE,

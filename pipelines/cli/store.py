@@ -10,6 +10,7 @@ from rich.filesize import decimal
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_table, progress_to, result_only
+from pipelines.words import counted, duration
 from prag_core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ app = typer.Typer()
 _SHOWN = 50
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag verify -c config.yaml --full`")
 def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte: check checksums, shapes and finite values too.")
@@ -56,7 +57,8 @@ def _show_verified(verified: VerifyReport) -> None:
         rate = f"{decimal(int(verified.size_bytes / max(verified.seconds, 1e-9)))}/s"
     damage = f"{len(verified.findings)} damaged; run `prag repair`" if verified.findings else "no damage"
     size = decimal(verified.size_bytes)
-    out.print(f"{verified.objects:,} objects, {size}, {verified.seconds:.1f} s ({rate}): {damage}")
+    objects = counted(verified.objects, "object")
+    out.print(f"{objects}, {size}, {duration(verified.seconds)} ({rate}): {damage}")
 
 
 def _show_findings(findings: Sequence[Finding]) -> None:
@@ -67,7 +69,7 @@ def _show_findings(findings: Sequence[Finding]) -> None:
         out.print(f"… and {len(findings) - _SHOWN:,} more; see --json")
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag repair -c config.yaml`")
 def repair(
     fast: Annotated[bool, typer.Option("--fast", help="Check sizes and presence only, as `prag verify` does.")] = False,
     run: Annotated[
@@ -101,7 +103,7 @@ def _show_repair(report: RepairReport) -> None:
     verified, repaired = report.verified, report.repaired
     _show_findings(verified.findings)
     if repaired is None:
-        out.print(f"{verified.objects:,} objects: no damage, nothing to repair")
+        out.print(f"{counted(verified.objects, 'object')}: no damage, nothing to repair")
         return
     lost = [finding.name for finding in verified.findings if not finding.repairable]
     rows = [
@@ -123,7 +125,7 @@ def _made_again(run: dict[str, Any] | None) -> str:
     return ", ".join(f"{stage} {n:,}" for stage, n in made.items() if n) or "nothing was missing"
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag gc -c config.yaml --dry-run`")
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed. Try this first.")] = False,
     keep: Annotated[
@@ -165,18 +167,19 @@ def _show_garbage(report: GarbageReport) -> None:
     title = f"Garbage ({'would be removed' if report.dry_run else 'removed'})"
     _show_sizes(title, report.garbage.by_kind(), len(report.garbage.objects), report.garbage.size_bytes)
     if c := report.compacted:
-        now = f"; now {c.new_parts:,} parts" if c.new_parts else ""
-        out.print(
-            f"ledger: {c.rows:,} rows in {c.parts:,} parts; {c.superseded:,} superseded, {c.forgotten:,} forgotten{now}"
-        )
+        now = f"; now {counted(c.new_parts, 'part')}" if c.new_parts else ""
+        rows = f"{counted(c.rows, 'row')} in {counted(c.parts, 'part')}"
+        out.print(f"ledger: {rows}; {c.superseded:,} superseded, {c.forgotten:,} forgotten{now}")
     if report.erased:
-        out.print(f"forgotten passages were erased from {len(report.erased):,} parts of augmentations and rejects")
+        parts = counted(len(report.erased), "part")
+        out.print(f"forgotten passages were erased from {parts} of augmentations and rejects")
     for id, parts in report.held.items():
-        remedy = "run `prag run`, then `prag gc`" if id == report.serving else f"`prag snapshots unpin {id}`"
-        out.print(f"forgotten passages are still in {len(parts)} parts that snapshot {id} names: {remedy}")
+        place = f"forgotten passages are still in {counted(len(parts), 'part')} that snapshot {id} names"
+        command = "`prag run`, then `prag gc`" if id == report.serving else f"`prag snapshots unpin {id}`"
+        out.print(f"{place}. To erase the data itself, run {command}.")
 
 
-@app.command()
+@app.command(rich_help_panel=options.STORE, epilog="Example: `prag du -c config.yaml`")
 def du(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_json: options.Json = False) -> None:
     """Show how many bytes each kind of object has, and how many `prag gc` could remove."""
     from pipelines.maintenance import operations
@@ -190,7 +193,7 @@ def du(config: options.Config = options.EXAMPLE, set_: options.Set = None, as_js
     by_kind = {kind: (used.objects[kind], used.size_bytes[kind]) for kind in kinds}
     _show_sizes(settings.store, by_kind, sum(used.objects.values()), sum(used.size_bytes.values()))
     each, unneeded = decimal(int(used.bytes_per_adapter)), decimal(used.unreferenced_bytes)
-    out.print(f"{used.adapters:,} ledger rows, {each} each with its shard; `prag gc` could remove {unneeded}")
+    out.print(f"{counted(used.adapters, 'ledger row')}, {each} each with its shard; `prag gc` could remove {unneeded}")
 
 
 def _show_sizes(title: str, by_kind: Mapping[str, tuple[int, int]], objects: int, size_bytes: int) -> None:

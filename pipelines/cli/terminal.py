@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +24,11 @@ def result_only() -> contextlib.AbstractContextManager[Any]:
 
 
 def print_table(
-    title: str, rows: Iterable[Sequence[str | Text]], columns: Sequence[str] = (), right: Container[str] = ()
+    title: str,
+    rows: Iterable[Sequence[str | Text]],
+    columns: Sequence[str] = (),
+    right: Container[str] = (),
+    whole: Container[str] = (),
 ) -> None:
     """Print a table.
 
@@ -33,10 +37,12 @@ def print_table(
         rows: The cells.
         columns: The column names; none when the rows are pairs of a name and a value.
         right: The columns that are aligned to the right.
+        whole: The columns whose lines are not broken, such as ids that somebody will copy.
     """
     table = Table(title=title, show_header=bool(columns))
     for name in columns or ("", ""):
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name in right else "left"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=name in whole)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -47,7 +53,7 @@ def print_result(document: Any, text: str, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:
-        out.print(text, highlight=False)
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

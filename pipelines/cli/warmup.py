@@ -11,6 +11,7 @@ import typer
 from pipelines.cli import options
 from pipelines.cli.evaluate import read_question_set
 from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from pipelines.words import counted
 from prag_core.errors import ConfigError
 
 app = typer.Typer()
@@ -20,7 +21,7 @@ _WRITER_RANK = 8
 _WRITER_RATE = 1e-3
 
 
-@app.command()
+@app.command(rich_help_panel=options.RUN, epilog="Example: `prag warmup -c config.yaml squad:train.json --reading`")
 def warmup(
     data: Annotated[str, typer.Argument(help="The questions to train on: a file, FORM:FILE, or `atlas`.")],
     config: options.Config = options.EXAMPLE,
@@ -80,6 +81,6 @@ def warmup(
         return
     setting = "answer.reader" if reading else "augment.writer" if asking else "train.initial_adapter"
     out.print(
-        f"{trained.questions} questions ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
+        f"{counted(trained.questions, 'question')} ({trained.left_out} left out); loss {trained.first_loss:.3f} → "
         f"{trained.last_loss:.3f}\nuse it with: --set {setting}={trained.start}"
     )

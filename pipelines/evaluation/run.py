@@ -19,6 +19,7 @@ from pipelines.evaluation.stored import evaluation_folder, stored_replies
 from pipelines.evaluation.task_adapters import train_task_adapters
 from pipelines.execution.lookup import find_augmentations, find_gold, find_passages
 from pipelines.settings import RunContext, profile_of
+from pipelines.words import counted
 from prag_core.config import Config
 from prag_core.data.gold import match_gold
 from prag_core.data.questions import Question
@@ -71,7 +72,9 @@ def run_evaluation(
     wanted = columns(plan)
     with ray_session(profile):
         # 1. Find the gold passages, and choose the questions.
-        console.print(f"evaluate: snapshot {snapshot.id}, {len(questions)} questions; looking for their passages")
+        console.print(
+            f"evaluate: snapshot {snapshot.id}, {counted(len(questions), 'question')}; looking for their passages"
+        )
         gold = match_gold(questions, find_gold(store, snapshot, questions, profile.partitions))
         asked, left_out = _choose(questions, gold, plan, limit)
         # 2. Retrieve passages. With an oracle, only the control `wrong` needs them.

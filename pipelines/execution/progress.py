@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.resources import Actors
 from pipelines.execution.metrics import PipelineMetrics
 from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_blocks
+from pipelines.words import duration
 from prag_core.errors import PragError, StoreError
 from prag_core.store.objects import Store
 
@@ -93,10 +94,9 @@ class RunProgress:
             raise PragError(
                 f"{report.stage}: {report.taken} in, but {report.done} done and {dict(report.rejected)} rejected"
             )
-        new = report.done - report.earlier
         self.console.print(
-            f"{report.stage}: {report.taken} in = {report.done} done ({report.earlier} earlier) + "
-            f"{sum(report.rejected.values())} rejected; {new} new in {report.seconds:.1f} s"
+            f"{report.stage}: {report.done} of {report.taken} done in {duration(report.seconds)} "
+            f"({report.earlier} reused, {sum(report.rejected.values())} rejected)"
         )
         self._stages.append(report)
         self._current = None

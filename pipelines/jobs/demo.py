@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.jobs.run import run_job
+from pipelines.words import counted
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.question_sets import COVERED, JSONL, UNCOVERED, read_questions
@@ -85,7 +86,7 @@ def _ask_all(
     ids = sorted(passages)
     answers: dict[str, list[Answer]] = {}
     for column in COLUMNS:
-        console.print(f"asking {len(questions)} questions: {column}")
+        console.print(f"asking {counted(len(questions), 'question')}: {column}")
         requests = []
         for question in questions:
             if column == "wrong":

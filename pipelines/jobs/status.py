@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pipelines.words import counted, duration
 from prag_core.errors import DamagedError
 from prag_core.records import from_document
 from prag_core.store.objects import Store
@@ -40,13 +41,13 @@ class RunStatus:
         if self.current and self.state != "finished":
             now = self.current
             rejected = sum(now["rejected"].values())
-            left = "" if now["seconds_left"] is None else f", {now['seconds_left']} s left"
+            left = "" if now["seconds_left"] is None else f", {duration(now['seconds_left'])} left"
             parts.append(
                 f"{now['stage']} {now['done']}/{now['total']} now, {rejected} rejected, "
                 f"{now['passages_per_s']:.2f} passages/s{left}"
             )
         if self.recoveries:
-            parts.append(f"{self.recoveries} losses survived")
+            parts.append(f"{counted(self.recoveries, 'loss', 'losses')} survived")
         if self.error:
             parts.append(self.error.splitlines()[0])
         return "; ".join(parts)

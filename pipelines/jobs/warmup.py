@@ -16,6 +16,7 @@ from cluster.session import ray_session
 from pipelines.execution.lookup import find_gold
 from pipelines.execution.tables import iter_blocks, read_parts
 from pipelines.settings import RunContext, make_context
+from pipelines.words import counted
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.files import read_text
@@ -100,12 +101,12 @@ def run_warmup(
         free = _about_other_passages(store, free, others, profile.partitions)
         chosen = draw(free, limit)
         console.print(
-            f"warm-up: {len(chosen)} questions; left out: {len(usable) - len(free)} for overlap, "
+            f"warm-up: {counted(len(chosen), 'question')}; left out: {len(usable) - len(free)} for overlap, "
             f"{len(questions) - len(usable)} without their passage, {len(free) - len(chosen)} over the limit"
         )
         trained = _fit(context, chosen, settings, workers)
     if not settings.asking and (too_long := len(chosen) - trained.questions):
-        console.print(f"warm-up: {too_long} questions left out, which do not fit into train.max_tokens")
+        console.print(f"warm-up: {counted(too_long, 'question')} left out: too long for train.max_tokens")
     warmup = Warmup(**asdict(trained), left_out=len(questions) - trained.questions)
     about = {
         "warmup": asdict(warmup),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.preflight import CheckResult
+from pipelines.words import counted
 from prag_core.config import Config
 from prag_core.data.corpus import Piece, has_made_id, read_first_records
 from prag_core.data.files import check_readable
@@ -64,11 +65,13 @@ class PreflightReport:
     def summary(self) -> str:
         """Return the number of checks that passed, and a line for each that was skipped or gave a warning."""
         counts = Counter(finding.outcome for finding in self.findings)
-        lines = [f"preflight: {counts['ok']} checks passed"]
+        lines = [f"preflight: {counted(counts['ok'], 'check')} passed"]
         for finding in self.findings:
-            if finding.outcome in ("skipped", "warning"):
+            if finding.outcome == "warning":
                 remedy = f"; {finding.remedy}" if finding.remedy else ""
-                lines.append(f"preflight: {finding.check} {finding.outcome}: {finding.detail}{remedy}")
+                lines.append(f"preflight: {finding.check} warning: {finding.detail}{remedy}")
+            elif finding.outcome == "skipped":
+                lines.append(f"{finding.check[0].upper()}{finding.check[1:]} skipped ({finding.detail}).")
         return "\n".join(lines)
 
     def raise_errors(self) -> None:
@@ -101,7 +104,7 @@ def check_corpus(config: Config) -> tuple[str, list[str]]:
     made = [piece for piece in first if isinstance(piece, Piece) and has_made_id(piece)]
     column = config.corpus.columns.id
     warnings += [f"{p.file}:{p.line} has no id in the column {column!r}, so it is called {p.record_id}" for p in made]
-    return f"{len(listing.files)} files", warnings
+    return counted(len(listing.files), "file"), warnings
 
 
 def check_node(config: Config, probe: str) -> list[CheckResult]:

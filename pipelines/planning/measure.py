@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from rich.console import Console
+from rich.filesize import decimal
 
+from cluster.preflight import on_cluster
 from pipelines.execution.tables import map_objects
 from pipelines.planning.estimate import Moments
 from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
+from pipelines.words import counted, duration
 from prag_core.augmentation.augment import augment, complete, wanted_pairs
 from prag_core.augmentation.formats import read_augmentations
+from prag_core.errors import ClusterError
 from prag_core.llm.base_model import load_base_model
+from prag_core.llm.checkpoint import resolve_model
+from prag_core.llm.model_facts import parameter_count
 from prag_core.llm.threads import compute_here
 from prag_core.recipe import Recipe
 from prag_core.records import Augmentation, Passage, QAPair, from_dict
@@ -48,12 +55,52 @@ def planned(passage: Passage, recipe: Recipe) -> Augmentation:
     return Augmentation(passage.key, (passage.text,) * recipe.augment.rewrites, pairs, "planned")
 
 
-def measure(context: RunContext, passages: Sequence[Passage], console: Console) -> Measurement:
-    """Augment and train `passages` on one actor of the profile, in the same stacks as the job; store nothing."""
-    console.print(f"measuring {len(passages)} passages on one actor")
+def obstacle_to_measuring(context: RunContext, to_augment: int) -> str:
+    """Return why passages should not be measured unless somebody asks for it; empty if nothing speaks against it."""
+    if on_cluster():
+        return "it would hold a machine of the cluster"
+    if to_augment and context.config.augment.generator == "openai":
+        return "it would ask the endpoint"
+    if lack := _lack(context):
+        return lack
+    weights = 4 * parameter_count(resolve_model(context.config.model.name))
+    if not context.profile.train.gpus and weights > psutil.virtual_memory().available / 2:
+        return f"the model needs {decimal(weights)} of memory"
+    return ""
+
+
+def _lack(context: RunContext) -> str:
+    """Return which resource of an actor this machine lacks, where Ray was started on it; empty if none."""
+    actors, here = context.profile.train, ray.cluster_resources()
+    for name, wanted in (("CPU", actors.cpus), ("GPU", actors.gpus)):
+        if not on_cluster() and here.get(name, 0) < wanted:
+            return f"an actor takes {wanted:g} {name}, this machine has {here.get(name, 0):g}"
+    return ""
+
+
+def measure(
+    context: RunContext, passages: Sequence[Passage], console: Console, timeout_s: float | None = None
+) -> Measurement | None:
+    """Augment and train `passages` on one actor of the profile, in the same stacks as the job; store nothing.
+
+    Returns None when that takes longer than `timeout_s`.
+
+    Raises:
+        ClusterError: when this machine can hold no such actor.
+    """
+    limit = "" if timeout_s is None else f", for {duration(timeout_s)} at most; --measure 0 leaves it out"
+    console.print(f"plan: timing {counted(len(passages), 'passage')} on one actor{limit}")
+    if lack := _lack(context):
+        raise ClusterError(f"no passage can be measured here: {lack}", "use --profile laptop, or --measure 0")
     actors = context.profile.train
     remote = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=2)
-    measured: Measurement = ray.get(remote.remote(context, list(passages)))
+    reference = remote.remote(context, list(passages))
+    try:
+        measured: Measurement = ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(reference, force=True)
+        console.print(f"plan: stopped timing after {duration(timeout_s or 0)}")
+        return None
     return measured
 
 

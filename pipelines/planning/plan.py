@@ -11,10 +11,11 @@ from rich.console import Console
 from cluster.session import ray_session
 from pipelines.execution.survey import sample, survey
 from pipelines.planning.estimate import Moments, Quantity, exactly, mean
-from pipelines.planning.measure import Measurement, measure, planned, stored_moments
+from pipelines.planning.measure import Measurement, measure, obstacle_to_measuring, planned, stored_moments
 from pipelines.settings import RunContext, make_context
 from pipelines.stages.ingest import ingest
 from pipelines.stages.train import passages_per_task
+from pipelines.words import counted
 from prag_core.config import Config
 from prag_core.llm.checkpoint import load_tokenizer, resolve_model
 from prag_core.llm.layout import adapter_size_bytes
@@ -23,6 +24,10 @@ from prag_core.store.snapshot import forgotten_now
 from prag_core.training.examples import training_examples
 
 _SAMPLE = 64
+# How many passages are measured unasked where nothing is known, and for how many seconds at most.
+_FEW = 4
+_FEW_S = 120.0
+_UNMEASURED = "no measurements yet"
 # The numbers of actors for which the wall time is given, up to the most that the profile allows.
 _ACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
@@ -66,39 +71,58 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, console: Console, *, measured: int = 0, price_gpu_hour: float | None = None) -> Plan:
+def make_plan(
+    config: Config, console: Console, *, measured: int | None = None, price_gpu_hour: float | None = None
+) -> Plan:
     """Read the corpus, compare it with the store, and estimate the cost of what is missing.
 
     The seconds per token (training) and per passage (augmenting) come from batches that earlier runs of the recipe
     stored, or from `measured` passages that are augmented and trained now on an actor of the profile. The tokens per
     passage come from the same passages, or are estimated from the texts of `_SAMPLE` passages.
 
+    By default `_FEW` passages are measured where the store knows no times, for `_FEW_S` seconds at most; but not where
+    that would hold machines of a cluster or ask an endpoint, which may cost money, nor a model for which the machine is
+    too small.
+
     Args:
         config: The configuration of the run to plan.
         console: Shows the progress.
-        measured: The number of passages to measure; with 0 the times come from the store.
+        measured: The number of passages to measure, whatever it takes; with 0 the times come from the store alone.
         price_gpu_hour: The price of a GPU-hour in dollars.
+
+    Raises:
+        ClusterError: when this machine can hold no actor to measure `measured` passages on.
     """
     context = make_context(config)
     store, profile, recipe = context.store, context.profile, context.recipe
     with ray_session(profile):
+        console.print("plan: reading the corpus")
         corpus = ingest(config.corpus, profile, forgotten_now(store), config.storage)
+        console.print(f"plan: comparing {counted(corpus.count, 'passage')} with the store")
         found = survey(store, corpus.passages, corpus.count, recipe, profile)
         to_augment = found.counts["to_augment"]
         to_train = to_augment + found.counts["to_train"]
         # Only passages that are missing: those that are done may have another length.
-        drawn = sample(found, corpus.passages, max(_SAMPLE, measured))
+        drawn = sample(found, corpus.passages, max(_SAMPLE, measured or 0))
         measurement: Measurement | None = None
         if measured and drawn:
             measurement = measure(context, drawn[:measured], console)
-            augmenting, training = measurement.augment, measurement.train
-            basis = f"measured now: {len(measurement.tokens)} passages in {training.batches} stacks"
         else:
             augmenting = stored_moments(context, f"augmentations/{recipe.augment.fingerprint}", None)
             training = stored_moments(context, f"adapters/{recipe.fingerprint}/ledger", "tokens")
-            basis = f"what earlier runs stored: {training.batches} commits" if training.batches else "nothing measured"
-    counted = measurement.tokens if measurement and measurement.tokens else _token_counts(context, drawn[:_SAMPLE])
-    tokens = (mean(counted) if counted else exactly(0)).scaled(to_train)
+            basis = f"earlier runs: {counted(training.batches, 'commit')}" if training.batches else _UNMEASURED
+            known = training.rate and (augmenting.rate or not to_augment)
+            if measured is None and drawn and not known:
+                if obstacle := obstacle_to_measuring(context, to_augment):
+                    console.print(f"plan: no passages are timed: {obstacle}")
+                else:
+                    measurement = measure(context, drawn[:_FEW], console, timeout_s=_FEW_S)
+        if measurement is not None:
+            augmenting, training = measurement.augment, measurement.train
+            timed = counted(len(measurement.tokens), "passage")
+            basis = f"measured now: {timed} in {counted(training.batches, 'stack')}"
+    token_counts = measurement.tokens if measurement and measurement.tokens else _token_counts(context, drawn[:_SAMPLE])
+    tokens = (mean(token_counts) if token_counts else exactly(0)).scaled(to_train)
     augment, train = _seconds(augmenting, training, to_augment, tokens)
     total = augment.plus(train) if augment and train else None
     actors = profile.train

@@ -27,6 +27,7 @@ from cluster.resources import Profile
 from cluster.session import JoinError, StartError, ray_session, socket_folder, wanted_folder
 from pipelines.planning.checks import PreflightReport, check_corpus, check_node
 from pipelines.settings import describe, profile_of
+from pipelines.words import counted
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.config import Config
 from prag_core.data.files import shown, without_query
@@ -66,9 +67,7 @@ def check_here(config: Config) -> PreflightReport:
         if store is not None:
             report.check("snapshot", lambda: (_snapshot(config, store, recipe.base_model), None))
     if not on_cluster():
-        report.add(
-            [CheckResult("nodes", "skipped", "Ray is started on this machine: versions, model and store are its own")]
-        )
+        report.add([CheckResult("cluster checks", "skipped", "running locally")])
         report.add([_check_sockets()])
         if config.model.device == "cuda":
             report.check("device", lambda: (check_device(config.model.device), None))
@@ -143,8 +142,9 @@ def _import_file(config: Config) -> tuple[str, list[str]]:
     _check_shared("augment.import_file", file)
     imported = read_augmentations(file, config.storage)
     name, bad = shown(without_query(file)), imported.rejects
-    first = [f"{name}: {len(bad)} bad records, such as {bad[0].source}: {bad[0].detail}"] if bad else []
-    return f"{name}: {len(imported.by_name)} augmentations", first
+    count = counted(len(bad), "bad record")
+    first = [f"{name}: {count}, such as {bad[0].source}: {bad[0].detail}"] if bad else []
+    return f"{name}: {counted(len(imported.by_name), 'augmentation')}", first
 
 
 def _check_shared(setting: str, path: str) -> None:
@@ -182,14 +182,16 @@ def _merge_passed(answers: list[CheckResult]) -> list[CheckResult]:
     passed = [finding for finding in answers if finding.check not in wrong]
     counts = Counter(finding.check for finding in passed)
     by_check = {finding.check: finding for finding in passed}
-    return failed + [CheckResult(name, "ok", f"{f.detail}, on {counts[name]} nodes") for name, f in by_check.items()]
+    return failed + [
+        CheckResult(name, "ok", f"{f.detail}, on {counted(counts[name], 'node')}") for name, f in by_check.items()
+    ]
 
 
 def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list[CheckResult]:
     """Check that the Ray that will be started here can give an actor its resources."""
     actors, cpus = profile.train, profile.logical_cpus or os.cpu_count() or 1
     if actors.cpus > cpus:
-        detail = f"a training actor takes {actors.cpus:g} CPUs; the profile {profile.name} has {cpus} of this machine"
+        detail = f"Training needs {actors.cpus:g} CPUs; the profile {profile.name} has {cpus} of this machine"
         return [CheckResult("resources", "failed", detail, "lower run.actor_cpus")]
     if not actors.gpus:
         return [check_resources(actors.cpus, 0, "a training actor", [NodeReport("", {"CPU": cpus})])]
@@ -197,7 +199,8 @@ def _check_machine(config: Config, profile: Profile, layout: LoraLayout) -> list
 
     count = torch.cuda.device_count()
     if actors.gpus > count:
-        detail = f"a training actor takes {actors.gpus:g} GPUs; torch can use {count} of this machine"
+        wanted = "1 GPU" if actors.gpus == 1 else f"{actors.gpus:g} GPUs"
+        detail = f"Training needs {wanted}; PyTorch sees {count or 'none'} here."
         remedy = "check that nvidia-smi shows the GPU and that torch is built for CUDA, or use --profile laptop"
         return [CheckResult("resources", "failed", detail, remedy)]
     here = NodeReport("", {"CPU": cpus, "GPU": count}, gpus=gpus(), cuda=torch_cuda())
@@ -234,5 +237,5 @@ def _gpu_memory(config: Config, profile: Profile, layout: LoraLayout, nodes: lis
     share = profile.train.gpus
     if 0 < share < 1:
         weights, step = round(weights / share), round(step / share)
-        breakdown += f"; {1 / share:.0f} actors a GPU"
+        breakdown += f"; actors a GPU: {1 / share:.0f}"
     return check_gpu_memory(weights + step, breakdown, remedy, nodes)

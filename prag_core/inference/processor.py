@@ -141,6 +141,7 @@ class RequestProcessor:
                 in_prompt=fallback or request.mode in ("rag", "combine"),
                 weight=weight if request.updates and not fallback else 0.0,
                 note=factors.message if isinstance(factors, AdapterError) else "",
+                text=passage.text,
             )
             if factors is not None and not isinstance(factors, AdapterError):
                 weighted.append((factors, weight))

@@ -133,6 +133,15 @@ def list_snapshots(store: Store) -> list[Snapshot]:
     return [load_snapshot(store, id) for id in snapshot_ids(store)]
 
 
+def recipe_name(store: Store, snapshot: Snapshot) -> str:
+    """Return the name of a snapshot's recipe, for people; empty if the store cannot say it."""
+    try:
+        recipe = store.get_sealed(f"adapters/{snapshot.recipe}/recipe.json", "recipe")["recipe"]
+        return str(recipe["train"]["name"])
+    except (StoreError, KeyError, TypeError):
+        return ""
+
+
 def forgotten_now(store: Store) -> set[str]:
     """Return the keys of the passages that are forgotten now: the tombstones of the snapshot in service.
 

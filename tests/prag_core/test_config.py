@@ -42,6 +42,7 @@ def test_defaults_and_overrides(write) -> None:
         (MINIMAL, ["answer.mode=fast"], r"answer\.mode = 'fast'"),
         ("corpus: {path: x}\n", [], r"store is required"),
         ("store: [\n", [], r"not valid YAML"),
+        ("store: a\n  b: c: d\n", [], r"→ Fix line 2, column 4\."),
         ("just text\n", [], r"holds no settings"),
         (MINIMAL, ["nonsense"], r"not KEY=VALUE"),
         (MINIMAL, ["store.x=1"], r"'store' holds no settings"),

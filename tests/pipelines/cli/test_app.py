@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from pipelines.cli import terminal
+from pipelines.cli.app import app
 from pipelines.cli.ask import _show_answers
 from pipelines.serving import api_keys
 from prag_core.errors import EXIT_CODES
@@ -106,6 +112,19 @@ def test_a_wrong_setting_is_reported_before_torch_and_ray_are_imported(folder: P
         assert (code, "did you mean recall?" in output) == (2, True), output
 
 
+def test_a_plan_says_something_before_it_loads_ray(folder: Path) -> None:
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "ray.py").write_text("raise SystemExit('Ray is loaded now')\n")
+    environment = {"PYTHONPATH": f"{folder / 'hidden'}:{ROOT}"}
+    _, output = prag_process(folder, "plan", "-c", "config.yaml", **environment)
+    assert output.splitlines() == [
+        "plan: starting Ray on this machine, to read corpus.jsonl",
+        "Ray is loaded now",
+    ]
+    _, output = prag_process(folder, "plan", "-c", "config.yaml", RAY_ADDRESS="ray-head:6379", **environment)
+    assert output.startswith("plan: joining Ray at ray-head:6379, to read corpus.jsonl\n")
+
+
 def test_a_process_ends_with_the_message_and_the_exit_code(folder: Path) -> None:
     code, output = prag_process(folder, "run", "-c", "config.yaml", "--set", "train.epoch=1")
     assert (code, "did you mean train.epochs?" in output) == (2, True), output
@@ -147,7 +166,7 @@ def test_questions_that_are_left_out_are_counted(folder: Path, prag: Prag) -> No
     document = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [asked, impossible]}]}]}
     (folder / "squad.json").write_text(json.dumps(document))
     _, output = prag("evaluate", "-c", "config.yaml", "--dataset", "squad.json")
-    assert "squad.json: 1 questions; left out: 1 unanswerable" in output
+    assert "squad.json: 1 question; left out: 1 unanswerable" in output
 
 
 def test_canary_questions_may_be_at_a_url(folder: Path, prag: Prag) -> None:
@@ -343,7 +362,8 @@ def test_an_answer_is_shown_with_its_reasoning_and_without_markup(
 ) -> None:
     """Text of a model or a passage is not read as the terminal's markup."""
     monkeypatch.setattr(terminal.out, "file", sys.stdout)
-    used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]")
+    text = "The [b]tower[/b] stands. " * 20
+    used = UsedPassage("k", "A [/b] title", ("p[1]",), 1.0, True, False, 1.0, "[red]late[/red]", text)
     _show_answers(
         [
             Answer("Who?", "prag", "Mora [1]", "It was built [by] Mora. The answer is Mora [1].", (used,)),
@@ -356,6 +376,13 @@ def test_an_answer_is_shown_with_its_reasoning_and_without_markup(
     assert all(text in shown for text in ("A [/b] title", "p[1]", "prag: weights ([red]late[/red])"))
     assert shown.count("reasoning") == 1
     assert "Nobody" in shown
+    words = " ".join(shown.split())
+    assert 5 < words.count("The [b]tower[/b] stands.") < 20
+    assert " …" in words
+    _show_answers([Answer("Who?", "prag", "Mora", passages=(used,), milliseconds={"prefill": 1234.5})], whole=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("The [b]tower[/b] stands.") == 20
+    assert "1.2 s (prefill 1.23); 0 prompt tokens" in shown
 
 
 def test_help_names_exit_codes_and_options(prag: Prag) -> None:
@@ -368,3 +395,47 @@ def test_help_names_exit_codes_and_options(prag: Prag) -> None:
         code, output = prag(command, "--help")
         assert code == 0
         assert "--config" in output
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the words and the command of each command."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_each_command_is_in_a_group_and_shows_one_example_that_is_right(prag: Prag) -> None:
+    whole = typer.main.get_command(app)
+    groups = list(dict.fromkeys(command.rich_help_panel for command in whole.commands.values()))
+    assert groups == ["Start", "Run", "Ask", "Store", "Evaluate", "Cluster"]
+    found = list(commands(whole))
+    assert len(found) > 25
+    for words, command in found:
+        assert command.epilog.startswith(f"Example: `prag {' '.join(words)}"), words
+        (line,) = re.findall("`prag (.*)`", command.epilog)
+        context = command.make_context(words[-1], shlex.split(line)[len(words) :], resilient_parsing=False)
+        assert context.params
+    output = prag("--help")[1]
+    assert [output.index(f"─ {group} ─") for group in groups] == sorted(output.index(f"─ {g} ─") for g in groups)
+    assert "Example: prag plan -c config.yaml --measure 12" in prag("plan", "--help")[1]
+
+
+def test_the_version_is_shown(prag: Prag) -> None:
+    assert prag("--version") == (0, f"prag {importlib.metadata.version('prag-ray')}\n")
+
+
+def test_a_shell_completes_commands_and_options(folder: Path) -> None:
+    code, script = prag_process(folder, "--show-completion", "bash")
+    assert (code, "_PRAG_COMPLETE=complete_bash" in script, "complete -o default" in script) == (0, True, True), script
+    begun = (("prag in", 1, "init"), ("prag ask --comp", 2, "--compare"), ("prag keys re", 2, "revoke"))
+    for words, place, wanted in begun:
+        found = prag_process(
+            folder, _PRAG_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(place), PYTHONPATH=str(ROOT)
+        )
+        assert found == (0, f"{wanted}\n"), words
+    home = folder / "home"
+    home.mkdir()
+    code, output = prag_process(folder, "--install-completion", "bash", HOME=str(home), PYTHONPATH=str(ROOT))
+    assert (code, (home / ".bashrc").exists()) == (0, True), output

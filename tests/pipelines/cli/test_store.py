@@ -230,6 +230,9 @@ def test_snapshots_are_listed_pinned_and_rolled_back_to(folder: Path) -> None:
     assert (code, json.loads(printed)) == (0, {"pinned": [first]})
     code, printed = call("snapshots", "list")
     assert (code, "in service" in printed, "pinned" in printed) == (0, True, True)
+    # Whole ids at the 80 columns of a pipe, and the recipe's name beside its hash.
+    assert {first, second} <= {*printed.replace("│", " ").split()}
+    assert "recall" in printed
     assert json.loads(call("snapshots", "show", "--json")[1])["tombstones"] == [PASSAGES[3].key]
     assert PASSAGES[3].key in call("snapshots", "show", second)[1]
     # A rollback does not bring back a forgotten passage.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -70,6 +71,13 @@ def test_a_failed_run_has_its_error_in_its_status(progress: RunProgress, tmp_pat
     assert run.state == "failed"
     assert "StoreError: the disk is full" in run.line()
     assert "make room" in run.error
+
+
+def test_a_finished_stage_is_told_in_one_line(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    progress = RunProgress(Store(str(tmp_path / "store")), "r1", console)
+    progress.finish(StageReport("train", taken=12, done=11, earlier=3, rejected={"timeout": 1}, seconds=3.6))
+    assert console.file.getvalue() == "train: 11 of 12 done in 3.6 s (3 reused, 1 rejected)\n"
 
 
 def test_counts_that_do_not_add_up_end_the_run(progress: RunProgress) -> None:

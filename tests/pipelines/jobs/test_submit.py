@@ -138,7 +138,7 @@ def test_all_who_submit_a_job_follow_the_same_one(head: Head, work: Workspace) -
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err[-3000:]
         assert f"job {id}: succeeded" in out
-        assert f"train: {PASSAGES} in = {PASSAGES} done" in out
+        assert f"train: {PASSAGES} of {PASSAGES} done in " in out
     status = json.loads(work.run("status", "-c", "config.yaml", "--json"))
     assert [run["state"] for run in status["runs"]] == ["finished"]
     assert status["snapshot"]["adapters"] == PASSAGES

@@ -80,10 +80,11 @@ def test_a_machine_on_which_all_checks_pass(config: Config, tmp_path: Path) -> N
         "store": "ok",
         "Java": "ok",
         "snapshot": "ok",
-        "nodes": "skipped",
+        "cluster checks": "skipped",
         "sockets": "ok",
         "resources": "ok",
     }
+    assert found.summary().splitlines() == ["preflight: 7 checks passed", "Cluster checks skipped (running locally)."]
     found.raise_errors()
     assert found.layout is not None
     assert found.layout.layers == (0, 1, 2)
@@ -128,7 +129,7 @@ def test_records_without_ids_and_bad_augmentations_give_warnings(config: Config,
     files = {"corpus__path": tmp_path / "x.jsonl", "augment__import_file": tmp_path / "made.jsonl"}
     found = check_here(changed(config, **{name: str(file) for name, file in files.items()}))
     assert "x.jsonl:1 has no id in the column 'id'" in found.summary()
-    assert "made.jsonl: 1 bad records, such as" in found.summary()
+    assert "made.jsonl: 1 bad record, such as" in found.summary()
     found.raise_errors()
 
 
@@ -264,8 +265,9 @@ def test_an_actor_that_fits_no_node_gives_a_warning() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"run__profile": "gpu", "run__actor_gpus": 64}, "takes 64 GPUs; torch can use "),
-        ({"run__actor_cpus": 3}, "takes 3 CPUs; the profile laptop has 2 of this machine"),
+        ({"run__profile": "gpu", "run__actor_gpus": 64}, "Training needs 64 GPUs; PyTorch sees "),
+        ({"run__profile": "gpu", "run__actor_cpus": 1}, "Training needs 1 GPU; PyTorch sees none here."),
+        ({"run__actor_cpus": 3}, "Training needs 3 CPUs; the profile laptop has 2 of this machine"),
     ],
 )
 def test_a_machine_that_can_never_hold_an_actor_is_refused(config: Config, settings: dict, said: str) -> None:

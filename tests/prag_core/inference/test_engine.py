@@ -73,6 +73,7 @@ def test_the_modes_put_passages_into_the_prompt_or_the_weights(engine: Engine) -
     answers = {mode: engine.answer(Request("Who?", mode, 2)) for mode in MODES}
     places = {mode: {(p.in_weights, p.in_prompt) for p in answer.passages} for mode, answer in answers.items()}
     assert places == {"closed": set(), "rag": {(False, True)}, "prag": {(True, False)}, "combine": {(True, True)}}
+    assert [passage.text for passage in answers["combine"].passages] == [passage.text for passage in PASSAGES[:2]]
     assert answers["closed"].prompt_tokens == answers["prag"].prompt_tokens < answers["rag"].prompt_tokens
     assert len({answer.text for answer in answers.values()}) == 4
     assert set(answers["prag"].milliseconds) == {"retrieve", "fetch", "prompt", "wait", "inject", "prefill", "decode"}

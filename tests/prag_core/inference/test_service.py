@@ -305,7 +305,8 @@ def test_the_pieces_of_a_stream_are_the_answer(world: World, service: Service) -
 
 @pytest.mark.parametrize("template", ["direct", "chain_of_thought"])
 def test_no_piece_ever_has_to_be_changed(tiny_session: BaseModel, template: str) -> None:
-    for text in ("One. Two is é 東. And 3.5", " so. The answer is x. So the answer is Mora STOP no", "STSTOP", "a ST"):
+    reasoned = " so. The answer is x. So the answer is Mora STOP no"
+    for text in ("One. Two is é 東. And 3.5", " : One: two.", reasoned, "STSTOP", "a ST"):
         ids = tiny_session.tokenizer.encode(text, add_special_tokens=False)
         stream = StreamingDetokenizer(tiny_session.tokenizer, ("STOP", "no"), template)
         pieces = [stream.add(ids[:end]) for end in range(1, len(ids) + 1)]

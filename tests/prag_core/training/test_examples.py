@@ -129,6 +129,9 @@ def test_an_answer_is_one_line_in_training_as_in_answering(template: Template) -
         ("chain_of_thought", " So the answer isthmus", "So the answer isthmus"),
         ("chain_of_thought", "", ""),
         ("direct", " 4.5 million.", "4.5 million"),
+        ("direct", ": 4.5 million.", "4.5 million"),
+        ("direct", " : it is 9:30.", "it is 9:30"),
+        ("brief", ":", ""),
         ("direct", " said that the answer is no.", "said that the answer is no"),
     ],
 )
