@@ -42,11 +42,11 @@ class Documented(griffe.Extension):
             _logger.warning("%s:%s: %s has no docstring", thing.filepath, thing.lineno, thing.path)
         for member in thing.members.values():
             if not member.is_alias and not member.name.startswith("_"):
-                self._look_at(member, promised)  # type: ignore[arg-type]
+                self._look_at(member, promised)
 
 
 def _promised(thing: griffe.Object) -> set[str]:
     """Return the names of the methods that protocols describe, so that what provides them need not."""
     if thing.is_class and any(str(base) == "Protocol" for base in thing.bases):
         return {name for name, member in thing.members.items() if not member.is_alias and member.has_docstring}
-    return {name for member in thing.members.values() if not member.is_alias for name in _promised(member)}  # type: ignore[arg-type]
+    return {name for member in thing.members.values() if not member.is_alias for name in _promised(member)}

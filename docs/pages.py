@@ -192,7 +192,7 @@ def routes() -> str:
     """Return a table of the server's routes, from its OpenAPI document."""
     # To be described, routes need no service: they only read the configuration.
     dispatcher: Any = types.SimpleNamespace(config=Config(store="store", corpus=CorpusConfig(path="corpus.jsonl")))
-    document = make_app(dispatcher, None, None).openapi()  # type: ignore[arg-type]
+    document = make_app(dispatcher, None, None).openapi()
     rows = [
         (f"`{method.upper()} {path}`", " ".join(operation.get("description", operation["summary"]).split()))
         for path, operations in document["paths"].items()

@@ -36,7 +36,7 @@ def draw(colours: dict[str, object]) -> str:
         f'<path d="M530 12 V{HEIGHT - 12}" stroke="{colours["edge"]}" stroke-dasharray="3 5"/>',
     ]
     for number, (title, words) in enumerate(PASSAGES):
-        colour = colours["passages"][number]  # type: ignore[index]
+        colour = colours["passages"][number]
         y = 52 + number * 92
         parts += [
             box(20, y, 218, 60, colours["card"], colours["edge"]),
@@ -61,8 +61,8 @@ def draw(colours: dict[str, object]) -> str:
         box(750, 162, 86, 86, colours["card"], colours["line"]),
         text(793, 214, "W", colours["text"], 26, "middle", 600),
         text(718, 214, "+", colours["text"], 26, "middle"),
-        adapter(610, 181, str(colours["passages"][1]), colours["card"]),  # type: ignore[index]
-        arrow(492, 176, 600, 203, colours["passages"][1], "4 4"),  # type: ignore[index]
+        adapter(610, 181, str(colours["passages"][1]), colours["card"]),
+        arrow(492, 176, 600, 203, colours["passages"][1], "4 4"),
         arrow(710, 274, 710, 306, colours["line"]),
         box(560, 314, 300, 40, colours["card"], colours["edge"], 20),
         text(710, 339, "Jonas Lehmbeck", colours["text"], 14, "middle", 600),
