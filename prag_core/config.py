@@ -58,9 +58,9 @@ class _Strict(BaseModel):
 class Columns(_Strict):
     """The columns of a corpus file that hold a passage's id, title, text and access tags."""
 
-    id: str = "id"
-    title: str = "title"
-    text: str = "text"
+    id: str = Field("id", description="The ids. A record without one is called by its file and line.")
+    title: str = Field("title", description="The titles; a record may lack one.")
+    text: str = Field("text", description="The texts. A record without one is rejected.")
     access: str | None = Field(
         None,
         description="Access tags: a list, or a text with commas between them. An asker needs one of them to see the "
@@ -72,7 +72,9 @@ class CorpusConfig(_Strict):
     """Which files to read, and how to split their texts into passages."""
 
     path: Url = Field(description="A file, folder or glob, an fsspec URL of one, or package://PACKAGE/FILE.")
-    format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = "auto"
+    format: Literal["auto", "jsonl", "tsv", "parquet", "text"] = Field(
+        "auto", description="How the files are read; 'auto' goes by the ending of each."
+    )
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1, description="Read only this many records, from the first on.")
     multiline_fields: bool = Field(
@@ -87,11 +89,13 @@ class CorpusConfig(_Strict):
 class ModelConfig(_Strict):
     """The frozen base model: a name or path that transformers knows, or the name of a packaged model."""
 
-    name: str = "smollm2-135m-instruct"
+    name: str = Field(
+        "smollm2-135m-instruct", description="A name or path that transformers knows, or the packaged model."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="'auto' is bfloat16 where the device multiplies it natively, else float32."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' is the GPU where there is one.")
 
 
 # The requests that an endpoint gets at the same time: small servers refuse or delay more.
@@ -101,11 +105,11 @@ DEFAULT_CONCURRENCY = 16
 class EndpointConfig(_Strict):
     """An OpenAI-compatible endpoint. Its key is read from the environment, never from a file."""
 
-    url: str = "http://127.0.0.1:8000/v1"
-    model: str = "default"
-    api_key_env: str = "OPENAI_API_KEY"
-    timeout_s: float = Field(60.0, gt=0)
-    retries: int = Field(5, ge=0)
+    url: str = Field("http://127.0.0.1:8000/v1", description="Its base URL, up to the version.")
+    model: str = Field("default", description="The model's name there. It stands for the weights in the recipe.")
+    api_key_env: str = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
+    timeout_s: float = Field(60.0, gt=0, description="How long a reply may take.")
+    retries: int = Field(5, ge=0, description="How often a failed request is repeated, with growing pauses.")
     send_seed: bool = Field(True, description="Send a seed with each request; some builds of vLLM fail with one.")
 
 
@@ -139,7 +143,7 @@ class AugmentConfig(_Strict):
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
-    seed: int = 0
+    seed: int = Field(0, description="Where the drawing of replies starts: the same seed gives the same replies.")
 
 
 def _one_of(noun: str, known: Collection[str]) -> AfterValidator:
@@ -158,23 +162,31 @@ def _one_of(noun: str, known: Collection[str]) -> AfterValidator:
 class TrainConfig(_Strict):
     """The recipe that trains the adapters; each other field overrides one setting of it."""
 
-    recipe: Annotated[str, _one_of("recipe", RECIPES)] = "recall"
-    rank: int | None = Field(None, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    recipe: Annotated[str, _one_of("recipe", RECIPES)] = Field(
+        "recall", description="The recipe whose settings count where none is given here."
+    )
+    rank: int | None = Field(None, ge=1, description="The rank of the factors A and B.")
+    alpha: float | None = Field(None, gt=0, description="B·A is multiplied by alpha / rank.")
     targets: tuple[str, ...] | None = Field(None, min_length=1, description="Linear modules of each layer.")
     last_layers: int | None = Field(None, ge=1, description="Adapt only this many layers, counted from the output.")
-    learning_rate: float | None = Field(None, gt=0)
-    weight_decay: float | None = Field(None, ge=0)
-    epochs: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's. A rate that is given here counts as it is, whatever the width of the model."
+    )
+    weight_decay: float | None = Field(None, ge=0, description="AdamW's.")
+    epochs: int | None = Field(None, ge=1, description="How often each example is trained.")
     examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
-    examples: Literal["paper", "questions"] | None = None
+    examples: Literal["paper", "questions"] | None = Field(
+        None, description="'questions' asks each question alone, 'paper' half of them with the passage or a rewrite."
+    )
     template: Template | None = Field(None, description="How to ask: 'direct', 'brief' or 'chain_of_thought'.")
-    eos: bool | None = None
-    loss: Literal["all", "answer"] | None = None
-    max_tokens: int | None = Field(None, ge=32)
+    eos: bool | None = Field(None, description="End each target with the model's end-of-turn token.")
+    loss: Literal["all", "answer"] | None = Field(
+        None, description="The tokens that count: all of an example, or its answer and end alone."
+    )
+    max_tokens: int | None = Field(None, ge=32, description="Longer examples are left out.")
     initial_adapter: str | None = Field(None, description="Where training starts: a warm-up's name or a PEFT folder.")
     ablation: Literal["", "rewrites", "qa", "both"] | None = Field(None, description="The parts to leave out.")
-    seed: int | None = None
+    seed: int | None = Field(None, description="Of the random factors that training starts from.")
 
 
 # The kinds of index, each with the module that provides it: see `prag_core.retrieval.kinds.IndexKind`.
@@ -198,9 +210,15 @@ class IndexConfig(_Strict):
 class AnswerConfig(_Strict):
     """How a question is answered where its request does not say."""
 
-    mode: Mode = "combine"
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20)
-    weights: MergeRule = DEFAULT_WEIGHTS
+    mode: Mode = Field(
+        "combine", description="Where the passages go: 'closed' nowhere, 'rag' prompt, 'prag' weights, 'combine' both."
+    )
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20, description="How many passages are retrieved.")
+    weights: MergeRule = Field(
+        DEFAULT_WEIGHTS,
+        description="How adapters are added: 'sum' (each whole), 'mean' (1/k each), or 'score' (the square of a "
+        "passage's score in relation to the best one's).",
+    )
     combine_strength: float = Field(
         DEFAULT_COMBINE_STRENGTH, gt=0, le=MAX_STRENGTH, description="Factor of adapter weights in combine."
     )
@@ -232,17 +250,17 @@ class ServeConfig(_Strict):
     stuck_s: float = Field(60.0, gt=0, description="A replica whose decoding step or search takes longer is replaced.")
 
     host: str = Field("127.0.0.1", description="The address to listen on; all but loopback addresses need api_keys.")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="The port to listen on.")
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes.")
     rate_per_minute: int = Field(600, ge=1, description="Questions per minute for a key without a rate of its own.")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that a request may use.")
     deadline_s: float = Field(60.0, gt=0, description="How long a question may take; in a batch, each has this time.")
-    max_body_bytes: int = Field(1_000_000, ge=1_000)
+    max_body_bytes: int = Field(1_000_000, ge=1_000, description="Larger request bodies are refused.")
     max_question_chars: int = Field(4_000, ge=1, description="Limit for a question, or for a chat's messages together.")
     max_top_k: int = Field(10, ge=1, description="The most passages per answer; at least answer.top_k.")
     max_tokens: int = Field(256, ge=1, description="The most new tokens per answer; at least answer.max_new_tokens.")
     max_batch: int = Field(64, ge=1, description="The most questions in one batch request.")
-    min_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(1, ge=1, description="Replicas that run whatever the load is.")
     max_replicas: int = Field(1, ge=1, description="If above min_replicas, the number of replicas follows the load.")
     target_ongoing_requests: float = Field(16.0, gt=0, description="With more requests each, another replica starts.")
     upscale_delay_s: float = Field(10.0, ge=0, description="How long the load must be higher to start a replica.")
@@ -272,7 +290,9 @@ class ActorsConfig(_Strict):
 class RunConfig(_Strict):
     """Where and how the job runs: machine facts, which never enter a fingerprint."""
 
-    profile: Literal["laptop", "gpu", "cluster"] = "laptop"
+    profile: Literal["laptop", "gpu", "cluster"] = Field(
+        "laptop", description="How much a job may use; the settings below replace single numbers of it."
+    )
     actors_min: int | None = Field(None, ge=1, description="Actors with a model that a stage starts with.")
     actors_max: int | None = Field(None, ge=1, description="The most actors with a model that a stage may have.")
     actor_cpus: float | None = Field(None, gt=0, description="CPUs per actor.")
@@ -300,12 +320,14 @@ class StorageConfig(_Strict):
     """
 
     endpoint_url: Url | None = Field(None, description="An S3 server other than Amazon's; by default AWS_ENDPOINT_URL.")
-    region: str | None = None
+    region: str | None = Field(None, description="The S3 region; by default AWS_DEFAULT_REGION.")
     profile: str | None = Field(None, description="The name of a profile in the usual AWS files.")
     anon: bool = Field(False, description="Read a public bucket without credentials.")
     retries: int = Field(5, ge=0, description="How often a failed request is repeated.")
     timeout_s: float = Field(30.0, gt=0, description="How long to wait for a connection or an answer.")
-    adapter_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    adapter_dtype: Literal["bfloat16", "float32", "int8"] = Field(
+        "bfloat16", description="How new adapters are stored; each ledger row says which one it has."
+    )
     shard_mb: float = Field(128.0, gt=0, description="Size of a full shard of adapters, in millions of bytes.")
     keep_snapshots: int = Field(5, ge=1, description="How many of the newest snapshots `prag gc` keeps.")
 

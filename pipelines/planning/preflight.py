@@ -74,7 +74,7 @@ def check_here(config: Config) -> PreflightReport:
 
 
 def check_nodes(config: Config, profile: Profile, report: PreflightReport) -> None:
-    """Check each node of the connected cluster, and add the findings to a report: see `docs/operations.md`."""
+    """Check each node of the connected cluster, and add the findings to a report: see `docs/guides/kubernetes.md`."""
     here = versions(PACKAGES)
     with _probe(config) as probe:
         nodes = ask_nodes(PACKAGES, partial(check_node, config, probe), probe=_needs_gpus(config, profile))

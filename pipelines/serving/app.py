@@ -152,7 +152,7 @@ def operator_routes(dispatcher: Dispatcher, scrape: Scrape) -> APIRouter:
 
     @routes.get("/metrics", response_class=PlainTextResponse, responses={401: ERROR_RESPONSES[401]})
     async def metrics() -> Response:
-        """Show the metrics of all replicas in Prometheus's text format; docs/serving.md explains each."""
+        """Show the metrics of all replicas in Prometheus's text format; docs/reference/metrics.md explains each."""
         return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes

@@ -1,7 +1,7 @@
 """Cloze questions: sentences of a passage that ask for one of their facts, as "The tower was built in what year?".
 
 An adapter holds hardly anything that no pair asks about, and models leave many facts out. These questions are made by
-rules, at no model's cost, for the facts that no other pair asks about (docs/decisions.md, 90).
+rules, at no model's cost, for the facts that no other pair asks about (decision 90 in docs/decisions).
 """
 
 from __future__ import annotations

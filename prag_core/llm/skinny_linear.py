@@ -1,7 +1,7 @@
 """A faster linear layer for few rows on a CPU: it computes (W·xᵀ)ᵀ in place of x·Wᵀ where that takes less time.
 
 A decoding step multiplies one row for each sequence. For which numbers of rows W·xᵀ is faster depends on the library
-that computes it, and so on the dtype and the processor (docs/decisions.md, 65 and K1).
+that computes it, and so on the dtype and the processor (decisions 65 and 102 in docs/decisions).
 """
 
 from __future__ import annotations

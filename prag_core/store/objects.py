@@ -2,7 +2,8 @@
 
 An object appears whole or not at all, and its name follows from its content. An artefact exists once its record is
 written, which is one small write that comes last: a ledger part for adapters, a manifest for a corpus version. So
-when a task is retried, or two runs work at once, work can be wasted, but nothing is corrupted (docs/store.md).
+when a task is retried, or two runs work at once, work can be wasted, but nothing is corrupted: see
+docs/guides/maintenance.md.
 """
 
 from __future__ import annotations

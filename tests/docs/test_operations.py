@@ -1,4 +1,4 @@
-"""What docs/operations.md tells an operator to type or to watch is there, and does what it says."""
+"""What the docs tell an operator to type or to watch is there, and does what it says."""
 
 from __future__ import annotations
 
@@ -11,29 +11,50 @@ from pathlib import Path
 
 import pytest
 
+from prag_core.errors import EXIT_CODES
+
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+GUIDES = ROOT / "docs" / "guides"
+REFERENCE = ROOT / "docs" / "reference"
+RUNBOOK = (GUIDES / "runbook.md").read_text(encoding="utf-8")
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The text under each heading of the second level."""
+    parts = re.split(r"^## (.*)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def test_alarms_name_metrics_that_exist() -> None:
     code = (ROOT / "pipelines" / "execution" / "metrics.py").read_text(encoding="utf-8")
-    named = set(re.findall(r"\bray_(prag_[a-z_]+)", PAGE))
-    assert named == set(re.findall(r'"(prag_[a-z_]+)"', code))
+    metrics = set(re.findall(r'"(prag_[a-z_]+)"', code))
+    page = (REFERENCE / "metrics.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bray_(prag_[a-z_]+)", page)) == metrics
+    alarms = set(re.findall(r"\bray_(prag_[a-z_]+)", RUNBOOK))
+    assert alarms
+    assert alarms <= metrics
+
+
+def test_each_exit_code_has_an_entry_that_says_what_to_type() -> None:
+    entries = {title: text for title, text in sections(REFERENCE / "exit-codes.md").items() if title[0].isdigit()}
+    assert list(entries) == [f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()]
+    for title, text in entries.items():
+        assert re.search(r"^```\n.+\n```", text, re.MULTILINE | re.DOTALL), title
 
 
 def test_the_runbook_knows_what_a_server_cannot_answer_and_a_full_disk() -> None:
     code = (ROOT / "pipelines" / "serving" / "errors.py").read_text(encoding="utf-8")
-    runbook = PAGE.partition("## Runbook")[2].partition("### ")[0]
     refusals = set(re.findall(r'ApiError\(503, "(\w+)"', code))
     assert len(refusals) == 2
-    assert set(re.findall(r"^\| HTTP 503 `(\w+)` \|", runbook, re.MULTILINE)) == refusals
-    assert os.strerror(errno.ENOSPC) in runbook
+    assert set(re.findall(r"^## HTTP 503 `(\w+)`", RUNBOOK, re.MULTILINE)) == refusals
+    assert os.strerror(errno.ENOSPC) in RUNBOOK
 
 
 @pytest.fixture
 def nightly(tmp_path: Path) -> tuple[str, Path]:
     """The command of the crontab, in a folder of its own, and its log; `prag` ends with the code in a file."""
-    (line,) = [line for line in PAGE.splitlines() if line.startswith("0 2 * * * ")]
+    page = (GUIDES / "nightly.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("0 2 * * * ")]
     assert "%" not in line  # it would end a crontab's command
     prag = tmp_path / "prag"
     prag.write_text(f"#!/bin/sh\necho asked: $*\nexit $(cat {tmp_path}/code)\n")

@@ -16,9 +16,9 @@ from pipelines.cli.app import app
 from prag_core.config import Config
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TOPS = "prag_core|pipelines|cluster|tests|benchmarks|docs|examples"
-every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def code(document: Path) -> Iterator[str]:
@@ -100,7 +100,7 @@ def test_settings_exist(document: Path) -> None:
 
 
 def test_what_scripts_import_exists() -> None:
-    files = [ROOT / "Makefile", ROOT / "ray_job.yaml", *(ROOT / "cluster").iterdir(), *(ROOT / "docs").glob("*.md")]
+    files = [ROOT / "Makefile", ROOT / "ray_job.yaml", *(ROOT / "cluster").iterdir(), *(ROOT / "docs").rglob("*.md")]
     imports = {
         (module, name.strip())
         for file in files
