@@ -14,6 +14,8 @@ import torch
 from prag_core.errors import ModelError
 from prag_core.llm.memory import free_unused, is_out_of_memory, prepare_cuda
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 @pytest.mark.parametrize(
     "error",
@@ -65,7 +67,9 @@ def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch
     card = SimpleNamespace(total_memory=10_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that what is set here ends with the test
+        monkeypatch.delenv(name)
     prepare_cuda(1)
     prepare_cuda(2)
     assert fractions == []
@@ -75,7 +79,11 @@ def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
-def test_the_users_settings_of_the_allocator_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_the_users_settings_of_the_allocator_stay(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in ALLOCATOR:
+        monkeypatch.setenv(other, "")
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, "max_split_size_mb:128")
     prepare_cuda(1)
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+    assert {n: os.environ[n] for n in ALLOCATOR if n in os.environ} == {name: "max_split_size_mb:128"}
