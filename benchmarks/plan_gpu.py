@@ -35,7 +35,8 @@ from prag_core.training.trainer import Trainer
 
 aten = torch.ops.aten
 RECIPE = RECIPES["paper"]
-# Of Llama-3.2-1B, Qwen2.5-1.5B and Llama-3-8B: (hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied).
+# Of Llama-3.2-1B, Qwen2.5-1.5B and Llama-3-8B: (hidden, feed-forward, layers, heads, key-value heads, vocabulary), and
+# whether input and output embeddings are one.
 SHAPES: dict[str, tuple[Any, Any, tuple[int, ...], bool]] = {
     "1b": (LlamaConfig, LlamaForCausalLM, (2048, 8192, 16, 32, 8, 128_256), True),
     "1.5b": (Qwen2Config, Qwen2ForCausalLM, (1536, 8960, 28, 12, 2, 151_936), True),
@@ -119,7 +120,8 @@ class Count(TorchDispatchMode):
         self, packet: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> Kernel:
         name = str(packet).removeprefix("aten.")
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        counted = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}.get(packet, packet)
+        flops = flop_registry[counted](*args, **kwargs, out_val=out) if counted in flop_registry else 0
         # An in-place operator returns nothing new or its argument: it is read and written.
         written = outputs or inputs
         launches = 1
@@ -139,6 +141,13 @@ class Count(TorchDispatchMode):
             part = "low-rank products"
         else:
             part = "norms, rotary, gates, residuals and copies"
+        # These touch no more of their first argument than their indices name.
+        if name in ("gather", "scatter_add_", "scatter_"):
+            inputs, written = inputs[1:], inputs[1:]
+        elif name in ("index_select", "embedding"):
+            inputs = [*inputs[1:], *outputs]
+        elif name.startswith("new_"):
+            inputs = []
         return Kernel(part, flops, sum(map(size_of, inputs)) + sum(map(size_of, written)), launches)
 
 
@@ -176,9 +185,9 @@ def as_on_cuda() -> Iterator[None]:
     with (
         mock.patch(f"{functional}.scaled_dot_product_attention", flash_attention),
         mock.patch(f"{functional}.rms_norm", fused_rms_norm),
-        mock.patch(f"{optimizer}._get_foreach_kernels_supported_devices", lambda: ["meta"]),
-        mock.patch(f"{optimizer}._get_fused_kernels_supported_devices", lambda: ["meta"]),
-        mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: ["meta"]),
+        mock.patch(f"{optimizer}._get_foreach_kernels_supported_devices", return_value=["meta"]),
+        mock.patch(f"{optimizer}._get_fused_kernels_supported_devices", return_value=["meta"]),
+        mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", return_value=["meta"]),
     ):
         yield
 

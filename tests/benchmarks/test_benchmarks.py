@@ -105,6 +105,16 @@ def test_train_gpu_on_the_cpu() -> None:
     assert found["in_flight"] == 4
 
 
+def test_a_training_step_makes_no_wait_and_one_copy() -> None:
+    found = last_line("plan_gpu.py", "--smoke", "--rows", "4", "--tokens", "16")
+    assert set(found["models"]) == {"1b", "1.5b", "8b"}
+    for model in found["models"].values():
+        assert (model["syncs"], model["copies"], model["end_syncs"]) == (0, 1, 1)
+        # Two layers; each of the small operators of a norm or an adapter would be some 60 more.
+        assert 0 < model["kernels"] < 300
+        assert model["passages_per_s"] > 0
+
+
 @pytest.mark.slow
 def test_store(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny")
