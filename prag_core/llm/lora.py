@@ -11,7 +11,6 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ Factors = Mapping[str, Tensor]
 # An adapter as `flatten_adapter` lays it out.
 FlatAdapter = Tensor
 # Smaller values of B change no output, and as int8 they are stored as zero.
-_LEAST = 1e-9
+LEAST_B = 1e-9
 
 
 def find_targets(model: Any, recipe: TrainRecipe) -> tuple[LoraLayout, dict[tuple[int, str], nn.Linear]]:
@@ -55,7 +54,7 @@ def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
 
 def changes_nothing(factors: Factors) -> bool:
     """Return whether an adapter is without effect: each value of its B is zero, or would be zero when it is stored."""
-    return all(float(factor.abs().max()) < _LEAST for name, factor in factors.items() if name.endswith(".B"))
+    return all(float(factor.abs().max()) < LEAST_B for name, factor in factors.items() if name.endswith(".B"))
 
 
 def initial_factors(layout: LoraLayout, seed: int) -> dict[str, Tensor]:
@@ -108,11 +107,12 @@ class RowAdapters:
     `factors` maps (layer, target) to A `[R, q, inputs]` and the transpose of B `[R, q, outputs]`. A batch of n · R rows
     is n rows for each of these, one after the other. B is transposed
     because with few tokens per row, adding q long rows is ten times faster than q short products per output.
-    `weights` `[R, q]` is each adapter's weight times the layout's scale.
+    `weights` `[R, q]` is each adapter's weight times the layout's scale. In training it is None: there each adapter has
+    the same, which is multiplied into B once a step.
     """
 
     factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
-    weights: Tensor
+    weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,11 @@ class Injector:
             module.register_forward_hook(self._hook(place), prepend=True) for place, module in modules.items()
         ]
 
+    @property
+    def rows(self) -> RowAdapters | None:
+        """The rows that are active in the calling thread or task."""
+        return self._active.get()
+
     @contextlib.contextmanager
     def active(self, rows: RowAdapters | None) -> Iterator[None]:
         """Use these rows' adapters in the forward passes within this context; they need the same number of rows."""
@@ -227,13 +232,6 @@ class Injector:
             yield
         finally:
             self._active.reset(token)
-
-    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return a `context_fn` pair for `torch.utils.checkpoint`, which keeps the active adapters for recomputation.
-
-        On CUDA the backward pass runs in a thread of autograd, which does not see the caller's context.
-        """
-        return contextlib.nullcontext(), self.active(self._active.get())
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -249,7 +247,9 @@ class Injector:
             a, b = rows.factors[place]
             # Rows with the same adapter are one long row: `[n · R, T, inputs]` → `[R, n · T, inputs]`.
             x = inputs[0].reshape(len(a), -1, inputs[0].shape[-1])
-            low_rank = torch.bmm(x, a.to(x.dtype).transpose(1, 2)) * rows.weights[:, None, :].to(x.dtype)
+            low_rank = torch.bmm(x, a.to(x.dtype).transpose(1, 2))
+            if rows.weights is not None:
+                low_rank = low_rank * rows.weights[:, None, :].to(x.dtype)
             return torch.baddbmm(output.reshape(len(a), -1, output.shape[-1]), low_rank, b.to(x.dtype)).view_as(output)
 
         return add_low_rank

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Positions whose logits are in memory at one time; all of `[tokens, vocabulary]` in fp32 would be gigabytes.
-_LOSS_CHUNK = 256
+# Positions whose logits are in memory at one time; all of `[tokens, vocabulary]` in fp32 would be gigabytes. A CPU
+# gains nothing from more. A GPU does: fewer kernels, and products that fill it. 128,256 scores of 1,046 positions are
+# half a gigabyte.
+_CPU_CHUNK = 256
+_CHUNK_SCORES = 2**27
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -28,23 +31,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """
         gradient = torch.empty_like(hidden)
         losses = torch.empty_like(token_weights)
-        for begin in range(0, len(hidden), _LOSS_CHUNK):
-            part = slice(begin, begin + _LOSS_CHUNK)
+        chunk = _CPU_CHUNK if hidden.device.type == "cpu" else max(_CPU_CHUNK, _CHUNK_SCORES // len(head))
+        for begin in range(0, len(hidden), chunk):
+            part = slice(begin, begin + chunk)
             logits = (hidden[part] @ head.T).to(token_weights.dtype)
             squashed = None
             if softcap is not None:
                 squashed = logits.div_(softcap).tanh_()
                 logits = softcap * squashed
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            logits = logits.log_softmax(dim=-1)
             target = targets[part, None]
-            losses[part] = (normalizer - logits.gather(1, target))[:, 0]
-            # The gradient of the logits, in place: (softmax − one-hot target) · weight, times tanh's derivative.
-            slope = logits.sub_(normalizer).exp_()
-            slope.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
-            slope.mul_(token_weights[part, None])
+            of_target = logits.gather(1, target)
+            losses[part] = -of_target[:, 0]
+            # The gradient of the logits: softmax − one-hot target, times tanh's derivative. It is written in the
+            # model's dtype. At the target it may be near zero, so there it is computed apart.
+            slope = torch.exp(logits, out=torch.empty_like(logits, dtype=hidden.dtype if squashed is None else None))
+            slope.scatter_(1, target, of_target.expm1().to(slope.dtype))
             if squashed is not None:
                 slope.mul_(1 - squashed.square())
-            gradient[part] = slope.to(hidden.dtype) @ head
+            torch.mm(slope.to(hidden.dtype), head, out=gradient[part])
+        gradient.mul_(token_weights[:, None].to(hidden.dtype))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses

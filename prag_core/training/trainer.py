@@ -1,10 +1,10 @@
 """Training the adapters of many passages in one forward pass, each as if it were trained alone.
 
-A stack of D passages keeps its factors side by side, for each module `[D, rank, inputs]` and `[D, outputs, rank]`. Each
+A stack of D passages keeps its factors side by side: for each target two tensors with the factors of all layers. Each
 step passes one example of each passage (or `recipe.examples_per_step`), padded to one length, through the frozen model.
 The loss is the sum of each passage's mean, so each passage has its own gradient, and an elementwise AdamW over the
 stack is D independent optimizers. A passage's factors are copied out after its own last step; later updates of its row
-are ignored. See docs/trainer.md.
+are ignored. The host waits for the device once a stack, at its end. See docs/trainer.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from prag_core.identity import checksum
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import (
+    LEAST_B,
     Factors,
     Injector,
     RowAdapters,
     TrainedAdapter,
-    changes_nothing,
     check_factors,
     initial_factors,
 )
@@ -37,11 +37,23 @@ from prag_core.llm.memory import free_unused, is_out_of_memory
 from prag_core.recipe import TrainRecipe
 from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingExample, TrainingJob
+from prag_core.training.layers import TrainingLayers
 
 log = logging.getLogger(__name__)
 
-# (layer, target) → A `[D, rank, inputs]` and B `[D, outputs, rank]` of D adapters.
-StackedFactors = dict[tuple[int, str], tuple[Tensor, Tensor]]
+# target → A `[D, layers, rank, inputs]` and the transpose of B `[D, layers, rank, outputs]` of D adapters.
+StackedFactors = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's examples on the device; N positions are scored, and position t predicts token t + 1."""
+
+    ids: Tensor  # [rows, T], padded on the right
+    positions: Tensor  # [N], in the flattened ids
+    targets: Tensor  # [N]
+    adapters: Tensor  # [N], the position's adapter
+    weights: Tensor  # [N], the position's share in its adapter's mean loss
 
 
 def stack_factors(
@@ -49,24 +61,26 @@ def stack_factors(
 ) -> StackedFactors:
     """Return `count` trainable copies of an adapter's factors, as leaf tensors."""
 
-    def leaf(name: str, position: int) -> Tensor:
-        one = factors[name][position].to(device=device, dtype=dtype)
-        return one.expand(count, -1, -1).clone().requires_grad_()
+    def leaf(one: Tensor) -> Tensor:
+        one = one.to(device=device, dtype=dtype)
+        return one.repeat(count, 1, 1, 1).requires_grad_()
 
     return {
-        (layer, target): (leaf(f"{target}.A", position), leaf(f"{target}.B", position))
+        target: (leaf(factors[f"{target}.A"]), leaf(factors[f"{target}.B"].transpose(1, 2)))
         for target in layout.targets
-        for position, layer in enumerate(layout.layers)
     }
 
 
-def unstack_factors(layout: LoraLayout, stacked: StackedFactors, row: int) -> dict[str, Tensor]:
-    """Return a copy of one adapter's factors, in the layout's shapes."""
-    return {
-        f"{target}.{name}": torch.stack([stacked[layer, target][i][row].detach() for layer in layout.layers])
-        for target in layout.targets
-        for i, name in enumerate("AB")
-    }
+def unstack_factors(stacked: StackedFactors, rows: slice) -> dict[str, Tensor]:
+    """Return the factors of some adapters in the layout's shapes, with one more dimension in front for the adapters.
+
+    They may be views of the stack.
+    """
+    found = {}
+    for target, (a, b) in stacked.items():
+        found[f"{target}.A"] = a.detach()[rows]
+        found[f"{target}.B"] = b.detach()[rows].transpose(2, 3).contiguous()
+    return found
 
 
 class Trainer:
@@ -102,13 +116,14 @@ class Trainer:
         # Factors, moments and losses are in fp32 at least; the parity tests use fp64.
         self._precision = torch.promote_types(base.model.dtype, torch.float32)
         self._injector = Injector(base.model, recipe)
+        self._layers = TrainingLayers(base.model, self._injector)
         self._start = initial_factors(self.layout, recipe.seed) if start is None else start
         check_factors(self.layout, self._start, "start")
         self._tokens_that_fit: int | None = None
         self._checkpointing: list[torch.nn.Module] = []
         if checkpoint:
             base.model.activation_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self._injector.recompute_contexts}
+                {"use_reentrant": False, "context_fn": self._layers.recompute_contexts}
             )
             # Only layers in training mode are checkpointed. Their submodules stay in evaluation mode, without dropout.
             self._checkpointing = [m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -121,7 +136,8 @@ class Trainer:
         return self._injector.layout
 
     def close(self) -> None:
-        """Restore the base model: remove the hooks and turn off checkpointing."""
+        """Restore the base model: its layers as they were, without hooks and checkpointing."""
+        self._layers.close()
         self._injector.close()
         if self._checkpointing:
             self.base.model.activation_checkpointing_disable()
@@ -186,52 +202,62 @@ class Trainer:
         recipe, device = self.recipe, self.base.device
         begun = time.perf_counter()
 
-        # 1. Stack the factors: two leaf tensors for each module, with the same start for each passage.
+        # 1. Stack the factors, with the same start for each passage.
         stacked = stack_factors(self.layout, self._start, len(jobs), dtype=self._precision, device=device)
+        start = {
+            name: one.to(device, self._precision)[None] for name, one in self._start.items() if name.endswith(".B")
+        }
         leaves = [leaf for pair in stacked.values() for leaf in pair]
         rate = recipe.rate_for(self._head.in_features)
-        optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=recipe.weight_decay, fused=True)
 
-        # 2. Each step trains a group of examples of each unfinished passage. Losses are read at the end, since reading
-        # one makes the host wait for the device.
+        # 2. Each step trains a group of examples of each unfinished passage. Nothing is read from the device before the
+        # end, since the host would wait; meanwhile it prepares the next steps.
         size = recipe.examples_per_step
         groups = [[job.examples[i : i + size] for i in range(0, len(job.examples), size)] for job in jobs]
         steps = [len(epoch) * recipe.epochs for epoch in groups]
         means: list[Tensor] = []
-        finished: dict[str, dict[str, Tensor]] = {}
+        # A GPU writes to pinned memory while the host goes on.
+        factors = {
+            name: torch.empty(len(jobs), *shape, dtype=self._precision, pin_memory=device.type == "cuda")
+            for name, shape in self.layout.tensor_shapes.items()
+        }
+        finite = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        learned = torch.zeros_like(finite)
         for step in range(max(steps)):
             rows = sum(1 for count in steps if step < count)
             batch = [epoch[step % len(epoch)] for epoch in groups[:rows]]
-            active = {place: (a[:rows], b[:rows]) for place, (a, b) in stacked.items()}
-            total, mean = self.loss(batch, active)
+            total, mean = self.loss(batch, {target: (a[:rows], b[:rows]) for target, (a, b) in stacked.items()})
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             means.append(mean)
-            for row in range(rows):
-                if step + 1 == steps[row]:
-                    finished[jobs[row].key] = unstack_factors(self.layout, stacked, row)
+            done = slice(sum(1 for count in steps if step + 1 < count), rows)
+            if done.start < done.stop:
+                made = unstack_factors(stacked, done)
+                for name, factor in made.items():
+                    factors[name][done].copy_(factor, non_blocking=True)
+                finite[done] = _all_finite(made)
+                learned[done] = _learned(made, start, (1 - rate * recipe.weight_decay) ** (step + 1))
             if on_step is not None:
                 on_step(step + 1, max(steps))
 
-        # 3. Collect each passage's factors and losses, and check that they are finite.
-        table = torch.nn.utils.rnn.pad_sequence([mean.cpu() for mean in means]).tolist()
+        # 3. Read the losses and verdicts. With them the copies of the factors are complete too.
+        table = torch.nn.utils.rnn.pad_sequence(means)
+        facts = torch.cat([table, finite[:, None], learned[:, None]], 1).tolist()
         total_tokens = sum(job.tokens for job in jobs)
         seconds = time.perf_counter() - begun
         trained = []
         for row, job in enumerate(jobs):
-            epoch = len(groups[row])
-            losses = table[row][: steps[row]]
-            factors = {name: factor.cpu() for name, factor in finished[job.key].items()}
-            numbers = [*losses, *(float(factor.abs().max()) for factor in factors.values())]
-            failure = "" if all(math.isfinite(number) for number in numbers) else "loss_not_finite"
-            decay = (1 - recipe.learning_rate * recipe.weight_decay) ** steps[row]
-            if not failure and not has_learned(factors, self._start, decay):
-                failure = "nothing_learned"
+            *losses, is_finite, has_changed = facts[row]
+            epoch, losses = len(groups[row]), losses[: steps[row]]
+            failure = "" if has_changed else "nothing_learned"
+            if not is_finite or not all(map(math.isfinite, losses)):
+                failure = "loss_not_finite"
             trained.append(
                 TrainedAdapter(
                     key=job.key,
-                    factors=None if failure else factors,
+                    factors=None if failure else {name: factor[row] for name, factor in factors.items()},
                     steps=steps[row],
                     tokens=job.tokens * recipe.epochs,
                     first_loss=sum(losses[:epoch]) / epoch,
@@ -242,24 +268,39 @@ class Trainer:
             )
         return trained
 
-    def loss(
-        self,
-        batch: Sequence[Sequence[TrainingExample]],
-        factors: StackedFactors,
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Sequence[Sequence[TrainingExample]], factors: StackedFactors) -> tuple[Tensor, Tensor]:
         """Return the sum of the adapters' mean losses (differentiable), and the means `[D]`.
 
         Args:
             batch: The examples of each of D adapters, at least one each.
             factors: The factors of D adapters.
         """
-        device = self.base.device
+        step = self._to_device(batch)
+        dtype = self.base.model.dtype
+        active: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        for target, (a, b) in factors.items():
+            layers = zip(a.to(dtype).unbind(1), (b * self.layout.scale).to(dtype).unbind(1), strict=True)
+            active |= {(layer, target): pair for layer, pair in zip(self.layout.layers, layers, strict=True)}
+        with self._layers.active(RowAdapters(active, None)):
+            hidden = self._decoder(input_ids=step.ids, use_cache=False).last_hidden_state
+        total, losses = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1).index_select(0, step.positions),
+            self._head.weight,
+            step.targets,
+            step.weights,
+            self._softcap,
+        )
+        means = torch.zeros(len(batch), device=losses.device, dtype=losses.dtype)
+        return total, means.index_add_(0, step.adapters, losses * step.weights)
+
+    def _to_device(self, batch: Sequence[Sequence[TrainingExample]]) -> _Step:
+        """Bring the examples to the device in one copy, for which the host does not wait."""
         # Each adapter gets as many rows as the one with the most examples; rows without an example are not scored.
         most = max(map(len, batch))
         rows = [group[i].ids if i < len(group) else (0,) for group in batch for i in range(most)]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        # Position t predicts token t + 1. Indices are computed on the host, which knows the lengths.
-        positions, targets, counts, adapters = [], [], [], []
+        # Indices are computed on the host, which knows the lengths.
+        positions, targets, counts, adapters, shares = [], [], [], [], []
         for adapter, group in enumerate(batch):
             for row, example in enumerate(group, start=adapter * most):
                 begin, end = example.scored_from, len(example.ids)
@@ -267,27 +308,23 @@ class Trainer:
                 targets.append(ids[row, begin:end])
                 counts.append(end - begin)
                 adapters.append(adapter)
+                shares.append(1.0 / ((end - begin) * len(group)))
         lengths = torch.tensor(counts)
-        adapter_of = torch.tensor(adapters).repeat_interleave(lengths)
-        shares = [1.0 / (counts[i] * len(batch[adapter])) for i, adapter in enumerate(adapters)]
-        token_weights = torch.tensor(shares, dtype=self._precision).repeat_interleave(lengths)
-        weights = torch.full((len(batch), self.layout.rank), self.layout.scale, device=device)
-        # The padding is on the right, where causal attention does not reach, so no mask is needed.
-        active = {place: (a, b.transpose(1, 2)) for place, (a, b) in factors.items()}
-        with self._injector.active(RowAdapters(active, weights)):
-            hidden = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        token_weights = token_weights.to(device)
-        total, losses = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, 1).index_select(0, torch.cat(positions).to(device)),
-            self._head.weight,
-            torch.cat(targets).to(device),
-            token_weights,
-            self._softcap,
-        )
-        means = torch.zeros(len(batch), device=device, dtype=self._precision).index_add_(
-            0, adapter_of.to(device), losses * token_weights
-        )
-        return total, means
+        parts = [
+            ids.flatten(),
+            torch.cat(positions),
+            torch.cat(targets),
+            torch.tensor(adapters).repeat_interleave(lengths),
+            # The bits of fp64 numbers travel as integers.
+            torch.tensor(shares, dtype=torch.float64).repeat_interleave(lengths).view(torch.int64),
+        ]
+        device = self.base.device
+        packed = torch.cat(parts)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        sizes = [len(part) for part in parts]
+        flat, at, wanted, owners, bits = torch.split(packed.to(device, non_blocking=True), sizes)
+        return _Step(flat.view(ids.shape), at, wanted, owners, bits.view(torch.float64).to(self._precision))
 
 
 def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[TrainingJob]]:
@@ -305,17 +342,34 @@ def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[
     return stacks
 
 
-def has_learned(factors: Factors, start: Factors, decay: float = 1.0) -> bool:
+def has_learned(factors: Factors, start: Factors) -> bool:
     """Return whether training has changed an adapter: its B is neither zero nor the one it started from.
 
-    `decay` is what weight decay alone makes of the start, as a factor. A change within rounding is none.
+    A change within rounding is none.
     """
-    learned = {
-        name: factor - decay * start[name].to(factor.dtype)
-        for name, factor in factors.items()
-        if name.endswith(".B") and not torch.allclose(factor, decay * start[name].to(factor.dtype), atol=0.0)
-    }
-    return bool(learned) and not changes_nothing(learned) and not changes_nothing(factors)
+    before = {name: factor[None] for name, factor in start.items() if name.endswith(".B")}
+    return bool(_learned({name: factor[None] for name, factor in factors.items()}, before, 1.0))
+
+
+def _learned(factors: Factors, start: Factors, decay: float) -> Tensor:
+    """Return for each of n adapters whether training has changed it, as `[n]` bools on the factors' device.
+
+    `factors` have one more dimension in front, for the adapters. `start` has the B tensors alone, with a dimension of
+    size 1 in front. `decay` is what weight decay alone makes of the start, as a factor.
+    """
+    changed, has_effect = [], []
+    for name, before in start.items():
+        expected = decay * before.to(factors[name].dtype)
+        change = (factors[name] - expected).abs()
+        beyond_rounding = (change > 1e-5 * expected.abs()).flatten(1).any(1)
+        changed.append(beyond_rounding & (change.flatten(1).amax(1) >= LEAST_B))
+        has_effect.append(factors[name].abs().flatten(1).amax(1) >= LEAST_B)
+    return torch.stack(changed).any(0) & torch.stack(has_effect).any(0)
+
+
+def _all_finite(factors: Factors) -> Tensor:
+    """Return for each of n adapters `[n, …]` whether all values are finite, as `[n]` bools."""
+    return torch.stack([factor.isfinite().flatten(1).all(1) for factor in factors.values()]).all(0)
 
 
 def check_distinct(trained: Sequence[TrainedAdapter], seen: set[str]) -> Iterator[TrainedAdapter]:

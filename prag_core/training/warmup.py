@@ -199,7 +199,7 @@ def train_warmup(
             step += 1
             if on_step is not None:
                 on_step(step, float(total) / len(chosen))
-    factors = {name: factor.cpu() for name, factor in unstack_factors(layout, stacked, 0).items()}
+    factors = {name: factor[0].cpu() for name, factor in unstack_factors(stacked, slice(1)).items()}
     check_factors(layout, factors, "of the warm-up")
     if not has_learned(factors, start):
         raise AdapterError("the warm-up has changed nothing", "raise its learning rate or its epochs")

@@ -230,6 +230,16 @@ def test_gpu_goes_on_after_a_part_or_a_row_that_fails(
     assert lines[1]["good"] == {"ms": 1.235}
 
 
+def test_a_training_step_makes_no_wait_and_one_copy() -> None:
+    found = last_line("plan_gpu.py", "--smoke", "--rows", "4", "--tokens", "16")
+    assert set(found["models"]) == {"1b", "1.5b", "8b"}
+    for model in found["models"].values():
+        assert (model["syncs"], model["copies"], model["end_syncs"]) == (0, 1, 1)
+        # Two layers; each of the small operators of a norm or an adapter would be some 60 more.
+        assert 0 < model["kernels"] < 300
+        assert model["passages_per_s"] > 0
+
+
 @pytest.mark.slow
 def test_store(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny")

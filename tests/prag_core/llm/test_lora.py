@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,22 +153,3 @@ def test_one_value_that_is_not_finite_is_found(tiny_session: BaseModel, value: f
         factors[name].view(-1)[-1] = value
         with pytest.raises(AdapterError, match=f"{name} holds values that are not finite"):
             check_factors(layout, factors, "k")
-
-
-def test_a_recomputed_layer_has_the_same_adapters_in_another_thread(tiny_session: BaseModel) -> None:
-    injector = Injector(tiny_session.model, RECIPE)
-    ids = torch.tensor([[5, 6, 7]])
-    rows = stack_rows(injector.layout, [[(random_adapter(injector.layout, 1), 1.0)]])
-    with injector.active(rows):
-        expected = tiny_session.model(input_ids=ids).logits
-        _, again = injector.recompute_contexts()
-    bare = tiny_session.model(input_ids=ids).logits
-    with ThreadPoolExecutor(1) as other:  # autograd computes again in a thread of its own
-
-        def recompute() -> torch.Tensor:
-            with again:
-                return tiny_session.model(input_ids=ids).logits
-
-        assert torch.equal(other.submit(recompute).result(), expected)
-    injector.close()
-    assert not torch.allclose(bare, expected)

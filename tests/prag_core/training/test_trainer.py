@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def random_factors(layout: LoraLayout, seed: int = 7) -> dict[str, torch.Tensor]
     return {n: 0.02 * torch.randn(shape, generator=generator) for n, shape in layout.tensor_shapes.items()}
 
 
+def use_norms_in_fp64(model: torch.nn.Module) -> None:
+    """Make the norms of an fp64 model compute in fp64. transformers' own round to fp32, and AdamW enlarges that."""
+
+    def forward(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(forward, module)
+
+
 def train_alone_with_peft(
     base: BaseModel, job: TrainingJob, recipe: TrainRecipe, start: Factors | None = None
 ) -> dict[str, torch.Tensor]:
@@ -66,6 +78,8 @@ def train_alone_with_peft(
         lora_dropout=0.0,
     )
     model = get_peft_model(copy.deepcopy(base.model), config)
+    if base.model.dtype == torch.float64:
+        use_norms_in_fp64(model)
     adapted = {}
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -139,7 +153,7 @@ def test_the_base_model_is_untouched(tiny: BaseModel) -> None:
     after = tiny.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(module._forward_hooks for module in tiny.model.modules())
+    assert not any(module._forward_hooks or "forward" in module.__dict__ for module in tiny.model.modules())
 
 
 def test_a_loss_that_is_not_finite_fails_its_own_passage_only(tiny: BaseModel) -> None:
@@ -298,6 +312,27 @@ def test_each_model_family_equals_peft(tmp_path: Path, family: str) -> None:
         assert worst_difference(stacked[job.key], train_alone_with_peft(base, job, RECIPE, start)) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_examples_longer_than_a_sliding_window_equal_peft(tmp_path: Path, family: str) -> None:
+    base = in_fp64(tiny_base_model(tmp_path, family=family))
+    start = random_factors(find_targets(base.model, RECIPE)[0])
+    job = job_of_ids("long", tuple(n % 200 for n in range(3, 3 + 150)))
+    assert base.model.config.sliding_window < 150
+    stacked = train(base, [job], RECIPE, 100_000, start)
+    assert worst_difference(stacked["long"], train_alone_with_peft(base, job, RECIPE, start)) < 1e-6
+
+
+def test_passages_that_end_at_different_steps_keep_their_last_state(tiny: BaseModel) -> None:
+    """Their rows are updated on, by momentum, until the stack is done."""
+    base = in_fp64(tiny)
+    example = jobs_of(base, 1, RECIPE)[0].examples[0]
+    jobs = [TrainingJob(str(n), tuple(replace(example, ids=(n, *example.ids)) for _ in range(n))) for n in (3, 1, 2)]
+    start = random_factors(find_targets(base.model, RECIPE)[0])
+    stacked = train(base, jobs, RECIPE, 100_000, start)
+    for job in jobs:
+        assert worst_difference(stacked[job.key], train_alone_with_peft(base, job, RECIPE, start)) < 1e-6
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_activation_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path, family: str) -> None:
     base = in_fp64(tiny_base_model(tmp_path, family=family))
@@ -305,7 +340,7 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(tmp_path: Pat
     jobs = jobs_of(base, 3, recipe)
     reference = train(base, jobs, recipe, budget=100_000)
     forwards, steps = [], []
-    handle = base.model.get_decoder().layers[-1].mlp.gate_proj.register_forward_hook(lambda *_: forwards.append(1))
+    handle = base.model.get_decoder().layers[-1].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     trainer = Trainer(base, recipe, checkpoint=True)
     adapters = list(trainer.train(jobs, tokens_per_step=100_000, on_step=lambda *_: steps.append(1)))
     trainer.close()
