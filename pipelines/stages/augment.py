@@ -109,7 +109,7 @@ class AugmentPassages:
         if made:
             put_augmentations(self._store, self._recipe.fingerprint, made)
         put_rejects(self._store, self._run, rejects)
-        yield outcome_table(
+        return outcome_table(
             [
                 *(
                     Outcome(r.key, pairs=len(r.pairs), refused=r.refused, coverage=r.coverage, seconds=r.seconds)

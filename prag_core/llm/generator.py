@@ -212,6 +212,8 @@ class TransformersGenerator:
             return error
         if not self._adapters:  # what the bare model computes of a prefix holds nothing for one with an adapter
             self._share(list(request.prompt[:-1]))
+            # So that the first of several prompts that are asked together has the beginning that the others share.
+            await asyncio.sleep(0)
         decoded = await self._decoding.decode(request)
         if decoded.finish == "not_finite":
             return GenerationError(

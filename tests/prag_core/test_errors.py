@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pickle
-import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,6 @@ from prag_core import errors
 from prag_core.errors import EXIT_CODES, DamagedError, OverloadedError, PragError
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = ROOT / "docs" / "operations.md"
 
 
 def subclasses(base: type[PragError] = PragError) -> Iterator[type[PragError]]:
@@ -33,13 +30,6 @@ def test_each_exit_code_belongs_to_one_class_and_each_class_is_in_the_table() ->
     assert {cls.__module__ for cls in subclasses()} == {
         errors.__name__
     }  # else a class could bring a code from elsewhere
-
-
-def test_the_documents_list_each_exit_code() -> None:
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]*) \| ([^|]+) \|$", OPERATIONS.read_text("utf-8"), re.MULTILINE)
-    assert {int(code): meaning for code, meaning, _, _ in rows} == EXIT_CODES
-    assert len(rows) == len(EXIT_CODES)
-    assert [code for code, _, when, remedy in rows if not remedy.strip() or not (when.strip() or code == "0")] == []
 
 
 @pytest.mark.parametrize("cls", sorted(subclasses(), key=lambda cls: cls.__name__))
