@@ -165,6 +165,7 @@ class PassageModel:
             InputError: when no passage is named, and not exactly one was learned.
             PromptTooLongError: when question and passages exceed the model's context.
         """
+        chosen: list[Passage | str]
         if mode == "closed":
             chosen = []
         elif passages is None:

@@ -6,6 +6,7 @@ import pickle
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
