@@ -257,21 +257,21 @@ class _Server:
 
     def __init__(self, lanes: Sequence[_ServedLane]) -> None:
         self._lanes = lanes
-        self._prepared: queue.SimpleQueue[tuple[_ServedLane, Any] | None] = queue.SimpleQueue()
+        self._prepared: queue.SimpleQueue[tuple[_ServedLane, Any]] = queue.SimpleQueue()
         self._beside = ThreadPoolExecutor(1, "finish")
         self._preparing = threading.Lock()
         self._ending = threading.Lock()
         self._working = False
 
     def run(self, actor: Actor) -> None:
-        """Work on what comes until the parent closes its ends."""
+        """Work on what comes; the process ends when the parent closes its ends."""
         for lane in self._lanes:
             lane.send("answer", b"")
             threading.Thread(target=self._prepare, args=(actor, lane), name="prepare", daemon=True).start()
         self._working = True
         unfinished: Future[None] | None = None
-        while batch := self._prepared.get():
-            lane, prepared = batch
+        while True:
+            lane, prepared = self._prepared.get()
             for done in actor(prepared, self._heartbeat):
                 if isinstance(done, pa.Table):
                     lane.send("answer", _pack(done))
@@ -292,9 +292,10 @@ class _Server:
             while True:
                 try:
                     table = lane.receive()
-                except EOFError:
-                    self._prepared.put(None)
-                    return
+                except (EOFError, ConnectionError):
+                    # The parent is gone, and with it who would hear of what is done here. Another child may need the
+                    # device on which this one computes, or hangs.
+                    os._exit(0)
                 with self._preparing:
                     self._prepared.put((lane, actor.prepare(table)))
         except BaseException as error:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -64,6 +65,7 @@ class Obedient:
                 case "crash, and hang from the third time on":
                     if len(self.seen()) < 3:
                         os.abort()
+                    (self._folder.parent / "hangs").write_text(str(os.getpid()))
                     signal.pause()
                 case "slow":
                     for _ in range(10):
@@ -325,9 +327,11 @@ def test_attempts_survive_the_death_of_the_process_that_counts_them(tmp_path: Pa
     # 1. Two workers are lost, the third one hangs, and the process that counts is killed.
     watcher = multiprocessing.get_context("spawn").Process(target=_work_until_killed, args=(tmp_path,))
     watcher.start()
-    wait(lambda: (tmp_path / "seen").exists() and len(Obedient(tmp_path / "seen").seen()) == 3, "no third attempt")
+    wait(lambda: (tmp_path / "hangs").exists() and (tmp_path / "hangs").read_text(), "no third attempt")
     watcher.kill()
     watcher.join()
+    hanging = int((tmp_path / "hangs").read_text())
+    wait(lambda: not psutil.pid_exists(hanging), "a worker that hangs outlives the process that watches it")
     # 2. The next run tries the passage alone, twice: it has four attempts in all. The other passage is done.
     worker, store = isolated(tmp_path, RunConfig(passage_attempts=4), run="next", silence_s=1.0)
     table = batch("crash, and hang from the third time on", "fine")
