@@ -2,8 +2,9 @@
 
 The corpus of the configuration is indexed in the folder `--to` (once). For each set of questions, the folder gets:
 
-- `SET/questions/TYPE.jsonl`: the first 300 questions of each type, and in `total.jsonl` the first 300 of the whole set;
-- `SET/corpus.jsonl`: the passages that these questions retrieve, which are the only ones to train.
+- `SET/questions/TYPE.jsonl`: the first 300 questions of each type, and in `total.jsonl` the first 300 of the whole set,
+  each with the ids of the passages that it retrieves, the best first (`gold_ids`);
+- `SET/corpus.jsonl`: these passages, which are the only ones to train.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,24 @@ def main() -> None:
         chosen[name] = choose(read_questions(file, name), arguments.questions, by_type=name in BY_TYPE)
     retriever = open_corpus(config, arguments.to / "index")
     for name, questions in chosen.items():
+        found = retrieve(retriever, questions.values(), config.answer.top_k)
         for kind, asked in questions.items():
-            rows = [{"id": q.id, "question": q.question, "answers": q.answers, "type": q.type} for q in asked]
+            rows = [
+                {
+                    "id": question.id,
+                    "question": question.question,
+                    "answers": question.answers,
+                    "type": question.type,
+                    "gold_ids": [passage.sources[0] for passage in found[question.id]],
+                }
+                for question in asked
+            ]
             write(arguments.to / name / "questions" / f"{kind}.jsonl", rows)
-        distinct = {q.id: q for asked in questions.values() for q in asked}
-        passages = retrieved(retriever, distinct.values(), config.answer.top_k)
+        passages = {passage.key: passage for best in found.values() for passage in best}.values()
         rows = [{"id": p.sources[0], "title": p.title, "text": p.text} for p in passages]
         write(arguments.to / name / "corpus.jsonl", rows)
         counts = ", ".join(f"{kind} {len(asked)}" for kind, asked in questions.items())
-        print(f"{name}: {len(distinct)} questions ({counts}), {len(passages)} passages", flush=True)
+        print(f"{name}: {len(found)} questions ({counts}), {len(passages)} passages", flush=True)
     retriever.close()
 
 
@@ -93,15 +103,16 @@ def corpus_passages(config: Config) -> Iterator[Passage]:
                 print(f"{file.url}: {number:,} records, {rejects} of them unusable", flush=True)
 
 
-def retrieved(retriever: Retriever, questions: Iterable[Question], top_k: int) -> list[Passage]:
-    """Return the best passages of each question, each passage once."""
-    found: dict[str, Passage] = {}
-    for question in questions:
-        # The corpus holds some passages twice, which count once.
+def retrieve(retriever: Retriever, questions: Iterable[Sequence[Question]], top_k: int) -> dict[str, list[Passage]]:
+    """Return the best passages of each question, by the question's id."""
+    seen: dict[str, Passage] = {}
+    found = {}
+    for question in {question.id: question for asked in questions for question in asked}.values():
+        # The corpus holds some passages twice, under two ids. They count once, under the first id that is found.
         hits = retriever.search(question.question, 2 * top_k)
-        best = {hit.passage.key: hit.passage for hit in hits}
-        found |= dict(list(best.items())[:top_k])
-    return list(found.values())
+        best = dict.fromkeys(seen.setdefault(hit.passage.key, hit.passage).key for hit in hits)
+        found[question.id] = [seen[key] for key in list(best)[:top_k]]
+    return found
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:

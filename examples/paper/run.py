@@ -47,8 +47,9 @@ def main() -> None:
         prag("run", *common)
         for questions in sorted((arguments.data / name / "questions").glob("*.jsonl")):
             report = work / "reports" / f"{name}.{questions.stem}"
-            asked = ["--dataset", f"jsonl:{questions}", "--controls", "da", "--report", str(report)]
-            prag("evaluate", *common, *asked)
+            # The questions name the passages that prepare.py retrieved from the whole corpus as their gold passages.
+            asked = ["--dataset", f"jsonl:{questions}", "--retrieval", "oracle", "--controls", "da"]
+            prag("evaluate", *common, *asked, "--report", str(report))
 
 
 def prag(*arguments: str) -> None:

@@ -145,6 +145,10 @@ def test_from_published_files_to_the_table(tmp_path: Path, ray_here: str) -> Non
     assert {*HILLS[:4]} <= titles
     assert "Ohl" not in titles
 
+    (asked, _) = (tmp_path / "data" / "popqa" / "questions" / "total.jsonl").read_text().splitlines()
+    passages = json.loads(asked)["gold_ids"]
+    assert (len(passages), passages[0]) == (2, "1")  # BM25's best ones, the first is about the hill
+
     settings = {
         "model.name": write_tiny_model(tmp_path / "tiny"),
         "augment.generator": "none",
@@ -164,6 +168,9 @@ def test_from_published_files_to_the_table(tmp_path: Path, ray_here: str) -> Non
         assert adapters.recipe.augment.imported
     assert recipes == {"2wikimultihopqa": ("paper", "chain_of_thought", 1), "popqa": ("paper", "direct", 2)}
 
+    report = json.loads((work / "llama-3.2-1b" / "reports" / "popqa.total" / "report.json").read_text())
+    assert report["plan"]["retrieval"] == "oracle"
+    assert report["columns"]["prag"]["without_adapter"] == 0
     printed = run_script("table.py", work / "llama-3.2-1b")
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in map(split, printed.splitlines())}
     assert rows["questions"] == ["2", "1", "", "", "2", "", "", "", "2", "", ""]
