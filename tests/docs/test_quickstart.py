@@ -33,8 +33,10 @@ def test_the_readme_has_the_same_five_commands() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_twelve_passages_of_ones_own(tmp_path: Path, tiny_model_folder: Path) -> None:
-    # The tiny model writes nothing that can be used, so the pairs are cloze questions.
-    quick = [f"model.name={tiny_model_folder}", "augment.attempts=1", "train.epochs=1"]
+    # The tiny model writes nothing that can be used, so the pairs are cloze questions. Ray's workers were started in
+    # another folder, so paths are absolute here.
+    places = [f"corpus.path={tmp_path / 'my-passages'}", f"store={tmp_path / 'prag-store'}"]
+    quick = [f"model.name={tiny_model_folder}", "augment.attempts=1", "train.epochs=1", *places]
     settings = [word for setting in quick for word in ("--set", setting)]
     copy, activate, init, run, ask, serve, curl = map(shlex.split, own_passages())
 
@@ -52,7 +54,7 @@ def test_twelve_passages_of_ones_own(tmp_path: Path, tiny_model_folder: Path) ->
     assert "Osterby yard" in ended.out  # the passage that was found
 
     assert serve[:3] == ["prag", "serve", "-c"]
-    with Server(tmp_path / serve[3], [*quick, f"store={tmp_path / 'prag-store'}"]) as server:
+    with Server(tmp_path / serve[3], quick) as server:
         url, body = curl[1], json.loads(curl[curl.index("-d") + 1])
         answer = httpx.post(url.replace("http://127.0.0.1:8000", server.url), json=body, timeout=120).json()
     assert answer["passages"][0]["title"] == "Ferry Marit"
