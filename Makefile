@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check slow test-long format clean help s3 browser \
-	bench-augment bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
+	bench-augment bench-knowledge bench-plan-gpu bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train bench-train-gpu
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-train-gpu  the same on a CUDA device, on a random model of 1.2 billion parameters"
+	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
@@ -84,6 +85,9 @@ bench-train: setup
 
 bench-train-gpu: setup
 	$(BIN)/python benchmarks/train_gpu.py
+
+bench-plan-gpu: setup
+	$(BIN)/python benchmarks/plan_gpu.py
 
 # Ctrl+C stops it. The next start has the same objects at the same address.
 s3: setup
