@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check docs pages slow test-long format clean help s3 browser \
-	bench-augment bench-gpu bench-knowledge bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
+	bench-augment bench-gpu bench-knowledge bench-plan-gpu bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-gpu        checks and speed on a CUDA device, on random models of 1.2 and 8 billion parameters (nine minutes)"
+	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
@@ -95,6 +96,9 @@ bench-train: setup
 # Without Ray or a network: the script says what it needs instead of `make setup`.
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+bench-plan-gpu: setup
+	$(BIN)/python benchmarks/plan_gpu.py
 
 # Ctrl+C stops it. The next start has the same objects at the same address.
 s3: setup

@@ -130,17 +130,13 @@ def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainR
 
 
 # Parts of the time: everything inside one of these profiler events, and elsewhere the operators below.
+# Parts of the time: everything inside one of these profiler events, and elsewhere the operators of `_part_of`.
 _STRETCHES = {
     "Optimizer.step": "AdamW",
     "ChunkedCrossEntropy": "the loss, with its products with the output layer",
     "aten::_scaled_dot_product": "attention",
 }
-_OPERATORS = {
-    "aten::mm": "products with the layers' frozen weights",
-    "aten::addmm": "products with the layers' frozen weights",
-    "aten::bmm": "products with the adapters' factors",
-    "aten::baddbmm": "products with the adapters' factors",
-}
+_FROZEN, _BATCHED = ("aten::mm", "aten::addmm", "aten::addmm_"), ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
 
 
 def time_shares(events: Iterable[Any], device: torch.device | str) -> dict[str, float]:
@@ -156,12 +152,26 @@ def time_shares(events: Iterable[Any], device: torch.device | str) -> dict[str, 
     shares: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CPU:
-            part, around = _OPERATORS.get(event.name, "gates, norms, copies and all else"), event
-            while around is not None:
-                part = next((name for stretch, name in _STRETCHES.items() if around.name.startswith(stretch)), part)
-                around = around.cpu_parent
-            shares[part] += getattr(event, own_time)
+            shares[_part_of(event)] += getattr(event, own_time)
     return {name: time / shares.total() for name, time in shares.most_common()}
+
+
+def _part_of(event: Any) -> str:
+    around, feed_forward = event, False
+    while around is not None:
+        for stretch, name in _STRETCHES.items():
+            if around.name.startswith(stretch):
+                return name
+        feed_forward |= around.name.startswith("GatedFeedForward")
+        around = around.cpu_parent
+    if event.name in _FROZEN:
+        return "products with the layers' frozen weights"
+    # The recipe adapts the feed-forward networks alone, so batched products elsewhere are attention's.
+    if event.name in _BATCHED and feed_forward:
+        return "products with the adapters' factors"
+    if event.name in _BATCHED or "softmax" in event.name or "attention" in event.name:
+        return "attention"
+    return "gates, norms, copies and all else"
 
 
 def padding(jobs: Sequence[TrainingJob], stacks: Sequence[Sequence[TrainingJob]]) -> float:

@@ -1,8 +1,9 @@
 """Train adapters by the paper's loop, by the same without padding, and by ours: `python benchmarks/train.py`.
 
 By default it trains the example corpus; `--store` uses the passages and augmentations of any store that `prag run` has
-filled. All use the recipe `paper`. bf16 is measured only where the processor multiplies it natively. Elsewhere it is
-emulated at a small part of the rate of fp32, and nobody would train in it. The last line is JSON.
+filled. All use the recipe `paper`. PEFT and ours are compared in the same dtype. bf16 is measured only where the
+processor multiplies it natively. Elsewhere it is emulated at a small part of the rate of fp32, and nobody would train
+in it. The paper's loop is in fp32, as published. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -87,7 +88,6 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     corpus = from_store(arguments.store) if arguments.store else from_atlas()
     best = load_base_model(ModelConfig(name=arguments.model, device="cpu"))
-    bf16 = best if best.model.dtype == torch.bfloat16 else None
     budget = arguments.tokens_per_step
     shape = (budget, best.model.config.hidden_size, best.model.config.intermediate_size)
     rates = {"fp32": matrix_rate(torch.float32, "cpu", shape), "bf16": matrix_rate(torch.bfloat16, "cpu", shape)}
@@ -111,34 +111,37 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, part in parts.items():
         print(f"  {part:6.1%}  {name}")
 
-    # 3. Side by side with PEFT, taking turns.
-    fp32 = best if bf16 is None else load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))
-    jobs = jobs_of(fp32, corpus, arguments.passages)
+    # 3. Side by side with PEFT in the same dtype, taking turns.
+    models = {"fp32": load_base_model(ModelConfig(name=arguments.model, dtype="float32", device="cpu"))}
+    if best.model.dtype == torch.bfloat16:
+        models["bf16"] = best
+    jobs = jobs_of(best, corpus, arguments.passages)
     tokens = sum(job.tokens for job in jobs) / len(jobs)
-    seconds: dict[str, list[float]] = {"peft": [], "ours_fp32": [], "ours_bf16": []}
+    seconds: dict[str, list[float]] = {f"{way}_{name}": [] for name in models for way in ("peft", "ours")}
     for repeat in range(arguments.repeats):
-        seconds["peft"].append(peft_seconds(fp32, jobs, RECIPE) / len(jobs))
-        seconds["ours_fp32"].append(stacked_seconds(fp32, jobs, RECIPE, budget) / len(jobs))
-        if bf16 is not None:
-            seconds["ours_bf16"].append(stacked_seconds(bf16, jobs, RECIPE, budget) / len(jobs))
-        line = ", ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items() if values)
+        for name, base in models.items():
+            seconds[f"peft_{name}"].append(peft_seconds(base, jobs, RECIPE) / len(jobs))
+            seconds[f"ours_{name}"].append(stacked_seconds(base, jobs, RECIPE, budget) / len(jobs))
+        line = ", ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items())
         print(f"repeat {repeat + 1}, {len(jobs)} passages of {tokens:.0f} tokens: {line} s each", flush=True)
-    median = {name: statistics.median(values) for name, values in seconds.items() if values}
-    ours = median.get("ours_bf16", median["ours_fp32"])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    x_vs_peft = {name: round(median[f"peft_{name}"] / median[f"ours_{name}"], 2) for name in models}
+    fastest = "bf16" if "bf16" in models else "fp32"
 
     # 4. The paper's loop as published.
     paper = None
     if arguments.paper_passages:
         first = jobs[: arguments.paper_passages]
-        paper = peft_seconds(fp32, first, RECIPE, arguments.pad_to) / len(first)
+        paper = peft_seconds(models["fp32"], first, RECIPE, arguments.pad_to) / len(first)
         print(f"the paper's loop, padded to {arguments.pad_to}: {paper:.1f} s a passage ({len(first)}, measured once)")
 
     work = 4 * parameters * tokens
-    share = {name: work / median[f"ours_{name}"] / rates[name] for name in rates if f"ours_{name}" in median}
+    share = {name: work / median[f"ours_{name}"] / rates[name] for name in models}
     return {
-        "x_vs_paper": None if paper is None else round(paper / ours, 1),
-        "x_vs_peft": round(median["peft"] / ours, 2),
-        "x_vs_peft_fp32": round(median["peft"] / median["ours_fp32"], 2),
+        "dtype": fastest,
+        "x_vs_paper": None if paper is None else round(paper / median[f"ours_{fastest}"], 1),
+        "x_vs_peft": x_vs_peft[fastest],
+        "x_vs_peft_fp32": x_vs_peft["fp32"],
         "gemm_share_bf16": round(share["bf16"], 3) if "bf16" in share else None,
         "gemm_share_fp32": round(share["fp32"], 3),
         "padding": round(pads[max(pads)], 3),
