@@ -129,7 +129,6 @@ def stacked_seconds(base: BaseModel, jobs: Sequence[TrainingJob], recipe: TrainR
     return seconds
 
 
-# Parts of the time: everything inside one of these profiler events, and elsewhere the operators below.
 # Parts of the time: everything inside one of these profiler events, and elsewhere the operators of `_part_of`.
 _STRETCHES = {
     "Optimizer.step": "AdamW",
