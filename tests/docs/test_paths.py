@@ -100,6 +100,19 @@ def test_settings_exist(document: Path) -> None:
     assert {name for name in named if not name.endswith(files)} - known == set()
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    files = [*ROOT.glob("*.toml"), *ROOT.glob("*.yaml"), *ROOT.glob("*.yml"), ROOT / "Makefile", ROOT / "CHANGELOG.md"]
+    for top in ("cluster", "docs", "examples", "pipelines", "prag_core", "benchmarks", "tests"):
+        files += [file for ending in ("py", "yaml", "Dockerfile") for file in (ROOT / top).rglob(f"*{ending}")]
+    named = {
+        (file, name)
+        for file in files
+        for name in re.findall(r"(?<![\w/])docs/[\w/-]+\.(?:md|json|py|yaml)\b", file.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [(str(file), name) for file, name in named if not (ROOT / name).exists()] == []
+
+
 def test_what_scripts_import_exists() -> None:
     files = [ROOT / "Makefile", ROOT / "ray_job.yaml", *(ROOT / "cluster").iterdir(), *(ROOT / "docs").rglob("*.md")]
     imports = {
