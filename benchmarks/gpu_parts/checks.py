@@ -141,9 +141,14 @@ class ChildActor:
     def __init__(self, config: ModelConfig, jobs: Sequence[TrainingJob], budget: int) -> None:
         self._base, self._jobs, self._budget = load_base_model(config), jobs, budget
 
-    def __call__(self, table: pa.Table, heartbeat: Callable[[], None]) -> pa.Table:
-        torch.empty(table["bytes"][0].as_py(), dtype=torch.uint8, device=self._base.device)
-        return pa.table({"loss": [a.last_loss for a in train(self._base, self._jobs, RECIPE, self._budget)]})
+    def prepare(self, table: pa.Table) -> int:
+        """Return how many bytes the batch asks for."""
+        return int(table["bytes"][0].as_py())
+
+    def __call__(self, size_bytes: int, heartbeat: Callable[[], None]) -> Iterator[pa.Table]:
+        """Take so much memory, train the jobs, and yield their losses."""
+        torch.empty(size_bytes, dtype=torch.uint8, device=self._base.device)
+        yield pa.table({"loss": [a.last_loss for a in train(self._base, self._jobs, RECIPE, self._budget)]})
 
 
 def _jobs(bench: Bench) -> tuple[list[TrainingJob], int]:
