@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from prag_core.errors import GenerationError, PromptTooLongError, TurnsError
@@ -29,6 +30,8 @@ _PREFILL_CHUNK = 2048
 _OPENING_TOKENS = 16
 # So many turns of the event loop bring a coroutine from a reply to its next question.
 _TURNS = 8
+# A prompt is compared with so many recent ones, and with as many that come with it.
+_COMPARED = 16
 # On a CPU a step with more rows takes longer in proportion.
 CPU_ROWS, _CPU_TOKENS = 16, 8192
 # On a GPU keys and values may take this share of the free memory: they are copied when the batch grows.
@@ -99,47 +102,73 @@ async def ask_all(
 
 
 class _Decoding:
-    """Decodes the requests of many coroutines in one batch, a step at a time, as long as one of them waits."""
+    """Decodes the requests of many coroutines in one batch, a step at a time, as long as one of them waits.
 
-    def __init__(self, decoder: Decoder, on_step: Callable[[], None]) -> None:
+    A beginning that a prompt shares with another one is computed once, if `shares` says so.
+    """
+
+    def __init__(self, decoder: Decoder, shares: bool, on_step: Callable[[], None]) -> None:
         self._decoder = decoder
+        self._shares = shares
         self._on_step = on_step
+        self._new: list[tuple[DecodeRequest, asyncio.Future[Decoded]]] = []
         self._waiting: dict[int, asyncio.Future[Decoded]] = {}
+        # The prompts in which the next one may find a beginning that it shares.
+        self._recent: deque[list[int]] = deque(maxlen=_COMPARED)
         self._steps: asyncio.Task[None] | None = None
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return the result of a request, or raise what a step raises. If the caller is cancelled, its row is freed."""
         result: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
-        id = self._decoder.submit(request)
-        self._waiting[id] = result
+        self._new.append((request, result))
         if self._steps is None or self._steps.done():
             self._steps = asyncio.create_task(self._run())
-        try:
-            return await result
-        finally:
-            if self._waiting.pop(id, None) is not None:
-                self._decoder.cancel(id)
+        return await result
 
     async def _run(self) -> None:
-        while self._waiting:
+        while self._new or self._waiting:
             # Who has just got a reply asks its next question before the step.
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
             try:
+                for id in [id for id, result in self._waiting.items() if result.cancelled()]:
+                    self._decoder.cancel(id)
+                    del self._waiting[id]
+                self._submit()
                 events = self._decoder.step()
             except Exception as error:
                 self._decoder.reset()
-                waiting, self._waiting = self._waiting, {}
-                for result in waiting.values():
-                    result.set_exception(error)
+                lost = [*self._waiting.values(), *(result for _, result in self._new)]
+                self._waiting, self._new = {}, []
+                for result in lost:
+                    if not result.done():
+                        result.set_exception(error)
                 return
             for event in events:
-                if event.result is None:
-                    continue
-                result = self._waiting.pop(event.id)
-                if not result.done():  # it is done if its caller was cancelled in this turn
-                    result.set_result(event.result)
+                if event.result is not None:
+                    self._waiting.pop(event.id).set_result(event.result)
             self._on_step()
+
+    def _submit(self) -> None:
+        """Hand over the new requests: the longest first, so that prompts of similar length are read together."""
+        self._new = [(request, result) for request, result in self._new if not result.cancelled()]
+        self._new.sort(key=lambda one: (-len(one[0].prompt), -one[0].max_new_tokens))
+        if self._shares:
+            self._share([list(request.prompt[:-1]) for request, _ in self._new])
+        while self._new:
+            id = self._decoder.submit(self._new[0][0])
+            self._waiting[id] = self._new.pop(0)[1]
+
+    def _share(self, prompts: list[list[int]]) -> None:
+        """Compute what each of the prompts has in common with another one, unless it is known."""
+        from prag_core.llm.prefix_cache import common_length
+
+        compared = [*self._recent, *prompts[:_COMPARED]]
+        for ids in prompts:
+            others = [other for other in compared if other != ids]
+            if others:
+                self._decoder.prefixes.share([max(others, key=partial(common_length, ids)), ids])
+        self._recent.extend(prompts)
 
 
 class TransformersGenerator:
@@ -179,9 +208,8 @@ class TransformersGenerator:
         self._decoder = Decoder(
             base, injector, slots=rows, prefill_chunk=_PREFILL_CHUNK, max_tokens=tokens_per_batch or tokens
         )
-        self._decoding = _Decoding(self._decoder, on_progress)
-        # The prompts in which the next one may find an instruction that it shares.
-        self._recent: deque[list[int]] = deque(maxlen=rows)
+        # What the bare model computes of a beginning holds nothing for one with an adapter.
+        self._decoding = _Decoding(self._decoder, adapter is None, on_progress)
         self._end_ids = base.end_ids
         # Reasoning may be marked by special tokens, which a decoded text leaves out.
         tokens_added = base.tokenizer.added_tokens_decoder.items()
@@ -210,10 +238,6 @@ class TransformersGenerator:
             self._decoder.check(request)
         except (PromptTooLongError, TurnsError) as error:
             return error
-        if not self._adapters:  # what the bare model computes of a prefix holds nothing for one with an adapter
-            self._share(list(request.prompt[:-1]))
-            # So that the first of several prompts that are asked together has the beginning that the others share.
-            await asyncio.sleep(0)
         decoded = await self._decoding.decode(request)
         if decoded.finish == "not_finite":
             return GenerationError(
@@ -223,15 +247,6 @@ class TransformersGenerator:
 
     async def close(self) -> None:
         """Do nothing: the model stays loaded."""
-
-    def _share(self, ids: list[int]) -> None:
-        """Compute the beginning that a prompt shares with a recent one, unless it is known."""
-        from prag_core.llm.prefix_cache import common_length
-
-        others = [other for other in self._recent if other != ids]
-        if others:
-            self._decoder.prefixes.share([max(others, key=lambda other: common_length(other, ids)), ids])
-        self._recent.append(ids)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not prompt.chat:

@@ -119,6 +119,20 @@ def test_a_shared_beginning_is_known_and_changes_no_text(tiny: BaseModel, temper
     assert together == [replies(TransformersGenerator(tiny), [prompt], **settings)[0] for prompt in prompts]
 
 
+def test_what_breaks_a_step_breaks_all_that_wait_and_nothing_later(tiny: BaseModel) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    generator = TransformersGenerator(tiny, max_batch=2)
+    handle = tiny.model.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        replies(generator, plain("a", "b", "c"), max_new_tokens=4)
+    handle.remove()
+    assert replies(generator, plain("a"), max_new_tokens=4) == replies(
+        TransformersGenerator(tiny), plain("a"), max_new_tokens=4
+    )
+
+
 def test_no_prompts_give_no_results(tiny: BaseModel) -> None:
     generator = TransformersGenerator(tiny)
     assert replies(generator, [], max_new_tokens=4) == []
