@@ -293,7 +293,7 @@ def test_metrics_count_questions_by_outcome(service: Service, config: Config) ->
 def test_every_metric_is_in_the_documents_and_the_dashboard(api: Api) -> None:
     names = {line.split()[2] for line in api.get("/metrics").text.splitlines() if line.startswith("# TYPE prag_")}
     docs = Path(__file__).parents[3] / "docs"
-    explained, shown = (docs / "serving.md").read_text(), (docs / "grafana.json").read_text()
+    explained, shown = (docs / "reference" / "metrics.md").read_text(), (docs / "grafana.json").read_text()
     assert {name for name in names if f"`{name}`" not in explained} == set()
     assert {name for name in names if name not in shown} == set()
 
