@@ -105,7 +105,7 @@ RECIPES: dict[str, TrainRecipe] = {
         eos=True,
         learning_rate=1e-3,
         rate_width=576,
-        epochs=10,
+        epochs=5,
     ),
 }
 
