@@ -20,6 +20,7 @@ from prag_core.records import Augmentation, Passage, QAPair, to_table
 from prag_core.store.adapters import AdapterStore, LedgerSource
 from prag_core.testing import ScriptedGenerator
 from tests.helpers.passages import make_augmentation, make_passage
+from tests.helpers.training import outcomes_here
 
 TITLE, TEXT = "Orven Bridge", "The Orven Bridge was designed by Maren Tilsk. It opened in 1931 and is 310 metres long."
 PAIRS = [("Who designed the Orven Bridge?", "Maren Tilsk")]
@@ -54,7 +55,7 @@ def test_it_trains_the_adapter_that_the_pipeline_trains(
     for name in ("rewrites", "pairs", "origin"):
         table = table.append_column(name, to_table(Augmentation, [learned.augmentation])[name])
     table = table.append_column("augmentation", pa.array([learned.augmentation.digest]))
-    list(TrainAdapters(context)(table.append_column(TASK, pa.array(["task"])), lambda: None))
+    list(outcomes_here(TrainAdapters(context), table.append_column(TASK, pa.array(["task"]))))
     adapters = AdapterStore(context.store, context.recipe, context.layout)
     trained = LedgerSource(adapters, adapters.ledger_parts()).get(passage.key)
     assert learned.adapter.factors is not None

@@ -14,6 +14,7 @@ import fsspec
 import pytest
 import torch
 
+from cluster import gpu_probe
 from cluster.gpu_probe import failure_on
 from cluster.preflight import (
     CheckResult,
@@ -241,13 +242,17 @@ def test_a_device_whose_memory_others_fill_counts(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
-def test_gpus_are_tried_in_another_process_that_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_tried_in_another_process_that_says_why_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usable, error = probe_gpus()
     assert usable == 0
     assert error
     assert "product has not ended in 0 s" in probe_gpus(timeout_s=0.01)[1]
-    monkeypatch.setenv("PYTHONHOME", "/nowhere")
-    assert "ended with exit code 1" in probe_gpus()[1]
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ImportError('a damaged torch')\n")
+    monkeypatch.setattr(gpu_probe, "__file__", str(broken))
+    assert probe_gpus()[1].endswith("ended with exit code 1: ImportError: a damaged torch")
 
 
 def test_a_step_that_does_not_fit_names_a_size_that_does(config: Config) -> None:
