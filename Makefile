@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 .PHONY: setup demo eval test check docs pages slow test-long format clean help s3 browser \
-	bench-augment bench-gpu bench-knowledge bench-plan-gpu bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
+	bench-augment bench-first-answer bench-gpu bench-knowledge bench-peers bench-plan-gpu bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
 
 help:
 	@echo "make demo             set up, run the main job on the example corpus, ask its questions in every mode"
@@ -22,10 +22,12 @@ help:
 	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
+	@echo "make bench-first-answer  seconds from twelve passages of one's own to the first answer (three minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
 	@echo "make bench-knowledge  what adapters hold of DATA=FOLDER's real passages, alone and as a sum of three (an hour)"
 	@echo "make bench-retrieval  a search in the replica that answers, against one in a separate deployment (two minutes)"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about a quarter of an hour)"
+	@echo "make bench-peers      serving beside VLLM=FOLDER, an environment with vLLM (about a quarter of an hour)"
 	@echo "make bench-serve      latency, tokens/s and overload of serving with adapters on S3; the paper's way (about eight minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about four minutes)"
 	@echo "make browser          install Chromium for the test of the page, if you are root on a Debian system (make test does it)"
@@ -110,6 +112,9 @@ bench-precision: setup
 bench-augment: setup
 	$(BIN)/python benchmarks/augment.py
 
+bench-first-answer: setup
+	$(BIN)/python benchmarks/first_answer.py
+
 # DATA names a folder with corpus.jsonl.gz, questions_squad.jsonl and questions_popqa.jsonl. A killed run can be resumed.
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
@@ -129,6 +134,10 @@ bench-store: setup
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+
+# VLLM names an environment of its own with vLLM in it; see the script for what is compared.
+bench-peers: setup
+	$(BIN)/python benchmarks/peers.py --vllm $(VLLM)/bin/vllm
 
 format: setup
 	$(BIN)/ruff check --fix .

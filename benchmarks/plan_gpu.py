@@ -209,7 +209,7 @@ def count_step(base: BaseModel, rows: int, tokens: int) -> tuple[Step, Step]:
             count.step.saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    def on_step(done: int, total: int) -> None:
+    def on_step(done: int, total: int, adapters: int) -> None:
         steps.append(count.step)
         count.step = Step()
 

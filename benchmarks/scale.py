@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from prag_core.llm.lora import TrainedAdapter
     from prag_core.store.objects import Store
     from prag_core.training.examples import TrainingJob
+    from prag_core.training.trainer import OnStep
 
 WORK_S = 0.2
 # An estimate for Llama-3.2-1B on an H100: 56 passages of 1,010 tokens a second.
@@ -138,16 +139,14 @@ class SleepingTrainer:
         self._work_s = work_s
         self._factors = {name: torch.randn(shape) for name, shape in layout.tensor_shapes.items()}
 
-    def train(
-        self, jobs: Sequence[TrainingJob], *, tokens_per_step: int, on_step: Callable[[int, int], None]
-    ) -> Iterator[TrainedAdapter]:
+    def train(self, jobs: Sequence[TrainingJob], *, tokens_per_step: int, on_step: OnStep) -> Iterator[TrainedAdapter]:
         from prag_core.llm.lora import TrainedAdapter
         from prag_core.training.trainer import check_distinct, make_stacks
 
         seen: set[str] = set()
         for stack in make_stacks(jobs, tokens_per_step):
             time.sleep(self._work_s * len(stack))
-            on_step(1, 1)
+            on_step(1, 1, 1)
             trained = []
             for row, job in enumerate(stack):
                 factors = {name: factor.clone() for name, factor in self._factors.items()}

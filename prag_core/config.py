@@ -254,6 +254,7 @@ class ServeConfig(_Strict):
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes.")
     rate_per_minute: int = Field(600, ge=1, description="Questions per minute for a key without a rate of its own.")
     modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that a request may use.")
+    example_questions: tuple[str, ...] = Field((), description="Questions that the page offers to click.")
     deadline_s: float = Field(60.0, gt=0, description="How long a question may take; in a batch, each has this time.")
     max_body_bytes: int = Field(1_000_000, ge=1_000, description="Larger request bodies are refused.")
     max_question_chars: int = Field(4_000, ge=1, description="Limit for a question, or for a chat's messages together.")

@@ -140,7 +140,7 @@ class UsedPassage:
     """How one retrieved passage was used for an answer: as an adapter, in the prompt, or both.
 
     `note` says why a passage went into the prompt although its adapter was wanted. `text` is the passage's text, so
-    that an answer can be checked.
+    that an answer can be checked. `tokens`, `last_loss` and `seconds` tell of its adapter's training, if it was used.
     """
 
     key: str
@@ -152,6 +152,9 @@ class UsedPassage:
     weight: float = 0.0
     note: str = ""
     text: str = ""
+    tokens: int = 0
+    last_loss: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from prag_core.llm.lora import Factors, TrainedAdapter, initial_factors
 from prag_core.recipe import TrainRecipe
 from prag_core.testing import write_tiny_model
 from prag_core.training.examples import TrainingExample, TrainingJob
-from prag_core.training.trainer import Trainer
+from prag_core.training.trainer import OnStep, Trainer
 
 Figures = dict[str, Any]
 
@@ -236,7 +236,7 @@ def train(
     tokens_per_step: int,
     *,
     checkpoint: bool = False,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[TrainedAdapter]:
     """Return the trained adapters of all jobs; it is an error if one has failed."""
     trainer = Trainer(base, recipe, checkpoint=checkpoint)

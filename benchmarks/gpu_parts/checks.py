@@ -56,7 +56,7 @@ def short_memory(bench: Bench) -> Figures:
     jobs, budget = _jobs(bench)
     stacks: list[int] = []
 
-    def count(step: int, steps: int) -> None:
+    def count(step: int, steps: int, adapters: int) -> None:
         stacks[-1] += step == 1
 
     def pair(dtype: torch.dtype) -> Pair:
@@ -145,7 +145,7 @@ class ChildActor:
         """Return how many bytes the batch asks for."""
         return int(table["bytes"][0].as_py())
 
-    def __call__(self, size_bytes: int, heartbeat: Callable[[], None]) -> Iterator[pa.Table]:
+    def __call__(self, size_bytes: int, heartbeat: Callable[[float], None]) -> Iterator[pa.Table]:
         """Take so much memory, train the jobs, and yield their losses."""
         torch.empty(size_bytes, dtype=torch.uint8, device=self._base.device)
         yield pa.table({"loss": [a.last_loss for a in train(self._base, self._jobs, RECIPE, self._budget)]})

@@ -104,7 +104,7 @@ def _training(
 
     def call() -> None:
         begun.clear()
-        train(base, jobs, recipe, tokens_per_step, checkpoint=checkpoint, on_step=lambda step, _: begun.append(step))
+        train(base, jobs, recipe, tokens_per_step, checkpoint=checkpoint, on_step=lambda step, *_: begun.append(step))
 
     seconds = bench.seconds(call)
     return {
@@ -129,7 +129,7 @@ def profile(bench: Bench) -> Figures:
     seconds = bench.seconds(lambda: train(base, jobs, PAPER, budget))
     ends: list[float] = []
 
-    def step_ends(step: int, steps: int) -> None:
+    def step_ends(step: int, steps: int, adapters: int) -> None:
         wait_for(device)
         ends.append(time.perf_counter())
 

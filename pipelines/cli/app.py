@@ -25,6 +25,7 @@ from pipelines.cli import (
     passages,
     plan,
     reindex,
+    report,
     run,
     serve,
     snapshots,
@@ -57,7 +58,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 # The order of the groups in `prag --help`, and of the commands in each.
-for module in (init, run, plan, status, reindex, warmup, augmentations, ask, serve):
+for module in (init, run, plan, status, report, reindex, warmup, augmentations, ask, serve):
     app.add_typer(module.app)
 app.add_typer(keys.app, name="keys", rich_help_panel=options.ASK)
 app.add_typer(snapshots.app, name="snapshots", rich_help_panel=options.STORE)

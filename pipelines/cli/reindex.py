@@ -49,7 +49,7 @@ def reindex(
 
     from pipelines.jobs.reindex import reindex as run  # takes seconds: a wrong setting is reported before
 
-    with result_only():
+    with result_only(tell=True):
         report = run(settings, progress_to, canary=canary, canary_min=canary_min, take_over=take_over, wait_s=wait_s)
     if as_json:
         print_json(report.to_json())

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, print_table, progress_to, result_only
+from pipelines.execution.spinner import spinner
 from pipelines.words import counted, duration
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ def run(
     Run it again after any failure: it does only what is missing, and keeps what a killed run had stored.
     """
     settings = options.settings_of(config, set_, {"run.profile": profile})
+    with spinner(progress_to, "starting"):
+        from pipelines.jobs.run import run_job  # takes seconds: a wrong setting is reported before
 
-    from pipelines.jobs.run import run_job  # takes seconds: a wrong setting is reported before
-
-    with result_only():
+    with result_only(tell=True):
         report = run_job(settings, progress_to, take_over=take_over, wait_s=wait_s)
     if as_json:
         print_json(report.to_json())
@@ -49,11 +50,11 @@ def demo(config: options.Config = options.EXAMPLE, set_: options.Set = None) -> 
     The last line is one JSON object with the counts, F1 by mode and seconds by stage.
     """
     settings = options.settings_of(config, set_)
+    with spinner(progress_to, "starting"):
+        from pipelines.jobs.demo import run_demo  # takes seconds
 
-    from pipelines.jobs.demo import run_demo  # takes seconds
-
-    with result_only():
-        result = run_demo(settings, out)
+    with result_only(tell=True):
+        result = run_demo(settings, out, progress_to)
     print_json(result)
 
 

@@ -9,7 +9,8 @@ import typer
 
 from pipelines.cli import options
 from pipelines.cli.stopping import stop_of
-from pipelines.cli.terminal import out, result_only
+from pipelines.cli.terminal import out, progress_to, result_only
+from pipelines.execution.spinner import spinner
 from prag_core.config import Config
 
 app = typer.Typer()
@@ -30,19 +31,19 @@ def serve(
     `serve.api_keys`; see `prag keys`.
     """
     settings = options.settings_of(config, set_, {"serve.host": host, "serve.port": port})
-
-    from pipelines.serving.local import serve_here  # takes seconds: a wrong setting is reported before
+    with spinner(progress_to, "starting"):
+        from pipelines.serving.local import serve_here  # takes seconds: a wrong setting is reported before
 
     stop = stop_of(context)
 
     def show_welcome(url: str) -> None:
         # From now on a signal lets it answer the requests under way.
         stop.awaited = True
-        stop.remedy = f"the requests under way were answered; {stop.remedy}"
+        stop.remedy = f"The requests under way were answered. {stop.remedy}"
         out.print(_welcome(settings, url), highlight=False, markup=False, soft_wrap=True)
 
-    with result_only():
-        serve_here(settings, show_welcome, stop.noted)
+    with result_only(tell=True):
+        serve_here(settings, show_welcome, stop.noted, progress_to)
 
 
 def _welcome(config: Config, url: str) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
 
 from pipelines.cli import options
 from pipelines.cli.stopping import stop_of
@@ -36,7 +40,7 @@ def status(
     store = options.store_of(config, set_)
     if watch:
         stop = stop_of(context)
-        stop.remedy = f"the run goes on; {stop.remedy}"
+        stop.remedy = f"The run goes on. {stop.remedy}"
         raise typer.Exit(_watch(store, every_s, as_json))
     found = read_status(store)
     if as_json:
@@ -49,9 +53,18 @@ def _watch(store: Store, every_s: float, as_json: bool) -> int:
     from pipelines.jobs.status import watch
 
     state = ""
-    for run in watch(store, every_s):
-        state = run.state
-        print_json(vars(run)) if as_json else out.print(run.line(), highlight=False, soft_wrap=True)
+    with contextlib.ExitStack() as shown:
+        live: Live | None = None
+        for run in watch(store, every_s):
+            state = run.state
+            if as_json:
+                print_json(vars(run))
+            elif not out.is_terminal or state != "running":
+                shown.close()
+                out.print(run.line(), highlight=False, soft_wrap=True)
+            else:
+                live = live or shown.enter_context(Live(console=out, transient=True))
+                live.update(Spinner("dots", Text(f"{run.line()} (written {run.updated[11:19]} UTC)")))
     if not state:
         out.print(f"{store.url}: no run yet")
     return 0 if state in ("finished", "") else 1

@@ -28,7 +28,7 @@ _ENDED = 0
 
 
 def _run_it_again() -> str:
-    return f"what was stored stays; to go on, run it again: {shlex.join(['prag', *sys.argv[1:]])}"
+    return f"Run the same command again to continue: {shlex.join(['prag', *sys.argv[1:]])}"
 
 
 @dataclass
@@ -122,9 +122,9 @@ def _end(code: int, remedy: str) -> NoReturn:
     for console in (out, progress_to):
         console.show_cursor()  # a progress bar hides it
     with contextlib.suppress(OSError, ValueError):  # e.g. nobody reads it any more
-        typer.secho(f"\nStopped.\n  → {remedy}", err=True)
+        progress_to.print(f"\nStopped. {remedy}", soft_wrap=True, highlight=False)
         out.file.flush()
-        sys.stderr.flush()
+        progress_to.file.flush()
     os._exit(code)
 
 

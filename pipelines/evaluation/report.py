@@ -1,9 +1,7 @@
-"""A report for people: tables on the terminal, and one self-contained HTML page."""
+"""The report of an evaluation for people: tables on the terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
-import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +10,46 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prag_core.evaluation.summary import STEPS
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .7em;border-bottom:1px solid #ddd;"
-    "text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}"
-    ".text td{text-align:left}svg{max-width:100%;height:auto}code,pre{background:#f4f4f4;padding:.1em .3em;"
-    "white-space:pre-wrap}details{margin:1em 0}.good{color:#176b2c}.bad{color:#a11}"
+from pipelines.report_page import (
+    COLOURS,
+    CONTROL_COLOUR,
+    Plot,
+    escape,
+    glossary,
+    page,
+    plotting,
+    section,
+    table,
 )
+from pipelines.words import counted, duration
+from prag_core.evaluation.conclusions import conclusions
+from prag_core.evaluation.summary import STEPS
+from prag_core.records import MODES
+
 _LOG_WIDTH = 200
 _Rows = list[list[str]]
+_CONTROL_TERMS = {
+    "wrong": "prag with the adapter of another passage: what it gains is form, not knowledge",
+    "random": "prag with random factors of the same size",
+    "task": "prag with an adapter that was trained on other passages, by the same recipe",
+    "wrong_rag": "combine with the adapter of another passage",
+    "task_rag": "combine with an adapter that was trained on other passages",
+    "reader_rag": "rag with the reader, an adapter that was trained to answer from passages",
+    "da_rag": "rag with the augmentations of the passages in the prompt too",
+}
+_TERMS = {
+    "closed": "the bare model, without passages",
+    "rag": "the passages in the prompt",
+    "prag": "the passages' adapters in the weights, and no passage in the prompt",
+    "combine": "the passages in the prompt and in the weights",
+    **_CONTROL_TERMS,
+    "F1": "words that an answer shares with the best accepted answer, from 0 to 1 (SQuAD)",
+    "EM": "share of the answers that equal an accepted one (SQuAD)",
+    "contains": "share of the answers in which an accepted answer occurs",
+    "paper F1": "F1 as the paper's evaluator computes it",
+    "95 %": "an interval by bootstrap over passages; a difference holds if it does not contain 0",
+    "recall, any": "share of a question's gold passages that were found; share of the questions with at least one",
+}
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -39,42 +66,51 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         # A log has no width of its own. Rich would take 80 columns and cut numbers off.
         console = Console(file=console.file, width=_LOG_WIDTH, markup=False, emoji=False)
     for title, head, rows in _tables(report):
-        table = Table(title=title)
+        shown = Table(title=title)
         for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
+            shown.add_column(name, justify="right" if i else "left", no_wrap=not i)
         for row in rows:
-            table.add_row(*row)
-        console.print(table)
+            shown.add_row(*row)
+        console.print(shown)
 
 
 def html_page(report: Mapping[str, Any]) -> str:
-    """Return the page: the report's origin, tables, plots as SVG, and examples."""
-    origin = f"snapshot <code>{_e(report['snapshot']['id'])}</code>"
-    if "recipe" in report:
-        origin += f", recipe <code>{_e(report['recipe']['train']['name'])} {_e(report['recipe']['fingerprint'])}</code>"
-    if "server" in report:
-        origin += f", server <code>{_e(report['server'])}</code>"
+    """Return the page: what is shown first, then plots, tables, examples, terms, and where all comes from."""
+    said = "".join(
+        f'<li class="{ {True: "good", False: "bad", None: "open"}[one.holds] }">{escape(one.text)}</li>'
+        for one in conclusions(report)
+    )
+    asked, retrieval = counted(report["dataset"]["asked"], "question"), report["plan"]["retrieval"]
     parts = [
-        f"<h1>Evaluation: {_e(report['dataset']['name'])}</h1>",
-        f"<p>{report['dataset']['asked']} questions, {origin}, retrieval {_e(report['plan']['retrieval'])}</p>"
-        f"<pre>{_e(report['command'])}</pre>",
+        f'<p class="quiet">{asked}, passages by {escape(retrieval)}, snapshot {escape(report["snapshot"]["id"])}</p>',
+        f'<ul class="verdict">{said}</ul>' if said else "",
+        *(section(title, svg) for title, svg in _plots(report)),
+        *(section(title, table(title, head, rows)) for title, head, rows in _tables(report)),
     ]
-    for title, head, rows in _tables(report):
-        parts.append(f"<h2>{_e(title)}</h2>{_html_table(head, rows)}")
-    parts += [f"<h2>{_e(title)}</h2>{svg}" for title, svg in _plots(report)]
     for examples in report["examples"]:
         for outcome in ("won", "lost"):
-            parts.append(f"<h2>{_e(examples['left'])} {outcome} against {_e(examples['right'])}</h2>")
-            parts.append(_examples(examples[outcome]) if examples[outcome] else "<p>None.</p>")
-    recipe = json.dumps(report.get("recipe", {}), indent=1, ensure_ascii=False)
-    plan = json.dumps(report["plan"], indent=1, ensure_ascii=False)
-    parts.append(f"<details><summary>Recipe and plan</summary><pre>{_e(recipe)}\n{_e(plan)}</pre></details>")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>Evaluation</title><style>{_STYLE}</style></head><body>'
-        + "\n".join(parts)
-        + "</body></html>\n"
+            title = f"{examples['left']} {outcome} against {examples['right']}"
+            parts.append(section(title, _examples(title, examples[outcome]) if examples[outcome] else "<p>None.</p>"))
+    parts.append(section("Terms", glossary({name: text for name, text in _TERMS.items() if _is_used(name, report)})))
+    origin = [f"snapshot {report['snapshot']['id']}"]
+    if "recipe" in report:
+        origin.append(f"recipe {report['recipe']['train']['name']} {report['recipe']['fingerprint']}")
+    if "server" in report:
+        origin.append(f"server {report['server']}")
+    details = json.dumps({"recipe": report.get("recipe", {}), "plan": report["plan"]}, indent=1, ensure_ascii=False)
+    parts.append(
+        section(
+            "Origin",
+            f"<p>{escape(', '.join(origin))}. The command that makes this report again:</p>"
+            f"<pre>{escape(report['command'])}</pre>"
+            f"<details><summary>Recipe and plan</summary><pre>{escape(details)}</pre></details>",
+        )
     )
+    return page(f"Evaluation: {report['dataset']['name']}", parts)
+
+
+def _is_used(term: str, report: Mapping[str, Any]) -> bool:
+    return term not in (*MODES, *_CONTROL_TERMS) or term in report["columns"]
 
 
 # ---- tables
@@ -84,7 +120,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
     """Return the tables of the report, each as its title, its head and its rows of texts."""
     columns: Mapping[str, Any] = report["columns"]
     judged = any("judge" in column for column in columns.values())
-    head = ["", "F1", "95 %", "EM", "contains", "paper F1", *(["judge"] if judged else []), "ms", "prompt tokens"]
+    head = ["", "F1", "95 %", "EM", "contains", "paper F1", *(["judge"] if judged else []), "time", "prompt tokens"]
     rows = [
         [
             name,
@@ -94,7 +130,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
             f"{c['contains']:.3f}",
             f"{c['paper_f1']:.3f}",
             *([f"{c['judge']:.3f}"] if judged else []),
-            f"{c['milliseconds']['total']:.0f}",
+            duration(c["milliseconds"]["total"] / 1e3),
             f"{c['prompt_tokens']:.0f}",
         ]
         for name, c in columns.items()
@@ -150,20 +186,10 @@ def _f1_differences(differences: Sequence[Mapping[str, Any]]) -> dict[str, list[
     }
 
 
-def _html_table(head: Sequence[str], rows: _Rows, style: str = "") -> str:
-    top = "".join(f"<th>{_e(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="{style}"><tr>{top}</tr>{body}</table>'
-
-
-def _examples(items: Sequence[Mapping[str, Any]]) -> str:
+def _examples(title: str, items: Sequence[Mapping[str, Any]]) -> str:
     head = ["question", "accepted", *items[0]["texts"]]
     rows = [[item["question"], "; ".join(item["answers"]), *item["texts"].values()] for item in items]
-    return _html_table(head, rows, "text")
-
-
-def _e(text: Any) -> str:
-    return html.escape(str(text))
+    return table(title, head, rows, "text")
 
 
 # ---- plots
@@ -171,72 +197,79 @@ def _e(text: Any) -> str:
 
 def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the plots as (title, SVG); the same report always gives the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     columns: Mapping[str, Any] = report["columns"]
-    plots = []
+    plots: list[Plot] = []
 
-    def new_axes(height: float = 4.0) -> Any:
-        # Not pyplot, which has global state and looks for a display.
-        return Figure(figsize=(8, height)).subplots()
+    def new_axes(title: str, height: float, x_label: str, y_label: str = "") -> Any:
+        plot = Plot(title, height)
+        plots.append(plot)
+        plot.axes.set_xlabel(x_label)
+        plot.axes.set_ylabel(y_label)
+        return plot.axes
 
-    def draw(title: str, axes: Any, x_label: str, y_label: str = "F1") -> None:
-        axes.set_xlabel(x_label)
-        if y_label:
-            axes.set_ylabel(y_label)
-            axes.set_ylim(bottom=0)
-        axes.figure.tight_layout()
-        sink = io.StringIO()
-        axes.figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
-        plots.append((title, sink.getvalue().partition("?>")[2].partition(">")[2]))
-
-    # The salt fixes the ids in the SVG.
-    with matplotlib.rc_context({"svg.hashsalt": "prag", "svg.fonttype": "none", "font.size": 9}):
+    with plotting():
         # 1. Modes and controls, with intervals.
-        axes = new_axes(0.4 * len(columns) + 0.9)
+        axes = new_axes("Modes and controls", 0.4 * len(columns) + 0.9, "F1, with 95 % interval (grey: controls)")
         names = list(columns)[::-1]
         f1 = [columns[name]["f1"] for name in names]
         low = [max(0.0, columns[name]["f1"] - columns[name]["f1_interval"][0]) for name in names]
         high = [max(0.0, columns[name]["f1_interval"][1] - columns[name]["f1"]) for name in names]
-        colours = ["#b8b8b8" if columns[name]["control"] else "#4878a8" for name in names]
-        axes.barh(names, f1, xerr=[low, high], color=colours, capsize=3)
-        draw("Modes and controls", axes, "F1, 95 % interval (grey: controls)", "")
+        colours = [_colour(columns[name]) for name in names]
+        axes.barh(names, f1, xerr=[low, high], color=colours, ecolor="#000000", capsize=3)
+        axes.set_xlim(0, 1)
 
-        # 2. F1 against latency.
-        axes = new_axes()
+        # 2. The claims: differences with their intervals.
+        claims = [d for d in report["differences"] if d["metric"] == "f1"][::-1]
+        if claims:
+            axes = new_axes(
+                "Differences", 0.4 * len(claims) + 0.9, "F1, with 95 % interval: a claim holds right of the line"
+            )
+            for row, claim in enumerate(claims):
+                colour = COLOURS.get(claim["left"], CONTROL_COLOUR)
+                axes.plot([claim["low"], claim["high"]], [row, row], color=colour, linewidth=3)
+                axes.plot(claim["mean"], row, "o", color=colour)
+            axes.set_yticks(range(len(claims)), [f"{claim['left']} − {claim['right']}" for claim in claims])
+            axes.axvline(0, color="#000000", linewidth=1)
+
+        # 3. F1 against latency.
+        axes = new_axes("F1 against latency", 4.0, f"seconds an answer ({', '.join(STEPS)})", "F1")
         for name, column in columns.items():
-            point = (column["milliseconds"]["total"], column["f1"])
-            axes.plot(*point, "o", color="#999999" if column["control"] else "#4878a8")
+            point = (column["milliseconds"]["total"] / 1e3, column["f1"])
+            axes.plot(*point, "o", color=_colour(column))
             axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
-        draw("F1 against latency", axes, f"milliseconds an answer ({', '.join(STEPS)})")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1)
 
-        # 3. F1 against k.
+        # 4. F1 against k.
         by_k = {
             mode: sorted((c["top_k"], c["f1"]) for c in columns.values() if _varies_k(c, mode, report))
             for mode in ("rag", "prag", "combine")
         }
         if any(len(points) > 1 for points in by_k.values()):
-            axes = new_axes()
+            axes = new_axes("F1 against k", 4.0, "k, passages retrieved", "F1")
             for mode, points in by_k.items():
                 if points:
-                    axes.plot(*zip(*points, strict=True), "o-", label=mode)
+                    axes.plot(*zip(*points, strict=True), "o-", label=mode, color=COLOURS[mode])
             axes.set_xticks(sorted({k for points in by_k.values() for k, _ in points}))
-            axes.legend()
-            draw("F1 against k", axes, "k, passages retrieved")
+            axes.set_ylim(0, 1)
+            axes.legend(frameon=False)
 
-        # 4. F1 by question type.
-        kinds = report["types"]
-        if len(kinds) > 1:
-            axes = new_axes()
-            width = 0.8 / len(columns)
-            for i, name in enumerate(columns):
-                places = [j + (i - len(columns) / 2 + 0.5) * width for j in range(len(kinds))]
-                axes.bar(places, [kind["f1"][name] for kind in kinds.values()], width, label=name)
+        # 5. F1 by question type: the modes alone, or the bars would be too many to tell apart.
+        kinds, modes = report["types"], [name for name in MODES if name in columns]
+        if len(kinds) > 1 and modes:
+            axes = new_axes("F1 by question type", 4.0, "", "F1")
+            width = 0.8 / len(modes)
+            for i, name in enumerate(modes):
+                places = [j + (i - len(modes) / 2 + 0.5) * width for j in range(len(kinds))]
+                axes.bar(places, [kind["f1"][name] for kind in kinds.values()], width, label=name, color=COLOURS[name])
             axes.set_xticks(range(len(kinds)), [f"{kind} ({scores['n']})" for kind, scores in kinds.items()])
-            axes.legend(fontsize=7, ncols=4)
-            draw("F1 by question type", axes, "")
-    return plots
+            axes.set_ylim(0, 1)
+            axes.legend(frameon=False, ncols=len(modes))
+        return [(plot.title, plot.svg()) for plot in plots]
+
+
+def _colour(column: Mapping[str, Any]) -> str:
+    return CONTROL_COLOUR if column["control"] else COLOURS[column["mode"]]
 
 
 def _varies_k(column: Mapping[str, Any], mode: str, report: Mapping[str, Any]) -> bool:

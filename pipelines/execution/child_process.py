@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +43,9 @@ _EXIT_TIMEOUT_S = 30.0
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-# An actor calls this whenever it has made progress, so that a slow actor is not taken for one that hangs.
-Heartbeat = Callable[[], None]
+# An actor calls this whenever it has made progress, with the share of its batch that is done (0 to 1), so that a slow
+# actor is not taken for one that hangs, and people see how far it is.
+Heartbeat = Callable[[float], None]
 # What is left to do for some passages of a batch while the actor works on: it returns their outcomes.
 Finish = Callable[[], pa.Table]
 
@@ -129,8 +131,8 @@ class Child:
         # Whether it held several batches when it was lost; None as long as it lives.
         self._shared: bool | None = None
 
-    def call(self, table: pa.Table, limits: Limits) -> Iterator[pa.Table]:
-        """Yield the actor's outcomes for a table as they come.
+    def call(self, table: pa.Table, limits: Limits, on_progress: Heartbeat = lambda share: None) -> Iterator[pa.Table]:
+        """Yield the actor's outcomes for a table as they come; `on_progress` is called with each of its heartbeats.
 
         Raises:
             ChildLostError: when the child did not survive it.
@@ -141,13 +143,13 @@ class Child:
         try:
             if not lane.ready:
                 # Loading a model has no time limit; Ray ends a stage in which nothing ever moves.
-                self._receive(lane, replace(limits, silence_s=float("inf")), starting=True)
+                self._receive(lane, replace(limits, silence_s=float("inf")), on_progress, starting=True)
                 lane.ready = True
             try:
                 lane.connection.send_bytes(_pack(table))
             except OSError as error:  # it died between two calls
                 raise self._lost(*self._cause_of_death(error), starting=True) from None
-            while data := self._receive(lane, limits, starting=False):
+            while data := self._receive(lane, limits, on_progress, starting=False):
                 yield _unpack(data)
         finally:
             with self._lock:
@@ -159,7 +161,7 @@ class Child:
             self._process.kill()
             self._process.join()
 
-    def _receive(self, lane: _Lane, limits: Limits, *, starting: bool) -> bytes:
+    def _receive(self, lane: _Lane, limits: Limits, on_progress: Heartbeat, *, starting: bool) -> bytes:
         deadline = time.monotonic() + limits.silence_s
         while True:
             ready = wait([lane.connection, self._process.sentinel], _POLL_S)
@@ -175,6 +177,8 @@ class Child:
                     raise data
                 if kind == "lost":
                     raise self._lost(*data, starting=starting)
+                if data is not None:
+                    on_progress(data)
                 deadline = time.monotonic() + limits.silence_s
             elif ready:
                 raise self._lost(*self._cause_of_death(), starting=starting)
@@ -272,7 +276,7 @@ class _Server:
         unfinished: Future[None] | None = None
         while True:
             lane, prepared = self._prepared.get()
-            for done in actor(prepared, self._heartbeat):
+            for done in actor(prepared, partial(self._heartbeat, lane)):
                 if isinstance(done, pa.Table):
                     lane.send("answer", _pack(done))
                     continue
@@ -311,11 +315,11 @@ class _Server:
         except BaseException as error:
             self._end(error)
 
-    def _heartbeat(self) -> None:
+    def _heartbeat(self, working: _ServedLane, share: float) -> None:
         # A batch that waits for another one is as alive as that.
         for lane in self._lanes:
             if lane.busy:
-                lane.send("heartbeat", b"")
+                lane.send("heartbeat", share if lane is working else None)
 
     def _end(self, error: BaseException) -> None:
         # Not released: the process ends, and what another thread says of its end would be a consequence.

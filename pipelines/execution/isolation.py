@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,8 @@ import ray.data
 
 from cluster.resources import Actors
 from pipelines.execution.attempts import AttemptLog
-from pipelines.execution.child_process import Child, ChildLostError, Limits
+from pipelines.execution.board import BoardWriter
+from pipelines.execution.child_process import Child, ChildLostError, Heartbeat, Limits
 from pipelines.execution.outcomes import TASK, Outcome, outcome_table
 from pipelines.execution.tables import drop_keys, keep_keys
 from prag_core.config import RunConfig
@@ -47,7 +49,8 @@ class StageRun:
     """One stage of one run: under which names its rejects are stored, and what its workers may use.
 
     `recipe` is the fingerprint of the recipe that the stage follows. Of `limits`, `passage_attempts` and
-    `worker_memory_gb` count here. `silence_s` is how long a worker may be silent while it works.
+    `worker_memory_gb` count here. `silence_s` is how long a worker may be silent while it works. On `board` workers
+    write how far they are (`pipelines.execution.board`).
     """
 
     store: Store
@@ -56,6 +59,7 @@ class StageRun:
     recipe: str
     limits: RunConfig
     silence_s: float
+    board: Any = None
 
 
 class IsolatedWorker:
@@ -91,6 +95,7 @@ class IsolatedWorker:
         self._places = threading.Semaphore(lanes)
         self._taking = threading.Lock()
         self._replacing = threading.Lock()
+        self._board = BoardWriter(stage_run.board)
         self._child: Child | None = None
         with contextlib.suppress(ChildLostError):  # the first batch tries again
             self._child = Child(work, preload, lanes)
@@ -120,7 +125,8 @@ class IsolatedWorker:
                 outcomes.append(outcome_table([Outcome(key, rejected=given_up[key])]))
                 continue
             try:
-                for done in self._try(batch, alone=suspected):
+                worked, rows = sum(done.num_rows for done in outcomes), batch.num_rows
+                for done in self._try(batch, partial(self._note, worked, rows), alone=suspected):
                     outcomes.append(done)
                     batch = drop_keys(batch, done["key"].to_pylist())
             except ChildLostError as error:
@@ -143,15 +149,19 @@ class IsolatedWorker:
                     self._attempt_log.record_losses(lost)
                     pending.extendleft(reversed(_split(batch)))
         self._attempt_log.clear(counts.keys() - given_up.keys())
+        self._board.end()
         return pa.concat_tables(outcomes)
 
-    def _try(self, batch: pa.Table, *, alone: bool) -> Iterator[pa.Table]:
+    def _note(self, worked: int, rows: int, share: float) -> None:
+        self._board.write(worked + rows * share)
+
+    def _try(self, batch: pa.Table, on_progress: Heartbeat, *, alone: bool) -> Iterator[pa.Table]:
         for attempt in range(_START_ATTEMPTS):
             try:
                 with self._place(self._lanes if alone else 1):
                     child = self._living_child()
                     try:
-                        yield from child.call(batch, self._limits)
+                        yield from child.call(batch, self._limits, on_progress)
                     except BaseException:
                         # After any error the child is of no more use.
                         with self._replacing:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import atexit
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import ray.data
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.resources import Actors
+from pipelines.execution.board import BoardReader
 from pipelines.execution.metrics import PipelineMetrics
 from pipelines.execution.outcomes import Budget, Outcome, StageReport, Tally, outcome_blocks
 from pipelines.words import duration
@@ -26,13 +28,22 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_WRITES = 5.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Show(Protocol):
+    """Shows how far a stage is."""
+
+    def __call__(self, done: int, rejected: int, working: float = 0.0) -> None:
+        """Show the passages done and rejected; `working` is what was worked on in batches that have not ended."""
+        ...
 
 
 class RunProgress:
     """Writes the progress of a run to the console, to `runs/<run>/progress.json` and to Prometheus.
 
-    The document is written when a stage begins or ends, at most every five seconds in between, and when the run ends
-    or fails. A run that was killed leaves `running` in it (see `pipelines.jobs.status`).
+    The document is written when a stage begins or ends, every five seconds in between, and when the run ends or fails.
+    A run that was killed leaves `running` in it (see `pipelines.jobs.status`).
     """
 
     def __init__(self, store: Store, run: str, console: Console) -> None:
@@ -45,10 +56,21 @@ class RunProgress:
         self._recoveries = 0
         self._written = 0.0
         self._stopped = False
+        # The thread that shows what the board says writes beside the one that counts outcomes.
+        self._lock = threading.Lock()
 
     @cached_property
     def _metrics(self) -> PipelineMetrics:
         return PipelineMetrics()  # only once Ray runs
+
+    @cached_property
+    def _board(self) -> BoardReader:
+        return BoardReader()
+
+    @property
+    def board(self) -> Any:
+        """The board on which workers write how far they are within a batch; Ray must be running."""
+        return self._board.handle
 
     @property
     def stages(self) -> tuple[StageReport, ...]:
@@ -57,21 +79,39 @@ class RunProgress:
 
     @contextmanager
     def stage(self, stage: str, total: int, tally: Tally) -> Iterator[Callable[[Sequence[Outcome]], None]]:
-        """Yield a function to call with each block of outcomes once `tally` has counted it."""
+        """Yield a function to call with each block of outcomes; it counts them in `tally`."""
         self._metrics.begin(stage, total)
+        self._board.clear()
         self._describe(stage, total, tally)
         self._write()
+        ended = threading.Event()
         try:
             with stage_progress(self.console, stage, total) as show:
 
-                def advance(outcomes: Sequence[Outcome]) -> None:
-                    self._metrics.count(stage, outcomes)
-                    self._describe(stage, total, tally)
-                    if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
-                        self._write()
-                    show(tally.done, tally.rejected.total())
+                def tell(working: float) -> None:
+                    with self._lock:
+                        self._describe(stage, total, tally, working)
+                        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+                            self._write()
+                        show(tally.done, tally.rejected.total(), working)
 
-                yield advance
+                def look() -> None:
+                    while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+                        tell(self._board.read())
+
+                def advance(outcomes: Sequence[Outcome]) -> None:
+                    with self._lock:
+                        tally.add(outcomes)
+                    self._metrics.count(stage, outcomes)
+                    tell(self._board.read())
+
+                looking = threading.Thread(target=look, name="progress", daemon=True)
+                looking.start()
+                try:
+                    yield advance
+                finally:
+                    ended.set()
+                    looking.join()
         finally:
             self._metrics.end(stage)
 
@@ -124,14 +164,15 @@ class RunProgress:
         self._write("stopped")
         self._stopped = True
 
-    def _describe(self, stage: str, total: int, tally: Tally) -> None:
-        finished = tally.done + tally.rejected.total()
+    def _describe(self, stage: str, total: int, tally: Tally, working: float = 0.0) -> None:
+        finished = min(tally.done + tally.rejected.total() + working, total)
         rate = finished / tally.seconds if tally.seconds else 0.0
         self._current = {
             "stage": stage,
             "total": total,
             "done": tally.done,
             "rejected": dict(tally.rejected),
+            "share": round(finished / total, 3) if total else 1.0,
             "tokens": tally.tokens,
             "seconds": round(tally.seconds, 1),
             "passages_per_s": round(rate, 3),
@@ -159,43 +200,51 @@ class RunProgress:
 
 
 @contextmanager
-def stage_progress(
-    console: Console, stage: str, total: int, unit: str = "passages"
-) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with the numbers (done, rejected) so far, of `total`."""
+def stage_progress(console: Console, stage: str, total: int, unit: str = "passages") -> Iterator[Show]:
+    """Yield a function to call with what is done of `total` so far; the bar also moves with what is being worked on."""
+    begun = time.perf_counter()
+    furthest = 0.0
+
+    def rate_of(done: int, rejected: int, working: float) -> float:
+        # A batch that ends is counted by its outcomes, a moment before or after it leaves the board.
+        nonlocal furthest
+        furthest = max(furthest, min(done + rejected + working, total))
+        return furthest / max(time.perf_counter() - begun, 1e-9)
+
     if console.is_terminal:
         with _bar(console, unit) as progress:
-            task = progress.add_task(stage, total=total, rate=0.0, rejects=0)
-            begun = time.perf_counter()
+            task = progress.add_task(stage, total=total, finished=0, rate=0.0, rejects=0)
 
-            def advance(done: int, rejected: int) -> None:
-                rate = (done + rejected) / max(time.perf_counter() - begun, 1e-9)
-                progress.update(task, completed=done + rejected, rate=rate, rejects=rejected)
+            def advance(done: int, rejected: int, working: float = 0.0) -> None:
+                rate = rate_of(done, rejected, working)
+                finished = done + rejected
+                progress.update(task, completed=furthest, finished=finished, rate=rate, rejects=rejected)
 
             yield advance
         return
-    begun = last = time.perf_counter()
+    last = begun
     console.print(f"{stage}: {total} to do")
 
-    def report(done: int, rejected: int) -> None:
+    def report(done: int, rejected: int, working: float = 0.0) -> None:
         nonlocal last
-        now = time.perf_counter()
-        finished = done + rejected
+        now, finished = time.perf_counter(), done + rejected
         if finished < total and now - last < _SECONDS_BETWEEN_LINES:
             return
         last = now
-        rate = finished / (now - begun)
-        left = f"{(total - finished) / rate:.0f} s left" if rate else "time left unknown"
-        console.print(f"{stage}: {finished}/{total}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
+        rate = rate_of(done, rejected, working)
+        left = f"{duration((total - furthest) / rate)} left" if rate else "time left unknown"
+        share = f" ({furthest / total:.0%})" if finished < total else ""
+        console.print(f"{stage}: {finished}/{total}{share}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
 
     yield report
 
 
 def _bar(console: Console, unit: str) -> Progress:
     return Progress(
+        SpinnerColumn(),
         TextColumn("{task.description:>8}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[finished]}/{task.total:.0f}"),
         TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
         TextColumn("{task.fields[rejects]} rejected"),
         TimeElapsedColumn(),
@@ -241,7 +290,6 @@ def follow_outcomes(outcomes: ray.data.Dataset, total: int, stage: str, progress
     tally = Tally()
     with progress.stage(stage, total, tally) as advance:
         for block in outcome_blocks(outcomes):
-            tally.add(block)
             advance(block)
             budget.check({f"{stage}/{reason}": n for reason, n in tally.rejected.items()})
     return tally

@@ -31,13 +31,13 @@ from prag_core.store.tables import corpus_parts
 COLUMNS = ("closed", "wrong", "prag", "rag", "combine")
 
 
-def run_demo(config: Config, console: Console) -> dict[str, Any]:
-    """Run the job, ask every question about its passages, print tables of the results and return the counts.
+def run_demo(config: Config, console: Console, progress_to: Console) -> dict[str, Any]:
+    """Run the job, ask every question about its passages, print tables to `console`, and return the counts.
 
     Raises:
         InputError: when there is no `questions.jsonl` beside the corpus, or none of its questions is about a passage.
     """
-    report = run_job(config, Console(stderr=True, markup=False, emoji=False))
+    report = run_job(config, progress_to)
     begun = time.perf_counter()
     store = open_store(config)
     passages = _passages(store)

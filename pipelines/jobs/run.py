@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cluster.session import ray_session
 from pipelines.execution.outcomes import Budget, StageReport
 from pipelines.execution.progress import RunProgress
 from pipelines.execution.recovery import retry_on_loss
+from pipelines.execution.spinner import spinner
 from pipelines.execution.survey import Survey, survey
 from pipelines.planning.checks import PreflightReport
 from pipelines.planning.preflight import check_here, check_nodes, preflight
@@ -92,10 +94,11 @@ def run_job(
         JoinError: when the cluster that RAY_ADDRESS names cannot be joined.
     """
     begun = time.perf_counter()
-    found = check_here(config)
-    if found.errors:
-        # Check the nodes too, so that all errors are named at once.
-        (preflight(config) if on_cluster() else found).raise_errors()
+    with spinner(console, "checking settings, model and corpus"):
+        found = check_here(config)
+        if found.errors:
+            # Check the nodes too, so that all errors are named at once.
+            (preflight(config) if on_cluster() else found).raise_errors()
     console.print(found.summary())
     context = make_context(config, run or new_run_id())
     if wait_s and not take_over:
@@ -110,9 +113,11 @@ def _run(context: RunContext, lease: RunLease, console: Console, begun: float, g
     AdapterStore(store, context.recipe, context.layout).describe()
     if config.train.initial_adapter:
         _store_start(context, config.train.initial_adapter)
-    console.print(f"run {context.run}: store {store.url}, recipe {context.recipe.fingerprint}; starting Ray")
+    console.print(f"run {context.run}: store {store.url}, recipe {context.recipe.fingerprint}")
     progress = RunProgress(store, context.run, console)
-    with progress.running(), ray_session(context.profile):
+    with progress.running(), contextlib.ExitStack() as session:
+        with spinner(console, "starting Ray"):
+            session.enter_context(ray_session(context.profile))
         if on_cluster():
             found = PreflightReport(layout=context.layout)
             check_nodes(config, context.profile, found)
@@ -143,7 +148,8 @@ def _run_stages(
     before = load_snapshot(store, serving) if serving else None
     tombstones = before.tombstones if before else tuple(sorted(forgotten_now(store)))
     # 1. Corpus. The next stages read it from the store: Ray would lose it with a node.
-    corpus = retry_on_loss("corpus", lambda: _read_corpus(context, tombstones), progress)
+    with spinner(progress.console, "reading the corpus"):
+        corpus = retry_on_loss("corpus", lambda: _read_corpus(context, tombstones), progress)
     put_inputs(store, context.run, RunInputs(corpus.version, recipe.fingerprint))
     progress.finish(corpus.report)
     bad = {f"corpus/{reason}": n for reason, n in corpus.report.rejected.items()}
@@ -152,7 +158,8 @@ def _run_stages(
     passages = stored_passages(store, corpus.version, context.profile.partitions)
 
     def take_survey() -> Survey:
-        return survey(store, passages, corpus.count, recipe, context.profile)
+        with spinner(progress.console, "looking for what is missing"):
+            return survey(store, passages, corpus.count, recipe, context.profile)
 
     # 2. Augment.
     found = retry_on_loss("augment", take_survey, progress)
@@ -162,7 +169,8 @@ def _run_stages(
         found = retry_on_loss("train", take_survey, progress)
     adapters = progress.finish(run_train(context, passages, found, take_survey, budget, progress)).done
     # 4. Index.
-    index, report = run_index(context, corpus.version, before.corpus_version if before else None, corpus.count)
+    with spinner(progress.console, "indexing"):
+        index, report = run_index(context, corpus.version, before.corpus_version if before else None, corpus.count)
     progress.finish(report)
     budget.check({f"{s.stage}/{reason}": n for s in progress.stages[1:] for reason, n in s.rejected.items()})
     # 5. Publish, unless another run has taken over the lease or published meanwhile.

@@ -42,8 +42,9 @@ class RunStatus:
             now = self.current
             rejected = sum(now["rejected"].values())
             left = "" if now["seconds_left"] is None else f", {duration(now['seconds_left'])} left"
+            share = f" ({now['share']:.0%})" if "share" in now else ""
             parts.append(
-                f"{now['stage']} {now['done']}/{now['total']} now, {rejected} rejected, "
+                f"{now['stage']} {now['done']}/{now['total']}{share} now, {rejected} rejected, "
                 f"{now['passages_per_s']:.2f} passages/s{left}"
             )
         if self.recoveries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,8 +16,9 @@ from pipelines.serving.dispatcher import Dispatcher, batch_width, while_connecte
 from pipelines.serving.errors import ApiError, ErrorResponse, add_error_handlers, api_error, check_limit, invalid_field
 from pipelines.serving.middleware import AuthMiddleware, Caller
 from pipelines.serving.openai_api import openai_routes
-from pipelines.serving.page import page_routes
+from pipelines.serving.page import docs_routes, page_routes
 from pipelines.serving.schemas import (
+    About,
     AnswerRequest,
     AnswerResponse,
     BatchItem,
@@ -59,7 +61,7 @@ def make_app(dispatcher: Dispatcher, keys: KeyRing | None, scrape: Scrape) -> Fa
         keys: The keys that callers must present; None when none are needed.
         scrape: Returns the text of `/metrics`.
     """
-    # No documentation pages: they would load scripts from the internet. /openapi.json has the document itself.
+    # FastAPI's own pages would load scripts from the internet; see `docs_routes`.
     app = FastAPI(
         title="Parametric RAG",
         version="1",
@@ -72,13 +74,26 @@ def make_app(dispatcher: Dispatcher, keys: KeyRing | None, scrape: Scrape) -> Fa
     app.include_router(openai_routes(dispatcher))
     app.include_router(operator_routes(dispatcher, scrape))
     app.include_router(page_routes())
+    app.include_router(docs_routes())
     app.add_middleware(AuthMiddleware, keys=keys, config=dispatcher.config.serve)
     return app
 
 
 def answer_routes(dispatcher: Dispatcher) -> APIRouter:
-    """Return `/v1/answer` and `/v1/batch`."""
+    """Return `/v1/about`, `/v1/answer` and `/v1/batch`."""
     routes = APIRouter(prefix="/v1", tags=["questions"], responses=ERROR_RESPONSES, route_class=StrictRoute)
+
+    @routes.get("/about", response_model=About)
+    async def about() -> About:
+        """Say what answers here: the base model, the snapshot in service, the modes, and questions to try."""
+        config = dispatcher.config
+        return About(
+            model=PurePath(config.model.name).name,
+            snapshot=dispatcher.service.snapshot,
+            mode=config.answer.mode,
+            modes=list(config.serve.modes),
+            example_questions=list(config.serve.example_questions),
+        )
 
     @routes.post(
         "/answer",
@@ -95,9 +110,10 @@ def answer_routes(dispatcher: Dispatcher) -> APIRouter:
         request = to_request(body, dispatcher.config, caller.access)
         dispatcher.admit(caller)
         if not body.stream:
-            return from_answer(await while_connected(http, dispatcher.answer("answer", request, body.deadline_s)))
+            made = await while_connected(http, dispatcher.answer("answer", request, body.deadline_s))
+            return from_answer(made, body.details)
         pieces = dispatcher.stream("answer", request, body.deadline_s)
-        return await while_connected(http, EventStream.begin(_events(pieces)))
+        return await while_connected(http, EventStream.begin(_events(pieces, body.details)))
 
     @routes.post("/batch", response_model=BatchResponse)
     async def batch(body: BatchRequest, http: Request) -> BatchResponse:
@@ -117,7 +133,8 @@ def answer_routes(dispatcher: Dispatcher) -> APIRouter:
                 request = to_request(item, dispatcher.config, caller.access)
                 async with places:
                     # The deadline begins now: waiting for other questions of the batch does not count.
-                    return BatchItem(answer=from_answer(await dispatcher.answer("batch", request, item.deadline_s)))
+                    made = await dispatcher.answer("batch", request, item.deadline_s)
+                    return BatchItem(answer=from_answer(made, item.details))
             except ApiError as error:
                 return BatchItem(error=error.body())
 
@@ -158,10 +175,10 @@ def operator_routes(dispatcher: Dispatcher, scrape: Scrape) -> APIRouter:
     return routes
 
 
-async def _events(pieces: AsyncGenerator[str | Answer]) -> AsyncGenerator[str]:
+async def _events(pieces: AsyncGenerator[str | Answer], details: bool | None) -> AsyncGenerator[str]:
     async with aclosing(pieces):
         async for piece in pieces:
             if isinstance(piece, Answer):
-                yield event(from_answer(piece).model_dump(), "answer")
+                yield event(from_answer(piece, details).model_dump(), "answer")
             else:
                 yield event({"text": piece})

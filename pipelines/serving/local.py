@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -12,9 +13,11 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from rich.console import Console
 
 from cluster.preflight import on_cluster
 from cluster.session import ray_session
+from pipelines.execution.spinner import spinner
 from pipelines.serving.deployment import APPLICATION, GRACE_S, application, logger
 from pipelines.serving.dispatcher import longest_s
 from pipelines.settings import profile_of
@@ -24,7 +27,7 @@ from prag_core.store.objects import open_store
 from prag_core.store.snapshot import load_snapshot
 
 
-def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.Event) -> None:
+def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.Event, console: Console) -> None:
     """Serve on this machine, or on the cluster that RAY_ADDRESS names, until `end` is set.
 
     Requests under way are then still answered. On a cluster only the application is removed: Ray Serve and its other
@@ -34,6 +37,7 @@ def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.E
         config: The configuration.
         on_ready: Called with the server's URL once it answers.
         end: Set by another thread when the server is to end.
+        console: Where it shows that it is starting.
 
     Raises:
         ConfigError: when another server listens on `serve.port`; see also `application`.
@@ -50,8 +54,10 @@ def serve_here(config: Config, on_ready: Callable[[str], None], end: threading.E
     if profile.logical_cpus is not None:
         cpus = math.ceil(limits.max_replicas * profile.answer.cpus)
         profile = replace(profile, logical_cpus=max(profile.logical_cpus, cpus))
-    with ray_session(profile):
-        start(config, made)
+    with contextlib.ExitStack() as session:
+        with spinner(console, "starting Ray and the first replica"):
+            session.enter_context(ray_session(profile))
+            start(config, made)
         on_ready(url_of(config))
         end.wait()
         stop()

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.api_keys import KeyRing
 from pipelines.serving.errors import ApiError, api_error
-from pipelines.serving.page import PAGE_PATHS
+from pipelines.serving.page import DOCS_PATHS, PAGE_PATHS
 from prag_core.config import ServeConfig
 from prag_core.errors import ConfigError, PragError
 
@@ -23,7 +23,7 @@ BURST_S = 10.0
 # A client that sends its body more slowly would occupy a place for nothing.
 BODY_TIMEOUT_S = 10.0
 # Load balancers and browsers need these before they have a key.
-PUBLIC_PATHS = PAGE_PATHS | {"/healthz", "/readyz", "/openapi.json"}
+PUBLIC_PATHS = PAGE_PATHS | DOCS_PATHS | {"/healthz", "/readyz", "/openapi.json"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MAX_SEED = 2**63 - 1
 # Examples for the OpenAPI document.
 _PASSAGE: JsonDict = {
     "id": "p1", "ids": ["p1"], "key": "5ba1c3f0a2b84f6d", "title": "Cazambra Lighthouse", "score": 6.2,
-    "used": ["weights", "prompt"], "weight": 1.0, "fallback": False,
+    "used": ["weights", "prompt"], "weight": 1.0, "fallback": False, "text": None, "adapter": None,
 }  # fmt: skip
 _ANSWER: JsonDict = {
     "answer": "Ilvane Dost", "mode": "combine", "finish": "stop", "passages": [_PASSAGE],
@@ -75,6 +75,15 @@ class AnswerRequest(Strict):
         "from when the question's turn comes.",
     )
     stream: bool | None = Field(None, description="Send the text as server-sent events as it is made.")
+    details: bool | None = Field(None, description="Send each passage's text, and how its adapter was trained.")
+
+
+class AdapterUse(BaseModel):
+    """How a passage's adapter was trained."""
+
+    tokens: int = Field(description="Training tokens, over all epochs.")
+    last_loss: float = Field(description="The loss of its last training step.")
+    seconds: float = Field(description="Its share of the training time.")
 
 
 class PassageUse(BaseModel):
@@ -91,6 +100,8 @@ class PassageUse(BaseModel):
     used: list[Literal["weights", "prompt"]]
     weight: float = Field(description="The factor of its adapter; 0 when it was not used.")
     fallback: bool
+    text: str | None = Field(None, description="The passage, with `details`.")
+    adapter: AdapterUse | None = Field(None, description="Its adapter's training, with `details` if it was used.")
 
 
 class TokenCounts(BaseModel):
@@ -137,6 +148,16 @@ class Ready(BaseModel):
     """The replica answers questions from this snapshot."""
 
     snapshot: str
+
+
+class About(BaseModel):
+    """What this server answers with."""
+
+    model: str = Field(description="The base model.")
+    snapshot: str
+    mode: Mode = Field(description="The mode of a request that names none.")
+    modes: list[Mode]
+    example_questions: list[str]
 
 
 class Health(BaseModel):
@@ -202,20 +223,23 @@ def check_length(param: str, text: str, limits: ServeConfig) -> None:
     check_limit(param, len(text), limits.max_question_chars, " characters")
 
 
-def from_answer(answer: Answer) -> AnswerResponse:
-    """Return an answer as clients get it."""
+def from_answer(answer: Answer, details: bool | None = None) -> AnswerResponse:
+    """Return an answer as clients get it; with `details`, with its passages' texts and adapters."""
     return AnswerResponse(
         answer=answer.text,
         mode=answer.mode,
         finish=answer.finish,
-        passages=[_passage(passage) for passage in answer.passages],
+        passages=[_passage(passage, bool(details)) for passage in answer.passages],
         snapshot=answer.snapshot,
         timings_ms={step: round(spent, 3) for step, spent in answer.milliseconds.items()},
         tokens=TokenCounts(prompt=answer.prompt_tokens, new=answer.new_tokens),
     )
 
 
-def _passage(passage: UsedPassage) -> PassageUse:
+def _passage(passage: UsedPassage, details: bool) -> PassageUse:
+    trained = AdapterUse(
+        tokens=passage.tokens, last_loss=round(passage.last_loss, 4), seconds=round(passage.seconds, 2)
+    )
     used: list[Literal["weights", "prompt"]] = ["weights"] if passage.in_weights else []
     return PassageUse(
         id=passage.sources[0] if passage.sources else passage.key,
@@ -227,4 +251,6 @@ def _passage(passage: UsedPassage) -> PassageUse:
         weight=passage.weight,
         # The note itself may name objects of the store, so it goes to the log only.
         fallback=bool(passage.note),
+        text=passage.text if details else None,
+        adapter=trained if details and passage.in_weights else None,
     )

@@ -50,13 +50,19 @@ def make_generator(config: Config, gpus: float, on_progress: Callable[[], None] 
     model = config.model.model_copy(update={"name": config.augment.model or config.model.name})
     if config.augment.generator == "vllm":
         requests = config.augment.concurrency or DEFAULT_REQUESTS
-        return VllmGenerator(config.augment.vllm, model, concurrency=requests, on_progress=on_progress)
+        return VllmGenerator(
+            config.augment.vllm, model, concurrency=requests, send_seed=gpus > 0, on_progress=on_progress
+        )
     base = load_base_model(model, gpus=gpus)
     writer = writer_of(config, base.fingerprint)
     rows = config.augment.concurrency
-    if writer is None:
-        return TransformersGenerator(base, max_batch=rows, on_progress=on_progress)
-    return TransformersGenerator(base, adapter=writer.adapter(), max_batch=rows, on_progress=on_progress)
+    if writer is not None:
+        # Imported here: the driver imports this module too, and torch would cost it seconds.
+        from prag_core.llm.lora import merge_adapter
+
+        # All prompts need it, and nobody else uses this model.
+        merge_adapter(base.model, *writer.adapter())
+    return TransformersGenerator(base, max_batch=rows, on_progress=on_progress)
 
 
 class AugmentPassages:
@@ -71,7 +77,8 @@ class AugmentPassages:
         self._actors = context.profile.augment
         file = config.augment.import_file
         self._imported = read_augmentations(file, config.storage) if file else None
-        self._heartbeat: Heartbeat = lambda: None
+        self._heartbeat: Heartbeat = lambda share: None
+        self._share = 0.0
         # What the generator opens in this loop (connections) is kept from one task to the next.
         self._loop = asyncio.Runner()
         # Loading a model has no time limit here; but none is needed if all augmentations are imported.
@@ -83,7 +90,7 @@ class AugmentPassages:
 
     def __call__(self, passages: list[Passage], heartbeat: Heartbeat) -> Iterator[pa.Table]:
         """Augment passages and yield one outcome each as they are stored; `heartbeat` is called in between."""
-        self._heartbeat = heartbeat
+        self._heartbeat, self._share = heartbeat, 0.0
         made: list[Augmentation | Reject] = []
         missing = []
         for passage in passages:
@@ -92,9 +99,11 @@ class AugmentPassages:
                 made.append(complete(passage, found, self._recipe))
             else:
                 missing.append(passage)
-        since = time.monotonic()
+        since, ended = time.monotonic(), len(made)
         for results in self._generate(missing):
             made += results
+            ended += len(results)
+            self._share = ended / len(passages)
             limits = self._config.run
             if len(made) >= limits.augment_batch or time.monotonic() - since >= limits.commit_every_s:
                 yield self._put(made)
@@ -142,7 +151,7 @@ class AugmentPassages:
     def _make_generator(self) -> Generator:
         if self._config.augment.generator == "transformers":
             compute_here(self._actors.threads)
-        return make_generator(self._config, self._actors.gpus, lambda: self._heartbeat())
+        return make_generator(self._config, self._actors.gpus, lambda: self._heartbeat(self._share))
 
 
 def augment_task_size(total: int, context: RunContext) -> int:
@@ -195,7 +204,8 @@ def run_augment(
             return Tally()
         missing = with_passages(survey, "to_augment", passages, context.profile)
         size = augment_task_size(total, context)
-        outcomes = run_actors(AugmentPassages, (context,), missing, size, context.profile.augment, stage_run)
+        shown = replace(stage_run, board=progress.board)
+        outcomes = run_actors(AugmentPassages, (context,), missing, size, context.profile.augment, shown)
         return follow_outcomes(outcomes, total, "augment", progress, budget.after(survey.rejected))
 
     last, tally = resume_until_done("augment", "to_augment", first, take_survey, work, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,13 @@ class TrainAdapters:
         yield _outcomes(task.committed)
         waiting: list[tuple[TrainedAdapter, str]] = []
         since = time.monotonic()
-        training = self._trainer.train(
-            task.jobs, tokens_per_step=self._tokens_per_step, on_step=lambda step, steps: heartbeat()
-        )
-        for adapter in training:
+        trained, passages = 0, len(task.digests)
+
+        def on_step(step: int, steps: int, adapters: int) -> None:
+            heartbeat((len(task.committed) + trained + adapters * step / steps) / passages)
+
+        for adapter in self._trainer.train(task.jobs, tokens_per_step=self._tokens_per_step, on_step=on_step):
+            trained += 1
             if adapter.factors is None:
                 self._reject(task, adapter.key, adapter.failure, _DETAIL[adapter.failure].format(adapter.last_loss))
             else:
@@ -208,7 +211,7 @@ def run_train(
             # Actors that come later share what is left. By the most that may come, tasks would be small for all.
             passages_per_task(total, context, profile.train.that_fit()),
             profile.train,
-            stage_run,
+            replace(stage_run, board=progress.board),
             preload=["prag_core.training.trainer"],
             lanes=LANES,
         )

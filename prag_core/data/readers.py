@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import IO, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prag_core.config import Columns, CorpusConfig
@@ -185,12 +186,16 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
     Raises:
         InputError: when it lacks a column that is configured, or has a column twice.
     """
-    table = pq.ParquetFile(stream, page_checksum_verification=True)
-    there = table.schema_arrow.names
+    metadata = pq.read_metadata(stream)
+    schema = metadata.schema.to_arrow_schema()
+    there = schema.names
     _check_columns(there, file, config)
     columns = config.columns
     wanted = (columns.id, columns.title, columns.text, columns.access)
     names = [name for name in wanted if name is not None and name in there]
+    # A small file may hold one long text a million times: as a dictionary it is in memory once.
+    texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
+    table = pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True, read_dictionary=texts)
     number = 0
     for batch in table.iter_batches(_PARQUET_ROWS, columns=names):
         for row in range(batch.num_rows):

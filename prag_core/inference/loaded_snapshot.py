@@ -93,5 +93,6 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         combine_strength=config.answer.combine_strength,
         reader=reader,
         hidden=hidden,
+        find=source.find,
     )
     return LoadedSnapshot(snapshot.id, processor, source, recipe, layout, retriever.close)

@@ -7,7 +7,7 @@ wait for adapters and for the decoder.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prag_core.errors import AdapterError, GenerationError, NotFiniteError, RetrievalError
@@ -20,6 +20,7 @@ from prag_core.llm.lora import FlatAdapter
 from prag_core.prompts import MAX_NEW_TOKENS, final_answer, passage_text, reasons
 from prag_core.records import DEFAULT_COMBINE_STRENGTH, Answer, Hit, MergeRule, Passage, Template, UsedPassage
 from prag_core.retrieval.kinds import Retriever
+from prag_core.store.ledger import AdapterLocation
 
 # The most passages to retrieve in search of some that the asker may read.
 _MAX_HITS = 1024
@@ -62,6 +63,7 @@ class RequestProcessor:
         reader: An adapter trained to answer from passages in the prompt, and its weight; it is added wherever a passage
             is in the prompt: in `rag` and `combine`, and in `prag` for a passage without an adapter.
         hidden: Keys of passages that must not be used.
+        find: Returns how a passage's adapter was trained, if it has one.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RequestProcessor:
         combine_strength: float = DEFAULT_COMBINE_STRENGTH,
         reader: tuple[FlatAdapter, float] | None = None,
         hidden: Iterable[str] = (),
+        find: Callable[[str], AdapterLocation | None] = lambda key: None,
     ) -> None:
         self.snapshot = snapshot
         self._tokenizer = base.tokenizer
@@ -86,6 +89,7 @@ class RequestProcessor:
         self._combine_strength = combine_strength
         self._reader = reader
         self._hidden = frozenset(hidden)
+        self._find = find
 
     def search(self, request: Request) -> tuple[Hit, ...]:
         """Return the passages for a request, best first: its own hits, or the best ones that its asker may read.
@@ -133,6 +137,7 @@ class RequestProcessor:
             passage, weight = hit.passage, strength * share
             adapter = adapters[passage.key] if request.updates else None
             fallback = isinstance(adapter, AdapterError)
+            trained = self._find(passage.key) if request.updates and not fallback else None
             entry = UsedPassage(
                 key=passage.key,
                 title=passage.title,
@@ -143,6 +148,9 @@ class RequestProcessor:
                 weight=weight if request.updates and not fallback else 0.0,
                 note=adapter.message if isinstance(adapter, AdapterError) else "",
                 text=passage.text,
+                tokens=trained.tokens if trained else 0,
+                last_loss=trained.last_loss if trained else 0.0,
+                seconds=trained.seconds if trained else 0.0,
             )
             if adapter is not None and not isinstance(adapter, AdapterError):
                 weighted.append((adapter, weight))

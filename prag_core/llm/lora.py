@@ -52,6 +52,24 @@ def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
     }
 
 
+def merge_adapter(model: Any, recipe: TrainRecipe, factors: Factors) -> None:
+    """Add an adapter to a model's own weights, for good: what all requests need costs nothing afterwards.
+
+    The sum is made in fp32 and rounded to the dtype of the weights.
+
+    Raises:
+        AdapterError: when the adapter does not fit the model.
+        ModelError: when the model does not fit the recipe; see `prag_core.llm.layout.find_layout`.
+    """
+    layout, modules = find_targets(model, recipe)
+    check_factors(layout, factors, "the adapter to merge")
+    for (layer, target), module in modules.items():
+        position, weight = layout.layers.index(layer), module.weight.detach()
+        a, b = (factors[f"{target}.{name}"][position].to(weight.device, torch.float32) for name in "AB")
+        changed = (weight.float() + layout.scale * (b @ a)).to(weight.dtype)
+        module.weight = nn.Parameter(changed, requires_grad=False)
+
+
 def changes_nothing(factors: Factors) -> bool:
     """Return whether an adapter is without effect: each value of its B is zero, or would be zero when it is stored."""
     return all(float(factor.abs().max()) < LEAST_B for name, factor in factors.items() if name.endswith(".B"))

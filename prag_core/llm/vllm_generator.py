@@ -53,6 +53,7 @@ class VllmGenerator:
         command: The command of vLLM, and further arguments of `vllm serve`.
         model: The model; its weights give the fingerprint.
         concurrency: The most requests in flight, all of which vLLM runs at the same time.
+        send_seed: Send each request's seed. vLLM's builds for processors end at the first one.
         on_progress: Called after each reply, and while the server starts.
 
     Raises:
@@ -66,6 +67,7 @@ class VllmGenerator:
         model: ModelConfig,
         *,
         concurrency: int = DEFAULT_REQUESTS,
+        send_seed: bool = True,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         program, *further = shlex.split(command) or [""]
@@ -87,7 +89,7 @@ class VllmGenerator:
         except BaseException:
             self._server.kill()
             raise
-        endpoint = EndpointConfig(url=self.url, model=model.name, timeout_s=_REPLY_S, retries=1)
+        endpoint = EndpointConfig(url=self.url, model=model.name, timeout_s=_REPLY_S, retries=1, send_seed=send_seed)
         self._endpoint = OpenAIGenerator(endpoint, key=self.key, concurrency=concurrency, on_progress=on_progress)
 
     async def ask(

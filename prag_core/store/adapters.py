@@ -199,7 +199,7 @@ class LedgerSource:
         return self._adapters.layout
 
     def __contains__(self, key: str) -> bool:
-        return self._ledger.find(key) is not None
+        return self.find(key) is not None
 
     def get(self, key: str) -> dict[str, Tensor]:
         """Return the verified factors of a passage's adapter.
@@ -215,10 +215,14 @@ class LedgerSource:
         Raises:
             AdapterError: if the snapshot has no adapter for it.
         """
-        located = self._ledger.find(key)
+        located = self.find(key)
         if located is None:
             raise AdapterError(f"adapter {key}: the snapshot has none", "see `prag rejects` for the reason")
         return located
+
+    def find(self, key: str) -> AdapterLocation | None:
+        """Return where the bytes of a passage's adapter lie and how it was trained, or None if there is none."""
+        return self._ledger.find(key)
 
     def read(self, row: AdapterLocation) -> bytes:
         """Return the unverified bytes of an adapter; see `AdapterStore.read`."""

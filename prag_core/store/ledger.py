@@ -19,7 +19,7 @@ from prag_core.store.objects import Store
 
 READERS = 8
 
-_COLUMNS = ["key", "checksum", "shard", "dtype", "offset", "length", "created"]
+_COLUMNS = ["key", "checksum", "shard", "dtype", "offset", "length", "created", "tokens", "last_loss", "seconds"]
 # Keys and checksums are bytes: half as long as their hexadecimal digits, and in the same order. Shard and dtype are
 # positions in a list of names.
 _ROW = np.dtype(
@@ -31,13 +31,16 @@ _ROW = np.dtype(
         ("offset", np.int64),
         ("length", np.int64),
         ("created", np.float64),
+        ("tokens", np.int64),
+        ("last_loss", np.float32),
+        ("seconds", np.float32),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLocation:
-    """The fields of a ledger row that are needed to read its adapter."""
+    """The fields of a ledger row that are needed to read its adapter, and how its training went."""
 
     key: str
     shard: str
@@ -45,10 +48,13 @@ class AdapterLocation:
     length: int
     checksum: str
     dtype: str
+    tokens: int = 0
+    last_loss: float = 0.0
+    seconds: float = 0.0
 
 
 class LedgerColumns:
-    """The rows of some ledger parts as a numpy array sorted by key, which takes 80 bytes for each adapter.
+    """The rows of some ledger parts as a numpy array sorted by key, which takes 96 bytes for each adapter.
 
     Of several rows with one key, the one that was created last counts: a changed augmentation adds a row.
 
@@ -91,6 +97,9 @@ class LedgerColumns:
             length=int(row["length"]),
             checksum=row["checksum"].ljust(KEY_BYTES, b"\0").hex(),
             dtype=self._list[row["dtype"]],
+            tokens=int(row["tokens"]),
+            last_loss=float(row["last_loss"]),
+            seconds=float(row["seconds"]),
         )
 
     def _encode_rows(self, part: str, table: pa.Table) -> npt.NDArray[Any]:
@@ -102,7 +111,7 @@ class LedgerColumns:
             with self._names_lock:
                 codes = [self._names.setdefault(value, len(self._names)) for value in coded.dictionary.to_pylist()]
             rows[name] = np.array(codes, np.int32)[coded.indices.to_numpy()]
-        for name in ("offset", "length", "created"):
+        for name in ("offset", "length", "created", "tokens", "last_loss", "seconds"):
             rows[name] = table[name].to_numpy()
         return rows
 

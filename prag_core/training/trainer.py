@@ -41,6 +41,9 @@ from prag_core.training.layers import TrainingLayers
 
 log = logging.getLogger(__name__)
 
+# Called with the steps done of a stack, its steps in all, and its adapters.
+OnStep = Callable[[int, int, int], None]
+
 # target → A `[D, layers, rank, inputs]` and the transpose of B `[D, layers, rank, outputs]` of D adapters.
 StackedFactors = dict[str, tuple[Tensor, Tensor]]
 
@@ -149,7 +152,7 @@ class Trainer:
         jobs: Sequence[TrainingJob],
         *,
         tokens_per_step: int,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Iterator[TrainedAdapter]:
         """Train each job's adapter and yield it when its stack is done, stack by stack.
 
@@ -162,7 +165,7 @@ class Trainer:
             tokens_per_step: The most tokens of one step, padding included; it does not change the result beyond
                 rounding. When a stack does not fit into memory, its passages and all later ones, also those of later
                 calls, are trained in stacks of half as many tokens.
-            on_step: Called after each step with (steps done, steps in all) of the current stack.
+            on_step: Called after each step of a stack.
         """
         distinct = {job.examples: job for job in reversed(jobs)}
         for job in jobs:
@@ -194,9 +197,7 @@ class Trainer:
             if trained is None:
                 free_unused(self.base.device)
 
-    def _train_stack(
-        self, jobs: Sequence[TrainingJob], on_step: Callable[[int, int], None] | None
-    ) -> list[TrainedAdapter]:
+    def _train_stack(self, jobs: Sequence[TrainingJob], on_step: OnStep | None) -> list[TrainedAdapter]:
         # Most steps first, so that the unfinished passages are always the first rows.
         jobs = sorted(jobs, key=lambda job: -len(job.examples))
         recipe, device = self.recipe, self.base.device
@@ -240,7 +241,7 @@ class Trainer:
                 finite[done] = _all_finite(made)
                 learned[done] = _learned(made, start, (1 - rate * recipe.weight_decay) ** (step + 1))
             if on_step is not None:
-                on_step(step + 1, max(steps))
+                on_step(step + 1, max(steps), len(jobs))
 
         # 3. Read the losses and verdicts. With them the copies of the factors are complete too.
         table = torch.nn.utils.rnn.pad_sequence(means)

@@ -29,7 +29,7 @@ def training_batch(passages: list[Passage]) -> pa.Table:
     return table.append_column(TASK, pa.array([f"task of {len(passages)}"] * len(passages)))
 
 
-def outcomes_here(actor: Any, table: pa.Table, heartbeat: Heartbeat = lambda: None) -> Iterator[pa.Table]:
+def outcomes_here(actor: Any, table: pa.Table, heartbeat: Heartbeat = lambda share: None) -> Iterator[pa.Table]:
     """Pass a batch through an actor in this process, one step after the other, and yield its outcomes."""
     for done in actor(actor.prepare(table), heartbeat):
         yield done if isinstance(done, pa.Table) else done()

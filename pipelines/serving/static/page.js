@@ -1,11 +1,12 @@
 // The page of `prag serve`. It inserts everything from the server or the user as text, never as HTML.
 
 const MODES = {
-  closed: "Bare model, no passages",
-  rag: "Passages in the prompt",
-  prag: "Passages in the weights",
   combine: "Passages in weights and prompt",
+  prag: "Passages in the weights",
+  rag: "Passages in the prompt",
+  closed: "Bare model, no passages",
 };
+const MOST_RECENT = 10;
 
 const byId = (id) => document.getElementById(id);
 
@@ -61,7 +62,8 @@ async function* eventsOf(response) {
   }
 }
 
-const inMs = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+/** A time as people write it: 0.04 s, 1.2 s, 14 s. */
+const inSeconds = (ms) => `${(ms / 1000).toFixed(ms < 1000 ? 2 : ms < 10000 ? 1 : 0)} s`;
 
 function element(tag, text, className = "") {
   const made = document.createElement(tag);
@@ -79,6 +81,7 @@ class Column {
   constructor(mode) {
     this.mode = mode;
     this.problem = null;
+    this.snapshot = "";
     this.root = byId("column").content.firstElementChild.cloneNode(true);
     const find = (selector) => this.root.querySelector(selector);
     this.answer = find(".answer");
@@ -92,6 +95,7 @@ class Column {
     heading.id = `mode-${mode}`;
     this.root.setAttribute("aria-labelledby", heading.id);
     find(".description").textContent = MODES[mode];
+    this.badge = find(".badge");
     this.button.addEventListener("click", () => {
       if (this.#control) this.stop();
       else follow([this], this.body);
@@ -117,7 +121,7 @@ class Column {
       const response = await send("v1/answer", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ ...body, mode: this.mode, stream: true }),
+        body: JSON.stringify({ ...body, mode: this.mode, stream: true, details: true }),
         signal: control.signal,
       });
       let whole = null;
@@ -166,7 +170,7 @@ class Column {
   #show(whole, first, total) {
     this.answer.textContent = whole.answer || "(an empty answer)";
     this.answer.classList.toggle("none", !whole.answer);
-    this.times.textContent = `${inMs(total)}${first ? `, first text after ${inMs(first)}` : ""}`;
+    this.times.textContent = `${inSeconds(total)}${first ? `, first text after ${inSeconds(first)}` : ""}`;
     this.times.hidden = false;
     if (this.button === document.activeElement) byId("question").focus();
     this.button.hidden = true;
@@ -176,16 +180,15 @@ class Column {
     this.passages.querySelector("ol").replaceChildren(...whole.passages.map(passageItem));
     this.passages.hidden = count === 0;
     const rows = [
-      ...Object.entries(whole.timings_ms).map(([step, ms]) => [step, inMs(ms)]),
+      ...Object.entries(whole.timings_ms).map(([step, ms]) => [step, inSeconds(ms)]),
       ["tokens of the prompt", whole.tokens.prompt],
       ["tokens of the answer", whole.tokens.new],
       ["ended by", whole.finish],
     ];
     this.steps.querySelector("dl").replaceChildren(
       ...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]),
-      element("dt", "snapshot"),
-      element("dd", whole.snapshot, "long"),
     );
+    this.snapshot = whole.snapshot;
     this.steps.hidden = false;
     say(`${this.mode}: ${this.answer.textContent}`);
   }
@@ -204,6 +207,7 @@ class Column {
       this.#timer = setTimeout(() => { this.button.disabled = false; }, problem.waitS * 1000);
     }
     this.shownProblem.hidden = false;
+    this.root.setAttribute("aria-busy", "false");
     if (!stopped) say(`${this.mode}: ${this.shownProblem.textContent}`);
   }
 }
@@ -217,6 +221,16 @@ function passageItem(passage) {
     element("span", used, "use"),
     element("span", `${passage.id} · score ${passage.score.toFixed(2)}`, "use quiet"),
   );
+  if (passage.adapter) {
+    const { tokens, last_loss: loss, seconds } = passage.adapter;
+    const trained = `adapter: trained on ${tokens} tokens in ${inSeconds(1000 * seconds)}, last loss ${loss}`;
+    item.append(element("span", trained, "use quiet"));
+  }
+  if (passage.text) {
+    const details = document.createElement("details");
+    details.append(element("summary", "Text"), element("span", passage.text, "text"));
+    item.append(details);
+  }
   if (passage.fallback) {
     item.append(element("span", "Its adapter was missing or late, so it went into the prompt.", "use problem"));
   }
@@ -258,11 +272,28 @@ async function follow(asked, body) {
   if (byId("stop") === document.activeElement) byId("question").focus();
   byId("stop").disabled = true;
   const failed = columns.filter((column) => column.problem);
+  const snapshots = new Set(columns.map(({ root, snapshot }) => (root.hidden ? "" : snapshot)).filter(Boolean));
   byId("status").textContent = failed.length
     ? `Not answered: ${failed.map(({ mode }) => mode).join(", ")}.`
-    : "Answered.";
+    : `Answered from snapshot ${[...snapshots].join(", ")}.`;
+  // One message for all columns that failed alike.
+  const [first] = failed;
+  if (failed.length > 1 && failed.every(({ problem }) => problem.message === first.problem.message && !problem.waitS)) {
+    byId("status").textContent += ` ${first.problem.message}`;
+    for (const column of failed) column.shownProblem.hidden = true;
+  }
   const keyless = failed.find(({ problem }) => problem.needsKey);
   if (keyless) askForKey(keyless.problem.message);
+}
+
+/** Offer a question again while it is typed. Like the key, it is kept in this page's memory only. */
+function remember(question) {
+  const list = byId("asked");
+  for (const option of list.children) if (option.value === question) option.remove();
+  const option = document.createElement("option");
+  option.value = question;
+  list.prepend(option);
+  if (list.children.length > MOST_RECENT) list.lastChild.remove();
 }
 
 /** Stop the questions under way and those that wait for them. */
@@ -278,16 +309,27 @@ function askForKey(message) {
   byId("key").focus();
 }
 
-/** Ask the server which modes it serves. This also shows whether a key is needed. */
+/** Ask the server what it answers with. This also shows whether a key is needed. */
 async function greet() {
   try {
-    const { data } = await (await send("v1/models")).json();
-    const served = new Set(data.map(({ id }) => id.slice(id.lastIndexOf(":") + 1)));
+    const about = await (await send("v1/about")).json();
     for (const [mode, box] of chosen) {
-      box.disabled = !served.has(mode);
-      box.checked &&= served.has(mode);
+      box.disabled = !about.modes.includes(mode);
+      box.checked &&= about.modes.includes(mode);
     }
-    byId("service").textContent = `${data[0].id.split(":")[0]}: one question, answered in each mode side by side.`;
+    for (const column of columns) column.badge.hidden = column.mode !== about.mode;
+    byId("service").textContent = `${about.model}: one question, answered in each mode side by side.`;
+    const examples = about.example_questions.map((question) => {
+      const button = element("button", question);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        byId("question").value = question;
+        byId("ask-form").requestSubmit();
+      });
+      return button;
+    });
+    byId("examples").replaceChildren("Try:", ...examples);
+    byId("examples").hidden = examples.length === 0;
     byId("key-form").hidden = true;
     byId("status").textContent = "";
     return true;
@@ -301,6 +343,7 @@ async function greet() {
 byId("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const body = { question: byId("question").value };
+  remember(body.question);
   if (byId("top-k").value) body.top_k = byId("top-k").valueAsNumber;
   if (byId("max-tokens").value) body.max_tokens = byId("max-tokens").valueAsNumber;
   if (byId("weights").value) body.weights = byId("weights").value;

@@ -89,7 +89,7 @@ def test_a_stopped_command_says_so_and_gives_back_what_it_holds(
         command.send_signal(number)
         assert command.wait(STOP_S) == code
     said = (tmp_path / "err").read_text()
-    assert "Stopped.\n  → what was stored stays; to go on, run it again: prag " in said
+    assert "Stopped. Run the same command again to continue: prag " in said
     assert "Traceback" not in said
     lease = read_lease(Store(str(tmp_path / "store")))
     assert lease is not None
@@ -135,7 +135,7 @@ def test_a_command_that_is_awaited_ends_by_itself(tmp_path: Path) -> None:
     script = (
         "from pipelines.cli.stopping import run_until_stopped\n"
         "def command(stop):\n"
-        "    stop.awaited, stop.remedy = True, 'all is answered'\n"
+        "    stop.awaited, stop.remedy = True, 'All is answered.'\n"
         "    open('begun', 'w').write('yes')\n"
         "    stop.noted.wait()\n"
         "    open('drained', 'w').write('yes')\n"
@@ -146,7 +146,7 @@ def test_a_command_that_is_awaited_ends_by_itself(tmp_path: Path) -> None:
         command.send_signal(signal.SIGTERM)
         assert command.wait(STOP_S) == 143
     assert (tmp_path / "drained").read_text() == "yes"
-    assert "Stopped.\n  → all is answered" in (tmp_path / "err").read_text()
+    assert "Stopped. All is answered." in (tmp_path / "err").read_text()
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_whoever_watches_a_run_may_stop_watching(work: Workspace) -> None:
         command.send_signal(signal.SIGINT)
         assert command.wait(STOP_S) == 130
     said = (work.folder / "err").read_text()
-    assert "Stopped.\n  → the run goes on" in said
+    assert "Stopped. The run goes on" in said
     assert "prag status -c config.yaml --watch" in said
 
 
@@ -184,7 +184,7 @@ def test_a_run_is_stopped_while_it_trains_and_then_continues(work: Workspace) ->
         command.send_signal(signal.SIGTERM)
         assert command.wait(STOP_S) == 143
     said = (work.folder / "err").read_text()
-    assert said.rstrip().endswith("to go on, run it again: prag run -c config.yaml")
+    assert said.rstrip().endswith("Run the same command again to continue: prag run -c config.yaml")
     assert "Traceback" not in said
     assert "SIGTERM received" not in said
     _, alive = psutil.wait_procs(started, STOP_S)

@@ -34,13 +34,15 @@ def test_the_page_is_self_contained_and_always_the_same(tmp_path: Path) -> None:
     assert page == html_page(json.loads(json.dumps(made)))
     parsed = _Page()
     parsed.feed(page)
-    assert parsed.names.count("svg") == 3  # modes, latency, types; one k draws no curve
+    assert parsed.names.count("svg") == 4  # modes, differences, latency, types; one k draws no curve
     assert {link for link in parsed.links if not link.startswith("#")} == set()
     assert "Question 1 &lt;b&gt;?" in page
-    for told in ("20260101T000000-ab", "recall ab", "prag evaluate --dataset invented", "random"):
-        assert told in page
-    row = "<td>prag − closed</td><td>+0.333</td><td>+0.167 … +0.500</td><td>+0.667</td><td>+0.500 … +1.000</td>"
-    assert row in page
+    told = ("20260101T000000-ab", "recall ab", "prag evaluate --dataset invented", "random", "weights hold")
+    for text in told:
+        assert text in page
+    assert page.index("The weights hold") < page.index("<svg") < page.index("<table")
+    cells = "</th><td>+0.333</td><td>+0.167 … +0.500</td><td>+0.667</td><td>+0.500 … +1.000</td>"
+    assert f'<th scope="row">prag − closed{cells}' in page
     assert "each passage has an adapter" in page
     whole = replace(evaluation(), replies={id: replace(r, notes=()) for id, r in evaluation().replies.items()})
     assert "with an adapter" not in html_page(summarize(whole, {"name": "x"}, ""))
@@ -69,4 +71,4 @@ def test_f1_against_k_is_drawn() -> None:
     both = replace(
         plain, columns=(*plain.columns, more), request_ids={**plain.request_ids, "prag_k3": plain.request_ids["prag"]}
     )
-    assert html_page(summarize(both, {"name": "x"}, "")).count("<svg") == 4
+    assert html_page(summarize(both, {"name": "x"}, "")).count("<svg") == 5

@@ -70,7 +70,7 @@ class Obedient:
                 case "slow":
                     for _ in range(10):
                         time.sleep(0.2)
-                        heartbeat()
+                        heartbeat(0.0)
                 case "starve":
                     hoard = [bytearray(os.urandom(1)) * 100_000_000]
                     while True:

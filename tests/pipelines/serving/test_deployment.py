@@ -410,7 +410,7 @@ def test_requests_under_way_are_answered_when_the_server_stops(world: World) -> 
     assert "event: answer" in text
     assert [item["error"] for item in batch.result().json()["answers"]] == [None] * len(questions)
     assert world.server.process.wait(WAIT_S) == 143
-    assert "Stopped.\n  → the requests under way were answered" in world.server.log()
+    assert "Stopped. The requests under way were answered" in world.server.log()
 
 
 def test_ray_serve_accepts_the_config_file_for_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

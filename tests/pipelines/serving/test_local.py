@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipelines.serving.deployment import application
 from pipelines.serving.local import http_options, serve_here
@@ -32,7 +33,7 @@ def test_a_port_that_another_server_has_is_named() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"serve\.port = {port}: cannot listen on 127\.0\.0\.1: .*in use"):
-            serve_here(config(serve={"port": port}), print, threading.Event())
+            serve_here(config(serve={"port": port}), print, threading.Event(), Console(quiet=True))
 
 
 def test_a_replica_has_the_resources_of_the_configuration() -> None:

@@ -25,6 +25,8 @@ from tests.helpers.passages import make_passage
 pytestmark = pytest.mark.slow
 
 WAIT_S = 60
+# The modes in the order of the page.
+SHOWN = ("combine", "prag", "rag", "closed")
 EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script></li>"""
 EVIL_TITLE = f"{EVIL} Quorl 77"
 EVIL_TEXT = "Quorl 77 is a hill of another kind."
@@ -108,7 +110,8 @@ class Page:
     def begin(self, question: str, *modes: str) -> None:
         if not self.find("#modes").is_displayed():
             self.find("#settings > summary").click()
-        for box, mode in zip(self.browser.chrome.find_elements("css selector", "#modes input"), MODES, strict=True):
+        boxes = self.browser.chrome.find_elements("css selector", "#modes input")
+        for box, mode in zip(boxes, SHOWN, strict=True):
             assert box.accessible_name == mode
             if box.is_selected() != (not modes or mode in modes):
                 box.click()
@@ -141,13 +144,13 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
             .observe(document.querySelector("[aria-labelledby=mode-prag] .answer"), {childList: true});
     """)
     page.press(question, Keys.ENTER)
-    page.until(lambda: page.text("#status") == "Answered.", "all had answered")
+    page.until(lambda: page.text("#status").startswith("Answered from snapshot "), "all had answered")
     answers = {mode: world.answer(question, mode) for mode in MODES}
     for mode, expected in answers.items():
         column = f"[aria-labelledby=mode-{mode}]"
         assert page.text(f"{column} .answer") == expected["answer"]
         assert page.find(column).get_attribute("aria-busy") == "false"
-        assert page.find(f"{column} .times").text.endswith(" ms")
+        assert page.find(f"{column} .times").text.endswith(" s")
         shown = page.browser.chrome.find_elements("css selector", f"{column} li")
         assert [one.find_element("css selector", "bdi").get_property("textContent") for one in shown] == [
             passage["title"] for passage in expected["passages"]
@@ -157,10 +160,19 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
             text = str(one.get_property("textContent"))
             assert f"used in: {', '.join(uses)}" in text
             assert f"{passage['id']} · score {passage['score']:.2f}" in text
+            assert next(made.text for made in PASSAGES if made.title == passage["title"]) in text
+            assert ("adapter: trained on " in text) == ("weights" in passage["used"])
         steps = page.text(f"{column} dl")
         assert all(step in steps for step in expected["timings_ms"])
-        assert expected["snapshot"] in steps
+        assert expected["snapshot"] not in steps  # it is told once, for all
         assert f"{mode}: {expected['answer']}" in page.text("#spoken")
+    assert f"snapshot {expected['snapshot']}." in page.text("#status")
+    # The recommended mode comes first, and is the server's default.
+    first = page.find("article h2")
+    assert first.text == "combine"
+    badges = [one for one in page.browser.chrome.find_elements("css selector", ".badge") if one.is_displayed()]
+    assert len(badges) == 1
+    assert badges[0].find_element("xpath", "..").get_attribute("aria-labelledby") == "mode-combine"
     # The first change empties the column and the last one sets the whole; between them come the pieces.
     assert page.browser.run("return pieces") > 4
     # Side by side: all columns begin at the same height.
@@ -208,10 +220,10 @@ def test_a_refused_user_sees_what_to_do(page: Page, world: World) -> None:
     page.ask("What is Quorl 1?", "closed")
     assert page.problem("closed") == "The server does not accept this key."
     page.let_in(world.slow_key)
-    page.until(lambda: page.text("#status") == "Answered.", "it was answered")
+    page.until(lambda: page.text("#status").startswith("Answered from snapshot "), "it was answered")
     # This key may ask once in five seconds, twice at once.
     page.ask("What is Quorl 1?")
-    refused = [mode for mode in MODES if page.problem(mode)]
+    refused = [mode for mode in SHOWN if page.problem(mode)]
     assert refused
     assert page.text("#status") == f"Not answered: {', '.join(refused)}."
     assert "this key asks more often than it may. Try again in " in page.problem(refused[0])
@@ -244,7 +256,7 @@ def test_connection_faults_are_shown_and_asking_again_works(browser: Browser, wo
             assert expected.startswith(page.text(f"{column} .answer"))
             proxy.fail()
             page.find(f"{column} button").click()
-            page.until(lambda: page.text("#status") == "Answered.", "it was answered at last")
+            page.until(lambda: page.text("#status").startswith("Answered from snapshot "), "it was answered at last")
             assert page.text(f"{column} .answer") == expected
             assert not page.problem("prag")
         # Stopped, and asked again, one of them and all of them.
@@ -256,7 +268,7 @@ def test_connection_faults_are_shown_and_asking_again_works(browser: Browser, wo
             page.until(lambda: page.problem("prag") == "Stopped.", "it was stopped")
             assert page.find(f"{column} button").accessible_name == "Ask again: prag"
         page.ask(question)
-        assert page.text("#status") == "Answered."
+        assert page.text("#status").startswith("Answered from snapshot ")
 
 
 def test_it_is_accessible_at_every_width_and_uses_only_its_server(
@@ -270,11 +282,25 @@ def test_it_is_accessible_at_every_width_and_uses_only_its_server(
             page.find("#max-tokens").send_keys("200")
             page.ask("What is Quorl 77?")
             browser.run("for (const one of document.querySelectorAll('article details')) one.open = true;")
-        for width in (1280, 360):
+        for width in (1280, 375, 360):
             for dark in (False, True):
                 browser.show_as(width, dark)
                 browser.screenshot(tmp_path / f"{state}-{width}-{'dark' if dark else 'light'}.png")
                 assert browser.barriers() == []
                 assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert browser.complaints() == []
+    assert browser.hosts_asked() == {"127.0.0.1"}
+
+
+def test_the_documentation_of_the_api_works_offline(browser: Browser, world: World) -> None:
+    browser.show_as(1280, dark=False)
+    browser.complaints()
+    browser.hosts_asked()
+    browser.chrome.get(f"{world.url}/docs")
+    shown = WebDriverWait(browser.chrome, WAIT_S).until(
+        lambda chrome: chrome.find_elements("css selector", ".opblock-summary-path")
+    )
+    paths = {str(one.get_property("textContent")).replace("\u200b", "") for one in shown}
+    assert {"/v1/answer", "/v1/batch", "/v1/about", "/v1/chat/completions", "/healthz", "/metrics"} <= paths
     assert browser.complaints() == []
     assert browser.hosts_asked() == {"127.0.0.1"}

@@ -91,7 +91,7 @@ def test_outcomes_come_as_they_are_stored(tmp_path: Path, tiny_model_folder: Pat
         augmenter, store = actor(tmp_path, tiny_model_folder, url)
         beats: list[int] = []
         done: list[str] = []
-        for table in augmenter(augmenter.prepare(to_table(Passage, PASSAGES)), lambda: beats.append(1)):
+        for table in augmenter(augmenter.prepare(to_table(Passage, PASSAGES)), lambda share: beats.append(1)):
             outcomes = from_table(Outcome, table)
             done += [outcome.key for outcome in outcomes]
             assert stored(store) == sorted(done), "what is reported is stored"
@@ -109,7 +109,7 @@ def test_what_was_made_before_the_endpoint_failed_is_stored(tmp_path: Path, tiny
         done: list[str] = []
 
         def work() -> None:
-            for table in augmenter(augmenter.prepare(to_table(Passage, PASSAGES)), lambda: None):
+            for table in augmenter(augmenter.prepare(to_table(Passage, PASSAGES)), lambda share: None):
                 done.extend(outcome.key for outcome in from_table(Outcome, table))
 
         with pytest.raises(GenerationError, match="OPENAI_API_KEY"):
@@ -123,7 +123,7 @@ def test_what_was_made_before_the_endpoint_failed_is_stored(tmp_path: Path, tiny
 def test_a_long_pause_is_not_waited_for_a_whole_batch(tmp_path: Path, tiny_model_folder: Path) -> None:
     with endpoint(lambda _: 200) as (url, _):
         augmenter, _ = actor(tmp_path, tiny_model_folder, url, commit_every_s=0)
-        tables = list(augmenter(augmenter.prepare(to_table(Passage, PASSAGES[:6])), lambda: None))
+        tables = list(augmenter(augmenter.prepare(to_table(Passage, PASSAGES[:6])), lambda share: None))
     assert len(tables) >= 2
 
 

@@ -70,7 +70,7 @@ def test_a_task_of_one_shard_leaves_one_thing_to_do_beside_the_next_task(
     actor = TrainAdapters(make_context(config, "run"))
     table = batch_of(4)
     # A second one would wait for the first before the next task begins.
-    (finish,) = [done for done in actor(actor.prepare(table), lambda: None) if not isinstance(done, pa.Table)]
+    (finish,) = [done for done in actor(actor.prepare(table), lambda share: None) if not isinstance(done, pa.Table)]
     assert Store(config.store).list("", "") == []
     assert sorted(finish()["key"].to_pylist()) == sorted(table["key"].to_pylist())
 
@@ -131,10 +131,10 @@ def test_a_rate_too_small_to_learn_is_a_reject(tmp_path: Path, tiny_model_folder
 
 def test_each_training_step_sends_a_heartbeat(tmp_path: Path, tiny_model_folder: Path) -> None:
     config = settings(tmp_path, tiny_model_folder)
-    steps: list[None] = []
+    shares: list[float] = []
     actor = TrainAdapters(make_context(config, "run"))
-    assert sum(done.num_rows for done in outcomes_here(actor, batch_of(1), lambda: steps.append(None))) == 1
-    assert len(steps) == 3  # the questions of a passage, once
+    assert sum(done.num_rows for done in outcomes_here(actor, batch_of(1), shares.append)) == 1
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])  # the questions of a passage, once
 
 
 def test_without_the_lease_nothing_is_committed(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -2,6 +2,8 @@ import gzip
 import itertools
 import json
 import random
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -390,6 +392,25 @@ def test_a_huge_line_is_never_held_in_memory(tmp_path):
     assert [r.reason for r in rejects] == ["too_long"]
     assert [p.line for p in pieces] == [2]
     assert peak < 10_000_000
+
+
+def test_a_text_that_a_small_parquet_file_repeats_is_in_memory_once(tmp_path):
+    path = tmp_path / "bomb.parquet"
+    table = pa.table({"text": ["good", *itertools.repeat("x" * 4_000_000, 200)]})
+    pq.write_table(table, path, dictionary_pagesize_limit=2**27)
+    assert path.stat().st_size < 1_000_000
+    # Arrow counts its peak from a process's beginning on.
+    script = (
+        "import sys, pyarrow as pa; from prag_core.config import CorpusConfig; from prag_core.data.corpus import *;"
+        "from prag_core.data.listing import list_files; config = CorpusConfig(path=sys.argv[1]);"
+        "found = [one for file in list_files(config).files for one in read_records(file, config)];"
+        "print(len(found), sum(getattr(one, 'reason', '') == 'too_long' for one in found));"
+        "print(pa.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    counts, peak = done.stdout.splitlines()
+    assert counts == "201 200"
+    assert int(peak) < 100_000_000  # of 800 MB
 
 
 def test_reading_is_lazy(tmp_path):

@@ -19,6 +19,7 @@ from prag_core.llm.lora import (
     find_targets,
     flatten_adapter,
     initial_factors,
+    merge_adapter,
     stack_adapters,
 )
 from prag_core.recipe import RECIPES
@@ -51,6 +52,22 @@ def with_dense_sum(base: BaseModel, layout: LoraLayout, row: list, ids: torch.Te
 )
 def test_each_row_of_a_mixed_batch_has_its_own_sum(tiny_session: BaseModel, plan: list) -> None:
     check_mixed_batch(tiny_session, plan)
+
+
+def test_a_merged_adapter_is_in_the_weights_for_good(tmp_path: Path) -> None:
+    base = tiny_base_model(tmp_path)
+    layout, _ = find_targets(base.model, RECIPE)
+    adapter = random_adapter(layout, 1)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    with torch.no_grad():
+        bare = base.model(input_ids=ids).logits
+        expected = with_dense_sum(base, layout, [(adapter, 1.0)], ids)
+        merge_adapter(base.model, RECIPE, adapter)
+        merged = base.model(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged, bare, atol=1e-3)
+    with pytest.raises(AdapterError, match="the adapter to merge"):
+        merge_adapter(base.model, RECIPE, {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -44,7 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if text == "die":
             print("RuntimeError: out of everything", file=sys.stderr, flush=True)
             os._exit(3)
-        says = {{"role": "assistant", "content": text.upper() + str("PYTHONPATH" in os.environ)}}
+        said = text.upper() + str("PYTHONPATH" in os.environ) + (" seed" if "seed" in body else "")
+        says = {{"role": "assistant", "content": said}}
         self.answer(200, {{"choices": [{{"index": 0, "finish_reason": "stop", "message": says}}]}})
 
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
@@ -62,9 +63,15 @@ def command(tmp_path: Path) -> str:
 def test_a_server_is_started_asked_and_found_dead(command: str, tiny_model_folder: Path) -> None:
     generator = VllmGenerator(command, ModelConfig(name=str(tiny_model_folder)), concurrency=4)
     assert generator.fingerprint == model_fingerprint(tiny_model_folder)
-    assert replies(generator, [Prompt("a"), Prompt("b")], max_new_tokens=4) == ["AFalse", "BFalse"]
+    sampled = {"max_new_tokens": 4, "temperature": 1.0}
+    assert replies(generator, [Prompt("a"), Prompt("b")], **sampled) == ["AFalse seed", "BFalse seed"]
     with pytest.raises(RuntimeError, match="vLLM has ended: RuntimeError: out of everything"):
         replies(generator, [Prompt("die")], max_new_tokens=4)
+
+
+def test_vllm_gets_no_seed_where_one_ends_it(command: str, tiny_model_folder: Path) -> None:
+    generator = VllmGenerator(command, ModelConfig(name=str(tiny_model_folder)), concurrency=4, send_seed=False)
+    assert replies(generator, [Prompt("a")], max_new_tokens=4, temperature=1.0) == ["AFalse"]
 
 
 def test_a_missing_command_says_how_to_install_it(tiny_model_folder: Path) -> None:

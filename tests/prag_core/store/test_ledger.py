@@ -54,6 +54,9 @@ def test_the_latest_row_of_each_key_is_found(store: Store) -> None:
             length=expected.length,
             checksum=expected.checksum,
             dtype=expected.dtype,
+            tokens=expected.tokens,
+            last_loss=expected.last_loss,
+            seconds=expected.seconds,
         )
         assert ledger.find(key) == located
     for stranger in ("", "0", "f" * 32, "f" * 33, "ü", keys[9][:-1], keys[9] + "0", "abcd", "z" * 32):

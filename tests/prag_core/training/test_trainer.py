@@ -240,7 +240,7 @@ def test_losses_fall_and_are_reported(tiny: BaseModel) -> None:
     (adapter,) = trainer.train(
         jobs_of(tiny, 1, RECIPE, first=2),
         tokens_per_step=1,
-        on_step=lambda done, total: seen.append((done, total)),
+        on_step=lambda done, total, _: seen.append((done, total)),
     )
     assert adapter.last_loss < 0.9 * adapter.first_loss
     assert adapter.steps == 3 * 6 == len(seen)
