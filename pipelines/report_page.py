@@ -30,7 +30,7 @@ h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}
 th:first-child{text-align:left}
-.text td,.text th{text-align:left;white-space:normal;min-width:8rem}
+.text{min-width:40rem}.text td,.text th{text-align:left;white-space:normal;min-width:8rem}
 figure{margin:0}svg{max-width:100%;height:auto}svg text{fill:currentColor}
 code,pre{background:var(--panel);border-radius:.2rem;padding:.1rem .3rem;white-space:pre-wrap}
 dt{font-weight:600}dd{margin:0 0 .5rem}summary{cursor:pointer}
@@ -82,11 +82,11 @@ class Plot:
     """A plot under construction: `axes` are matplotlib's, and `svg()` is the finished figure as HTML."""
 
     def __init__(self, title: str, height: float) -> None:
-        # Not pyplot, which has global state and looks for a display.
+        # Not pyplot, which has global state and looks for a display. Narrow, so that its words are large on a phone.
         from matplotlib.figure import Figure
 
         self.title = title
-        self.axes: Any = Figure(figsize=(8, height)).subplots()
+        self.axes: Any = Figure(figsize=(5.5, height)).subplots()
         self.axes.spines[["top", "right"]].set_visible(False)
 
     def svg(self) -> str:

@@ -221,9 +221,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         # 2. The claims: differences with their intervals.
         claims = [d for d in report["differences"] if d["metric"] == "f1"][::-1]
         if claims:
-            axes = new_axes(
-                "Differences", 0.4 * len(claims) + 0.9, "F1, with 95 % interval: a claim holds right of the line"
-            )
+            axes = new_axes("Differences", 0.4 * len(claims) + 0.9, "F1, with 95 % interval")
             for row, claim in enumerate(claims):
                 colour = COLOURS.get(claim["left"], CONTROL_COLOUR)
                 axes.plot([claim["low"], claim["high"]], [row, row], color=colour, linewidth=3)
@@ -232,7 +230,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             axes.axvline(0, color="#000000", linewidth=1)
 
         # 3. F1 against latency.
-        axes = new_axes("F1 against latency", 4.0, f"seconds an answer ({', '.join(STEPS)})", "F1")
+        axes = new_axes("F1 against latency", 3.5, "seconds an answer", "F1")
         for name, column in columns.items():
             point = (column["milliseconds"]["total"] / 1e3, column["f1"])
             axes.plot(*point, "o", color=_colour(column))
@@ -264,7 +262,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
                 axes.bar(places, [kind["f1"][name] for kind in kinds.values()], width, label=name, color=COLOURS[name])
             axes.set_xticks(range(len(kinds)), [f"{kind} ({scores['n']})" for kind, scores in kinds.items()])
             axes.set_ylim(0, 1)
-            axes.legend(frameon=False, ncols=len(modes))
+            axes.legend(frameon=False, ncols=2)
         return [(plot.title, plot.svg()) for plot in plots]
 
 

@@ -40,11 +40,9 @@ def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
             said.append(Conclusion(False, f"{column['failed']} answers of {name} failed and count as wrong."))
     without = sum(column["without_adapter"] for name, column in columns.items() if name in ("prag", "combine"))
     if without:
-        said.append(
-            Conclusion(
-                None, f"{without} answers had a passage without an adapter, which was read from the prompt instead."
-            )
-        )
+        answers = f"{without} answer{'' if without == 1 else 's'}"
+        text = f"{answers} had a passage without an adapter, which was read from the prompt instead."
+        said.append(Conclusion(None, text))
     recall = report["retrieval"]["any"]
     if recall:
         k = str(report["plan"]["top_k"][0])

@@ -134,7 +134,9 @@ def _check_forward(model: Any) -> None:
     Raises:
         ModelError: when it does not.
     """
-    known = inspect.signature(model.forward).parameters
+    # Prompts are read without the head, by the decoder alone.
+    parts = (model, model.get_decoder())
+    known = set.intersection(*({*inspect.signature(part.forward).parameters} for part in parts))
     if missing := [name for name in _FORWARD_ARGUMENTS if name not in known]:
         raise ModelError(
             f"{type(model).__name__} of transformers {importlib.metadata.version('transformers')} takes no "

@@ -153,12 +153,12 @@ class Prefill:
         if group.done < end:
             positions = torch.arange(group.shared + group.done, group.shared + end, device=self._device)
             with use_adapters(self._injector, group.adapters.rows() if group.adapters else None):
-                self._base.model(
+                # Without the head: the logits of a prompt's last token come from the first decoding step.
+                self._base.model.get_decoder()(
                     input_ids=group.ids[:, group.done : end],
                     position_ids=positions[None],
                     cache=group.cache,
                     use_cache=True,
-                    logits_to_keep=1,
                 )
             group.done = end
         if end == width:

@@ -41,6 +41,8 @@ class PrefixCache:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        # Without the head: a prefix needs no logits.
+        self._decoder = model.get_decoder()
         self._kept: list[Prefix] = []
 
     def share(self, prompts: Sequence[list[int]]) -> None:
@@ -59,7 +61,7 @@ class PrefixCache:
         with torch.inference_mode():
             rest = torch.tensor([ids[length:]], device=self._model.device)
             positions = torch.arange(length, len(ids), device=self._model.device)[None]
-            self._model(input_ids=rest, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
+            self._decoder(input_ids=rest, position_ids=positions, cache=cache, use_cache=True)
         # Prefixes of the new prefix are no longer needed.
         self._kept = [prefix for prefix in self._kept if prefix.ids != ids[: len(prefix.ids)]]
         self._kept.append(Prefix(ids, cache_layers(cache)))

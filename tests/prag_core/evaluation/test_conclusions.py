@@ -56,7 +56,7 @@ def test_a_claim_is_made_only_where_its_interval_shows_it(
 
 def test_what_went_otherwise_than_planned_is_told() -> None:
     said = [conclusion.text for conclusion in conclusions(report())]
-    assert "1 answers had a passage without an adapter, which was read from the prompt instead." in said
+    assert "1 answer had a passage without an adapter, which was read from the prompt instead." in said
     assert "A gold passage is among the first 1 for 50% of the questions." in said
     failed = report()
     failed["columns"]["prag"]["failed"] = 2

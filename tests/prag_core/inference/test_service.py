@@ -128,7 +128,9 @@ def logits_of(base: BaseModel, injector: Injector, prepared: list[PreparedReques
     decoder = Decoder(base, injector, slots=slots, prefill_chunk=64)
     rows: dict[int, list[torch.Tensor]] = {decoder.submit(item.decode): [] for item in prepared}
     while decoder.busy:
-        for event, row in zip(decoder.step(), seen[-1], strict=False):
+        events = decoder.step()
+        # A step that only reads prompts chooses nothing.
+        for event, row in zip(events, seen[-1] if events else (), strict=False):
             rows[event.id].append(row)
     handle.remove()
     return [torch.stack(row) for row in rows.values()]
