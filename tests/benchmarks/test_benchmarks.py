@@ -290,3 +290,60 @@ def test_retrieval() -> None:
     assert set(found) == {"in_replica", "own_deployment", "hop_ms", "machine"}
     for way in ("in_replica", "own_deployment"):
         assert min(found[way].values()) > 0, way
+
+
+# Speaks vLLM's protocol as far as the benchmark asks it: it answers each prompt with as many "x" as tokens are wanted.
+FAKE_VLLM = f"""#!{sys.executable} -I
+import http.server, json, pathlib, sys
+assert sys.argv[1] == "serve"
+port = int(sys.argv[sys.argv.index("--port") + 1])
+loaded = {{"base"}}
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+    def answer(self, data, kind="application/json", code=200):
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        self.answer(b"{{}}")
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/load_lora_adapter":
+            config = json.loads((pathlib.Path(body["lora_path"]) / "adapter_config.json").read_text())
+            assert config["r"] == 8
+            loaded.add(body["lora_name"])
+            return self.answer(b"done", "text/plain")
+        if body["model"] not in loaded or not all(isinstance(id, int) for id in body["prompt"]):
+            return self.answer(b"{{}}", code=404)
+        tokens = ["x"] * body["max_tokens"]
+        if body.get("stream"):
+            events = [b"data: " + json.dumps({{"choices": [{{"text": t}}]}}).encode() + b"\\n\\n" for t in tokens]
+            return self.answer(b"".join([*events, b"data: [DONE]\\n\\n"]), "text/event-stream")
+        top = [{{"x": -0.25, "y": -1.5}}] * len(tokens)
+        choice = {{"text": "".join(tokens), "logprobs": {{"tokens": tokens, "top_logprobs": top}}}}
+        self.answer(json.dumps({{"choices": [choice]}}).encode())
+
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_peers(tmp_path: Path) -> None:
+    """Against a script in place of vLLM, which no environment with this project can hold."""
+    write_tiny_model(tmp_path / "tiny")
+    command = tmp_path / "vllm"
+    command.write_text(FAKE_VLLM)
+    command.chmod(0o755)
+    few = ["--adapters", "18", "--users", "1", "2", "--new-tokens", "4", "--rounds", "1", "--answers", "1"]
+    found = last_line("peers.py", "--vllm", str(command), "--model", str(tmp_path / "tiny"), *few)
+    sides = {"ours", "vllm", "ours_k1", "vllm_k1", "ours_bare", "vllm_bare", "vllm_bare_lora_enabled"}
+    assert set(found["tok_s"]) == set(found["ttft_ms"]) == sides
+    assert all(rate > 0 for rates in found["tok_s"].values() for rate in rates.values())
+    assert found["x_update"] > 0
+    # A random model does not write "xxxx", and the margins of the script's tokens are known.
+    assert found["equal_answers"] == 0.0
+    assert set(found["margins_where_they_differ"]) == {1.25}
