@@ -235,6 +235,7 @@ async def equal(ours: Ours, theirs: Theirs, prompts: Sequence[Sequence[int]]) ->
     same, margins = 0, []
     for one in range(16):
         _, text = await ours.asking(K)(one, one)
+        await theirs.load(one, K)
         tokens, other = await theirs.explained(prompts[one], theirs.name(one, K))
         if text.strip() == other.strip():
             same += 1

@@ -11,7 +11,8 @@ import typer
 from rich.text import Text
 
 from pipelines.cli import options
-from pipelines.cli.terminal import out, print_json, result_only
+from pipelines.cli.terminal import out, print_json, progress_to, result_only
+from pipelines.execution.spinner import spinner
 from pipelines.words import counted, duration
 from prag_core.config import Config
 from prag_core.inference.question import check_question
@@ -50,7 +51,7 @@ def ask(
     chosen = options.snapshot_of(settings, snapshot)
     first = settings.answer.mode
     modes = (first, *(other for other in _COMPARED if other != first)) if compare else (first,)
-    with result_only():
+    with result_only(), spinner(progress_to, "loading the model and answering"):
         answers = _answers(settings, question, modes, chosen)
     if as_json:
         print_json([asdict(answer) for answer in answers])

@@ -114,6 +114,26 @@ def test_served_answers_are_those_of_the_engine(api: Api, config: Config) -> Non
     engine.close()
 
 
+def test_details_are_sent_on_request(api: Api, config: Config) -> None:
+    asked = {"question": "What is Quorl 3?", "mode": "combine"}
+    plain = api.post("/v1/answer", json=asked).json()
+    assert {(p["text"], p["adapter"]) for p in plain["passages"]} == {(None, None)}
+    detailed = api.post("/v1/answer", json={**asked, "details": True}).json()
+    texts = {passage.key: passage.text for passage in PASSAGES}
+    assert detailed["passages"]
+    for passage in detailed["passages"]:
+        assert passage["text"] == texts[passage["key"]]
+        assert set(passage["adapter"]) == {"tokens", "last_loss", "seconds"}
+    (item,) = api.post("/v1/batch", json={"requests": [{**asked, "details": True}]}).json()["answers"]
+    assert item["answer"]["passages"] == detailed["passages"]
+    # Where no adapter was used, there is none to tell of.
+    read = api.post("/v1/answer", json={**asked, "mode": "rag", "details": True}).json()
+    assert {passage["adapter"] for passage in read["passages"]} == {None}
+    about = api.get("/v1/about").json()
+    assert (about["snapshot"], about["mode"]) == (plain["snapshot"], config.answer.mode)
+    assert about["modes"] == list(config.serve.modes)
+
+
 def test_a_stream_is_the_answer_in_pieces(api: Api) -> None:
     asked = {"question": QUESTION, "mode": "prag"}
     whole = api.post("/v1/answer", asked).json()
