@@ -243,7 +243,7 @@ def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description:>8}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.fields[finished]}/{task.total:.0f}"),
         TextColumn(f"{{task.fields[rate]:.2f}} {unit}/s"),
         TextColumn("{task.fields[rejects]} rejected"),
@@ -251,6 +251,7 @@ def _bar(console: Console, unit: str) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        expand=True,
     )
 
 

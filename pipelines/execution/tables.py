@@ -30,8 +30,10 @@ def map_blocks(rows: ray.data.Dataset, fn: Callable[..., Any], /, **kwargs: Any)
 
 
 def iter_blocks(rows: ray.data.Dataset) -> Iterator[pa.Table]:
-    """Run a pipeline to its end and yield its blocks that have rows, as pyarrow tables."""
-    return cast(Iterator[pa.Table], iter(rows.iter_batches(batch_size=None, batch_format="pyarrow")))
+    """Run a pipeline to its end and yield its blocks that have rows, as pyarrow tables, each as soon as it is there."""
+    # With a block prefetched, each would come when the next one is there, which may be an hour later.
+    blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    return cast(Iterator[pa.Table], iter(blocks))
 
 
 def fetch_table(rows: ray.data.Dataset) -> pa.Table:
