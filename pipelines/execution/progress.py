@@ -232,9 +232,11 @@ def stage_progress(console: Console, stage: str, total: int, unit: str = "passag
             return
         last = now
         rate = rate_of(done, rejected, working)
-        left = f"{duration((total - furthest) / rate)} left" if rate else "time left unknown"
-        share = f" ({furthest / total:.0%})" if finished < total else ""
-        console.print(f"{stage}: {finished}/{total}{share}, {rate:.2f} {unit}/s, {left}, {rejected} rejected")
+        share, left = "", ""
+        if finished < total:
+            share = f" ({furthest / total:.0%})"
+            left = f"{duration((total - furthest) / rate)} left, " if rate else "time left unknown, "
+        console.print(f"{stage}: {finished}/{total}{share}, {rate:.2f} {unit}/s, {left}{rejected} rejected")
 
     yield report
 

@@ -56,7 +56,7 @@ def test_a_log_gets_a_line_at_the_beginning_and_one_at_the_end() -> None:
     first, last = shown(console).splitlines()
     assert first == "train: 4 to do"
     assert last.startswith("train: 4/4, ")
-    assert last.endswith(" left, 0 rejected")
+    assert last.endswith(" passages/s, 0 rejected")
 
 
 def test_a_spinner_is_for_terminals_alone_and_leaves_nothing() -> None:
