@@ -146,7 +146,7 @@ class SleepingTrainer:
         seen: set[str] = set()
         for stack in make_stacks(jobs, tokens_per_step):
             time.sleep(self._work_s * len(stack))
-            on_step(1, 1, 1)
+            on_step(1, 1, len(stack))
             trained = []
             for row, job in enumerate(stack):
                 factors = {name: factor.clone() for name, factor in self._factors.items()}

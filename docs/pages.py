@@ -102,6 +102,8 @@ def _type_name(annotation: Any) -> str:
 def _default(name: str, field: Any) -> str:
     if field.is_required():
         return "must be set"
+    if field.default == ():
+        return "none"
     if field.default is None:
         return "the recipe's" if name.startswith("train.") else "–"
     return f"`{_value(field.default)}`"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,7 +14,7 @@ from pipelines.serving.api_keys import KeyRing
 from pipelines.serving.dispatcher import Dispatcher, batch_width, while_connected
 from pipelines.serving.errors import ApiError, ErrorResponse, add_error_handlers, api_error, check_limit, invalid_field
 from pipelines.serving.middleware import AuthMiddleware, Caller
-from pipelines.serving.openai_api import openai_routes
+from pipelines.serving.openai_api import base_name, openai_routes
 from pipelines.serving.page import docs_routes, page_routes
 from pipelines.serving.schemas import (
     About,
@@ -88,7 +87,7 @@ def answer_routes(dispatcher: Dispatcher) -> APIRouter:
         """Say what answers here: the base model, the snapshot in service, the modes, and questions to try."""
         config = dispatcher.config
         return About(
-            model=PurePath(config.model.name).name,
+            model=base_name(config),
             snapshot=dispatcher.service.snapshot,
             mode=config.answer.mode,
             modes=list(config.serve.modes),

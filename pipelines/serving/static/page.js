@@ -207,7 +207,6 @@ class Column {
       this.#timer = setTimeout(() => { this.button.disabled = false; }, problem.waitS * 1000);
     }
     this.shownProblem.hidden = false;
-    this.root.setAttribute("aria-busy", "false");
     if (!stopped) say(`${this.mode}: ${this.shownProblem.textContent}`);
   }
 }
