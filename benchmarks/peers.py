@@ -12,11 +12,11 @@ is measured and whether both give the same text.
 - bare: no adapter; vLLM both with adapters enabled and without.
 
 Rounds alternate between ours and vLLM's. An idle server of vLLM stays beside ours, and its share of the processor is
-printed. `x_update` is the time from a set that was not asked for before to its first token: vLLM's includes writing the
+printed. `x_update` is the time from a set that was not asked for before to its first text; vLLM's includes writing the
 set's adapter from the three, since nobody can have written all sets beforehand. The last line is JSON.
 
-Where `equal_answers` is not near 1, the two do not compute the same, and no other figure counts. Times to the first text
-are no times to the first token: leading white space is not sent by ours.
+Where `equal_answers` is not near 1, the two do not compute the same, and no other figure counts. Times to the first
+text are no times to the first token: leading white space is not sent by ours.
 """
 
 from __future__ import annotations
