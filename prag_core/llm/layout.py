@@ -135,6 +135,17 @@ def adapter_size_bytes(layout: LoraLayout, dtype: str) -> int:
     return layout.parameters * STORED_BYTES[dtype]
 
 
+def check_length(layout: LoraLayout, size_bytes: int, dtype: str, key: str) -> None:
+    """Check that an adapter of `size_bytes` bytes can be one of this layout.
+
+    Raises:
+        AdapterError: when it cannot, or adapters cannot be stored in this dtype.
+    """
+    wanted = adapter_size_bytes(layout, dtype)
+    if size_bytes != wanted:
+        raise AdapterError(f"adapter {key}: {size_bytes} bytes, as {dtype} the layout wants {wanted}")
+
+
 def check_dtype(dtype: str) -> None:
     """Check that adapters can be stored in this dtype.
 

@@ -126,7 +126,13 @@ def _check_part(store: Store, name: str, full: bool) -> list[Finding]:
             else Finding(name, "checksum", f"its {len(data)} bytes do not match its name")
         ]
     columns = schema(RECORDS[object_kind(name)]).names
-    pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False).select(columns)
+    table = pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False).select(columns)
+    if object_kind(name) == "ledger":
+        # Repair removes what a row names, if it is damaged. So a row may name shards of its recipe only.
+        folder = f"{name.partition('/ledger/')[0]}/shards"
+        strays = [shard for shard in table["shard"].unique().to_pylist() if posixpath.dirname(shard) != folder]
+        if strays:
+            return [Finding(name, "not_readable", f"names {strays[0]!r}, which is no shard of its recipe")]
     return []
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from prag_core.errors import REPAIR, AdapterError, DamagedError, StoreError, UnreachableError
 from prag_core.identity import checksum, seal
-from prag_core.llm.layout import LoraLayout
+from prag_core.llm.layout import LoraLayout, check_length
 from prag_core.recipe import Recipe, TrainRecipe
 from prag_core.records import LedgerRow, from_dict, from_table, to_table
 from prag_core.store.ledger import AdapterLocation, LedgerColumns, visible_parts
@@ -125,8 +125,11 @@ class AdapterStore:
         """Return the bytes of one adapter by one ranged read, unverified.
 
         Raises:
-            AdapterError: if the shard is missing or cut short, or the store does not answer.
+            AdapterError: if the shard is missing or cut short, the row does not fit the layout, or the store does not
+                answer.
         """
+        # Before the bytes are in memory: a row may claim any number of them.
+        check_length(self.layout, row.length, row.dtype, row.key)
         try:
             return self.store.get(row.shard, row.offset, row.offset + row.length)
         except UnreachableError as error:

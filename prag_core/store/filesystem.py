@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from prag_core.errors import StoreError
+from prag_core.errors import DamagedError, StoreError
 from prag_core.store.backend import StoredObject, TooShortError
 
 
@@ -75,4 +75,7 @@ class FilesystemBackend:
         return str(error), "check the path, its rights and the room on the disk"
 
     def _path(self, name: str) -> str:
+        # Names come from documents, too: one that leads out of the store would read, or remove, another's file.
+        if ".." in name.split("/") or "\0" in name:
+            raise DamagedError(f"{self._root}: {name!r} is no name of an object", "remove the document that names it")
         return f"{self._root}/{name}"

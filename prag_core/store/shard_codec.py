@@ -19,6 +19,7 @@ from prag_core.llm.layout import (
     STORED_BYTES,
     LoraLayout,
     adapter_size_bytes,
+    check_length,
     groups_of,
 )
 from prag_core.llm.lora import Factors, check_factors, check_shapes
@@ -111,10 +112,7 @@ def unpack_adapter(layout: LoraLayout, data: bytes, dtype: str, key: str, expect
             f"adapter {key}: {len(data)} bytes with checksum {checksum(data)}, the ledger says {expected}",
             f"its shard was altered or cut short: {REPAIR}",
         )
-    if len(data) != adapter_size_bytes(layout, dtype):
-        raise AdapterError(
-            f"adapter {key}: {len(data)} bytes, as {dtype} the layout wants {adapter_size_bytes(layout, dtype)}"
-        )
+    check_length(layout, len(data), dtype, key)
     buffer = bytearray(data)
     stored = torch.frombuffer(buffer, dtype=torch.uint8)
     factors = _dequantize(layout, buffer) if dtype == INT8 else _views(layout, stored, DTYPES[dtype])

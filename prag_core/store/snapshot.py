@@ -119,6 +119,10 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         snapshot = Snapshot(**{**document, **lists})
         if snapshot.id != id or with_id(snapshot).id != id:
             raise ValueError("its content does not match its id")
+        for name in (snapshot.corpus_version, snapshot.index, snapshot.recipe):
+            # Each is the name of a folder: of the store, and that of an index of the local cache, too.
+            if "/" in name or name in ("", ".", ".."):
+                raise ValueError(f"{name!r} is no name of a corpus version, an index or a recipe")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DamagedError(f"{store.url}/{document_name(id)}: not a snapshot: {error}") from None
     return snapshot

@@ -367,3 +367,21 @@ def test_safetensors_reads_a_shard_of_moved_adapters(store: Store) -> None:
     assert [store.get(m.shard, m.offset, m.offset + m.length) for m in moved] == [
         store.get(r.shard, r.offset, r.offset + r.length) for r in sorted(chosen, key=lambda row: row.offset)
     ]
+
+
+@pytest.mark.parametrize("named", ["../private.txt", f"corpus/{VERSION}/manifest.json"])
+def test_a_ledger_part_has_no_say_about_other_objects(tmp_path: Path, layout: LoraLayout, named: str) -> None:
+    """Whoever may write ledger parts alone must not get anything else removed: they name shards of their recipe."""
+    store = Store(str(tmp_path / "store"))
+    run_again(store, layout)
+    (tmp_path / "private.txt").write_text("mine")
+    before = [item.name for item in store.objects()]
+    (part, *_) = adapters_of(store, layout).ledger_parts()
+    rows = from_table(LedgerRow, store.get_table(LedgerRow, [part]))
+    forged = put_rows(store, RECIPE.fingerprint, [replace(row, shard=named, length=10**6) for row in rows])
+    found = verify(store)
+    assert [(finding.name, finding.kind) for finding in found] == [(forged, "not_readable")]
+    assert named in found[0].detail
+    assert repair(store, found).removed == (forged,)
+    assert (tmp_path / "private.txt").read_text() == "mine"
+    assert [item.name for item in store.objects()] == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from prag_core.llm.layout import adapter_size_bytes
 from prag_core.llm.lora import Injector, TrainedAdapter, find_targets
 from prag_core.llm.peft import export_peft, peft_base
 from prag_core.recipe import Recipe
-from prag_core.records import LedgerRow
+from prag_core.records import LedgerRow, to_table
 from prag_core.store.adapters import (
     AdapterStore,
     LedgerSource,
@@ -99,6 +100,14 @@ def test_damaged_bytes_are_never_an_adapter(adapters: AdapterStore, damage: str)
         adapters.store.remove(row.shard)
     with pytest.raises(AdapterError, match=f"adapter {KEY}"):
         LedgerSource(adapters, adapters.ledger_parts()).get(KEY)
+
+
+def test_a_row_that_claims_too_many_bytes_is_refused_before_they_are_read(adapters: AdapterStore) -> None:
+    (row,) = adapters.commit([(trained(adapters, KEY, 1), "d")])
+    for wrong in (replace(row, length=2**62), replace(row, length=row.length - 1), replace(row, dtype="float64")):
+        part = adapters.store.put_table(f"{adapters.folder}/ledger", to_table(LedgerRow, [wrong]))
+        with pytest.raises(AdapterError, match=r"the layout wants|cannot be stored as 'float64'"):
+            LedgerSource(adapters, [part]).get(KEY)
 
 
 def test_an_exported_adapter_is_the_same_to_peft(adapters: AdapterStore, tiny: BaseModel, tmp_path: Path) -> None:

@@ -70,6 +70,25 @@ def test_a_missing_object_is_an_answer(store: Store) -> None:
     assert not store.exists("a/b.bin")
 
 
+@pytest.mark.parametrize("name", ["../private.txt", "a/../../private.txt", "..", "a\0b"])
+def test_no_name_leads_out_of_the_store(store: Store, tmp_path: Path, name: str) -> None:
+    """Names stand in documents of the store, too. Who may write one of them must not reach files beside the store."""
+    store.put("a/b", b"b")
+    (tmp_path / "private.txt").write_text("mine")
+    for attempt in (
+        lambda: store.get(name),
+        lambda: store.get(name, 0, 1),
+        lambda: store.size(name),
+        lambda: store.exists(name),
+        lambda: store.put(name, b"theirs"),
+        lambda: store.remove(name),
+        lambda: store.open(name),
+    ):
+        with pytest.raises(DamagedError, match="is no name of an object"):
+            attempt()
+    assert (tmp_path / "private.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("start", "end"), [(8, 12), (10, 12), (20, 30)])
 def test_a_range_beyond_the_end_is_an_error(store: Store, start: int, end: int) -> None:
     store.put("x", b"0123456789")

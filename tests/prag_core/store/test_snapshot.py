@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from prag_core.errors import ConflictError, StoreError
+from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.maintenance.garbage import find_garbage
 from prag_core.store.objects import Store
 from prag_core.store.pins import kept_snapshots, pin, pinned, unpin
@@ -197,4 +197,20 @@ def test_an_altered_snapshot_is_refused(store: Store, field: str, value: object)
     publish(store, snapshot)
     store.put_json(document_name(snapshot.id), {**store.get_json(document_name(snapshot.id)), field: value})
     with pytest.raises(StoreError, match=rf"snapshots/{snapshot.id}\.json: not a snapshot"):
+        load_snapshot(store)
+
+
+@pytest.mark.parametrize("name", ["../../cache", "/etc", "..", ""])
+def test_a_snapshot_names_no_folder_elsewhere(store: Store, name: str) -> None:
+    """The id of an index is a folder of the local cache of each server, which would be written and removed."""
+    for field in ("corpus_version", "index", "recipe"):
+        snapshot = created_now(replace(snapshot_of("p1"), **{field: name}))
+        store.put_json(document_name(snapshot.id), asdict(snapshot))
+        with pytest.raises(DamagedError, match="is no name of a corpus version, an index or a recipe"):
+            load_snapshot(store, snapshot.id)
+
+
+def test_current_names_no_document_elsewhere(store: Store) -> None:
+    store.put_json("CURRENT", {"snapshot": "../../private"})
+    with pytest.raises(DamagedError, match="is no name of an object"):
         load_snapshot(store)
