@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import lzma
+import re
 import shutil
 import tempfile
 import zipfile
@@ -31,22 +32,30 @@ from prag_core.packaged import local_path
 
 _BUFFER_BYTES = 1 << 20
 HTTP = ("http://", "https://")
+# Control characters, the ends of lines and paragraphs, and the marks that turn the direction of writing.
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# What unpacking may take of memory. The strongest usual setting, `xz -9`, takes 65 MiB; a small file can ask for 4 GiB.
+_UNPACKING_BYTES = 256 << 20
 # Endings of compressed files that only a further package reads; without it, fsspec would not unpack them.
 _PACKAGES = {"zst": "zstandard", "lz4": "lz4"}
 # Formats whose files may be several packed streams in a row, and what unpacks one stream.
 _STREAMS: Mapping[str, Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]] = {
     "bz2": bz2.BZ2Decompressor,
-    "xz": lzma.LZMADecompressor,
-    "lzma": lzma.LZMADecompressor,
+    "xz": partial(lzma.LZMADecompressor, memlimit=_UNPACKING_BYTES),
+    "lzma": partial(lzma.LZMADecompressor, memlimit=_UNPACKING_BYTES),
 }
 
 
 def shown(name: str) -> str:
-    """Return a path as text that can be printed and stored: bytes that are not UTF-8 are spelled out (`\\xe9`)."""
+    """Return a path as text that can be printed and stored, in one line.
+
+    Bytes that are not UTF-8 are spelled out (`\\xe9`), and so are line ends and what commands a terminal (`\\x1b`).
+    """
     try:
-        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte
-        return name.encode(errors="backslashreplace").decode()
+        text = name.encode(errors="backslashreplace").decode()
+    return _NOT_SHOWN.sub(lambda sign: sign.group().encode("unicode_escape").decode(), text)
 
 
 def without_query(name: str) -> str:

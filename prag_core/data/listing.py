@@ -118,10 +118,10 @@ def list_files(config: CorpusConfig, storage: StorageConfig | None = None) -> Li
         if reason or form is None:
             left_out.setdefault(reason or "unknown_ending", []).append(shown(item.label))
             continue
-        url = shown(item.name) if isinstance(fs, LocalFileSystem) else without_query(fs.unstrip_protocol(item.name))
+        url = item.name if isinstance(fs, LocalFileSystem) else without_query(fs.unstrip_protocol(item.name))
         if item.size == 0:
-            raise InputError(f"{url}: is empty", "remove it, or write it again")
-        files.append(CorpusFile(item.name, shown(item.label), url, form))
+            raise InputError(f"{shown(url)}: is empty", "remove it, or write it again")
+        files.append(CorpusFile(item.name, shown(item.label), shown(url), form))
     if twice := repeated([file.label for file in files]):
         raise InputError(f"{path}: two files are both called {twice[0]} in reports and ids", "rename one of them")
     counted = tuple(LeftOut(reason, len(labels), labels[0]) for reason, labels in sorted(left_out.items()))

@@ -9,6 +9,7 @@ import json
 import lzma
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -192,6 +193,18 @@ def test_an_archive_is_never_read_in_part(tmp_path: Path, name: str, data: bytes
     with pytest.raises(InputError, match=said) as caught:
         read(tmp_path / name, format="jsonl")
     assert caught.value.remedy
+
+
+def test_a_packed_file_does_not_say_how_much_memory_it_takes(tmp_path: Path) -> None:
+    """The header of a small `.xz` file may ask for a window of 4 GiB, which its content then fills."""
+    data = bytearray(PACKED["x.jsonl.xz"])
+    end = 12 + 4 * (data[12] + 1)  # of the block's header, which ends with its checksum
+    window = data.index(b"\x21\x01", 12, end) + 2
+    data[window] = 40
+    data[end - 4 : end] = zlib.crc32(data[12 : end - 4]).to_bytes(4, "little")
+    (tmp_path / "x.jsonl.xz").write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.jsonl\.xz: cannot be read: Memory usage limit exceeded"):
+        read(tmp_path / "x.jsonl.xz", format="jsonl")
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from prag_core.data.files import shown
 from prag_core.data.listing import list_files
 from prag_core.errors import InputError
 from tests.helpers.corpora import ROWS, config_of, jsonl, read, write
@@ -226,10 +227,10 @@ def test_a_name_is_never_read_as_a_pattern_or_a_url(tmp_path: Path, monkeypatch:
     for name in STRANGE:
         for path in (name, f"./{name}", tmp_path / name, f"file://{tmp_path}/{name}"):
             (piece,), rejects = read(path)
-            assert (piece.text, piece.file, rejects) == (name.strip(), name, [])
+            assert (piece.text, piece.file, rejects) == (name.strip(), shown(name), [])
     pieces, rejects = read(folder)
     assert sorted(p.text for p in pieces) == sorted(STRANGE)
-    assert {p.file for p in pieces} == set(STRANGE)
+    assert {p.file for p in pieces} == set(map(shown, STRANGE))
     assert rejects == []
 
 
@@ -247,6 +248,19 @@ def test_a_name_that_is_not_utf8_is_read_and_spelled_out(tmp_path: Path) -> None
     with pytest.raises(InputError, match="is empty") as caught:
         list_files(config_of(tmp_path))
     assert "\\xff.txt" in str(caught.value).encode().decode()  # such a message can be printed
+
+
+def test_a_name_that_commands_a_terminal_is_spelled_out(tmp_path: Path) -> None:
+    """Names are printed and logged: a line end would begin a message of its own, other signs would colour or erase."""
+    jsonl(tmp_path / "a\n\x1b[2J\u202e.jsonl", '{"text": "A"}', "{")
+    (tmp_path / "b\r\u2028.bin").write_text("x")
+    (tmp_path / "c\x9b.txt").write_text("C")
+    pieces, (reject,) = read(tmp_path)
+    assert [piece.id for piece in pieces] == ["a\\n\\x1b[2J\\u202e.jsonl:1", "c\\x9b.txt"]
+    assert reject.source == "a\\n\\x1b[2J\\u202e.jsonl:2"
+    listing = list_files(config_of(tmp_path))
+    assert [item.first for item in listing.left_out] == ["b\\r\\u2028.bin"]
+    assert all(file.url.isprintable() for file in listing.files)
 
 
 def test_what_follows_the_path_of_a_url_is_no_part_of_an_id(tmp_path: Path) -> None:
