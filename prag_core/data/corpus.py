@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -33,6 +34,9 @@ from prag_core.records import Passage, Reject
 
 # Control characters that are not white space. Tokenizers, Lucene and C strings treat them differently.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+# Unicode's normal form sorts the marks of a letter in quadratic time: those of a record of 1 MB would take minutes.
+_MAX_MARKS = 100
+_PERHAPS_MARKS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def read_records(
                 except (UnicodeDecodeError, UnicodeEncodeError) as bad:
                     pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file.label, line)]
                 yield from pieces
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the names of a damaged file's columns
         what = str(error) or type(error).__name__
         raise InputError(
             f"{file.url}: cannot be read: {what}", "the file is missing or damaged: get it again"
@@ -149,7 +153,8 @@ def _pieces(record: Mapping[str, object], file: str, line: int, config: CorpusCo
     if columns.text not in record:
         detail = f"no column {columns.text!r}; there are {quote_names(record)}; corpus.columns.text names it"
         raise BadRecordError("missing_column", detail)
-    record_id = _string(record, columns.id, numbers=True).strip() or _made_id(file, line)
+    # In one line, as it is printed.
+    record_id = " ".join(_string(record, columns.id, numbers=True).splitlines()).strip() or _made_id(file, line)
     title = normalize(_string(record, columns.title, numbers=True))
     text = _string(record, columns.text, numbers=False).strip()
     if not text:
@@ -175,7 +180,16 @@ def _string(record: Mapping[str, object], column: str, *, numbers: bool) -> str:
     if not isinstance(value, str):
         raise BadRecordError("wrong_type", f"column {column!r} holds a {type(value).__name__}, not a string")
     value.encode()  # raises for a lone surrogate: JSON can spell one, but UTF-8 cannot store it
-    return _CONTROL.sub("", value)
+    text = _CONTROL.sub("", value)
+    if any(len(marks) > _MAX_MARKS for found in _PERHAPS_MARKS.findall(text) for marks in _mark_runs(found)):
+        raise BadRecordError("too_many_marks", f"column {column!r} has over {_MAX_MARKS} marks on one letter")
+    return text
+
+
+def _mark_runs(text: str) -> Iterator[str]:
+    for is_marks, run in itertools.groupby(text, lambda letter: unicodedata.category(letter).startswith("M")):
+        if is_marks:
+            yield "".join(run)
 
 
 def _tags(record: Mapping[str, object], column: str | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import IO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prag_core.config import Columns, CorpusConfig
@@ -184,7 +185,8 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
     """Read the configured columns of a Parquet file.
 
     Raises:
-        InputError: when it lacks a column that is configured, or has a column twice.
+        InputError: when it lacks a column that is configured, has a column twice, or a column of values that cannot be
+            texts.
     """
     metadata = pq.read_metadata(stream)
     schema = metadata.schema.to_arrow_schema()
@@ -193,22 +195,53 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
     columns = config.columns
     wanted = (columns.id, columns.title, columns.text, columns.access)
     names = [name for name in wanted if name is not None and name in there]
-    # A small file may hold one long text a million times: as a dictionary it is in memory once.
-    texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
+    for name in names:
+        _check_type(name, schema.field(name).type, file, columns)
+    # A small file may hold one long text a million times, also in a list: as a dictionary it is in memory once.
+    leaves = [metadata.schema.column(place) for place in range(len(metadata.schema))]
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     table = pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True, read_dictionary=texts)
     number = 0
     for batch in table.iter_batches(_PARQUET_ROWS, columns=names):
         for row in range(batch.num_rows):
             number += 1
             try:
-                values = {name: batch.column(name)[row].as_py() for name in names}
-                size = sum(len(value.encode()) for value in values.values() if isinstance(value, str))
+                cells = {name: batch.column(name)[row] for name in names}
+                # Lists are measured before Python holds their texts, each as often as it comes.
+                size = sum(_list_bytes(cell) for cell in cells.values() if isinstance(cell, pa.ListScalar))
+                _check_size(size, config.max_record_bytes)
+                values = {name: cell.as_py() for name, cell in cells.items()}
+                size += sum(len(value.encode()) for value in values.values() if isinstance(value, str))
                 _check_size(size, config.max_record_bytes)
                 yield number, values
             except BAD_RECORD as bad:
                 yield number, bad
             except (ValueError, OverflowError) as error:  # such as a date after the year 9999
                 yield number, BadRecordError("wrong_type", f"a value cannot be read: {error}")
+
+
+def _check_type(name: str, kind: pa.DataType, file: CorpusFile, columns: Columns) -> None:
+    """Refuse a column whose values can be neither texts nor tags: a page of few bytes may hold billions of numbers."""
+    types = pa.types
+    is_tags = name == columns.access and types.is_list(kind) and _is_text(kind.value_type)
+    if (types.is_nested(kind) and not is_tags) or types.is_fixed_size_binary(kind):
+        raise InputError(
+            f"{file.url}: its column {name!r} holds {kind}, which is no text",
+            "set corpus.columns to columns of texts; that of access tags may hold lists of texts",
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _list_bytes(cell: pa.ListScalar) -> int:
+    """Return how many bytes the texts of a list have, which are read as a dictionary, with one more for each."""
+    tags = cell.values
+    if tags is None:
+        return 0
+    lengths = pc.take(pc.binary_length(tags.dictionary), tags.indices)
+    return len(tags) + (pc.sum(lengths).as_py() or 0)
 
 
 def read_plain_text(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> Iterator[RawRecord]:

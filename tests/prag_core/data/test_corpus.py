@@ -24,7 +24,7 @@ from prag_core.records import Passage, Reject, from_table, to_table
 from tests.helpers.corpora import ROWS, config_of, jsonl, read, write
 
 REASONS = {"invalid_utf8", "invalid_json", "invalid_tsv", "not_an_object", "missing_column", "wrong_type"}
-REASONS |= {"empty_text", "too_long", "duplicate_id"}
+REASONS |= {"empty_text", "too_long", "too_many_marks", "duplicate_id"}
 
 
 def only_reject(path: Path, **settings: Any) -> Reject:
@@ -120,6 +120,12 @@ def test_control_characters_are_removed(tmp_path):
     assert (piece.id, piece.title, piece.text) == ("a", "T U", "AB\tC\x85D")
 
 
+def test_an_id_has_one_line(tmp_path):
+    """It is printed and logged, where a second line would pass for another message."""
+    path = jsonl(tmp_path / "x.jsonl", json.dumps({"id": "a\r\nERROR\u2028b", "text": "A"}))
+    assert [piece.id for piece in read(path)[0]] == ["a ERROR b"]
+
+
 # Files that cannot be read
 
 
@@ -192,6 +198,7 @@ GOOD = ('{"id": "g1", "text": "good"}', '{"id": "g2", "text": "good too"}')
         (b"{}", "missing_column", "none"),
         (b'{"text": " \\n\\u0000"}', "empty_text", "'text'"),
         (b'{"text": null}', "empty_text", "'text'"),
+        ('{"text": "a' + 101 * "\u0301" + '"}', "too_many_marks", "over 100 marks on one letter"),
         (b'{"text": 5}', "wrong_type", "'text' holds a int"),
         (b'{"text": "x", "id": ["x"]}', "wrong_type", "'id' holds a list"),
         (b'{"text": "x", "title": true}', "wrong_type", "'title' holds a bool"),
@@ -395,22 +402,59 @@ def test_a_huge_line_is_never_held_in_memory(tmp_path):
 
 
 def test_a_text_that_a_small_parquet_file_repeats_is_in_memory_once(tmp_path):
-    path = tmp_path / "bomb.parquet"
-    table = pa.table({"text": ["good", *itertools.repeat("x" * 4_000_000, 200)]})
-    pq.write_table(table, path, dictionary_pagesize_limit=2**27)
-    assert path.stat().st_size < 1_000_000
+    text, none = "x" * 4_000_000, pa.array([[]] * 61, pa.list_(pa.string()))
+    texts = pa.array(["good", *itertools.repeat(text, 60)])
+    tables = {kind: pa.table({"text": texts.cast(kind), "acl": none}) for kind in ("string", "large_string", "binary")}
+    tables["list"] = pa.table({"text": ["good", "a"], "acl": [[], [text] * 60]})
+    for kind, table in tables.items():
+        path = tmp_path / f"{kind}.parquet"
+        pq.write_table(table, path, dictionary_pagesize_limit=2**27)
+        assert path.stat().st_size < 1_000_000
     # Arrow counts its peak from a process's beginning on.
     script = (
         "import sys, pyarrow as pa; from prag_core.config import CorpusConfig; from prag_core.data.corpus import *;"
-        "from prag_core.data.listing import list_files; config = CorpusConfig(path=sys.argv[1]);"
+        "from prag_core.data.listing import list_files;"
+        "config = CorpusConfig(path=sys.argv[1], columns={'access': 'acl'});"
         "found = [one for file in list_files(config).files for one in read_records(file, config)];"
         "print(len(found), sum(getattr(one, 'reason', '') == 'too_long' for one in found));"
         "print(pa.default_memory_pool().max_memory())"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     counts, peak = done.stdout.splitlines()
-    assert counts == "201 200"
-    assert int(peak) < 100_000_000  # of 800 MB
+    assert counts == "185 121"  # of the list, one record; bytes are no text
+    assert int(peak) < 100_000_000  # of 240 MB
+
+
+def test_the_tags_of_a_parquet_row_count_for_its_size(tmp_path):
+    tags = [["a"], ["b"] * 2_000, ["c" * 2_000], None]
+    pq.write_table(pa.table({"text": ["1", "2", "3", "4"], "acl": tags}), tmp_path / "x.parquet")
+    pieces, rejects = read(tmp_path / "x.parquet", columns={"access": "acl"}, max_record_bytes=1_500)
+    assert [(piece.text, piece.access) for piece in pieces] == [("1", ("a",)), ("4", ())]
+    assert [(reject.reason, reject.source) for reject in rejects] == [
+        ("too_long", "x.parquet:2"),
+        ("too_long", "x.parquet:3"),
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.list_(pa.int32()), pa.struct({"a": pa.string()})])
+def test_a_parquet_column_that_cannot_be_texts_is_named_and_not_read(tmp_path, kind):
+    pq.write_table(pa.table({"id": ["1"], "text": pa.nulls(1, kind)}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"x\.parquet: its column 'text' holds (list|struct)<.*, which is no text"):
+        read(tmp_path / "x.parquet")
+
+
+def test_a_parquet_column_whose_name_is_not_utf8_names_the_file(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "wxyz": ["b"]}), tmp_path / "x.parquet", store_schema=False)
+    data = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(data.replace(b"wxyz", b"wx\xff\xfe"))
+    with pytest.raises(InputError, match=r"x\.parquet: cannot be read"):
+        read(tmp_path / "x.parquet")
+
+
+def test_many_marks_are_only_refused_on_one_letter(tmp_path):
+    texts = ["a" + "\u0301" * 100, "e\u0301" * 500, "กิ่ง" * 500, "─" * 500, "😀" * 500]
+    pieces, rejects = read(jsonl(tmp_path / "x.jsonl", *(json.dumps({"text": text}) for text in texts)))
+    assert ([piece.text for piece in pieces], rejects) == (texts, [])
 
 
 def test_reading_is_lazy(tmp_path):
