@@ -154,8 +154,8 @@ class KeyRing:
         prefix, _, rest = presented.partition("_")
         id, _, secret = rest.partition("_")
         known = self._keys.get(id) if prefix == _PREFIX else None
-        expected = known.hash if known else ""
-        right = hmac.compare_digest(_hash(secret), expected or _hash(""))
+        expected = known.hash if known else _hash("")
+        right = hmac.compare_digest(_hash(secret).encode(), expected.encode())
         return known if known and right and not known.revoked else None
 
     def valid(self) -> list[ApiKey]:

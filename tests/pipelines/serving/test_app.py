@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,51 @@ def test_keys_and_their_rates(service: Service, config: Config, tmp_path: Path) 
     assert 1 <= int(refused.headers["retry-after"]) <= 10
     file.revoke("anna")
     assert error_of(guarded.get("/v1/models", headers=bearer)) == (401, "unauthorized")
+
+
+def test_a_hidden_passage_leaves_no_trace_on_any_route(config: Config, tmp_path: Path) -> None:
+    """Neither a word of it nor its adapter: in each mode, in batches, in streams, for OpenAI's clients, in metrics."""
+    own = config.model_copy(update={"store": str(tmp_path / "store")})
+    hidden = [replace(passage, access=("hr",)) for passage in PASSAGES[:3]]
+    publish_adapters(own, [*hidden, *PASSAGES[3:]], seed=0)
+    file = KeyFile(tmp_path / "keys.json")
+    guest, member = (
+        {"Authorization": f"Bearer {file.add(name, tags)}"} for name, tags in (("guest", []), ("hr", ["hr"]))
+    )
+    service = open_service(limited(own, disk_cache_bytes=0), open_store(own))
+    api = Api(service, own, KeyRing(file.path))
+
+    def all_routes(mode: str, who: dict[str, str]) -> list[str]:
+        """The bodies of all routes for a question that fits the hidden passages best."""
+        asked = {"question": "Quorl 0 hill Vend w0x0 w0x1 w1x1 w2x2", "mode": mode, "top_k": 2, "details": True}
+        chat = {
+            "model": f"tiny-model0:{mode}", "messages": [{"role": "user", "content": asked["question"]}],
+            "prag": {"top_k": 2},
+        }  # fmt: skip
+        responses = [
+            api.post("/v1/answer", asked, headers=who),
+            api.post("/v1/answer", {**asked, "stream": True}, headers=who),
+            api.post("/v1/batch", {"requests": [asked, asked]}, headers=who),
+            api.post("/v1/chat/completions", chat, headers=who),
+            api.post("/v1/chat/completions", {**chat, "stream": True}, headers=who),
+        ]
+        assert [response.status_code for response in responses] == [200] * 5
+        return [response.text for response in responses]
+
+    words = [word for p in hidden for word in (p.key, p.title, p.text, f'"{p.sources[0]}"')]
+    shown = {p.key for p in PASSAGES[3:]}
+    used: set[str] = set()
+    for mode in MODES:
+        for body in all_routes(mode, guest):
+            assert [word for word in words if word in body] == []
+            found = {key for key in shown if key in body}
+            assert len(found) == (0 if mode == "closed" else 2)  # hidden ones take no place among the top k
+            used |= found if mode in ("prag", "combine") else set()
+    cache = service.stats().cache
+    assert (cache.entries, cache.misses, cache.failures) == (len(used), len(used), 0)
+    # What was looked for is there, for who may see it.
+    assert all(hidden[0].key in body for body in all_routes("prag", member))
+    service.close()
 
 
 def test_overload_is_refused_and_accepted_questions_are_answered(config: Config) -> None:

@@ -50,6 +50,16 @@ def test_the_file_holds_no_secret_and_only_its_owner_may_read_it(file: Path) -> 
     assert len(KeyFile(file).read()) == 1
 
 
+@pytest.mark.parametrize("hash", ["", "é"])
+def test_a_key_without_a_hash_lets_nobody_in(file: Path, hash: str) -> None:
+    key = KeyFile(file).add("anna")
+    id = key.split("_")[1]
+    document = json.loads(file.read_text())
+    document["keys"][0]["hash"] = hash
+    file.write_text(json.dumps(document))
+    assert [KeyRing(file).find(f"prag_{id}_{secret}") for secret in ("", hash, key.split("_", 2)[2])] == [None] * 3
+
+
 @pytest.mark.parametrize("text", ["", "no", "[]", '{"keys": 1}', '{"keys": [1]}', '{"keys": [{"id": "a"}]}'])
 def test_a_damaged_key_file_refuses_every_key(file: Path, text: str) -> None:
     key = KeyFile(file).add("anna")
@@ -177,6 +187,38 @@ def test_a_key_decides_access_and_rate_of_the_caller(file: Path) -> None:
     # Load balancers need no key; Prometheus does.
     assert Asked(config, ring, path="/readyz", headers=[])(b"") == 0
     assert Asked(config, ring, path="/metrics", headers=[])(b"") == 401
+
+
+def test_a_key_that_is_revoked_gets_the_answer_that_is_under_way_and_no_other(file: Path) -> None:
+    key = KeyFile(file).add("anna")
+    ring = KeyRing(file)
+
+    class Revoking(Asked):
+        async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+            KeyFile(file).revoke("anna")
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    assert Revoking(ServeConfig(), ring, headers=headers)(b"{}") == 200
+    assert Asked(ServeConfig(), ring, headers=headers)(b"{}") == 401
+
+
+def test_a_body_that_comes_too_slowly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serving.middleware.BODY_TIMEOUT_S", 0.05)
+    asked, pieces = Asked(ServeConfig()), 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal pieces
+        pieces += 1
+        await asyncio.sleep(0.02)  # each piece alone is in time
+        return {"type": "http.request", "body": b"x", "more_body": pieces < 50}
+
+    async def send(message: dict[str, Any]) -> None:
+        asked.sent.append(message)
+
+    asyncio.run(asked.middleware(asked.scope, receive, send))
+    assert (asked.sent[0]["status"], asked.error, asked.body) == (408, "body_timeout", None)
+    assert pieces < 50
 
 
 def test_null_means_absent() -> None:

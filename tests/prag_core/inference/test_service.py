@@ -247,6 +247,22 @@ def test_hidden_passages_are_not_used(tiny_session: BaseModel, tmp_path) -> None
         assert asyncio.run(service.answer(given)).passages == ()
 
 
+def test_a_running_service_stops_using_what_is_forgotten(tiny_session: BaseModel, tmp_path) -> None:
+    world = World(tiny_session, tmp_path)
+    first = world.publish(count=3)
+    asked = Request(named([0, 1]), "combine", 1)
+
+    async def forget_while_it_runs(service: Service) -> list[str]:
+        before = await service.answer(asked)
+        publish(world.store, with_tombstones(first, [PASSAGES[0].key]))
+        assert await service.refresh()
+        after = await service.answer(asked)
+        return [passage.title for answer in (before, after) for passage in answer.passages]
+
+    with world.service() as service:
+        assert asyncio.run(forget_while_it_runs(service)) == [PASSAGES[0].title, PASSAGES[1].title]
+
+
 def test_passages_that_the_asker_may_not_read_are_not_used(world: World) -> None:
     """The best two of four passages are for other askers; they do not count among the top k, in any mode."""
     tags = {0: ("hr",), 1: ("board", "hr"), 2: (), 3: ("it",)}
