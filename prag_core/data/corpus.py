@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from prag_core.config import CorpusConfig, StorageConfig
 from prag_core.data.chunking import split_text
-from prag_core.data.files import open_file, open_filesystem
+from prag_core.data.files import open_file, open_filesystem, shown
 from prag_core.data.listing import CorpusFile
 from prag_core.data.readers import (
     BAD_RECORD,
@@ -82,7 +82,7 @@ def read_records(
                     pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file.label, line)]
                 yield from pieces
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the names of a damaged file's columns
-        what = str(error) or type(error).__name__
+        what = shown(str(error)) or type(error).__name__  # it may repeat what the file holds
         raise InputError(
             f"{file.url}: cannot be read: {what}", "the file is missing or damaged: get it again"
         ) from error

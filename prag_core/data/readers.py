@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prag_core.config import Columns, CorpusConfig
+from prag_core.data.files import shown
 from prag_core.data.listing import CorpusFile
 from prag_core.data.parsing import NOT_CLOSED, explain_tsv, parse_json, parse_tsv, repeated
 from prag_core.errors import InputError
@@ -223,10 +224,12 @@ def read_parquet(stream: IO[bytes], file: CorpusFile, config: CorpusConfig) -> I
 def _check_type(name: str, kind: pa.DataType, file: CorpusFile, columns: Columns) -> None:
     """Refuse a column whose values can be neither texts nor tags: a page of few bytes may hold billions of numbers."""
     types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     is_tags = name == columns.access and types.is_list(kind) and _is_text(kind.value_type)
     if (types.is_nested(kind) and not is_tags) or types.is_fixed_size_binary(kind):
         raise InputError(
-            f"{file.url}: its column {name!r} holds {kind}, which is no text",
+            f"{file.url}: its column {name!r} holds {shown(str(kind))[:100]}, which is no text",
             "set corpus.columns to columns of texts; that of access tags may hold lists of texts",
         )
 
