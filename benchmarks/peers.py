@@ -12,11 +12,13 @@ is measured and whether both give the same text.
 - bare: no adapter; vLLM both with adapters enabled and without.
 
 Rounds alternate between ours and vLLM's. An idle server of vLLM stays beside ours, and its share of the processor is
-printed. `x_update` is the time from a set that was not asked for before to its first text; vLLM's includes writing the
+printed. `x_update` is the time from a set that was not asked for before to its first token; vLLM's includes writing the
 set's adapter from the three, since nobody can have written all sets beforehand. The last line is JSON.
 
-Where `equal_answers` is not near 1, the two do not compute the same, and no other figure counts. Times to the first
-text are no times to the first token: leading white space is not sent by ours.
+`equal_answers` is the share of answers that are the same text, after both are cleaned as ours are (no leading colon or
+white space). Two right decoders in bf16 differ where the two best tokens are about as good, so the margin of vLLM's
+first token that differs is printed for each other answer. Where margins are large, the two do not compute the same, and
+no other figure counts.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Factors
 from prag_core.llm.peft import export_peft, peft_base
 from prag_core.llm.threads import compute_elsewhere
-from prag_core.records import Answer, Hit, Passage
+from prag_core.prompts import final_answer
+from prag_core.records import Hit, Passage
 from prag_core.store.objects import open_store
 from prag_core.store.snapshot import current_id, load_snapshot
 
@@ -243,16 +246,14 @@ async def equal(ours: Ours, theirs: Theirs, prompts: Sequence[Sequence[int]]) ->
     for one in range(16):
         _, text = await ours.asking(K)(one, one)
         await theirs.load(one, K)
-        tokens, other = await theirs.explained(prompts[one], theirs.name(one, K))
-        if text.strip() == other.strip():
+        tokens, their_margins = await theirs.explained(prompts[one], theirs.name(one, K))
+        begun = [ours.cleaned(tokens[:length]) for length in range(len(tokens) + 1)]
+        if text == begun[-1]:
             same += 1
-            continue
-        length = 0
-        for token, margin in tokens:
-            length += len(token)
-            if not text.startswith(other[:length].lstrip()) and other[:length].strip() != "":
-                margins.append(round(margin, 3))
-                break
+        else:
+            # The tokens before it that wrote nothing, such as the end of a turn, may be the ones that differ.
+            other = next((n for n, beginning in enumerate(begun) if not text.startswith(beginning)), len(tokens))
+            margins.append(round(min(their_margins[begun.index(begun[other - 1]) : other]), 3))
     return round(same / 16, 3), margins
 
 
@@ -285,19 +286,21 @@ class Ours:
         closed = [replace(self.request(one, 0), hits=()) for one in range(self.options.adapters)]
         return [list(processor.build(request, (), {}, {}).decode.prompt) for request in closed]
 
+    def cleaned(self, tokens: Sequence[int]) -> str:
+        """Return the answer that the service makes of these tokens."""
+        return final_answer(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def asking(self, k: int) -> Ask:
         async def ask(prompt: int, one: int | None) -> tuple[float, str]:
-            begun, first = time.perf_counter(), 0.0
+            begun = time.perf_counter()
             if one is not None:
                 self.fetched |= set(range(one, one + k))
-            async for piece in self.service.stream(self.request(prompt, k)):
-                first = first or time.perf_counter() - begun
-                if isinstance(piece, Answer):
-                    used = sum(passage.in_weights for passage in piece.passages)
-                    if used != (k if one is not None else 0) or piece.new_tokens != self.options.new_tokens:
-                        raise RuntimeError(f"{used} adapters and {piece.new_tokens} tokens: {piece}")
-                    return first, piece.text
-            raise RuntimeError("the stream ended without an answer")
+            answer = await self.service.answer(self.request(prompt, k))
+            used = sum(passage.in_weights for passage in answer.passages)
+            if used != (k if one is not None else 0) or answer.new_tokens != self.options.new_tokens:
+                raise RuntimeError(f"{used} adapters and {answer.new_tokens} tokens: {answer}")
+            # What comes after the first token is the time of decoding. A stream would not send leading white space.
+            return time.perf_counter() - begun - answer.milliseconds["decode"] / 1e3, answer.text
 
         return ask
 
@@ -358,13 +361,13 @@ class Theirs:
 
         return ask
 
-    async def explained(self, prompt: Sequence[int], name: str) -> tuple[list[tuple[str, float]], str]:
-        """Return the tokens of a greedy answer with their margins over the second best, and its text."""
-        reply = await self._client.post("/v1/completions", json={**self._body(prompt, name), "logprobs": 2})
+    async def explained(self, prompt: Sequence[int], name: str) -> tuple[list[int], list[float]]:
+        """Return the tokens of a greedy answer, and for each its margin over the second best."""
+        body = {**self._body(prompt, name), "logprobs": 2, "return_token_ids": True}
+        reply = await self._client.post("/v1/completions", json=body)
         choice = reply.raise_for_status().json()["choices"][0]
         best = [sorted(top.values(), reverse=True) for top in choice["logprobs"]["top_logprobs"]]
-        margins = [values[0] - values[1] if len(values) > 1 else 0.0 for values in best]
-        return list(zip(choice["logprobs"]["tokens"], margins, strict=True)), choice["text"]
+        return choice["token_ids"], [values[0] - values[1] if len(values) > 1 else 0.0 for values in best]
 
     def _body(self, prompt: Sequence[int], name: str) -> dict[str, Any]:
         tokens = self._ours.options.new_tokens

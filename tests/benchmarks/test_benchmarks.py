@@ -324,7 +324,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             events = [b"data: " + json.dumps({{"choices": [{{"text": t}}]}}).encode() + b"\\n\\n" for t in tokens]
             return self.answer(b"".join([*events, b"data: [DONE]\\n\\n"]), "text/event-stream")
         top = [{{"x": -0.25, "y": -1.5}}] * len(tokens)
-        choice = {{"text": "".join(tokens), "logprobs": {{"tokens": tokens, "top_logprobs": top}}}}
+        choice = {{"token_ids": [5] * len(tokens), "logprobs": {{"tokens": tokens, "top_logprobs": top}}}}
         self.answer(json.dumps({{"choices": [choice]}}).encode())
 
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
@@ -344,6 +344,6 @@ def test_peers(tmp_path: Path) -> None:
     assert set(found["tok_s"]) == set(found["ttft_ms"]) == sides
     assert all(rate > 0 for rates in found["tok_s"].values() for rate in rates.values())
     assert found["x_update"] > 0
-    # A random model does not write "xxxx", and the margins of the script's tokens are known.
+    # A random model does not write one token four times, and the margins of the script's tokens are known.
     assert found["equal_answers"] == 0.0
     assert set(found["margins_where_they_differ"]) == {1.25}
