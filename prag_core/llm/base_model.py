@@ -54,7 +54,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None, gpus: f
     """
     from transformers import AutoModelForCausalLM
 
-    from prag_core.llm.skinny_linear import use_few_rows
+    from prag_core.llm.packed_linear import pack_linear
 
     silence_progress()
     folder = resolve_model(config.name)
@@ -90,7 +90,7 @@ def load_base_model(config: ModelConfig, *, expected: str | None = None, gpus: f
         ) from error
     model.requires_grad_(False)
     model.eval()
-    use_few_rows(model)
+    pack_linear(model)
     return BaseModel(config.name, found, model, load_tokenizer(folder))
 
 
