@@ -79,7 +79,8 @@ def read_records(
                 except BadRecordError as bad:
                     pieces = [_reject(bad.reason, bad.detail, file.label, line)]
                 except (UnicodeDecodeError, UnicodeEncodeError) as bad:
-                    pieces = [_reject("invalid_utf8", f"at position {bad.start}: {bad.reason}", file.label, line)]
+                    detail = f"is not UTF-8 at position {bad.start}: {bad.reason}"
+                    pieces = [_reject("invalid_utf8", detail, file.label, line)]
                 yield from pieces
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the names of a damaged file's columns
         what = shown(str(error)) or type(error).__name__  # it may repeat what the file holds

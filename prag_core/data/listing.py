@@ -93,7 +93,7 @@ def list_files(config: CorpusConfig, storage: StorageConfig | None = None) -> Li
     Links are followed, but not in a circle. What is left out is counted.
 
     Raises:
-        InputError: when there is no file to read, a file is empty, or two files cannot be told apart by name.
+        InputError: when there is no file to read, a file of records is empty, or two files have the same name.
     """
     path = shown(without_query(config.path))
     try:
@@ -119,7 +119,8 @@ def list_files(config: CorpusConfig, storage: StorageConfig | None = None) -> Li
             left_out.setdefault(reason or "unknown_ending", []).append(shown(item.label))
             continue
         url = item.name if isinstance(fs, LocalFileSystem) else without_query(fs.unstrip_protocol(item.name))
-        if item.size == 0:
+        # An empty text file is one record without a text, which is a reject; any other was meant to hold records.
+        if item.size == 0 and form != "text":
             raise InputError(f"{shown(url)}: is empty", "remove it, or write it again")
         files.append(CorpusFile(item.name, shown(item.label), shown(url), form))
     if twice := repeated([file.label for file in files]):

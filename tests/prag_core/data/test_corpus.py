@@ -350,13 +350,20 @@ def test_a_bad_parquet_row_is_rejected_and_the_others_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"), [(b"\xff\xfe", "invalid_utf8"), (b" \n", "empty_text"), (b"x" * 9_000, "too_long")]
+    ("data", "reason", "detail"),
+    [
+        (b"K\xe4fer", "invalid_utf8", "is not UTF-8 at position 1"),
+        (b"", "empty_text", "holds no text"),
+        (b" \n", "empty_text", "holds no text"),
+        (b"x" * 9_000, "too_long", "9,000 bytes"),
+    ],
 )
-def test_a_bad_text_file_is_rejected_and_the_others_are_read(tmp_path, data, reason):
+def test_a_bad_text_file_is_rejected_and_the_others_are_read(tmp_path, data, reason, detail):
     for name, content in (("a.txt", b"good"), ("b.txt", data), ("c.txt", b"good too")):
         (tmp_path / name).write_bytes(content)
     reject = only_reject(tmp_path, max_record_bytes=1_000)
     assert (reject.reason, reject.source) == (reason, "b.txt:1")
+    assert detail in reject.detail
 
 
 def test_in_is_out_plus_rejected(tmp_path):

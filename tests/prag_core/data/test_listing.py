@@ -243,11 +243,11 @@ def test_a_name_that_is_not_utf8_is_read_and_spelled_out(tmp_path: Path) -> None
         ("caf\\xe9.txt", "caf\\xe9", "Coffee."),
     ]
     assert rejects == []
-    with Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).open("w"):
+    with Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).open("w"):
         pass
     with pytest.raises(InputError, match="is empty") as caught:
         list_files(config_of(tmp_path))
-    assert "\\xff.txt" in str(caught.value).encode().decode()  # such a message can be printed
+    assert "\\xff.jsonl" in str(caught.value).encode().decode()  # such a message can be printed
 
 
 def test_a_name_that_commands_a_terminal_is_spelled_out(tmp_path: Path) -> None:
