@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(local_path(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file", _EXAMPLE) from None
+        raise ConfigError(f"{path}: no such configuration file", f"`prag init CORPUS` writes one; {_EXAMPLE}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}", "name a readable YAML file") from error
     return read_config(text, str(path), overrides)
@@ -57,19 +57,20 @@ def read_config(text: str, origin: str, overrides: Sequence[str] = ()) -> Config
         raise ConfigError(f"{origin}: holds no settings", f"write a YAML mapping; {_EXAMPLE}")
     for override in overrides:
         _apply(data, override)
-    return parse_config(data, origin)
+    return parse_config(data, origin, [override.partition("=")[0].strip() for override in overrides])
 
 
-def parse_config(data: dict[str, Any], origin: str = "configuration") -> Config:
+def parse_config(data: dict[str, Any], origin: str = "configuration", overridden: Sequence[str] = ()) -> Config:
     """Return the configuration that plain values describe.
 
     Raises:
-        ConfigError: for an unknown key or a wrong value; `origin` begins the message.
+        ConfigError: for an unknown key or a wrong value; `origin` begins the message, or `override` for a setting that
+            `overridden` names.
     """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(item, origin, overridden) for item in error.errors())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -146,10 +147,12 @@ def _plain(node: yaml.Node, origin: str, seen: Iterator[int]) -> Any:
     return found
 
 
-def _explain(item: Any, origin: str) -> str:
+def _explain(item: Any, origin: str, overridden: Sequence[str]) -> str:
     """Return the message for one of pydantic's validation errors."""
     location = tuple(str(part) for part in item["loc"])
     dotted = ".".join(location)
+    if any(f"{dotted}.".startswith(f"{name}.") for name in overridden):
+        origin = "override"  # who looks for it in the file would not find it
     if dotted in _RENAMED:
         return f"{origin}: unknown key {dotted}\n  → it is called {_RENAMED[dotted]} now"
     if item["type"] == "extra_forbidden":

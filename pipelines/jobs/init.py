@@ -69,7 +69,11 @@ def _inspect(corpus: str, columns: Columns) -> CorpusSummary:
         if "corpus." not in error.remedy:
             raise
         # There are no settings yet that the remedy could name.
-        raise InputError(error.message, f"name a file, or a folder with files, of {_FORMATS}") from None
+        if "corpus.columns" in error.remedy:
+            remedy = "name the fields by --text, --title and --id; they have the same names in all files of a corpus"
+        else:
+            remedy = f"name a file, or a folder with files, of {_FORMATS}"
+        raise InputError(error.message, remedy) from None
 
 
 def _places(corpus: str, to: Path | None) -> tuple[Path, str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prag_core.prompts import Role
-from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, MODES, Hit, MergeRule, Mode
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Request:
     access: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode) or self.weights not in get_args(MergeRule):
-            raise ValueError(f"mode {self.mode!r}, weights {self.weights!r}: unknown")
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}: known are {', '.join(MODES)}")
+        if self.weights not in get_args(MergeRule):
+            raise ValueError(f"weights {self.weights!r}: known are {', '.join(get_args(MergeRule))}")
         if self.top_k < 1 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             raise ValueError(f"top_k {self.top_k}, max_new_tokens {self.max_new_tokens}: both must be positive")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:

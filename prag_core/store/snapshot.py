@@ -112,7 +112,10 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
     """
     id = id or current_id(store)
     if id is None:
-        raise StoreError(f"store = {store.url!r}: nothing is published yet", "run `prag run` first")
+        raise StoreError(
+            f"store = {store.url!r}: nothing is published yet",
+            "run `prag run` first, with the same -c (without it, commands use the packaged example)",
+        )
     document = store.get_json(document_name(id))
     try:
         lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}

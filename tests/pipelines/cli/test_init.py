@@ -108,6 +108,7 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     [
         (("nowhere",), "no such file or folder, or nothing in it"),
         (("none",), "known are .jsonl"),
+        (("mixed",), "mixed/b.parquet: has no column 'text'; it has 'story' → name the fields by --text"),
         (("c.jsonl",), "no field 'text' with the texts; there are 'a' → name the field"),
         (("c.jsonl", "--text", "b"), "no field 'b'"),
     ],
@@ -116,6 +117,9 @@ def test_a_corpus_that_cannot_be_used_writes_nothing(tmp_path: Path, arguments: 
     jsonl(tmp_path / "c.jsonl", '{"a": "Otters swim."}')
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.docx").write_bytes(b"PK")
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed" / "a.jsonl")
+    corpora.write(tmp_path / "mixed" / "b.parquet", [{"story": "Otters swim."}])
     ended = prag(tmp_path, "init", *arguments)
     words = " ".join(ended.err.split())
     assert (ended.code, message in words) == (3, True), words

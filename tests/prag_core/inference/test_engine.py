@@ -208,3 +208,11 @@ def test_turns_that_the_template_refuses_leave_other_questions_alone(
 def test_a_number_that_is_none_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=setting):
         Request("Who?", **{setting: float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"), [("mode", "closed, rag, prag, combine"), ("weights", "sum, mean, score")]
+)
+def test_an_unknown_mode_or_rule_is_refused_with_those_known(setting: str, known: str) -> None:
+    with pytest.raises(ValueError, match=f"^{setting} 'fast': known are {known}$"):
+        Request("Who?", **{setting: "fast"})
