@@ -16,7 +16,7 @@ from pipelines.execution.spinner import spinner
 from pipelines.words import counted, duration
 from prag_core.config import Config
 from prag_core.inference.question import check_question
-from prag_core.records import MODES, Answer, Mode, UsedPassage
+from prag_core.records import MODES, Answer, MergeRule, Mode, UsedPassage
 
 app = typer.Typer()
 
@@ -31,9 +31,9 @@ _SHOWN_CHARS = 200
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
     config: options.Config = options.EXAMPLE,
-    mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Passages to retrieve.")] = None,
-    weights: Annotated[str | None, typer.Option(help="How to add the adapters: sum, mean or score.")] = None,
+    weights: Annotated[MergeRule | None, typer.Option(help="How to add the adapters: sum, mean or score.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer in all four modes, one below the other.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Show the whole texts of the passages.")] = False,
     snapshot: options.Snapshot = None,
@@ -71,13 +71,15 @@ def _answers(config: Config, question: str, modes: Sequence[Mode], snapshot: str
 
 def _show_answers(answers: Sequence[Answer], *, whole: bool = False) -> None:
     for answer in answers:
-        out.print(Text.assemble((f"{answer.mode:>8}", "bold"), f"  {answer.text}"))
+        out.print(Text.assemble((f"{answer.mode:>8}", "bold"), f"  {answer.text or '(empty)'}"))
         if answer.reasoning:
             out.print(f"          reasoning: {answer.reasoning}", highlight=False)
         steps = ", ".join(f"{step} {ms / 1e3:.2f}" for step, ms in answer.milliseconds.items() if ms >= 5)
         spent = duration(sum(answer.milliseconds.values()) / 1e3) + (f" ({steps})" if steps else "")
         tokens = f"{counted(answer.prompt_tokens, 'prompt token')}, {answer.new_tokens:,} new"
         out.print(f"          {spent}; {tokens}", style="dim", highlight=False)
+    if all(not answer.passages for answer in answers) and any(answer.mode != "closed" for answer in answers):
+        out.print("\nNo passage shares a word with the question: this is what the bare model says.")
     uses: dict[str, list[str]] = {}
     for answer in answers:
         for passage in answer.passages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated
 
 import typer
@@ -48,8 +49,9 @@ def serve(
 
 def _welcome(config: Config, url: str) -> str:
     key = "" if config.serve.api_keys is None else ' -H "Authorization: Bearer $PRAG_KEY"'
-    body = json.dumps({"question": "Who built the Cazambra Lighthouse?", "mode": config.answer.mode})
+    question = next(iter(config.serve.example_questions), "Who …?")
+    body = json.dumps({"question": question, "mode": config.answer.mode}, ensure_ascii=False)
     return (
         f"Serving at {url} (a page for browsers; Ctrl+C ends it). OpenAI clients: base_url={url}/v1\n"
-        f"  curl {url}/v1/answer{key} -H 'Content-Type: application/json' -d '{body}'"
+        f"  curl {url}/v1/answer{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )

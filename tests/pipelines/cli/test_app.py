@@ -20,7 +20,9 @@ import yaml
 from pipelines.cli import terminal
 from pipelines.cli.app import app
 from pipelines.cli.ask import _show_answers
+from pipelines.cli.serve import _welcome
 from pipelines.serving import api_keys
+from prag_core.config_file import load_config
 from prag_core.errors import EXIT_CODES
 from prag_core.records import Answer, Reject, UsedPassage
 from prag_core.store.objects import Store
@@ -158,6 +160,17 @@ def test_without_java_nothing_starts(folder: Path) -> None:
 def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, str], code: int, message: str) -> None:
     found, output = prag("evaluate", "-c", "config.yaml", *arguments)
     assert (found, message in " ".join(output.replace("│", " ").split())) == (code, True), output
+
+
+def test_a_wrong_option_of_ask_is_named(prag: Prag) -> None:
+    code, output = prag("ask", "-c", "config.yaml", "Who?", "--mode", "fast")
+    words = " ".join(output.replace("│", " ").split())
+    assert (code, "'--mode': 'fast' is not one of 'closed', 'rag', 'prag', 'combine'" in words) == (2, True), output
+
+
+def test_a_configuration_that_is_not_there_is_written_by_init(prag: Prag) -> None:
+    code, output = prag("ask", "-c", "confg.yaml", "Who?")
+    assert (code, "`prag init CORPUS` writes one" in output) == (2, True), output
 
 
 def test_questions_that_are_left_out_are_counted(folder: Path, prag: Prag) -> None:
@@ -352,7 +365,7 @@ def test_an_address_that_is_no_url_is_named(prag: Prag) -> None:
 
 def test_a_terminal_that_knows_only_ascii_gets_everything(folder: Path) -> None:
     code, output = prag_process(folder, "ask", "-c", "config.yaml", "é 😀?", PYTHONIOENCODING="ascii")
-    assert (code, "run `prag run` first" in output) == (5, True), output
+    assert (code, "run `prag run` first, with the same -c" in output) == (5, True), output
     code, output = prag_process(folder, "--help", PYTHONIOENCODING="ascii")
     assert (code, "Parametric RAG" in output) == (0, True), output
 
@@ -383,6 +396,25 @@ def test_an_answer_is_shown_with_its_reasoning_and_without_markup(
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("The [b]tower[/b] stands.") == 20
     assert "1.2 s (prefill 1.23); 0 prompt tokens" in shown
+
+
+def test_an_answer_without_passages_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal.out, "file", sys.stdout)
+    _show_answers([Answer("Who?", "prag", ""), Answer("Who?", "closed", "Nobody")])
+    shown = capsys.readouterr().out
+    assert "prag  (empty)" in shown
+    assert "No passage shares a word with the question" in shown
+    _show_answers([Answer("Who?", "closed", "Nobody")])
+    assert "No passage" not in capsys.readouterr().out
+
+
+def test_the_request_that_a_server_shows_asks_a_question_of_its_corpus(folder: Path) -> None:
+    for questions in ([], ["Who built Tower's Gate?"]):
+        settings = load_config(folder / "config.yaml", [f"serve.example_questions={json.dumps(questions)}"])
+        body = json.loads(shlex.split(_welcome(settings, "http://127.0.0.1:8000"))[-1])
+        assert body == {"question": questions[0] if questions else "Who …?", "mode": "combine"}
 
 
 def test_help_names_exit_codes_and_options(prag: Prag) -> None:
