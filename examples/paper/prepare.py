@@ -1,6 +1,7 @@
 """Choose the paper's questions and retrieve their passages: the first step of docs/reproduce.md.
 
-The corpus of the configuration is indexed in the folder `--to` (once). For each set of questions, the folder gets:
+The corpus of the configuration is indexed in the folder `--to`, once: another corpus needs another folder. For each
+set of questions, the folder gets:
 
 - `SET/questions/TYPE.jsonl`: the first 300 questions of each type, and in `total.jsonl` the first 300 of the whole set,
   each with the ids of the passages that it retrieves, the best first (`gold_ids`);
@@ -80,12 +81,25 @@ def choose(questions: Iterable[Question], limit: int, *, by_type: bool) -> dict[
 
 
 def open_corpus(config: Config, folder: Path) -> Retriever:
-    """Open the index of the configured corpus, which is built if it is not there."""
+    """Open the index of the configured corpus, which is built if it is not there.
+
+    Raises:
+        InputError: when the folder holds the index of another corpus, or one with other settings.
+    """
     kind = index_kind(config.index)
-    if not folder.exists():
+    wanted = json.dumps({"corpus": config.corpus.model_dump(), "index": config.index.model_dump()}, indent=1)
+    built = folder.with_name("index.json")
+    if folder.exists():
+        if not built.exists() or built.read_text(encoding="utf-8") != wanted:
+            raise InputError(
+                f"{folder}: is the index of another corpus, or of other settings: see {built.name} beside it",
+                "name another folder by --to, or remove this one to build it again",
+            )
+    else:
         partial = folder.with_name("index.partial")
         partial.mkdir(parents=True, exist_ok=True)
         count = kind.build_index(corpus_passages(config), partial, config.index)
+        built.write_text(wanted, encoding="utf-8")
         partial.rename(folder)
         print(f"{folder}: {count:,} passages", flush=True)
     return kind.open_retriever(folder, config.index)

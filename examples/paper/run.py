@@ -54,7 +54,12 @@ def main() -> None:
 
 def prag(*arguments: str) -> None:
     print("prag", *arguments, flush=True)
-    if code := subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], check=False).returncode:
+    with subprocess.Popen([sys.executable, "-m", "pipelines.cli", *arguments]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the command gets Ctrl+C too; it stops Ray, and says how to continue
+            code = process.wait() or 130
+    if code:
         sys.exit(code)
 
 

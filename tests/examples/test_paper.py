@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from prag_core.config import train_recipe
 from prag_core.config_file import load_config
 from prag_core.data.question_sets import FORMATS
+from prag_core.errors import InputError
 from prag_core.recipe import RECIPES
 from prag_core.store.adapters import open_adapters
 from prag_core.store.objects import Store
@@ -129,6 +131,35 @@ def run_script(name: str, *arguments: object, **environment: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_an_index_is_used_only_for_the_corpus_that_it_was_built_from(tmp_path: Path) -> None:
+    """A trial on a small corpus would else decide what is retrieved when Wikipedia is asked for."""
+    prepare = runpy.run_path(str(PAPER / "prepare.py"))
+    published_files(tmp_path)
+    (tmp_path / "small.jsonl").write_text(json.dumps({"id": "small", "text": text_of(0)}) + "\n")
+    small, whole = (
+        load_config(CONFIGS[0], [f"corpus.path={tmp_path / name}"]) for name in ("small.jsonl", "psgs_w100.tsv.gz")
+    )
+    for _ in range(2):  # the second time it is there
+        retriever = prepare["open_corpus"](small, tmp_path / "data" / "index")
+        assert [hit.passage.sources for hit in retriever.search("Mount Arvel", 2)] == [("small",)]
+        retriever.close()
+    with pytest.raises(InputError, match="index of another corpus"):
+        prepare["open_corpus"](whole, tmp_path / "data" / "index")
+
+
+def test_a_stop_ends_the_command_under_way_and_then_the_script(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    os.mkfifo(config)
+    command = [sys.executable, str(PAPER / "run.py"), str(config), "--sets", "popqa"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with config.open("w"):  # `prag run` waits in it for its configuration
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Run the same command again to continue" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
