@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -283,7 +283,7 @@ class TrainedAdapter:
     """
 
     key: str
-    factors: dict[str, Tensor] | None
+    factors: dict[str, Tensor] | None = field(repr=False)
     steps: int
     tokens: int
     first_loss: float

@@ -15,6 +15,7 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import (
     Injector,
+    TrainedAdapter,
     check_factors,
     find_targets,
     flatten_adapter,
@@ -170,3 +171,9 @@ def test_one_value_that_is_not_finite_is_found(tiny_session: BaseModel, value: f
         factors[name].view(-1)[-1] = value
         with pytest.raises(AdapterError, match=f"{name} holds values that are not finite"):
             check_factors(layout, factors, "k")
+
+
+def test_a_trained_adapter_is_shown_without_its_tensors() -> None:
+    shown = repr(TrainedAdapter("k", {"down_proj.A": torch.ones(1, 2, 3)}, 5, 700, 3.5, 0.1, 2.0))
+    assert "last_loss=0.1" in shown
+    assert "tensor" not in shown
