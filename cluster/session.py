@@ -128,6 +128,8 @@ def ray_session(profile: Profile) -> Iterator[None]:
         context.default_hash_shuffle_parallelism = profile.partitions
         # A training step may take long, and no block moves meanwhile.
         context.execution_no_progress_timeout_s = 4 * 3600
+        # By default Ray wraps an error of a worker in one of its own, and loses what it wrapped on the way here.
+        context.raise_original_map_exception = True
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         yield
     except ray.exceptions.RayTaskError as error:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import ray.data
 
 from cluster.session import MAX_SOCKET_FOLDER_BYTES, StartError, socket_folder
+from prag_core.errors import StoreError
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -82,3 +85,16 @@ def test_ray_and_its_workers_start_whatever_the_folder_for_temporary_files(tmp_p
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[1]\n", done.stderr[-2000:]
+
+
+def put_where_no_room_is(table: pa.Table) -> pa.Table:
+    raise StoreError("cannot be written: No space left on device", "free room")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_an_error_of_a_worker_reaches_the_driver_as_what_it_is() -> None:
+    rows = ray.data.range(1).map_batches(put_where_no_room_is, batch_format="pyarrow")
+    with pytest.raises(StoreError, match="No space left") as caught:
+        rows.materialize()
+    assert caught.value.remedy == "free room"
