@@ -92,7 +92,7 @@ def forget(
         out.print(f"{key}  {known.get(key, 'not in the corpus in service')}", highlight=False)
     out.print(f"snapshot {done.snapshot} is in service", highlight=False)
     if not undo:
-        out.print("To erase the data itself, run `prag run`, then `prag gc`.")
+        out.print("To erase the data itself, run `prag run`, then `prag gc`; it keeps what is younger than a day.")
 
 
 @app.command(rich_help_panel=options.STORE, epilog="Example: `prag export -c config.yaml p17 --to adapter`")

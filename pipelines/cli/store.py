@@ -177,6 +177,11 @@ def _show_garbage(report: GarbageReport) -> None:
         place = f"forgotten passages are still in {counted(len(parts), 'part')} that snapshot {id} names"
         command = "`prag run`, then `prag gc`" if id == report.serving else f"`prag snapshots unpin {id}`"
         out.print(f"{place}. To erase the data itself, run {command}.")
+    if report.young:
+        out.print(
+            f"forgotten passages are still in {counted(len(report.young), 'part')} younger than --grace. To erase the "
+            "data itself, run `prag gc` when it is older, or `prag gc --grace 0s` when no run is at work."
+        )
 
 
 @app.command(rich_help_panel=options.STORE, epilog="Example: `prag du -c config.yaml`")

@@ -16,9 +16,9 @@ from prag_core.config import Config
 from prag_core.config_file import read_config
 from prag_core.errors import ConfigError, InputError
 from prag_core.identity import is_checksum
-from prag_core.maintenance.erasure import erase_rows, snapshots_to_keep
+from prag_core.maintenance.erasure import erase_rows, parts_with, snapshots_to_keep
 from prag_core.maintenance.garbage import Garbage, collect, find_garbage, needed_corpora
-from prag_core.maintenance.inventory import StoreUsage, count_usage
+from prag_core.maintenance.inventory import StoreUsage, count_usage, object_kind
 from prag_core.maintenance.repair import RepairResult, repair
 from prag_core.records import Reject, from_table
 from prag_core.store.objects import Store, open_store
@@ -100,7 +100,7 @@ class GarbageReport:
 
     `compacted` is None if nothing is published yet. `erased` are the parts of augmentations and rejects that were
     replaced to erase forgotten passages. `held` are the parts in which kept snapshots still hold forgotten passages,
-    by snapshot id.
+    by snapshot id. `young` are the other parts that still hold some: a later collection removes them.
     """
 
     dry_run: bool
@@ -108,6 +108,7 @@ class GarbageReport:
     erased: tuple[str, ...]
     garbage: Garbage
     held: dict[str, list[str]]
+    young: tuple[str, ...]
     serving: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +120,7 @@ class GarbageReport:
             "size_bytes": self.garbage.size_bytes,
             "objects": [asdict(finding) for finding in self.garbage.objects],
             "held": self.held,
+            "young": list(self.young),
         }
 
 
@@ -148,17 +150,26 @@ def _clean(store: Store, config: Config, newest: int, grace_s: float, lease: Run
     """Do everything but remove the garbage. Without a lease, change nothing."""
     # 1. Compact ledger parts and shards, and erase forgotten passages.
     compacted, erased, dry_run = None, [], lease is None
+    forgotten: tuple[str, ...] = ()
     if current_id(store):
         snapshot = load_snapshot(store)
+        forgotten = snapshot.tombstones
         corpora = needed_corpora(store, store.objects(), kept_snapshots(store, newest), grace_s=grace_s)
         since = time.time() - grace_s
         compacted = compact(store, snapshot, profile_of(config), corpora, since=since, dry_run=dry_run)
-        if snapshot.tombstones and lease is not None:
-            erased = erase_rows(store, snapshot.tombstones, lease.check)
+        if forgotten and lease is not None:
+            erased = erase_rows(store, forgotten, lease.check)
     # 2. Find what nobody needs now.
     kept, held = snapshots_to_keep(store, newest)
-    garbage = find_garbage(store, store.objects(), kept, grace_s=grace_s)
-    return GarbageReport(dry_run, compacted, tuple(erased), garbage, held, current_id(store))
+    objects = store.objects()
+    garbage = find_garbage(store, objects, kept, grace_s=grace_s)
+    # 3. Find where else forgotten passages stay for now.
+    young: list[str] = []
+    if forgotten:
+        parts = {o.name for o in objects if o.name.endswith(".parquet") and object_kind(o.name) in ("corpus", "ledger")}
+        parts -= {finding.name for finding in garbage.objects}.union(*held.values())
+        young = parts_with(store, sorted(parts), forgotten)
+    return GarbageReport(dry_run, compacted, tuple(erased), garbage, held, tuple(young), current_id(store))
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,15 @@ def parts_holding(store: Store, snapshots: Iterable[Snapshot], keys: Sequence[st
     return found
 
 
+def parts_with(store: Store, names: Iterable[str], keys: Sequence[str]) -> list[str]:
+    """Return those of these corpus and ledger parts that hold any of these keys.
+
+    Raises:
+        StoreError: if a part cannot be read.
+    """
+    return [name for name in names if _has_any(store, name, keys)]
+
+
 def snapshots_to_keep(store: Store, newest: int) -> tuple[list[str], dict[str, list[str]]]:
     """Return the ids of the snapshots that `prag gc` keeps, and the parts in which they hold forgotten passages.
 

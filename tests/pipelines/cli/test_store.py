@@ -140,11 +140,13 @@ def test_damage_is_repaired_and_a_passage_forgotten_meanwhile_is_removed(
     assert used
     assert victim.key not in used
 
-    # 4. Its bytes go, and the adapter of the text that no kept snapshot's corpus has.
+    # 4. Its bytes go, and the adapter of the text that no kept snapshot's corpus has. What is young would stay.
+    code, printed = call("gc", "--dry-run", "--keep", "1")
+    assert (code, "younger than --grace" in " ".join(printed.split())) == (0, True), printed
     code, printed = call("gc", "--grace", "0s", "--keep", "1", "--json")
     assert code == 0, printed
     done = json.loads(printed)
-    assert (done["held"], done["compacted"]["new_parts"]) == ({}, 1)
+    assert (done["held"], done["young"], done["compacted"]["new_parts"]) == ({}, [], 1)
     assert set(served(folder)) == set(before) - {victim.key, old.key}
     assert {row.key for row in rows_of(folder)} == {*served(folder), passage_key(old.title, text)}
     files = {path: path.read_bytes() for path in (folder / "store").rglob("*") if path.is_file()}
