@@ -72,7 +72,8 @@ def _watch(store: Store, every_s: float, as_json: bool) -> int:
 
 def _show_status(found: StoreStatus, store: Store) -> None:
     if found.snapshot is None:
-        out.print(f"{found.store}: nothing is published yet; run `prag run`")
+        remedy = "" if any(run.state == "running" for run in found.runs) else "; run `prag run`"
+        out.print(f"{found.store}: nothing is published yet{remedy}")
     else:
         from prag_core.store.snapshot import recipe_name
 

@@ -40,13 +40,12 @@ class RunStatus:
         parts += [f"{stage['stage']} {stage['done']}/{stage['taken']}" for stage in self.stages]
         if self.current and self.state != "finished":
             now = self.current
-            rejected = sum(now["rejected"].values())
-            left = "" if now["seconds_left"] is None else f", {duration(now['seconds_left'])} left"
             share = f" ({now['share']:.0%})" if "share" in now else ""
-            parts.append(
-                f"{now['stage']} {now['done']}/{now['total']}{share} now, {rejected} rejected, "
-                f"{now['passages_per_s']:.2f} passages/s{left}"
-            )
+            rejected = f"{sum(now['rejected'].values())} rejected"
+            if self.state == "running":
+                left = "" if now["seconds_left"] is None else f", {duration(now['seconds_left'])} left"
+                share, rejected = f"{share} now", f"{rejected}, {now['passages_per_s']:.2f} passages/s{left}"
+            parts.append(f"{now['stage']} {now['done']}/{now['total']}{share}, {rejected}")
         if self.recoveries:
             parts.append(f"{counted(self.recoveries, 'loss', 'losses')} survived")
         if self.error:

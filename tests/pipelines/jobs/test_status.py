@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from pipelines.execution.outcomes import StageReport
 from pipelines.execution.progress import RunProgress
-from pipelines.jobs.status import read_status, watch
+from pipelines.jobs.status import RunStatus, read_status, watch
 from prag_core.errors import DamagedError, PragError, StoreError
 from prag_core.store.objects import Store
 from prag_core.store.runs import hold_lease
@@ -71,6 +72,13 @@ def test_a_failed_run_has_its_error_in_its_status(progress: RunProgress, tmp_pat
     assert run.state == "failed"
     assert "StoreError: the disk is full" in run.line()
     assert "make room" in run.error
+
+
+def test_only_a_running_run_has_time_left() -> None:
+    now = {"stage": "train", "done": 4, "total": 9, "share": 0.5, "rejected": {}, "passages_per_s": 0.1}
+    running = RunStatus("r1", "running", current={**now, "seconds_left": 50})
+    assert running.line() == "run r1: running; train 4/9 (50%) now, 0 rejected, 0.10 passages/s, 50 s left"
+    assert replace(running, state="stopped").line() == "run r1: stopped; train 4/9 (50%), 0 rejected"
 
 
 def test_a_finished_stage_is_told_in_one_line(tmp_path: Path) -> None:
