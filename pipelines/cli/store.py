@@ -32,7 +32,7 @@ def verify(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check the store, in parallel; changes nothing. The exit code is 5 when it is damaged.
+    """Check the store, in parallel; changes nothing. The exit code is 5 when it is damaged or empty.
 
     `prag verify` checks that each object that another one names is there, with its size; `prag verify --full` also
     reads them all. `prag repair` repairs the damage.

@@ -16,6 +16,7 @@ from cluster.resources import Profile
 from cluster.session import ray_session
 from pipelines.execution.progress import stage_progress
 from pipelines.execution.tables import blocks_for_parts, group_by_columns, map_blocks, map_objects
+from prag_core.errors import StoreError
 from prag_core.maintenance.inventory import Finding, check_snapshots, object_kind, serving_id
 from prag_core.maintenance.verify import (
     ROWS,
@@ -28,6 +29,7 @@ from prag_core.maintenance.verify import (
 )
 from prag_core.records import from_dict, schema
 from prag_core.store.objects import Store
+from prag_core.store.runs import LEASE
 
 _FINDING = pa.schema([*schema(Finding), pa.field("checked", pa.int64())])
 
@@ -48,13 +50,22 @@ class VerifyReport:
 
 
 def verify_store(store: Store, profile: Profile, console: Console, *, full: bool) -> VerifyReport:
-    """Check each object of a store, and each shard against all ledger rows that name it. Nothing is changed."""
+    """Check each object of a store, and each shard against all ledger rows that name it. Nothing is changed.
+
+    Raises:
+        StoreError: when it cannot be read, or is empty: then "no damage" would say that all is well.
+    """
     begun = time.perf_counter()
     # Read a document before listing the objects that it names: a run at work stores the objects first.
     serving = serving_id(store)
     snapshots, findings = check_snapshots(store)
     objects = store.objects()
     names = [item.name for item in objects]
+    if not {*names} - {LEASE}:
+        raise StoreError(
+            f"store = {store.url!r}: is empty",
+            "check that -c names your configuration, `store` in it, and that its disk is mounted; `prag run` fills it",
+        )
     findings += check_references(names, snapshots, serving) + check_pins_and_lease(store, snapshots)
     checkable = [name for name in names if is_checkable(name)]
     shards = sum(object_kind(name) == "shards" for name in names)

@@ -335,6 +335,12 @@ def test_a_file_that_cannot_be_written_is_named(folder: Path, prag: Prag, monkey
     assert (code, "No space left" in output, "check the path" in output) == (1, True, True), output
 
 
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_an_empty_store_does_not_pass_for_a_sound_one(prag: Prag, command: str) -> None:
+    code, output = prag(command, "-c", "config.yaml")
+    assert (code, "store = 'store': is empty" in output, "no damage" in output) == (5, True, False), output
+
+
 def test_a_full_disk_behind_standard_output_is_told(folder: Path) -> None:
     command = f"{sys.executable} -m pipelines.cli status -c config.yaml > /dev/full"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
