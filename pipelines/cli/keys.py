@@ -19,6 +19,10 @@ app = typer.Typer(
 FileOption = Annotated[
     Path, typer.Option("--file", "-f", help="The key file, as serve.api_keys names it.", envvar="PRAG_API_KEYS")
 ]
+ThereOption = Annotated[
+    Path,
+    typer.Option("--file", "-f", help="The key file, as serve.api_keys names it.", envvar="PRAG_API_KEYS", exists=True),
+]
 _DEFAULT = Path("keys.json")
 
 
@@ -38,7 +42,7 @@ def add(
 
 
 @app.command("list", epilog="Example: `prag keys list --file keys.json`")
-def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
+def list_(file: ThereOption = _DEFAULT, as_json: options.Json = False) -> None:
     """List the keys of a file, without their secrets."""
     from pipelines.serving.api_keys import KeyFile
 
@@ -56,7 +60,7 @@ def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
 @app.command(epilog="Example: `prag keys revoke ada --file keys.json`")
 def revoke(
     name: Annotated[str, typer.Argument(help="The key's name or id.")],
-    file: FileOption = _DEFAULT,
+    file: ThereOption = _DEFAULT,
 ) -> None:
     """Make a key invalid; a running server refuses it from the next request on."""
     from pipelines.serving.api_keys import KeyFile

@@ -331,8 +331,16 @@ def test_a_file_that_cannot_be_written_is_named(folder: Path, prag: Prag, monkey
         found, output = prag("keys", "add", "n", "--file", file)
         assert (found, f"{file}: cannot be written" in output) == (code, True), output
     monkeypatch.setattr(api_keys.KeyFile, "read", lambda _: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    (folder / "keys.json").touch()
     code, output = prag("keys", "list", "--file", "keys.json")
     assert (code, "No space left" in output, "check the path" in output) == (1, True, True), output
+
+
+@pytest.mark.parametrize("command", [("list",), ("revoke", "ada")])
+def test_a_file_of_keys_that_is_not_there_is_named(folder: Path, prag: Prag, command: tuple[str, ...]) -> None:
+    code, output = prag("keys", *command, "--file", "none.json")
+    assert (code, "'none.json' does not exist" in output) == (2, True), output
+    assert list(folder.glob("none*")) == []
 
 
 @pytest.mark.parametrize("command", ["verify", "repair"])
