@@ -349,6 +349,12 @@ def test_an_empty_store_does_not_pass_for_a_sound_one(prag: Prag, command: str) 
     assert (code, "store = 'store': is empty" in output, "no damage" in output) == (5, True, False), output
 
 
+def test_a_server_shows_a_request_with_a_question_of_its_own(folder: Path) -> None:
+    config = load_config(str(folder / "config.yaml"), ["serve.example_questions=['Who is T''s captain?']"])
+    command = _welcome(config, "http://host").splitlines()[1]
+    assert json.loads(shlex.split(command)[-1])["question"] == "Who is T's captain?"
+
+
 def test_a_full_disk_behind_standard_output_is_told(folder: Path) -> None:
     command = f"{sys.executable} -m pipelines.cli status -c config.yaml > /dev/full"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
