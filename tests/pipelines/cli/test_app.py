@@ -165,7 +165,8 @@ def test_a_wrong_option_of_evaluate_is_named(prag: Prag, arguments: tuple[str, s
 def test_a_wrong_option_of_ask_is_named(prag: Prag) -> None:
     code, output = prag("ask", "-c", "config.yaml", "Who?", "--mode", "fast")
     words = " ".join(output.replace("│", " ").split())
-    assert (code, "'--mode': 'fast' is not one of 'closed', 'rag', 'prag', 'combine'" in words) == (2, True), output
+    assert (code, "'--mode': " in words) == (2, True), output
+    assert "'fast' is not one of 'closed', 'rag', 'prag', 'combine'" in words
 
 
 def test_a_configuration_that_is_not_there_is_written_by_init(prag: Prag) -> None:
