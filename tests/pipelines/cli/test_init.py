@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from cluster.preflight import Gpu
+from pipelines.cli.init import _FORMATS
 from pipelines.jobs import init
+from prag_core.config import CorpusConfig
 from prag_core.config_file import load_config, parse_config
+from prag_core.data.listing import Format
 from tests.helpers import corpora
 from tests.helpers.command_line import Ended, prag
 from tests.helpers.corpora import jsonl
@@ -31,6 +35,12 @@ def settings_in(file: Path) -> dict:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "gpus", lambda: ())
+
+
+def test_each_format_has_a_name_and_can_be_configured() -> None:
+    formats = {*get_args(Format)}
+    assert {*_FORMATS} == formats
+    assert {*get_args(CorpusConfig.model_fields["format"].annotation)} == {*formats, "auto"}
 
 
 def run(folder: Path, *arguments: str) -> Ended:
