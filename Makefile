@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests that start Ray wait for a third of their time, so two run at once; each process computes on one core.
 PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
-.PHONY: setup demo eval test check docs pages slow test-long format clean help s3 browser \
+.PHONY: setup demo eval test check docs pages slow test-long soak format clean help s3 browser \
 	bench-augment bench-first-answer bench-gpu bench-knowledge bench-peers bench-plan-gpu bench-precision bench-quality bench-retrieval bench-scale bench-serve bench-store bench-train
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make docs             build the site of the docs into site/; a broken link or an undocumented name fails"
 	@echo "make pages            write what the docs take from the code: settings, commands, exit codes, routes, the picture"
 	@echo "make test-long        soak tests: processes of a run killed at random moments (about half an hour)"
+	@echo "make soak             seven days under load in an hour, or MINUTES: a re-index each night, a kill each day, all promises checked"
 	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
 	@echo "make bench-gpu        checks and speed on a CUDA device, on random models of 1.2 and 8 billion parameters (nine minutes)"
 	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
@@ -90,6 +91,10 @@ test: check docs slow
 # PRAG_KILLS: how many kills on a folder, and how many on S3.
 test-long: setup
 	PRAG_KILLS=$${PRAG_KILLS:-10} $(BIN)/python -m pytest -m long -s --timeout 7200
+
+# MINUTES: how long the seven days take.
+soak: setup
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60)
 
 # STORE names a store that `prag run` has filled. The benchmark then trains its passages.
 bench-train: setup

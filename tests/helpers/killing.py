@@ -96,13 +96,16 @@ def end_tree(process: subprocess.Popen[Any]) -> None:
 
 
 class Driver:
-    """`prag run` in a process of its own."""
+    """A command of `prag`, by default `prag run`, in a process of its own."""
 
-    def __init__(self, settings: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, settings: dict[str, Any], environment: dict[str, str], folder: Path, *command_line: str
+    ) -> None:
         name = folder / f"run-{time.monotonic_ns()}"
         self.log, self._report, config = (name.with_suffix(suffix) for suffix in (".log", ".json", ".yaml"))
         config.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "pipelines.cli", "run", "-c", str(config), "--json"]
+        arguments = command_line or ("run",)
+        command = [sys.executable, "-m", "pipelines.cli", *arguments, "-c", str(config), "--json"]
         with self.log.open("wb") as err, self._report.open("wb") as out:
             self._process = subprocess.Popen(
                 command, stdout=out, stderr=err, env={**os.environ, **environment, **AUTH}, start_new_session=True
