@@ -347,3 +347,52 @@ def test_peers(tmp_path: Path) -> None:
     # A random model does not write one token four times, and the margins of the script's tokens are known.
     assert found["equal_answers"] == 0.0
     assert set(found["margins_where_they_differ"]) == {1.25}
+
+
+SOAK_SNAPSHOTS = {"one": (0.0, {1: "bcdf", 2: "ghjk"}), "two": (100.0, {1: "lmnp"})}
+
+
+@pytest.mark.parametrize(
+    ("number", "begun", "snapshot", "says", "passage", "wrong"),
+    [
+        (1, 10.0, "one", "bcdf", {"fallback": False}, None),
+        (1, 110.0, "one", "bcdf", {"fallback": False}, None),  # the replica does not know of the next one yet
+        (1, 210.0, "two", "lmnp", {"fallback": False}, None),
+        (2, 210.0, "two", "x", None, None),
+        (1, 52.0, "one", "x", {"fallback": True}, None),  # the store was away
+        (1, 210.0, "two", "bcdf", {"fallback": False}, "'bcdf' from two, not 'lmnp'"),
+        (1, 210.0, "one", "bcdf", {"fallback": False}, "110 s after the next snapshot"),
+        (1, 10.0, "one", "ghjk", {"fallback": False}, "'ghjk' from one, not 'bcdf'"),
+        (1, 10.0, "one", "x", {"fallback": True}, "without its adapter"),
+        (2, 210.0, "two", "x", {"fallback": False}, "which does not have the passage"),
+        (2, 210.0, "two", "ghjk", None, "which does not have the passage"),
+        (1, 210.0, "three", "lmnp", {"fallback": False}, "which nobody published"),
+    ],
+)
+def test_soak_tells_wrong_answers(
+    number: int,
+    begun: float,
+    snapshot: str,
+    says: str,
+    passage: dict | None,
+    wrong: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    soak = importlib.import_module("soak")
+    published = {id: soak.Publication(*known) for id, known in SOAK_SNAPSHOTS.items()}
+    answer = {"snapshot": snapshot, "answer": says, "passages": [passage] if passage else []}
+    found = soak.wrong_answers([soak.Asked(number, begun, begun + 1, answer)], published, [(50.0, 53.0)])
+    assert len(found) == (wrong is not None)
+    assert wrong is None or wrong in found[0]
+
+
+@pytest.mark.slow
+def test_soak() -> None:
+    """Two days with all kills: each promise holds, or the command fails."""
+    found = last_line("soak.py", "--days", "2", "--minutes", "0.5", "--documents", "40")
+    assert min(found["killed"].values()) > 0
+    assert set(found["killed"]) == {"worker", "replica", "driver", "s3"}
+    assert found["snapshots"] >= 4  # the first, one a night, and that which forgets
+    assert found["answers"] > 50
+    assert 1 <= found["storage"] <= 1.2
