@@ -98,9 +98,7 @@ def end_tree(process: subprocess.Popen[Any]) -> None:
 class Driver:
     """A command of `prag`, by default `prag run`, in a process of its own."""
 
-    def __init__(
-        self, settings: dict[str, Any], environment: dict[str, str], folder: Path, *command_line: str
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], environment: dict[str, str], folder: Path, *command_line: str) -> None:
         name = folder / f"run-{time.monotonic_ns()}"
         self.log, self._report, config = (name.with_suffix(suffix) for suffix in (".log", ".json", ".yaml"))
         config.write_text(yaml.safe_dump(settings))
