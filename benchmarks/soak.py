@@ -415,7 +415,7 @@ class Soak:
         """Compare the processes that lived from the first day's end to the last's; return their megabytes by day."""
         megabytes = {}
         for name, *which in sorted(self._memory[0].keys() & self._memory[-1].keys()):
-            days = [sizes[name, *which] for sizes in self._memory]
+            days = [sizes[name, *which] for sizes in self._memory if (name, *which) in sizes]
             megabytes[f"{name} {which[0]}"] = [round(size / 1e6) for size in days]
             grown = days[-1] > days[0] * self._arguments.memory and name.startswith(SERVICE)
             self._promise(not grown, f"The memory of {name} grew: {megabytes[f'{name} {which[0]}']} MB after each day.")
