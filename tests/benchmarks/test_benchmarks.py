@@ -391,7 +391,7 @@ def test_soak_tells_wrong_answers(
 @pytest.mark.timeout(900)
 def test_soak() -> None:
     """Two days with all kills: each promise holds, or the command fails."""
-    # The service is not warm yet when its first day ends, which is no leak.
+    # A replica grows by a tenth after so short a first day, and hardly from then on.
     found = last_line(
         "soak.py", "--days", "2", "--minutes", "0.5", "--documents", "60", "--memory", "1.25", limit_s=840
     )
