@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli import options
 from pipelines.cli.terminal import print_json, print_raw, print_table
+from prag_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.serving.api_keys import KeyFile
 
 app = typer.Typer(
     help="API keys of a server: a file that holds their hashes (`serve.api_keys`). A running server follows it.",
@@ -18,10 +22,6 @@ app = typer.Typer(
 
 FileOption = Annotated[
     Path, typer.Option("--file", "-f", help="The key file, as serve.api_keys names it.", envvar="PRAG_API_KEYS")
-]
-ThereOption = Annotated[
-    Path,
-    typer.Option("--file", "-f", help="The key file, as serve.api_keys names it.", envvar="PRAG_API_KEYS", exists=True),
 ]
 _DEFAULT = Path("keys.json")
 
@@ -42,11 +42,9 @@ def add(
 
 
 @app.command("list", epilog="Example: `prag keys list --file keys.json`")
-def list_(file: ThereOption = _DEFAULT, as_json: options.Json = False) -> None:
+def list_(file: FileOption = _DEFAULT, as_json: options.Json = False) -> None:
     """List the keys of a file, without their secrets."""
-    from pipelines.serving.api_keys import KeyFile
-
-    keys = [{name: value for name, value in asdict(key).items() if name != "hash"} for key in KeyFile(file).read()]
+    keys = [{name: value for name, value in asdict(key).items() if name != "hash"} for key in _existing(file).read()]
     if as_json:
         print_json(keys)
         return
@@ -60,10 +58,17 @@ def list_(file: ThereOption = _DEFAULT, as_json: options.Json = False) -> None:
 @app.command(epilog="Example: `prag keys revoke ada --file keys.json`")
 def revoke(
     name: Annotated[str, typer.Argument(help="The key's name or id.")],
-    file: ThereOption = _DEFAULT,
+    file: FileOption = _DEFAULT,
 ) -> None:
     """Make a key invalid; a running server refuses it from the next request on."""
+    key = _existing(file).revoke(name)
+    print_raw(f"revoked {key.name} ({key.id})\n")
+
+
+def _existing(file: Path) -> KeyFile:
+    """Return a file of keys that must be there: otherwise a wrong name would pass for a file without keys."""
     from pipelines.serving.api_keys import KeyFile
 
-    key = KeyFile(file).revoke(name)
-    print_raw(f"revoked {key.name} ({key.id})\n")
+    if not file.exists():
+        raise ConfigError(f"{file}: no such file", "give the one that serve.api_keys names by --file")
+    return KeyFile(file)
