@@ -284,7 +284,7 @@ class Ours:
         """Return the token ids of each set's prompt, as the service writes them."""
         processor = self.opened.processor
         closed = [replace(self.request(one, 0), hits=()) for one in range(self.options.adapters)]
-        return [list(processor.build(request, (), {}, {}).decode.prompt) for request in closed]
+        return [list(processor.build(processor.search(request), {}, {}).decode.prompt) for request in closed]
 
     def cleaned(self, tokens: Sequence[int]) -> str:
         """Return the answer that the service makes of these tokens."""

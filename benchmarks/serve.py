@@ -266,7 +266,7 @@ class Bench:
         }
 
     def hits(self, number: int) -> Sequence[Any]:
-        return self.opened.processor.search(Request(name_of(number), "prag", 1))
+        return self.opened.processor.search(Request(name_of(number), "prag", 1)).hits
 
     async def rate(self, users: int, mode: Mode) -> float:
         """Return the tokens a second for this number of users, who each ask again when they have an answer."""

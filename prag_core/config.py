@@ -18,13 +18,13 @@ from pydantic_core import PydanticCustomError
 from prag_core.errors import ConfigError
 from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
 from prag_core.records import (
+    ASKED_MODES,
     DEFAULT_COMBINE_STRENGTH,
     DEFAULT_TOP_K,
     DEFAULT_WEIGHTS,
     MAX_STRENGTH,
-    MODES,
+    AskedMode,
     MergeRule,
-    Mode,
     Template,
 )
 
@@ -210,8 +210,10 @@ class IndexConfig(_Strict):
 class AnswerConfig(_Strict):
     """How a question is answered where its request does not say."""
 
-    mode: Mode = Field(
-        "combine", description="Where the passages go: 'closed' nowhere, 'rag' prompt, 'prag' weights, 'combine' both."
+    mode: AskedMode = Field(
+        "combine",
+        description="Where the passages go: 'closed' nowhere, 'rag' prompt, 'prag' weights, 'combine' both; 'auto' "
+        "chooses for each question.",
     )
     top_k: int = Field(DEFAULT_TOP_K, ge=1, le=20, description="How many passages are retrieved.")
     weights: MergeRule = Field(
@@ -253,7 +255,9 @@ class ServeConfig(_Strict):
     port: int = Field(8000, ge=1, le=65535, description="The port to listen on.")
     api_keys: str | None = Field(None, description="The file of keys that `prag keys` writes.")
     rate_per_minute: int = Field(600, ge=1, description="Questions per minute for a key without a rate of its own.")
-    modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes that a request may use.")
+    modes: tuple[AskedMode, ...] = Field(
+        ASKED_MODES, min_length=1, description="The modes that a request may name; 'auto' may use each of the others."
+    )
     example_questions: tuple[str, ...] = Field((), description="Questions that the page offers to click.")
     deadline_s: float = Field(60.0, gt=0, description="How long a question may take; in a batch, each has this time.")
     max_body_bytes: int = Field(1_000_000, ge=1_000, description="Larger request bodies are refused.")

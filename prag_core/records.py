@@ -21,6 +21,9 @@ from prag_core.identity import fingerprint
 
 Mode = Literal["closed", "rag", "prag", "combine"]
 MODES: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
+# What a question may ask for: a mode, or that one is chosen by what was found.
+AskedMode = Literal["closed", "rag", "prag", "combine", "auto"]
+ASKED_MODES: tuple[AskedMode, ...] = (*MODES, "auto")
 MergeRule = Literal["sum", "mean", "score"]
 # The largest factor by which the weights of a question's adapters may be multiplied.
 MAX_STRENGTH = 4.0
@@ -164,6 +167,8 @@ class Answer:
     `reasoning` is all that the model wrote, if the template lets it reason before the answer in `text`. `finish` says
     why generation ended: `stop` (end of turn, line end or stop string), `length`, or `error`. With `error`, `text` is
     empty and `error` gives the reason. `milliseconds` are the times of the steps: retrieve, fetch, inject, …
+
+    `mode` is the mode that was used; if the question asked for `auto`, `why` says why this one.
     """
 
     question: str
@@ -177,6 +182,36 @@ class Answer:
     finish: Finish = "stop"
     error: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The thresholds by which `auto` chooses a mode; see `prag_core.inference.route`.
+
+    Args:
+        closed_below: A best score below this means that no passage fits.
+        prag_score: The least best score for `prag`.
+        prag_next: For `prag`, the second score is at most this share of the best one. A share means the same in each
+            corpus, but a difference of BM25 scores does not.
+        otherwise: The mode where the best passage has an adapter but is not clearly the best.
+
+    Raises:
+        ValueError: when a number is out of range, or the mode is unknown.
+    """
+
+    closed_below: float
+    prag_score: float
+    prag_next: float
+    otherwise: Literal["rag", "prag", "combine"]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.closed_below < math.inf or not 0 <= self.prag_score < math.inf:
+            raise ValueError(f"closed_below {self.closed_below}, prag_score {self.prag_score}: must be finite, from 0")
+        if not 0 <= self.prag_next <= 1:
+            raise ValueError(f"prag_next {self.prag_next}: must be from 0 to 1")
+        if self.otherwise not in ("rag", "prag", "combine"):
+            raise ValueError(f"otherwise {self.otherwise!r}: must be rag, prag or combine")
 
 
 T = TypeVar("T")

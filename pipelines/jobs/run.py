@@ -184,6 +184,8 @@ def _run_stages(
             passages=corpus.count,
             adapters=adapters,
             tombstones=tombstones,
+            # What the thresholds compare is the recipe's answers: with other adapters they must be fitted again.
+            route=before.route if before and before.recipe == recipe.fingerprint else None,
         )
     )
     if gate is not None and (before is None or not same_content(before, snapshot)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from prag_core.config import Config
 from prag_core.errors import AdapterError, GenerationError
 from prag_core.inference.loaded_snapshot import open_snapshot
-from prag_core.inference.processor import PreparedRequest, RequestProcessor
+from prag_core.inference.processor import Found, PreparedRequest, RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.decode_request import Decoded
@@ -74,7 +74,7 @@ class Engine:
             PromptTooLongError: when the question with its passages exceeds the model's context.
             NotFiniteError: when the model's output is not finite.
         """
-        answers = self._answer_all([request])
+        answers = self._answer_all([self._processor.search(request)])
         if isinstance(answers[0], GenerationError):
             raise answers[0]
         return answers[0]
@@ -88,17 +88,18 @@ class Engine:
         an empty answer with `finish` = `error` and the reason in `error`; the others are unaffected. An answer's
         milliseconds include work for other questions in the same steps.
         """
+        found = [self._processor.search(request) for request in requests]
         return [
-            self._processor.failed(request, answer) if isinstance(answer, GenerationError) else answer
-            for request, answer in zip(requests, self._answer_all(requests), strict=True)
+            self._processor.failed(item, answer) if isinstance(answer, GenerationError) else answer
+            for item, answer in zip(found, self._answer_all(found), strict=True)
         ]
 
     def close(self) -> None:
         """Remove the hooks from the base model."""
         self._injector.close()
 
-    def _answer_all(self, requests: Sequence[Request]) -> list[Answer | GenerationError]:
-        prepared = [self._prepare(request) for request in requests]
+    def _answer_all(self, found: Sequence[Found]) -> list[Answer | GenerationError]:
+        prepared = [self._prepare(item) for item in found]
         decoded = self._decode(prepared)
         # Adapters whose sum is too large fall back to the prompt, as missing ones do.
         for i, result in enumerate(decoded):
@@ -135,20 +136,17 @@ class Engine:
         decoded = iter(decoder.run(requests))
         return [refused.get(i) or next(decoded) for i in range(len(prepared))]
 
-    def _prepare(self, request: Request) -> PreparedRequest | GenerationError:
+    def _prepare(self, found: Found) -> PreparedRequest | GenerationError:
         begun = time.perf_counter()
-        hits = self._processor.search(request)
-        searched = time.perf_counter()
         adapters: dict[str, FlatAdapter | AdapterError] = {}
-        for hit in hits if request.updates else ():
+        for hit in found.hits if found.updates else ():
             try:
                 factors = self._adapters.get(hit.passage.key)
                 adapters[hit.passage.key] = flatten_adapter(self._injector.layout, factors, dtype=self.base.model.dtype)
             except AdapterError as error:
                 adapters[hit.passage.key] = error
-        spent = {"retrieve": (searched - begun) * 1e3, "fetch": (time.perf_counter() - searched) * 1e3}
         try:
-            return self._processor.build(request, hits, adapters, spent)
+            return self._processor.build(found, adapters, {"fetch": (time.perf_counter() - begun) * 1e3})
         except GenerationError as error:  # the chat template refuses the turns
             return error
 

@@ -94,5 +94,6 @@ def open_snapshot(base: BaseModel, config: Config, store: Store, snapshot: Snaps
         reader=reader,
         hidden=hidden,
         find=source.find,
+        route=snapshot.route,
     )
     return LoadedSnapshot(snapshot.id, processor, source, recipe, layout, retriever.close)

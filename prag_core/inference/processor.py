@@ -13,12 +13,23 @@ from dataclasses import dataclass, replace
 from prag_core.errors import AdapterError, GenerationError, NotFiniteError, RetrievalError
 from prag_core.identity import normalize
 from prag_core.inference.request import Request
+from prag_core.inference.route import choose
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.decode_request import Decoded, DecodeRequest
 from prag_core.llm.lora import FlatAdapter
 from prag_core.prompts import MAX_NEW_TOKENS, final_answer, passage_text, reasons
-from prag_core.records import DEFAULT_COMBINE_STRENGTH, Answer, Hit, MergeRule, Passage, Template, UsedPassage
+from prag_core.records import (
+    DEFAULT_COMBINE_STRENGTH,
+    Answer,
+    Hit,
+    MergeRule,
+    Mode,
+    Passage,
+    Route,
+    Template,
+    UsedPassage,
+)
 from prag_core.retrieval.kinds import Retriever
 from prag_core.store.ledger import AdapterLocation
 
@@ -29,11 +40,29 @@ _LINE_END = "\n"
 
 
 @dataclass(frozen=True)
-class PreparedRequest:
-    """A request that is ready to decode, with the use of each of its passages and the time spent so far."""
+class Found:
+    """A request whose passages were found, best first.
+
+    `mode` is the one in which it is answered: its own, or the one that was chosen for `auto`, for the reason in `why`.
+    """
 
     request: Request
     hits: tuple[Hit, ...]
+    mode: Mode
+    why: str = ""
+    retrieve_ms: float = 0.0
+
+    @property
+    def updates(self) -> bool:
+        """Whether passages go into the weights."""
+        return self.mode in ("prag", "combine")
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that is ready to decode, with the use of each of its passages and the time spent so far."""
+
+    found: Found
     decode: DecodeRequest
     passages: tuple[UsedPassage, ...]
     milliseconds: dict[str, float]
@@ -63,7 +92,8 @@ class RequestProcessor:
         reader: An adapter trained to answer from passages in the prompt, and its weight; it is added wherever a passage
             is in the prompt: in `rag` and `combine`, and in `prag` for a passage without an adapter.
         hidden: Keys of passages that must not be used.
-        find: Returns how a passage's adapter was trained, if it has one.
+        find: Returns how a passage's adapter was trained, if it has one. Without it no request may ask for `auto`.
+        route: The thresholds of `auto`; None where none were fitted.
     """
 
     def __init__(
@@ -77,7 +107,8 @@ class RequestProcessor:
         combine_strength: float = DEFAULT_COMBINE_STRENGTH,
         reader: tuple[FlatAdapter, float] | None = None,
         hidden: Iterable[str] = (),
-        find: Callable[[str], AdapterLocation | None] = lambda key: None,
+        find: Callable[[str], AdapterLocation | None] | None = None,
+        route: Route | None = None,
     ) -> None:
         self.snapshot = snapshot
         self._tokenizer = base.tokenizer
@@ -90,62 +121,81 @@ class RequestProcessor:
         self._reader = reader
         self._hidden = frozenset(hidden)
         self._find = find
+        self._route = route
 
-    def search(self, request: Request) -> tuple[Hit, ...]:
-        """Return the passages for a request, best first: its own hits, or the best ones that its asker may read.
+    def search(self, request: Request) -> Found:
+        """Find the passages for a request: its own hits, or the best ones that its asker may read.
+
+        For `auto`, what is found decides the mode. In `closed` there are none.
 
         Raises:
             RetrievalError: when the index cannot be searched, or there is none.
+            ValueError: when the request asks for `auto` and nobody knows which passages have an adapter.
         """
-        if request.mode == "closed":
-            return ()
+        begun = time.perf_counter()
+        mode, why = request.mode, ""
+        if mode == "closed":
+            return Found(request, (), mode)
+        if mode != "auto":
+            return Found(request, self._hits(request, request.top_k), mode, why, _ms_since(begun))
+        if self._find is None:
+            raise ValueError("mode 'auto' needs a snapshot, which knows the passages with an adapter; name a mode")
+        # How far the best passage leads is seen only beside the next one.
+        hits = self._hits(request, max(request.top_k, 2))
+        best = max(hits, key=lambda hit: hit.score, default=None)
+        trained = best is not None and self._find(best.passage.key) is not None
+        mode, why = choose(self._route, sorted((hit.score for hit in hits), reverse=True), trained)
+        used = hits if request.hits is not None else hits[: request.top_k]
+        return Found(request, () if mode == "closed" else used, mode, why, _ms_since(begun))
+
+    def _hits(self, request: Request, count: int) -> tuple[Hit, ...]:
+        """Return a request's own hits, or the `count` best ones that its asker may read."""
         if request.hits is not None:
             return tuple(hit for hit in request.hits if self._may_use(hit.passage, request))
         if self._retriever is None:
             raise RetrievalError("there is no index to search", "give the question its passages (`Request.hits`)")
-        wanted = request.top_k
+        wanted = count
         while True:
             hits = self._retriever.search(request.question, wanted, request.min_score)
             allowed = [hit for hit in hits if self._may_use(hit.passage, request)]
-            # If passages of the top k must not be used, retrieve more, up to a limit.
-            if len(allowed) >= request.top_k or len(hits) < wanted or wanted >= _MAX_HITS:
-                return tuple(allowed[: request.top_k])
+            # If passages among them must not be used, retrieve more, up to a limit.
+            if len(allowed) >= count or len(hits) < wanted or wanted >= _MAX_HITS:
+                return tuple(allowed[:count])
             wanted = min(4 * wanted, _MAX_HITS)
 
     def build(
         self,
-        request: Request,
-        hits: Sequence[Hit],
+        found: Found,
         adapters: Mapping[str, FlatAdapter | AdapterError],
         milliseconds: Mapping[str, float],
     ) -> PreparedRequest:
         """Make a request ready to decode. A passage whose adapter is an error goes into the prompt instead.
 
         Args:
-            request: The request.
-            hits: The result of `search` for it.
-            adapters: For each hit its adapter, or the error instead of it; ignored unless the request `updates`.
-            milliseconds: The time spent so far, by step.
+            found: The request and its passages, as `search` returns them.
+            adapters: For each hit its adapter, or the error instead of it; ignored unless `found.updates`.
+            milliseconds: The time spent since the search, by step.
         """
+        request = found.request
         # 1. Decide where each passage goes. Check again that it may be used, as late as possible.
-        hits = [hit for hit in hits if self._may_use(hit.passage, request)]
-        strength = request.strength or (self._combine_strength if request.mode == "combine" else 1.0)
+        hits = [hit for hit in found.hits if self._may_use(hit.passage, request)]
+        strength = request.strength or (self._combine_strength if found.mode == "combine" else 1.0)
         weighted: list[tuple[FlatAdapter, float]] = []
         used = []
         in_prompt: list[Passage] = []
         for hit, share in zip(hits, hit_weights(hits, request.weights), strict=True):
             passage, weight = hit.passage, strength * share
-            adapter = adapters[passage.key] if request.updates else None
+            adapter = adapters[passage.key] if found.updates else None
             fallback = isinstance(adapter, AdapterError)
-            trained = self._find(passage.key) if request.updates and not fallback else None
+            trained = self._find(passage.key) if self._find and found.updates and not fallback else None
             entry = UsedPassage(
                 key=passage.key,
                 title=passage.title,
                 sources=passage.sources,
                 score=hit.score,
-                in_weights=request.updates and not fallback,
-                in_prompt=fallback or request.mode in ("rag", "combine"),
-                weight=weight if request.updates and not fallback else 0.0,
+                in_weights=found.updates and not fallback,
+                in_prompt=fallback or found.mode in ("rag", "combine"),
+                weight=weight if found.updates and not fallback else 0.0,
                 note=adapter.message if isinstance(adapter, AdapterError) else "",
                 text=passage.text,
                 tokens=trained.tokens if trained else 0,
@@ -174,8 +224,8 @@ class RequestProcessor:
             seed=request.seed,
             adapters=tuple(weighted),
         )
-        spent = {**milliseconds, "prompt": (time.perf_counter() - begun) * 1e3}
-        return PreparedRequest(request, tuple(hits), decode, tuple(used), spent)
+        spent = {"retrieve": found.retrieve_ms, **milliseconds, "prompt": _ms_since(begun)}
+        return PreparedRequest(replace(found, hits=tuple(hits)), decode, tuple(used), spent)
 
     def without_adapters(self, prepared: PreparedRequest) -> PreparedRequest:
         """Make a request that has `overflowed` ready again, with all its passages in the prompt and no adapters."""
@@ -183,7 +233,7 @@ class RequestProcessor:
             passage.key: AdapterError(passage.note or "the sum of this question's adapters is too large")
             for passage in prepared.passages
         }
-        built = self.build(prepared.request, prepared.hits, reasons, prepared.milliseconds)
+        built = self.build(prepared.found, reasons, prepared.milliseconds)
         return replace(built, decode=replace(built.decode, adapters=()))
 
     def answer(self, prepared: PreparedRequest, decoded: Decoded) -> Answer:
@@ -199,8 +249,8 @@ class RequestProcessor:
                 "load it as float32 (model.dtype), or make these adapters again",
             )
         return Answer(
-            question=prepared.request.question,
-            mode=prepared.request.mode,
+            question=prepared.found.request.question,
+            mode=prepared.found.mode,
             text=final_answer(decoded.text, self.template),
             reasoning=decoded.text.strip() if reasons(self.template) else "",
             passages=prepared.passages,
@@ -215,11 +265,15 @@ class RequestProcessor:
                 "prefill": decoded.prefill_ms,
                 "decode": decoded.decode_ms,
             },
+            why=prepared.found.why,
         )
 
-    def failed(self, request: Request, error: GenerationError) -> Answer:
+    def failed(self, found: Found, error: GenerationError) -> Answer:
         """Return an empty answer that carries the error."""
-        return Answer(request.question, request.mode, "", snapshot=self.snapshot, finish="error", error=error.message)
+        question = found.request.question
+        return Answer(
+            question, found.mode, "", snapshot=self.snapshot, finish="error", error=error.message, why=found.why
+        )
 
     def _may_use(self, passage: Passage, request: Request) -> bool:
         if passage.key in self._hidden:
@@ -227,6 +281,10 @@ class RequestProcessor:
         if request.access is None or not passage.access:
             return True
         return not {*map(normalize, request.access)}.isdisjoint(map(normalize, passage.access))
+
+
+def _ms_since(begun: float) -> float:
+    return (time.perf_counter() - begun) * 1e3
 
 
 def hit_weights(hits: Sequence[Hit], weights: MergeRule) -> list[float]:

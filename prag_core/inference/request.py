@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prag_core.prompts import Role
-from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, MODES, Hit, MergeRule, Mode
+from prag_core.records import DEFAULT_TOP_K, DEFAULT_WEIGHTS, AskedMode, Hit, MergeRule
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Request:
 
     Args:
         question: Any text. Special tokens of the chat template in it are plain text.
-        mode: `closed`, `rag`, `prag` or `combine`.
+        mode: `closed`, `rag`, `prag` or `combine`, or `auto` to choose one of them by what the search finds.
         top_k: The most passages to use.
         weights: How to weigh the passages' adapters.
         hits: The passages, if the caller already has them (an oracle, an evaluation); by default they are retrieved.
@@ -40,7 +40,7 @@ class Request:
     """
 
     question: str
-    mode: Mode = "combine"
+    mode: AskedMode = "combine"
     top_k: int = DEFAULT_TOP_K
     weights: MergeRule = DEFAULT_WEIGHTS
     hits: tuple[Hit, ...] | None = None
@@ -57,8 +57,8 @@ class Request:
     access: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r}: known are {', '.join(MODES)}")
+        if self.mode not in get_args(AskedMode):
+            raise ValueError(f"mode {self.mode!r}: known are {', '.join(get_args(AskedMode))}")
         if self.weights not in get_args(MergeRule):
             raise ValueError(f"weights {self.weights!r}: known are {', '.join(get_args(MergeRule))}")
         if self.top_k < 1 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
@@ -73,8 +73,3 @@ class Request:
             raise ValueError("an empty stop string would end every answer at once")
         if others := {role for role, _ in self.history} - set(get_args(Role)):
             raise ValueError(f"roles {sorted(others)}: known are {', '.join(get_args(Role))}")
-
-    @property
-    def updates(self) -> bool:
-        """Whether passages go into the weights."""
-        return self.mode in ("prag", "combine")

@@ -24,7 +24,7 @@ from prag_core.inference.decode_thread import DecodeJob, DecodeThread
 from prag_core.inference.detokenizer import StreamingDetokenizer
 from prag_core.inference.disk_cache import DiskCache
 from prag_core.inference.loaded_snapshot import LoadedSnapshot, open_snapshot
-from prag_core.inference.processor import PreparedRequest
+from prag_core.inference.processor import Found, PreparedRequest
 from prag_core.inference.request import Request
 from prag_core.inference.snapshot_pool import SnapshotPool, close_snapshot
 from prag_core.inference.stats import ServiceStats
@@ -33,7 +33,7 @@ from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.checkpoint import cache_dir
 from prag_core.llm.decode_request import Decoded
 from prag_core.llm.threads import compute_elsewhere
-from prag_core.records import Answer, Hit
+from prag_core.records import Answer
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import current_id, load_snapshot
 
@@ -47,11 +47,10 @@ _CLOSE_S = 10.0
 
 @dataclass(frozen=True)
 class _Retrieved:
-    """The retrieved passages of a request, and the lease of their adapters, which are being fetched."""
+    """A request with its passages, and the lease of their adapters, which are being fetched."""
 
-    hits: tuple[Hit, ...]
+    found: Found
     lease: AdapterLease
-    retrieve_ms: float
 
 
 class Service:
@@ -215,7 +214,7 @@ class Service:
             retrieved = await wait_until(deadline, asyncio.wrap_future(searching))
             # 2. Wait for the adapters, up to a time limit. The passages of those that are late go into the prompt.
             fetching = time.monotonic()
-            prepared = await self._prepare(snapshot, request, retrieved, deadline)
+            prepared = await self._prepare(snapshot, retrieved, deadline)
             fetch_ms = (time.monotonic() - fetching) * 1e3 - prepared.milliseconds["prompt"]
             prepared.milliseconds["fetch"] = fetch_ms
             # 3. Decode. If the sum of the adapters is too large for the model, decode again with all passages in the
@@ -272,20 +271,18 @@ class Service:
             return self._snapshots.acquire()
 
     def _search(self, snapshot: LoadedSnapshot, request: Request) -> _Retrieved:
-        begun = time.perf_counter()
-        hits = snapshot.processor.search(request)
-        lease = self._cache.lease(snapshot.source, [hit.passage.key for hit in hits] if request.updates else [])
-        return _Retrieved(hits, lease, (time.perf_counter() - begun) * 1e3)
+        found = snapshot.processor.search(request)
+        lease = self._cache.lease(snapshot.source, [hit.passage.key for hit in found.hits] if found.updates else [])
+        return _Retrieved(found, lease)
 
     async def _prepare(
-        self, snapshot: LoadedSnapshot, request: Request, retrieved: _Retrieved, deadline: float | None
+        self, snapshot: LoadedSnapshot, retrieved: _Retrieved, deadline: float | None
     ) -> PreparedRequest:
         pending = [asyncio.wrap_future(future) for future in retrieved.lease.futures if not future.done()]
         if pending:
             await wait_until(deadline, asyncio.wait(pending, timeout=self._config.fetch_timeout_s))
         adapters = retrieved.lease.adapters(self._config.fetch_timeout_s)
-        spent = {"retrieve": retrieved.retrieve_ms, "fetch": 0.0}
-        building = self._search_thread.submit(snapshot.processor.build, request, retrieved.hits, adapters, spent)
+        building = self._search_thread.submit(snapshot.processor.build, retrieved.found, adapters, {"fetch": 0.0})
         return await wait_until(deadline, asyncio.wrap_future(building))
 
     async def _decode(

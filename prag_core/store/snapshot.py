@@ -16,6 +16,7 @@ from typing import Any
 from prag_core.data.parsing import parse_json
 from prag_core.errors import ConflictError, DamagedError, StoreError
 from prag_core.identity import fingerprint
+from prag_core.records import Route, from_document
 from prag_core.store.objects import Store
 
 CURRENT = "CURRENT"
@@ -26,7 +27,8 @@ ANY = "*"
 class Snapshot:
     """The names of one corpus version, one index, and the ledger parts of one recipe.
 
-    `tombstones` are the keys of forgotten passages, which must not be used any more. `id` is the time of creation
+    `tombstones` are the keys of forgotten passages, which must not be used any more. `route` are the thresholds of the
+    mode `auto`; None, and no part of the document, if they were never fitted. `id` is the time of creation
     followed by a fingerprint of all else, so in the order of ids the newest snapshot is the last; see `created_now`.
     """
 
@@ -40,6 +42,7 @@ class Snapshot:
     passages: int
     adapters: int
     tombstones: tuple[str, ...] = ()
+    route: Route | None = None
 
 
 def created_now(snapshot: Snapshot) -> Snapshot:
@@ -60,6 +63,11 @@ def without_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
 def with_ledger(snapshot: Snapshot, parts: Iterable[str], adapters: int) -> Snapshot:
     """Return a new snapshot with other ledger parts; `adapters` says how many passages they have adapters for."""
     return created_now(replace(snapshot, ledger_parts=tuple(sorted(parts)), adapters=adapters))
+
+
+def with_route(snapshot: Snapshot, route: Route) -> Snapshot:
+    """Return a new snapshot with these thresholds of the mode `auto`."""
+    return created_now(replace(snapshot, route=route))
 
 
 def current_id(store: Store) -> str | None:
@@ -118,8 +126,9 @@ def load_snapshot(store: Store, id: str | None = None) -> Snapshot:
         )
     document = store.get_json(document_name(id))
     try:
-        lists = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
-        snapshot = Snapshot(**{**document, **lists})
+        given = {field: tuple(document[field]) for field in ("ledger_parts", "tombstones")}
+        route = from_document(Route, document["route"]) if "route" in document else None
+        snapshot = Snapshot(**{**document, **given, "route": route})
         if snapshot.id != id or with_id(snapshot).id != id:
             raise ValueError("its content does not match its id")
         for name in (snapshot.corpus_version, snapshot.index, snapshot.recipe):
@@ -180,7 +189,7 @@ def put_candidate(store: Store, snapshot: Snapshot) -> None:
 
 def put_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Store a snapshot without putting it into service."""
-    store.put_json(document_name(snapshot.id), asdict(snapshot))
+    store.put_json(document_name(snapshot.id), _document(snapshot))
 
 
 def publish(store: Store, snapshot: Snapshot, *, replaces: str | None = ANY) -> bool:
@@ -245,9 +254,17 @@ def rollback(store: Store, id: str) -> Snapshot:
 
 def with_id(snapshot: Snapshot) -> Snapshot:
     """Return a snapshot with the id that follows from its content and its time of creation."""
-    content = {**asdict(snapshot), "id": "", "created": ""}
+    content = {**_document(snapshot), "id": "", "created": ""}
     stamp = snapshot.created.replace("-", "").replace(":", "").split("+")[0]
     return replace(snapshot, id=f"{stamp}-{fingerprint(content)}")
+
+
+def _document(snapshot: Snapshot) -> dict[str, Any]:
+    # Thresholds are newer than the first snapshots: without them, the document and the id are as they were.
+    document = asdict(snapshot)
+    if snapshot.route is None:
+        del document["route"]
+    return document
 
 
 def same_content(left: Snapshot, right: Snapshot) -> bool:

@@ -103,10 +103,16 @@ class World:
         snapshot = load_snapshot(self.store, id)
         adapters, recipe = open_adapters(self.store, snapshot.recipe)
         layout, _ = find_targets(self.base.model, recipe)
-        processor = RequestProcessor(
-            self.base, self.retriever, snapshot=snapshot.id, max_new_tokens=4, hidden=snapshot.tombstones
-        )
         source = LedgerSource(adapters, snapshot.ledger_parts)
+        processor = RequestProcessor(
+            self.base,
+            self.retriever,
+            snapshot=snapshot.id,
+            max_new_tokens=4,
+            hidden=snapshot.tombstones,
+            find=source.find,
+            route=snapshot.route,
+        )
         return LoadedSnapshot(snapshot.id, processor, source, recipe, layout, self.on_close)
 
     @contextmanager

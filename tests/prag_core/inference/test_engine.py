@@ -10,14 +10,15 @@ import torch
 
 from prag_core.errors import AdapterError, TurnsError
 from prag_core.inference.engine import Engine
-from prag_core.inference.processor import RequestProcessor, hit_weights
+from prag_core.inference.processor import Found, RequestProcessor, hit_weights
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.chat import answer_prefix_ids, question_ids
 from prag_core.llm.lora import find_targets, flatten_adapter
 from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
-from prag_core.records import MODES, Hit
+from prag_core.records import MODES, Answer, Hit, Route
+from prag_core.store.ledger import AdapterLocation
 from tests.helpers.adapters import random_adapter
 from tests.helpers.passages import make_passage
 
@@ -93,6 +94,66 @@ def test_the_passage_of_a_damaged_adapter_goes_into_the_prompt(tiny_session: Bas
     assert answer.prompt_tokens > with_text
 
 
+class Scores:
+    """A retriever that finds the first passages with these scores."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+
+    def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+        return [Hit(passage, score) for passage, score in zip(PASSAGES, self.scores[:top_k], strict=False)]
+
+
+def test_auto_answers_in_the_mode_that_it_chooses(tiny_session: BaseModel) -> None:
+    route = Route(closed_below=2.0, prag_score=4.0, prag_next=0.5, otherwise="combine")
+    location = AdapterLocation(PASSAGES[0].key, "s", 0, 1, "c", "float32", 5, 0.5, 0.1)
+
+    def answers(scores: Scores, trained: set[str], mode: str, top_k: int = 1) -> Answer:
+        processor = RequestProcessor(
+            tiny_session,
+            scores,
+            max_new_tokens=6,
+            find=lambda key: location if key in trained else None,
+            route=route,
+        )
+        engine = Engine(tiny_session, RECIPE, processor, Adapters(tiny_session))
+        (found,) = engine.answer_batch([Request("Who?", mode, top_k)])
+        assert engine.answer(Request("Who?", mode, top_k)).text == found.text
+        engine.close()
+        return found
+
+    best = {PASSAGES[0].key}
+    for mode, scores, trained in (
+        ("closed", Scores(), best),
+        ("closed", Scores(1.9), best),
+        ("rag", Scores(9.0, 1.0), {PASSAGES[1].key}),
+        ("prag", Scores(9.0, 4.5), best),
+        ("combine", Scores(9.0, 4.6), best),
+    ):
+        chosen, named = answers(scores, trained, "auto"), answers(scores, trained, mode)
+        assert chosen.mode == mode
+        assert chosen.why.startswith(f"{mode}: ")
+        assert named.why == ""
+        # The next passage was looked at, but is not used: the answer is that of the mode with the same top_k.
+        assert (chosen.text, chosen.passages) == (named.text, named.passages)
+        assert chosen.prompt_tokens == named.prompt_tokens
+    assert len(answers(Scores(9.0, 4.6, 4.5), best, "auto", top_k=3).passages) == 3
+    # Without a ledger nobody knows what has an adapter.
+    engine = Engine(tiny_session, RECIPE, RequestProcessor(tiny_session, KnownHits()), Adapters(tiny_session))
+    with pytest.raises(ValueError, match="'auto' needs a snapshot"):
+        engine.answer(Request("Who?", "auto"))
+    engine.close()
+
+
+def test_a_failed_answer_of_auto_says_what_was_chosen(tiny_session: BaseModel) -> None:
+    processor = RequestProcessor(tiny_session, Scores(9.0), find=lambda key: None)
+    engine = Engine(tiny_session, RECIPE, processor, Adapters(tiny_session))
+    (answer,) = engine.answer_batch([Request("Who? " * 5000, "auto")])
+    engine.close()
+    assert (answer.mode, answer.finish, answer.text) == ("rag", "error", "")
+    assert answer.why.startswith("rag: ")
+
+
 def test_weights() -> None:
     hits = [Hit(PASSAGES[0], 4.0), Hit(PASSAGES[1], 2.0)]
     assert hit_weights(hits, "sum") == [1.0, 1.0]
@@ -149,20 +210,20 @@ def test_a_reader_is_added_where_passages_are_in_the_prompt(tiny_session: BaseMo
     assert engine.answer(Request("Who?", "rag", 2, "sum", reader=False)).text == texts[0][MODES.index("rag")]
     engine.close()
     # In `prag` it reads for a passage without an adapter.
-    hits = KnownHits().search("Who?", 2)
+    hits = tuple(KnownHits().search("Who?", 2))
     missing = dict.fromkeys((hit.passage.key for hit in hits), AdapterError("none"))
-    assert [given[0] for given in reading.build(requests[MODES.index("prag")], hits, missing, {}).decode.adapters] == [
-        reader
-    ]
+    prag = Found(requests[MODES.index("prag")], hits, "prag")
+    assert [given[0] for given in reading.build(prag, missing, {}).decode.adapters] == [reader]
 
     # It is a summand beside the passages' own, but where no passage is found, and where their sum was too large.
     combine = requests[-1]
-    prepared = reading.build(combine, hits, dict.fromkeys((hit.passage.key for hit in hits), reader), {})
+    adapters = dict.fromkeys((hit.passage.key for hit in hits), reader)
+    prepared = reading.build(Found(combine, hits, "combine"), adapters, {})
     assert [weight for _, weight in prepared.decode.adapters] == [1.0, 1.0, 0.5]
     assert prepared.decode.adapters[-1][0] is reader
     assert [passage.weight for passage in prepared.passages] == [1.0, 1.0]
     assert reading.without_adapters(prepared).decode.adapters == ()
-    assert reading.build(combine, [], {}, {}).decode.adapters == ()
+    assert reading.build(Found(combine, (), "combine"), {}, {}).decode.adapters == ()
 
 
 def test_without_hits_the_bare_model_answers(tiny_session: BaseModel) -> None:

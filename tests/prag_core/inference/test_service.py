@@ -29,7 +29,7 @@ from prag_core.errors import (
 from prag_core.inference.detokenizer import StreamingDetokenizer
 from prag_core.inference.engine import Engine
 from prag_core.inference.loaded_snapshot import open_snapshot
-from prag_core.inference.processor import PreparedRequest, RequestProcessor
+from prag_core.inference.processor import Found, PreparedRequest, RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.inference.service import Service
 from prag_core.llm.base_model import BaseModel
@@ -37,9 +37,9 @@ from prag_core.llm.decoder import Decoder
 from prag_core.llm.lora import Injector
 from prag_core.prompts import final_answer
 from prag_core.recipe import RECIPES
-from prag_core.records import MODES, Answer, Hit
+from prag_core.records import MODES, Answer, Hit, Route
 from prag_core.store.adapters import LedgerSource
-from prag_core.store.snapshot import load_snapshot, publish, with_ledger, with_tombstones
+from prag_core.store.snapshot import load_snapshot, publish, with_ledger, with_route, with_tombstones
 from tests.helpers.adapters import random_flat
 from tests.helpers.scripted_model import follow, with_tokens
 from tests.helpers.serving import LETTERS, PASSAGES, ByNumber, Hold, World, held, marker_adapter, named
@@ -113,11 +113,10 @@ class Weak:
         self.layout = injector.layout
 
     def prepared(self, processor: RequestProcessor, request: Request) -> PreparedRequest:
-        hits = processor.search(request)
+        found = processor.search(request)
         numbers = {passage.key: n for n, passage in enumerate(PASSAGES)}
-        return processor.build(
-            request, hits, {h.passage.key: random_flat(self.layout, numbers[h.passage.key]) for h in hits}, {}
-        )
+        adapters = {h.passage.key: random_flat(self.layout, numbers[h.passage.key]) for h in found.hits}
+        return processor.build(found, adapters, {})
 
 
 def logits_of(base: BaseModel, injector: Injector, prepared: list[PreparedRequest], slots: int) -> list[torch.Tensor]:
@@ -158,6 +157,34 @@ def test_a_served_answer_equals_the_engines(world: World, service: Service) -> N
     engine.close()
     assert [same(answer) for answer in served] == [same(answer) for answer in alone]
     assert len({answer.text for answer in served}) > 30
+
+
+def test_auto_in_the_service_follows_the_thresholds_of_its_snapshot(tiny_session: BaseModel, tmp_path: Path) -> None:
+    world = World(tiny_session, tmp_path)
+    plain = world.publish(count=4)  # the other passages have no adapter
+    route = Route(closed_below=2.0, prag_score=9.5, prag_next=0.95, otherwise="rag")
+    # Passages score 10, 9, … in the order in which they are named.
+    requests = [Request(question, "auto", 1) for question in ("Who?", named([7, 1]), named([2, 3]), named([1]))]
+    with world.service() as service:
+        before = asyncio.run(answers(service, requests))
+        publish(world.store, with_route(plain, route))
+        assert asyncio.run(service.refresh())
+        after = asyncio.run(answers(service, requests))
+        direct = asyncio.run(answers(service, [replace(r, mode=a.mode) for r, a in zip(requests, after, strict=True)]))
+        assert service.stats().requests == {
+            ("auto", "ok"): 8, ("closed", "ok"): 1, ("rag", "ok"): 1, ("prag", "ok"): 2
+        }  # fmt: skip
+        assert service.stats().cache.pinned_bytes == 0
+    assert [answer.mode for answer in before] == ["closed", "rag", "combine", "combine"]
+    assert all("no thresholds were fitted" in answer.why for answer in before)
+    assert [answer.mode for answer in after] == ["closed", "rag", "prag", "prag"]
+    assert "1.1 times the next one" in after[2].why
+    assert [same(answer) for answer in after] == [same(answer) for answer in direct]
+    assert after[2].text == LETTERS[2] * 4
+    opened = world.open()
+    engine = Engine(world.base, opened.recipe, opened.processor, opened.source)
+    assert [same(engine.answer(request)) for request in requests] == [same(answer) for answer in after]
+    engine.close()
 
 
 @pytest.mark.slow
@@ -285,11 +312,11 @@ def test_passages_that_the_asker_may_not_read_are_not_used(world: World) -> None
                 access is None or not held or not access.isdisjoint(held) for held in tags.values()
             )
     handed = tuple(Tagged().search(named([0, 1, 2]), 3))
-    built = processor.build(Request("Who?", "rag", access=frozenset()), handed, {}, {})
+    built = processor.build(Found(Request("Who?", "rag", access=frozenset()), handed, "rag"), {}, {})
     assert [p.title for p in built.passages] == [PASSAGES[2].title]
     # A tag is the same however its letters are composed.
     accented = (Hit(replace(PASSAGES[0], access=("cafe\u0301",)), 1.0),)
-    built = processor.build(Request("Who?", "rag", access=frozenset({"caf\u00e9"})), accented, {}, {})
+    built = processor.build(Found(Request("Who?", "rag", access=frozenset({"caf\u00e9"})), accented, "rag"), {}, {})
     assert [p.title for p in built.passages] == [PASSAGES[0].title]
     engine.close()
 

@@ -22,7 +22,7 @@ from prag_core.errors import GenerationError, ModelError, TurnsError
 from prag_core.evaluation.judge import judge_answers
 from prag_core.identity import passage_key
 from prag_core.inference.engine import Engine
-from prag_core.inference.processor import RequestProcessor
+from prag_core.inference.processor import Found, RequestProcessor
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
 from prag_core.llm.chat import chat_ids, document_ids, end_ids, end_of_turn_id, question_ids, text_ids, texts_ids
@@ -241,7 +241,7 @@ def test_all_ends_are_known_to_each_who_decodes(tiny: BaseModel) -> None:
     tiny.model.generation_config.eos_token_id = [7, 9]
     tiny.tokenizer.chat_template = "{% for message in messages %}" + CONTENT + "<|endoftext|>{% endfor %}"
     assert tiny.end_ids == {0, 2, 7, 9} == end_ids(tiny.tokenizer, tiny.model.generation_config)
-    decode = RequestProcessor(tiny, None).build(Request("Who?", "closed"), [], {}, {}).decode
+    decode = RequestProcessor(tiny, None).build(Found(Request("Who?", "closed"), (), "closed"), {}, {}).decode
     assert decode.stop_ids == TransformersGenerator(tiny)._end_ids == tiny.end_ids
     example = training_examples(tiny.tokenizer, passage_of("a"), augmentation_of("a"), RECIPES["recall"])[0]
     assert example.ids[-1] == 0

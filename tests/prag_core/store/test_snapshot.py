@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from prag_core.errors import ConflictError, DamagedError, StoreError
+from prag_core.identity import fingerprint
 from prag_core.maintenance.garbage import find_garbage
+from prag_core.records import Route
 from prag_core.store.objects import Store
 from prag_core.store.pins import kept_snapshots, pin, pinned, unpin
 from prag_core.store.snapshot import (
@@ -23,6 +25,8 @@ from prag_core.store.snapshot import (
     put_candidate,
     rollback,
     with_id,
+    with_ledger,
+    with_route,
     with_tombstones,
 )
 
@@ -81,6 +85,37 @@ def test_of_publishers_at_once_one_wins_and_none_loses_its_work(store: Store) ->
     assert sorted(snapshot.id for snapshot in list_snapshots(store)) == sorted(s.id for s in [base, *rivals])
     rollback(store, lost.id)
     assert load_snapshot(store) == lost
+
+
+def test_thresholds_are_part_of_a_snapshot_and_older_ones_have_none(store: Store) -> None:
+    route = Route(closed_below=3.5, prag_score=7.0, prag_next=0.5, otherwise="rag")
+    plain = snapshot_of("p1")
+    publish(store, plain)
+    # A snapshot without them is what it was before they were known: its document, and the id that depends on it.
+    document = json.loads(store.get(document_name(plain.id)))
+    assert "route" not in document
+    assert plain.id.rpartition("-")[2] == fingerprint({**document, "id": "", "created": ""})
+    fitted = with_route(plain, route)
+    assert fitted.id.rpartition("-")[2] != plain.id.rpartition("-")[2]
+    assert publish(store, fitted, replaces=plain.id)
+    assert load_snapshot(store) == fitted
+    # Whatever is published after it keeps them; a rollback to a snapshot without them does not.
+    assert with_tombstones(fitted, ["a"]).route == with_ledger(fitted, ["p2"], 1).route == route
+    publish(store, with_tombstones(fitted, ["a"]))
+    assert rollback(store, fitted.id).route == route
+    assert rollback(store, plain.id).route is None
+
+
+@pytest.mark.parametrize("wrong", [{"prag_next": 7.0}, {"prag_next": "0.5"}, {"otherwise": "closed"}])
+def test_damaged_thresholds_are_damage(store: Store, wrong: dict) -> None:
+    route = Route(closed_below=3.5, prag_score=7.0, prag_next=0.5, otherwise="rag")
+    snapshot = with_route(snapshot_of("p1"), route)
+    publish(store, snapshot)
+    document = json.loads(store.get(document_name(snapshot.id)))
+    document["route"] |= wrong
+    store.put_json(document_name(snapshot.id), document)
+    with pytest.raises(StoreError, match="not a snapshot"):
+        load_snapshot(store)
 
 
 def test_the_first_publication_is_a_race_too(store: Store) -> None:
