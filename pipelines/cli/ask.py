@@ -16,7 +16,7 @@ from pipelines.execution.spinner import spinner
 from pipelines.words import counted, duration
 from prag_core.config import Config
 from prag_core.inference.question import check_question
-from prag_core.records import MODES, Answer, MergeRule, Mode, UsedPassage
+from prag_core.records import ASKED_MODES, Answer, AskedMode, MergeRule, Mode, UsedPassage
 
 app = typer.Typer()
 
@@ -31,7 +31,9 @@ _SHOWN_CHARS = 200
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
     config: options.Config = options.EXAMPLE,
-    mode: Annotated[Mode | None, typer.Option(help=f"One of {', '.join(MODES)}; default: answer.mode.")] = None,
+    mode: Annotated[
+        AskedMode | None, typer.Option(help=f"One of {', '.join(ASKED_MODES)}; default: answer.mode.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, max=20, help="Passages to retrieve.")] = None,
     weights: Annotated[MergeRule | None, typer.Option(help="How to add the adapters: sum, mean or score.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer in all four modes, one below the other.")] = False,
@@ -43,7 +45,7 @@ def ask(
     """Answer a question from the snapshot in service, and show the passages it rests on.
 
     `combine` has the passages in the weights and in the prompt, `prag` in the weights alone, `rag` in the prompt alone;
-    `closed` is the bare model.
+    `closed` is the bare model. `auto` chooses one of these by what it finds, and says why.
     """
     given = {"answer.mode": mode, "answer.weights": weights, "answer.top_k": top_k}
     settings = options.settings_of(config, set_, given)
@@ -59,7 +61,7 @@ def ask(
         _show_answers(answers, whole=text)
 
 
-def _answers(config: Config, question: str, modes: Sequence[Mode], snapshot: str | None) -> list[Answer]:
+def _answers(config: Config, question: str, modes: Sequence[AskedMode], snapshot: str | None) -> list[Answer]:
     from prag_core.inference.engine import open_engine
     from prag_core.inference.request import Request
     from prag_core.store.objects import open_store
@@ -74,6 +76,8 @@ def _show_answers(answers: Sequence[Answer], *, whole: bool = False) -> None:
         out.print(Text.assemble((f"{answer.mode:>8}", "bold"), f"  {answer.text or '(empty)'}"))
         if answer.reasoning:
             out.print(f"          reasoning: {answer.reasoning}", highlight=False)
+        if answer.why:
+            out.print(f"          auto chose {answer.why}", style="dim", highlight=False)
         steps = ", ".join(f"{step} {ms / 1e3:.2f}" for step, ms in answer.milliseconds.items() if ms >= 5)
         spent = duration(sum(answer.milliseconds.values()) / 1e3) + (f" ({steps})" if steps else "")
         tokens = f"{counted(answer.prompt_tokens, 'prompt token')}, {answer.new_tokens:,} new"

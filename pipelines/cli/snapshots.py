@@ -67,6 +67,8 @@ def show(
         print_json(asdict(found))
         return
     fields = {**asdict(found), "recipe": f"{recipe_name(store, found)} {found.recipe}".strip()}
+    route = fields["route"] or {}
+    fields["route"] = ", ".join(f"{name} {value}" for name, value in route.items()) or "not fitted"
     rows = [
         (name.replace("_", " "), "\n".join(_cut(value)) if isinstance(value, tuple) else str(value))
         for name, value in fields.items()

@@ -47,6 +47,9 @@ class Metrics:
             "prag_passages", "Retrieved passages by use; `fallback`: in the prompt, meant for the weights.", ["use"],
             registry=self.registry,
         )  # fmt: skip
+        self._chosen = Counter(
+            "prag_auto_answers", "Answers of `auto` by the mode that it chose.", ["mode"], registry=self.registry
+        )
         self._refresh_errors = Counter(
             "prag_refresh_errors", "Failed checks of the store for a new snapshot.", registry=self.registry
         )
@@ -81,6 +84,8 @@ class Metrics:
 
     def answered(self, answer: Answer) -> None:
         """Record the times of an answer and how its passages were used."""
+        if answer.why:
+            self._chosen.labels(answer.mode).inc()
         for step, milliseconds in answer.milliseconds.items():
             self._steps.labels(step).observe(milliseconds / 1e3)
         for passage in answer.passages:

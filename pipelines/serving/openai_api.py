@@ -39,7 +39,7 @@ from prag_core.config import Config
 from prag_core.inference.question import question_problem
 from prag_core.inference.request import Request as AskRequest
 from prag_core.prompts import Role
-from prag_core.records import MAX_STRENGTH, Answer, MergeRule, Mode
+from prag_core.records import MAX_STRENGTH, Answer, AskedMode, MergeRule, Mode
 
 # Fields of OpenAI's protocol that do not change the answer.
 _IGNORED = frozenset(
@@ -172,8 +172,10 @@ class Usage(BaseModel):
 
 
 class PragExtra(BaseModel):
-    """What this server adds to OpenAI's response."""
+    """What this server adds to OpenAI's response; `why` says why `auto` chose the mode."""
 
+    mode: Mode
+    why: str
     passages: list[PassageUse]
     snapshot: str
     timings_ms: dict[str, float]
@@ -227,10 +229,10 @@ def base_name(config: Config) -> str:
     return PurePath(config.model.name).name
 
 
-def model_ids(config: Config) -> dict[str, Mode]:
+def model_ids(config: Config) -> dict[str, AskedMode]:
     """Return the mode of each model name."""
     base = base_name(config)
-    ids: dict[str, Mode] = {f"{base}:{mode}": mode for mode in config.serve.modes}
+    ids: dict[str, AskedMode] = {f"{base}:{mode}": mode for mode in config.serve.modes}
     if config.answer.mode in config.serve.modes:
         ids[base] = config.answer.mode
     return ids
@@ -278,13 +280,13 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     return routes
 
 
-def _mode_of(id: str, ids: dict[str, Mode]) -> Mode:
+def _mode_of(id: str, ids: dict[str, AskedMode]) -> AskedMode:
     if id not in ids:
         raise ApiError(404, "model_not_found", f"there is no such model; the models are {', '.join(ids)}", "model")
     return ids[id]
 
 
-def _to_request(body: ChatRequest, mode: Mode, config: Config, caller: Caller) -> AskRequest:
+def _to_request(body: ChatRequest, mode: AskedMode, config: Config, caller: Caller) -> AskRequest:
     *turns, last = body.messages
     if last.role != "user":
         raise invalid_field("messages", "the last one must be the user's question")
@@ -350,4 +352,6 @@ def _usage(answer: Answer) -> Usage:
 
 def _extra(answer: Answer) -> PragExtra:
     seen = from_answer(answer)
-    return PragExtra(passages=seen.passages, snapshot=seen.snapshot, timings_ms=seen.timings_ms)
+    return PragExtra(
+        mode=seen.mode, why=seen.why, passages=seen.passages, snapshot=seen.snapshot, timings_ms=seen.timings_ms
+    )

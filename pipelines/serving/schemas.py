@@ -15,7 +15,7 @@ from prag_core.config import Config, ServeConfig
 from prag_core.inference.question import question_problem
 from prag_core.inference.request import Request
 from prag_core.prompts import Role
-from prag_core.records import MAX_STRENGTH, Answer, Finish, MergeRule, Mode, UsedPassage
+from prag_core.records import MAX_STRENGTH, Answer, AskedMode, Finish, MergeRule, Mode, UsedPassage
 
 QUESTION = "Who built the Cazambra Lighthouse?"
 MAX_SEED = 2**63 - 1
@@ -27,7 +27,7 @@ _PASSAGE: JsonDict = {
 _ANSWER: JsonDict = {
     "answer": "Ilvane Dost", "mode": "combine", "finish": "stop", "passages": [_PASSAGE],
     "snapshot": "20261101T020000-9b1f4c2d", "tokens": {"prompt": 171, "new": 6},
-    "timings_ms": {"retrieve": 2.0, "fetch": 4.1, "inject": 1.2, "prefill": 180.0, "decode": 310.0},
+    "timings_ms": {"retrieve": 2.0, "fetch": 4.1, "inject": 1.2, "prefill": 180.0, "decode": 310.0}, "why": "",
 }  # fmt: skip
 
 
@@ -48,9 +48,10 @@ class AnswerRequest(Strict):
     )
 
     question: Text = Field(min_length=1, description="At most `serve.max_question_chars` characters.")
-    mode: Mode | None = Field(
+    mode: AskedMode | None = Field(
         None,
-        description="`closed`: the bare model; `rag`: passages in the prompt; `prag`: in the weights; `combine`: both.",
+        description="`closed`: the bare model; `rag`: passages in the prompt; `prag`: in the weights; `combine`: both; "
+        "`auto`: one of these, chosen by what is found.",
     )
     top_k: int | None = Field(None, ge=1, description="Passages to use, at most `serve.max_top_k`.")
     weights: MergeRule | None = Field(
@@ -117,7 +118,8 @@ class AnswerResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER]})
 
     answer: str
-    mode: Mode
+    mode: Mode = Field(description="The mode that was used.")
+    why: str = Field(description="Why `auto` chose this mode; empty where the request named it.")
     finish: Finish
     passages: list[PassageUse]
     snapshot: str = Field(description="The snapshot that answered.")
@@ -155,8 +157,8 @@ class About(BaseModel):
 
     model: str = Field(description="The base model.")
     snapshot: str
-    mode: Mode = Field(description="The mode of a request that names none.")
-    modes: list[Mode]
+    mode: AskedMode = Field(description="The mode of a request that names none.")
+    modes: list[AskedMode]
     example_questions: list[str]
 
 
@@ -228,6 +230,7 @@ def from_answer(answer: Answer, details: bool | None = None) -> AnswerResponse:
     return AnswerResponse(
         answer=answer.text,
         mode=answer.mode,
+        why=answer.why,
         finish=answer.finish,
         passages=[_passage(passage, bool(details)) for passage in answer.passages],
         snapshot=answer.snapshot,
