@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
@@ -19,8 +20,9 @@ from prag_core.errors import ConfigError
 from prag_core.records import MAX_STRENGTH, MODES, MergeRule
 
 if TYPE_CHECKING:
-    from prag_core.config import StorageConfig
+    from prag_core.config import Config, StorageConfig
     from prag_core.data.questions import Question
+    from prag_core.evaluation.plan import EvaluationPlan
 
 app = typer.Typer()
 T = TypeVar("T", bound=str)
@@ -69,20 +71,28 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "default",
     report: Annotated[Path, typer.Option(help="The folder for report.json and report.html.")] = Path("report"),
+    fit_auto: Annotated[
+        bool, typer.Option("--fit-auto", help="Fit the mode auto's thresholds to the answers; store them.")
+    ] = False,
     set_: options.Set = None,
 ) -> None:
     """Ask a set of questions in every mode and under controls; print tables and write a report.
 
     Answers are stored: started again, or with more modes, it asks only what has no stored answer. The last line is
     one JSON object: n, F1 by column, differences and their 95 % intervals.
+
+    With --fit-auto, a new snapshot with the thresholds of `auto` takes the place of the evaluated one. Give questions
+    that are like those to come, and of which you report no results.
     """
     settings = options.settings_of(config, set_)
 
+    from pipelines.evaluation import auto
     from pipelines.evaluation.judge import judge  # takes seconds: a wrong setting is reported before
     from pipelines.evaluation.report import print_report, write_report
     from pipelines.evaluation.run import run_evaluation
     from pipelines.evaluation.server import evaluate_server
     from prag_core.config import EndpointConfig
+    from prag_core.evaluation.conclusions import auto_conclusion
     from prag_core.evaluation.plan import CONTROLS, EvaluationPlan, draw
     from prag_core.evaluation.summary import summarize, summary_line
     from prag_core.identity import fingerprint
@@ -101,6 +111,8 @@ def evaluate(
         task_passages=task_passages,
         task_rounds=task_rounds,
     )
+    if fit_auto:
+        _check_fit(plan, settings, url)
     questions = read_question_set(dataset, settings.storage)
     described = {"name": dataset, "questions": len(questions), "digest": fingerprint([q.id for q in questions])}
     if split is not None:
@@ -126,11 +138,43 @@ def evaluate(
         if judge_url is not None:
             generator = OpenAIGenerator(EndpointConfig(url=judge_url, model=judge_model))
             evaluation = judge(store, "evaluations", evaluation, generator, progress_to)
-    summary = summarize(evaluation, described, shlex.join(["prag", *sys.argv[1:]]))
+    fitted = auto.fit_auto(store, evaluation) if fit_auto else None
+    command = shlex.join(["prag", *sys.argv[1:]])
+    summary = summarize(evaluation, described, command, asdict(fitted) if fitted else None)
     write_report(summary, report)
     print_report(summary, out)
     out.print(f"written: {report / 'report.json'} and {report / 'report.html'}")
+    if fitted:
+        out.print(auto_conclusion(summary["auto"]).text, highlight=False)
+        id, serving = auto.store_route(store, evaluation, fitted.route)
+        then = (
+            "is in service" if serving else f"is a candidate: put it into service with `prag snapshots rollback {id}`"
+        )
+        out.print(f"thresholds stored: the snapshot {id} has them and {then}", highlight=False)
     print_json(summary_line(summary))
+
+
+def _check_fit(plan: EvaluationPlan, settings: Config, url: str | None) -> None:
+    """Check that the answers of a plan are those that thresholds of `auto` can be fitted to: as in service, each mode.
+
+    Raises:
+        ConfigError: when they are not.
+    """
+    if url is not None or plan.retrieval != "bm25":
+        raise ConfigError("--fit-auto needs the scores of a search in the store", "leave --url and --retrieval out")
+    if missing := [mode for mode in MODES if mode not in plan.modes]:
+        raise ConfigError(f"--fit-auto compares all modes, and --modes lacks {', '.join(missing)}", "leave --modes out")
+    answer = settings.answer
+    for option, name, asked, served in (
+        ("--top-k", "answer.top_k", plan.top_k[0], answer.top_k),
+        ("--weights", "answer.weights", plan.weights[0], answer.weights),
+        ("--strength", "answer.combine_strength", plan.strengths[0], answer.combine_strength),
+    ):
+        if asked != served:
+            raise ConfigError(
+                f"--fit-auto fits to what is served: {name} = {served}, but the first {option} is {asked}",
+                f"leave {option} out, or change the setting",
+            )
 
 
 def read_question_set(name: str, storage: StorageConfig | None = None) -> list[Question]:

@@ -68,7 +68,7 @@ def show(
         return
     fields = {**asdict(found), "recipe": f"{recipe_name(store, found)} {found.recipe}".strip()}
     route = fields["route"] or {}
-    fields["route"] = ", ".join(f"{name} {value}" for name, value in route.items()) or "not fitted"
+    fields["route"] = tuple(f"{name} {value}" for name, value in route.items()) or "not fitted"
     rows = [
         (name.replace("_", " "), "\n".join(_cut(value)) if isinstance(value, tuple) else str(value))
         for name, value in fields.items()

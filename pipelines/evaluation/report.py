@@ -166,6 +166,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
         found = report["retrieval"]
         rows = [[k, f"{value:.3f}", f"{found['any'][k]:.3f}"] for k, value in found["recall"].items()]
         tables.append(("Retrieval of gold passages", ["k", "recall", "any"], rows))
+    if "auto" in report:
+        tables += _auto_tables(report["auto"])
     odd = [
         [name, str(c["without_adapter"]), str(c["failed"])]
         for name, c in columns.items()
@@ -175,6 +177,25 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
         head = ["", "answers with a passage that had no adapter", "failed"]
         tables.append(("Not as planned", head, odd))
     return tables
+
+
+def _auto_tables(fit: Mapping[str, Any]) -> list[tuple[str, list[str], _Rows]]:
+    """Return what `auto` reaches beside each single mode, and the thresholds."""
+    head = ["", "F1", "95 %", "time", "of combine's", "chosen by auto"]
+    rows = [
+        [
+            name,
+            f"{score['f1']:.3f}",
+            f"{score['low']:.3f} … {score['high']:.3f}",
+            duration(score["milliseconds"] / 1e3),
+            f"{score['time_share']:.0%}",
+            f"{fit['chosen'][name]:.0%}" if name in fit["chosen"] else "",
+        ]
+        for name, score in {**fit["modes"], "auto": fit["auto"]}.items()
+    ]
+    title = f"auto, cross-validated in {fit['folds']} folds: {counted(fit['n'], 'question')}, all times with the search"
+    thresholds = [[name, f"{value}"] for name, value in fit["route"].items()]
+    return [(title, head, rows), ("Thresholds of auto, fitted to all these questions", ["", "value"], thresholds)]
 
 
 def _f1_differences(differences: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -107,6 +107,7 @@ def run_evaluation(
         gold=tuple(tuple(passage.key for passage in context.gold) for context in contexts),
         retrieved=tuple(tuple(hit.passage.key for hit in context.ranked) for context in contexts),
         retrieve_ms=tuple(row.retrieve_ms for row in found),
+        hit_scores=tuple(tuple(hit.score for hit in context.ranked) for context in contexts),
         request_ids=request_ids,
         replies=used,
     )

@@ -34,6 +34,8 @@ def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
         said.append(_weights(found))
     if ("combine", "rag") in found:
         said.append(_combine(found))
+    if "auto" in report:
+        said.append(auto_conclusion(report["auto"]))
     columns = report["columns"]
     for name, column in columns.items():
         if column["failed"]:
@@ -48,6 +50,23 @@ def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
         k = str(report["plan"]["top_k"][0])
         said.append(Conclusion(None, f"A gold passage is among the first {k} for {recall[k]:.0%} of the questions."))
     return said
+
+
+def auto_conclusion(fit: Mapping[str, Any]) -> Conclusion:
+    """Return what a fit of `auto` shows, from the report: whether it is as good as the best mode, and fast enough."""
+    mean, low, high = fit["difference"]
+    share, most = fit["auto"]["time_share"], fit["most_time_share"]
+    gain = _change({"mean": mean, "low": low, "high": high})
+    text = (
+        f"auto, cross-validated, is {gain} {fit['best']}, the best single mode, and takes {share:.0%} of combine's time"
+    )
+    if share > most:
+        return Conclusion(False, f"{text}, more than the {most:.0%} that it may.")
+    if high < 0:
+        return Conclusion(False, f"{text}: it is worse.")
+    if low < 0:
+        return Conclusion(None, f"{text}: that it is as good is not shown.")
+    return Conclusion(True, f"{text}.")
 
 
 def _weights(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Conclusion:

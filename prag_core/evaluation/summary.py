@@ -47,7 +47,7 @@ STEPS = ("retrieve", "fetch", "prompt", "inject", "prefill", "decode")
 class Evaluation:
     """All that was asked and answered.
 
-    `gold`, `retrieved` and `retrieve_ms` have one entry for each question.
+    `gold`, `retrieved`, `retrieve_ms` and `hit_scores` have one entry for each question.
     """
 
     origin: Mapping[str, Any]  # who answered, as the report says it: the snapshot and the recipe, or the server
@@ -61,6 +61,7 @@ class Evaluation:
     request_ids: Mapping[str, Sequence[Sequence[str]]]  # by column: for each question, one id for each seed
     replies: Mapping[str, EvaluationReply]  # by a request's id
     verdicts: Mapping[tuple[str, str], float] | None = None  # a judge's scores, by the ids of question and request
+    hit_scores: tuple[tuple[float, ...], ...] = ()  # the scores of `retrieved`; none where a server answered
 
     @property
     def groups(self) -> list[str]:
@@ -89,10 +90,13 @@ class Evaluation:
         ]
 
 
-def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) -> dict[str, Any]:
+def summarize(
+    evaluation: Evaluation, dataset: Mapping[str, Any], command: str, auto: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the report of an evaluation as plain values, numbers rounded to four digits.
 
     `dataset` is what the report says about the set of questions; `command` would make the report again.
+    `auto` is a fit of the mode `auto`, an `AutoFit` as plain values.
     """
     names = [column.name for column in evaluation.columns]
     metric_names = [*METRICS, *(["judge"] if evaluation.verdicts is not None else [])]
@@ -123,6 +127,8 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
             if left in scores and right in scores
         ],
     }
+    if auto is not None:
+        report["auto"] = auto
     rounded: dict[str, Any] = _rounded(report)
     return rounded
 
@@ -130,7 +136,9 @@ def summarize(evaluation: Evaluation, dataset: Mapping[str, Any], command: str) 
 def summary_line(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summary of a report for scripts: n, F1 by column, and the differences with their intervals."""
     chosen = {f"{d['left']}_{d['right']}": d for d in report["differences"] if d["metric"] == "f1"}
+    auto = {"auto": report["auto"]} if "auto" in report else {}
     return {
+        **auto,
         "n": report["dataset"]["asked"],
         "f1": {name: column["f1"] for name, column in report["columns"].items()},
         "delta": {name: d["mean"] for name, d in chosen.items()},

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from prag_core.errors import GenerationError
 from prag_core.evaluation.plan import EvaluationPlan, EvaluationReply
 from prag_core.records import to_table
 from prag_core.store.objects import Store
+from prag_core.store.snapshot import load_snapshot
 from tests.helpers.evaluations import replies
 from tests.helpers.passages import make_passage
 from tests.helpers.published import publish_passages
@@ -84,6 +85,30 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) ->
     assert made["command"].startswith("prag evaluate -c config.yaml")
     assert asdict(EvaluationPlan())["modes"] == tuple(made["plan"]["modes"])
     assert made["columns"]["da_rag"]["prompt_tokens"] > made["columns"]["rag"]["prompt_tokens"]
+
+    # 3. Thresholds of `auto` from the same answers, with times that are the prompts' lengths on any machine.
+    store = Store(str(tmp_path / "store"))
+    for name in store.list("evaluations", ".parquet"):
+        store.remove(name)
+    timed = [
+        replace(r, fetch_ms=0.0, prompt_ms=0.0, inject_ms=0.0, decode_ms=0.0, prefill_ms=1000.0 * r.prompt_tokens)
+        for r in after
+    ]
+    (folder,) = parts.iterdir()
+    store.put_table(f"evaluations/{folder.name}/replies", to_table(EvaluationReply, timed))
+    old = load_snapshot(store)
+    out = work.run(*command[:-2], "--fit-auto")
+    assert replies(tmp_path) == timed  # nothing was asked again
+    line = json.loads(out.strip().splitlines()[-1])
+    fitted = load_snapshot(store)
+    assert asdict(fitted.route) == line["auto"]["route"]
+    assert fitted == replace(old, id=fitted.id, created=fitted.created, route=fitted.route)
+    assert line["auto"]["n"] == 24
+    assert line["auto"]["modes"].keys() == {"closed", "rag", "prag", "combine"}
+    assert line["auto"]["modes"]["combine"]["time_share"] == 1.0
+    assert f"the snapshot {fitted.id} has them and is in service" in " ".join(out.split())
+    assert "auto, cross-validated in 5 folds: 24 questions" in out
+    assert "auto, cross-validated, is" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_answer_takes_the_place_of_a_failure(tmp_path: Path) -> None:

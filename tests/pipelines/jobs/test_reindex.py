@@ -17,11 +17,11 @@ from prag_core.errors import ConfigError, InputError, LeaseError
 from prag_core.identity import passage_key
 from prag_core.inference.request import Request
 from prag_core.inference.service import Service, open_service
-from prag_core.records import Answer, Passage, to_table
+from prag_core.records import Answer, Passage, Route, to_table
 from prag_core.store.objects import Store
 from prag_core.store.pins import kept_snapshots
 from prag_core.store.runs import hold_lease
-from prag_core.store.snapshot import list_snapshots, load_snapshot
+from prag_core.store.snapshot import list_snapshots, load_snapshot, publish, with_route
 from tests.helpers.passages import make_augmentation, make_passage
 from tests.helpers.workspace import Workspace, stage
 
@@ -126,6 +126,10 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
     settings += ["--set", "run.train_batch=64", "--set", "run.tokens_per_step=4096"]
     work.run("run", *settings)
     store = Store(str(tmp_path / "store"))
+    # Fitted thresholds of `auto` stay through the nights, as their recipe does.
+    route = Route(closed_below=1.0, prag_score=2.0, prag_next=0.5, otherwise="rag")
+    unfitted = load_snapshot(store)
+    publish(store, with_route(unfitted, route))
     first = load_snapshot(store)
     assert first.adapters == 160
 
@@ -170,7 +174,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
     assert report["canary_f1"] == report["canary_min"] == 0  # neither knows
     second = load_snapshot(store)
     assert (report["before"], report["snapshot"]) == (first.id, second.id)
-    assert (second.passages, second.adapters) == (165, 165)
+    assert (second.passages, second.adapters, second.route) == (165, 165, route)
     assert store.get_json(f"runs/{report['run']}/reindex.json") == report
     assert len({row.key for row in work.ledger()}) == len(work.ledger()) == 180
     index = stage(store.get_json(f"runs/{report['run']}/report.json"), "index")
@@ -192,7 +196,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
     again = json.loads(work.run(*night))
     assert (again["trained"], again["augmented"], again["published"], again["canary_f1"]) == (0, 0, False, None)
     assert again["snapshot"] == second.id
-    assert len(list_snapshots(store)) == 2
+    assert len(list_snapshots(store)) == 3
 
     # 4. A night that loses a passage that the canary asks for: the old snapshot answers better and stays in service,
     # the candidate can be asked, and it does not count among the newest snapshots that are kept. The archive of the
@@ -206,7 +210,7 @@ def test_a_night_of_ten_changed_five_removed_ten_added(
     assert "built from scratch: " in caplog.text
     assert f"indexes/{second.index}/lucene.tar.zst: altered" in caplog.text
     assert load_snapshot(store).id == second.id
-    (candidate,) = {s.id for s in list_snapshots(store)} - {first.id, second.id}
+    (candidate,) = {s.id for s in list_snapshots(store)} - {unfitted.id, first.id, second.id}
     gone = load_snapshot(store, candidate)
     assert (gone.passages, gone.adapters) == (164, 164)
     assert kept_snapshots(store, 2) == [first.id, second.id, candidate]

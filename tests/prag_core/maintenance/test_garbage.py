@@ -20,7 +20,7 @@ from prag_core.maintenance.garbage import collect, find_garbage, recent_inputs
 from prag_core.maintenance.inventory import object_kind
 from prag_core.maintenance.repair import repair
 from prag_core.recipe import Recipe
-from prag_core.records import LedgerRow, Passage, from_table
+from prag_core.records import LedgerRow, Passage, Route, from_table
 from prag_core.store.adapters import LedgerSource, open_adapters, put_start
 from prag_core.store.objects import Store
 from prag_core.store.pins import pin, pinned
@@ -31,6 +31,7 @@ from prag_core.store.snapshot import (
     load_snapshot,
     publish,
     rollback,
+    with_route,
     with_tombstones,
 )
 from tests.helpers.adapters import random_adapter
@@ -137,6 +138,23 @@ def test_objects_of_recent_runs_and_kept_snapshots_stay(store: Store, layout: Lo
     gone = collect_objects(store, kept, grace_s=3600)
     assert {object_kind(name) for name in gone} == {"corpus", "ledger", "recipes", "shards", "snapshots"}
     assert verify(store) == []
+
+
+def test_thresholds_of_auto_outlive_a_collection_and_a_repair(store: Store, layout: LoraLayout) -> None:
+    old = load_snapshot(store)
+    route = Route(closed_below=1.5, prag_score=4.0, prag_next=0.3, otherwise="combine")
+    fitted = with_route(old, route)
+    publish(store, fitted, replaces=old.id)
+    age(store, 48)
+    assert verify(store) == []
+    assert collect_objects(store, {fitted.id}) == {f"snapshots/{old.id}.json"}
+    assert load_snapshot(store) == fitted
+    # Damaged shards are removed, and a run makes them again: with the thresholds that were in service.
+    (part, *_) = fitted.ledger_parts
+    shard = from_table(LedgerRow, store.get_table(LedgerRow, [part]))[0].shard
+    store.put(shard, store.get(shard)[:-1])
+    repair(store, verify(store))
+    assert load_snapshot(store).route == route
 
 
 def test_a_young_snapshot_keeps_the_objects_that_it_names(store: Store, layout: LoraLayout) -> None:
