@@ -145,6 +145,22 @@ def test_auto_answers_in_the_mode_that_it_chooses(tiny_session: BaseModel) -> No
     engine.close()
 
 
+def test_auto_knows_nothing_of_what_its_asker_may_not_read(tiny_session: BaseModel) -> None:
+    class Guarded(Scores):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            first, *rest = super().search(question, top_k, min_score)
+            return [replace(first, passage=replace(first.passage, access=("hr",))), *rest]
+
+    route = Route(closed_below=1.0, prag_score=5.0, prag_next=0.9, otherwise="combine")
+    processor = RequestProcessor(tiny_session, Guarded(9.0, 3.0, 2.0), find=lambda key: None, route=route)
+    found = processor.search(Request("Who?", "auto", access=frozenset()))
+    assert [hit.passage for hit in found.hits] == [PASSAGES[1]]
+    assert found.why == "rag: the best passage scores 3.0, and has no adapter"
+    assert processor.search(Request("Who?", "auto", access=frozenset({"hr"}))).why.startswith(
+        "rag: the best passage scores 9.0"
+    )
+
+
 def test_a_failed_answer_of_auto_says_what_was_chosen(tiny_session: BaseModel) -> None:
     processor = RequestProcessor(tiny_session, Scores(9.0), find=lambda key: None)
     engine = Engine(tiny_session, RECIPE, processor, Adapters(tiny_session))
