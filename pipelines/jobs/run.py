@@ -35,6 +35,7 @@ from prag_core.store.snapshot import (
     created_now,
     current_id,
     forgotten_now,
+    kept_route,
     load_snapshot,
     publish,
     same_content,
@@ -184,8 +185,7 @@ def _run_stages(
             passages=corpus.count,
             adapters=adapters,
             tombstones=tombstones,
-            # What the thresholds compare is the recipe's answers: with other adapters they must be fitted again.
-            route=before.route if before and before.recipe == recipe.fingerprint else None,
+            route=kept_route(before, recipe.fingerprint),
         )
     )
     if gate is not None and (before is None or not same_content(before, snapshot)):

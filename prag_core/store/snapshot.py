@@ -70,6 +70,14 @@ def with_route(snapshot: Snapshot, route: Route) -> Snapshot:
     return created_now(replace(snapshot, route=route))
 
 
+def kept_route(before: Snapshot | None, recipe: str) -> Route | None:
+    """Return the thresholds that a snapshot of this recipe takes over from the one before it.
+
+    They were fitted to the answers of a recipe's adapters, so another recipe has none.
+    """
+    return before.route if before and before.recipe == recipe else None
+
+
 def current_id(store: Store) -> str | None:
     """Return the id of the snapshot in service, or None before the first publication.
 

@@ -36,7 +36,7 @@ from prag_core.inference.engine import AdapterSource, Engine, open_engine
 from prag_core.inference.loaded_snapshot import LoadedSnapshot, open_snapshot
 from prag_core.inference.request import Request
 from prag_core.llm.base_model import BaseModel, load_base_model
-from prag_core.records import MODES, LedgerRow
+from prag_core.records import ASKED_MODES, MODES, LedgerRow
 from prag_core.store.objects import open_store
 from prag_core.store.snapshot import Snapshot, load_snapshot, rollback
 from tests.helpers.live import Server, publish_adapters, write_config
@@ -118,7 +118,7 @@ def test_the_welcome_shows_a_request_and_answers_equal_prag_ask(world: World) ->
 def test_an_openai_client_works_with_another_base_url(world: World) -> None:
     client = openai.OpenAI(base_url=f"{world.server.url}/v1", api_key="none", max_retries=0)
     ids = [model.id for model in client.models.list()]
-    assert {id.partition(":")[2] for id in ids} == {*MODES, ""}
+    assert {id.partition(":")[2] for id in ids} == {*ASKED_MODES, ""}
     for id in ids[:4]:
         assert client.models.retrieve(id).id == id
         asked: list[Any] = [{"role": "user", "content": "What is Quorl 3?"}]

@@ -19,6 +19,7 @@ from prag_core.store.snapshot import (
     created_now,
     current_id,
     document_name,
+    kept_route,
     list_snapshots,
     load_snapshot,
     publish,
@@ -99,6 +100,8 @@ def test_thresholds_are_part_of_a_snapshot_and_older_ones_have_none(store: Store
     assert fitted.id.rpartition("-")[2] != plain.id.rpartition("-")[2]
     assert publish(store, fitted, replaces=plain.id)
     assert load_snapshot(store) == fitted
+    assert kept_route(fitted, fitted.recipe) == route
+    assert kept_route(fitted, "another") is kept_route(plain, plain.recipe) is kept_route(None, "r") is None
     # Whatever is published after it keeps them; a rollback to a snapshot without them does not.
     assert with_tombstones(fitted, ["a"]).route == with_ledger(fitted, ["p2"], 1).route == route
     publish(store, with_tombstones(fitted, ["a"]))
