@@ -41,7 +41,7 @@ def pack_linear(model: nn.Module) -> None:
 
     Modules with a bias, subclasses of `nn.Linear` and dtypes that the processor does not multiply are left as they are.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     dtypes = {torch.float32}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
