@@ -387,7 +387,7 @@ def test_soak_tells_wrong_answers(
     assert wrong is None or wrong in found[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # its load makes tests beside it several times as slow
 @pytest.mark.timeout(900)
 def test_soak() -> None:
     """Two days with all kills: each promise holds, or the command fails."""
