@@ -61,7 +61,8 @@ def publish_adapters(config: Config, passages: Sequence[Passage], seed: int) -> 
     for place, passage in enumerate(passages):
         trained = TrainedAdapter(passage.key, random_adapter(layout, seed + place), 1, 1, 1.0, 1.0, 1.0)
         rows += adapters.commit([(trained, str(seed))])
-    version = fingerprint([passage.key for passage in passages])
+    # As of a real corpus: with other tags it is another version. A machine keeps the index of each in its cache.
+    version = fingerprint([[passage.key, *passage.access] for passage in passages])
     id = index_id(version, config.index)
     if find_index(store, id) is None:
         with tempfile.TemporaryDirectory() as scratch:

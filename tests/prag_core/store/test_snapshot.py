@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +24,7 @@ from prag_core.store.snapshot import (
     load_snapshot,
     publish,
     put_candidate,
+    put_snapshot,
     rollback,
     with_id,
     with_ledger,
@@ -243,7 +244,7 @@ def test_a_snapshot_names_no_folder_elsewhere(store: Store, name: str) -> None:
     """The id of an index is a folder of the local cache of each server, which would be written and removed."""
     for field in ("corpus_version", "index", "recipe"):
         snapshot = created_now(replace(snapshot_of("p1"), **{field: name}))
-        store.put_json(document_name(snapshot.id), asdict(snapshot))
+        put_snapshot(store, snapshot)
         with pytest.raises(DamagedError, match="is no name of a corpus version, an index or a recipe"):
             load_snapshot(store, snapshot.id)
 
