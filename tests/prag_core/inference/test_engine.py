@@ -288,7 +288,7 @@ def test_a_number_that_is_none_is_refused(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "known"), [("mode", "closed, rag, prag, combine"), ("weights", "sum, mean, score")]
+    ("setting", "known"), [("mode", "closed, rag, prag, combine, auto"), ("weights", "sum, mean, score")]
 )
 def test_an_unknown_mode_or_rule_is_refused_with_those_known(setting: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"^{setting} 'fast': known are {known}$"):
