@@ -39,7 +39,7 @@ from peft import PeftModel
 from prag_core.config import Config, augment_recipe, train_recipe
 from prag_core.config_file import parse_config
 from prag_core.errors import OverloadedError
-from prag_core.identity import passage_key
+from prag_core.identity import fingerprint, passage_key
 from prag_core.inference.adapter_cache import AdapterCache
 from prag_core.inference.loaded_snapshot import open_snapshot
 from prag_core.inference.request import Request
@@ -146,12 +146,14 @@ def publish_all(base: BaseModel, config: Config, count: int, folder: Path) -> tu
             chosen.append((TrainedAdapter(passage.key, factors, 1, 1, 1.0, 1.0, 1.0), "random"))
         adapters.commit(chosen)
     build_index(passages, folder / "lucene", config.index)
-    index = archive_index(folder / "lucene", store, "bench", count, config.index)
+    # A machine keeps unpacked indexes by the version of their corpus.
+    version = fingerprint([passage.key for passage in passages])
+    index = archive_index(folder / "lucene", store, version, count, config.index)
     publish(
         store,
         created_now(
             Snapshot(
-                corpus_version="bench",
+                corpus_version=version,
                 index=index.id,
                 recipe=recipe.fingerprint,
                 base_model=base.fingerprint,
