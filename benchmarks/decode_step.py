@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from measure import wait_for
@@ -19,6 +20,7 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.decode_request import DecodeRequest
 from prag_core.llm.decoder import Decoder
 from prag_core.llm.lora import FlatAdapter, Injector
+from prag_core.llm.packed_linear import PackedLinear
 from prag_core.recipe import TrainRecipe
 
 ROWS = (1, 16)
@@ -76,7 +78,10 @@ class Ranges:
 
 
 def step_parts(base: BaseModel, recipe: TrainRecipe, adapters: Sequence[FlatAdapter]) -> dict[str, dict[str, float]]:
-    """Return milliseconds of a decoding step, and each part's share, by rows and adapters: `"16 rows, k = 3"`."""
+    """Return milliseconds of a decoding step, and each part's share, by rows and adapters: `"16 rows, k = 3"`.
+
+    `plain_ms` is the same step with the weights as the model stores them, measured in turns (decision 114).
+    """
     injector = Injector(base.model, recipe)
     found = {}
     for rows in ROWS:
@@ -87,13 +92,33 @@ def step_parts(base: BaseModel, recipe: TrainRecipe, adapters: Sequence[FlatAdap
                 decoder.submit(DecodeRequest(prompt, 100, adapters=[(adapter, 1.0) for adapter in adapters[:k]]))
             while len(decoder.step()) < rows:
                 pass
-            milliseconds = statistics.median(timed(base, decoder) for _ in range(TIMED_STEPS))
+            packed, plain = [], []
+            for _ in range(TIMED_STEPS):
+                packed.append(timed(base, decoder))
+                with unpacked(base.model):
+                    plain.append(timed(base, decoder))
+            taken = {"ms": statistics.median(packed), "plain_ms": statistics.median(plain)}
             shares = parts_of(base, decoder)
-            found[f"{rows} rows, k = {k}"] = {"ms": round(milliseconds, 2), **shares}
+            found[f"{rows} rows, k = {k}"] = {name: round(value, 2) for name, value in taken.items()} | shares
             text = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            print(f"a decoding step, {rows} rows, k = {k}: {milliseconds:.1f} ms: {text}", flush=True)
+            print(
+                f"a decoding step, {rows} rows, k = {k}: {taken['ms']:.1f} ms: {text}; with plain weights "
+                f"{taken['plain_ms']:.1f} ms",
+                flush=True,
+            )
     injector.close()
     return found
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Multiply by the weights as they are stored."""
+    packed = [module for module in model.modules() if type(module) is PackedLinear]
+    for module in packed:
+        module.__class__ = nn.Linear
+    yield
+    for module in packed:
+        module.__class__ = PackedLinear
 
 
 def timed(base: BaseModel, decoder: Decoder) -> float:

@@ -11,9 +11,10 @@ is measured and whether both give the same text.
 - k = 1: one adapter of rank 2 each; vLLM's lowest rank above 1 is 8, so it is padded too.
 - bare: no adapter; vLLM both with adapters enabled and without.
 
-Rounds alternate between ours and vLLM's. An idle server of vLLM stays beside ours, and its share of the processor is
-printed. `x_update` is the time from a set that was not asked for before to its first token; vLLM's includes writing the
-set's adapter from the three, since nobody can have written all sets beforehand. The last line is JSON.
+Rounds alternate between ours and vLLM's. A server of vLLM is stopped (SIGSTOP) while it is not its turn: for a second
+after an answer its threads go on spinning, and would take the processor from whoever comes next. `x_update` is the time
+from a set that was not asked for before to its first token; vLLM's includes writing the set's adapter from the three,
+since nobody can have written all sets beforehand. The last line is JSON.
 
 `equal_answers` is the share of answers that are the same text, after both are cleaned as ours are (no leading colon or
 white space). Two right decoders in bf16 differ where the two best tokens are about as good, so the margin of vLLM's
@@ -37,8 +38,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,30 +138,30 @@ async def compare(options: argparse.Namespace, ours: Ours, folder: Path) -> dict
     prompts = ours.prompts()
     print(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {options.new_tokens} new ones")
     async with vllm_server(options, ours, folder, lora=True) as lora, vllm_server(options, ours, folder) as plain:
-        idle = await asyncio.to_thread(lambda: lora.busy_share() + plain.busy_share())
-        print(f"two idle servers of vLLM take {idle:.2f} of one core")
-        sides: dict[str, tuple[Ask, bool]] = {
-            "ours": (ours.asking(K), True),
-            "vllm": (lora.asking(prompts, K), True),
-            "ours_k1": (ours.asking(1), True),
-            "vllm_k1": (lora.asking(prompts, 1), True),
-            "ours_bare": (ours.asking(0), False),
-            "vllm_bare": (plain.asking(prompts, 0), False),
-            "vllm_bare_lora_enabled": (lora.asking(prompts, 0), False),
+        sides: dict[str, tuple[Ask, bool, Theirs | None]] = {
+            "ours": (ours.asking(K), True, None),
+            "vllm": (lora.asking(prompts, K), True, lora),
+            "ours_k1": (ours.asking(1), True, None),
+            "vllm_k1": (lora.asking(prompts, 1), True, lora),
+            "ours_bare": (ours.asking(0), False, None),
+            "vllm_bare": (plain.asking(prompts, 0), False, plain),
+            "vllm_bare_lora_enabled": (lora.asking(prompts, 0), False, lora),
         }
         # Its adapters lie in folders beforehand; only a set that is new (`new_sets`) has to be written in time.
         for one in range(options.adapters):
             for k in (1, K):
                 lora.write(one, k)
-        for ask, adapted in sides.values():  # the first requests compile and allocate
-            await rate(ask, 1, 1, options, random.Random(0), adapted)
+        for ask, adapted, server in sides.values():  # the first requests compile and allocate
+            with awake(server):
+                await rate(ask, 1, 1, options, random.Random(0), adapted)
         found: dict[str, dict[int, list[Measured]]] = {name: {users: [] for users in options.users} for name in sides}
         for turn in range(options.rounds):
             for users in options.users:
                 answers = options.answers * (2 if users == 1 else 1)
-                for name, (ask, adapted) in sides.items():
-                    seed = 1000 * turn + users  # the same sets for all sides
-                    found[name][users].append(await rate(ask, users, answers, options, random.Random(seed), adapted))
+                for name, (ask, adapted, server) in sides.items():
+                    draw = random.Random(1000 * turn + users)  # the same sets for all sides
+                    with awake(server):
+                        found[name][users].append(await rate(ask, users, answers, options, draw, adapted))
                 told = ", ".join(f"{name} {found[name][users][-1].rate:.1f}" for name in sides)
                 print(f"round {turn + 1}, {users} users, tokens/s: {told}", flush=True)
         new = await new_sets(ours, lora, prompts, options)
@@ -184,7 +185,6 @@ async def compare(options: argparse.Namespace, ours: Ours, folder: Path) -> dict
         "equal_answers": same,
         "margins_where_they_differ": margins,
         "memory_mb": memory,
-        "vllm_idle_cores": round(idle, 2),
         "vllm_settings": lora.command[1:],
         "machine": f"{machine(ours.base.device)}, {ours.base.model.dtype}",
     }
@@ -233,10 +233,11 @@ async def new_sets(
         if len(ours_s) == NEW_SETS or any(one + n in ours.fetched for n in range(K)) or one in theirs.loaded[K]:
             continue
         ours_s.append((await ours.asking(K)(one, one))[0])
-        begun = time.perf_counter()
-        theirs.write(one, K)
-        first, _ = await theirs.asking(prompts, K)(one, one)
-        theirs_s.append(first + time.perf_counter() - begun - theirs.last_answer_s)
+        with awake(theirs):
+            begun = time.perf_counter()
+            theirs.write(one, K)
+            first, _ = await theirs.asking(prompts, K)(one, one)
+            theirs_s.append(first + time.perf_counter() - begun - theirs.last_answer_s)
     return {"ours": statistics.median(ours_s), "vllm": statistics.median(theirs_s)}
 
 
@@ -245,8 +246,9 @@ async def equal(ours: Ours, theirs: Theirs, prompts: Sequence[Sequence[int]]) ->
     same, margins = 0, []
     for one in range(16):
         _, text = await ours.asking(K)(one, one)
-        await theirs.load(one, K)
-        tokens, their_margins = await theirs.explained(prompts[one], theirs.name(one, K))
+        with awake(theirs):
+            await theirs.load(one, K)
+            tokens, their_margins = await theirs.explained(prompts[one], theirs.name(one, K))
         begun = [ours.cleaned(tokens[:length]) for length in range(len(tokens) + 1)]
         if text == begun[-1]:
             same += 1
@@ -380,11 +382,18 @@ class Theirs:
     def rss_mb(self) -> int:
         return sum(rss_mb(process.pid) for process in self.processes())
 
-    def busy_share(self, seconds: float = 3.0) -> float:
-        """Return the cores that an idle server takes."""
-        before = sum(sum(process.cpu_times()[:2]) for process in self.processes())
-        time.sleep(seconds)
-        return (sum(sum(process.cpu_times()[:2]) for process in self.processes()) - before) / seconds
+
+@contextmanager
+def awake(server: Theirs | None) -> Iterator[None]:
+    """Let a server run, and stop it again."""
+    if server is None:
+        yield
+        return
+    os.killpg(server.process.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(server.process.pid, signal.SIGSTOP)
 
 
 def beside(layout: LoraLayout, members: Sequence[Factors]) -> dict[str, torch.Tensor]:
@@ -433,6 +442,7 @@ async def vllm_server(
             except httpx.TransportError:
                 pass
             await asyncio.sleep(1.0)
+        os.killpg(process.pid, signal.SIGSTOP)
         yield theirs
     finally:
         await theirs.close()
