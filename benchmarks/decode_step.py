@@ -116,9 +116,11 @@ def unpacked(model: Any) -> Iterator[None]:
     packed = [module for module in model.modules() if type(module) is PackedLinear]
     for module in packed:
         module.__class__ = nn.Linear
-    yield
-    for module in packed:
-        module.__class__ = PackedLinear
+    try:
+        yield
+    finally:
+        for module in packed:
+            module.__class__ = PackedLinear
 
 
 def timed(base: BaseModel, decoder: Decoder) -> float:
