@@ -330,6 +330,10 @@ class StorageConfig(_Strict):
     anon: bool = Field(False, description="Read a public bucket without credentials.")
     retries: int = Field(5, ge=0, description="How often a failed request is repeated.")
     timeout_s: float = Field(30.0, gt=0, description="How long to wait for a connection or an answer.")
+    range_reads: Literal["obstore", "s3fs"] = Field(
+        "obstore",
+        description="What reads an adapter from S3: obstore takes half the time, and leaves to s3fs what it cannot do.",
+    )
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = Field(
         "bfloat16", description="How new adapters are stored; each ledger row says which one it has."
     )

@@ -44,7 +44,8 @@ class Store:
     Args:
         url: A folder, or an fsspec URL such as `s3://bucket/prefix`. The AWS environment or profile gives the
             credentials, and the endpoint too if `options` names none.
-        options: Further arguments of the fsspec file system, such as `endpoint_url` or `profile`.
+        options: Further arguments of the fsspec file system, such as `endpoint_url` or `profile`; for S3 also
+            `range_reads`, see `StorageConfig`.
         retries: How often a failed request to S3 is repeated.
         timeout_s: How long S3 may take to connect or to answer.
 
@@ -314,5 +315,5 @@ def open_store(config: Config) -> Store:
         StoreError: see `Store`.
     """
     storage = config.storage
-    options = s3_options(storage) if is_s3(config.store) else {}
+    options = {**s3_options(storage), "range_reads": storage.range_reads} if is_s3(config.store) else {}
     return Store(config.store, options, storage.retries, storage.timeout_s)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import threading
 import time
 import uuid
@@ -14,7 +16,7 @@ import pytest
 from botocore.retries.standard import ExponentialBackoff
 
 from prag_core.config_file import parse_config
-from prag_core.errors import ConflictError, StoreError, UnreachableError
+from prag_core.errors import ConflictError, DamagedError, StoreError, UnreachableError
 from prag_core.llm.base_model import BaseModel
 from prag_core.llm.lora import find_targets
 from prag_core.maintenance.garbage import find_garbage
@@ -23,6 +25,7 @@ from prag_core.records import LedgerRow, from_table
 from prag_core.store.adapters import put_start
 from prag_core.store.objects import Store, open_store
 from prag_core.store.runs import RunInputs, put_inputs
+from prag_core.store.s3 import S3Backend
 from prag_core.store.snapshot import load_snapshot
 from tests.helpers.adapters import random_adapter
 from tests.helpers.faulty_proxy import Fault, FaultyProxy, Kind
@@ -111,7 +114,80 @@ def test_lasting_failures_become_one_error_within_a_bounded_time(
     # 3 tries, the pauses between them (up to 0.1 and 0.2 s), and some room for a busy machine.
     assert time.monotonic() - begun < 3 * TIMEOUT_S + 0.3 + 3
     # The client's HTTP library sends a request again by itself when a connection that it kept was closed.
-    assert RETRIES < len(proxy.seen) <= (RETRIES + 1) * (2 if kind == "reset" else 1)
+    # A range is first asked for by obstore.
+    most = (RETRIES + 1 + (operation == "range")) * (2 if kind == "reset" else 1)
+    assert RETRIES < len(proxy.seen) <= most
+
+
+@contextlib.contextmanager
+def obstore_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here s3fs reads nothing."""
+    with monkeypatch.context() as patch:
+        patch.delattr(S3Backend, "_read")
+        yield
+
+
+@pytest.mark.parametrize("prefix", ["", "a b/ü%20+~'(1)"])
+def test_ranges_come_through_obstore(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}{prefix}", retries=0)
+    store.put("there", DATA)
+    copy = pickle.loads(pickle.dumps(store))
+    with obstore_alone(monkeypatch):
+        for opened in (store, copy):
+            assert opened.get("there", 1000, 60_000) == DATA[1000:60_000]
+            assert opened.get("there", 0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"range_reads": "s3fs"}, {"client_kwargs": {"region_name": "us-east-1", "verify": False}}],
+    ids=["as the setting says", "an option that obstore does not know"],
+)
+def test_ranges_can_come_through_s3fs(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}", options)
+    store.put("there", DATA)
+    monkeypatch.setattr("obstore.get_range", None)
+    assert store.get("there", 1000, 60_000) == DATA[1000:60_000]
+
+
+def test_what_obstore_cannot_read_is_left_to_s3fs_for_a_while(
+    store: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("there", DATA)
+    monkeypatch.setattr("prag_core.store.range_reader.PAUSE_S", 0.3)
+    proxy.fail(Fault("503", times=1, methods=("GET",)))
+    assert store.get("there", 5, 9) == DATA[5:9]
+    with pytest.raises(AttributeError), obstore_alone(monkeypatch):
+        store.get("there", 5, 9)
+    time.sleep(0.4)
+    with obstore_alone(monkeypatch):
+        assert store.get("there", 5, 9) == DATA[5:9]
+    # An object that is missing says nothing against obstore.
+    with pytest.raises(DamagedError):
+        store.get("nowhere", 5, 9)
+    with obstore_alone(monkeypatch):
+        assert store.get("there", 5, 9) == DATA[5:9]
+
+
+def test_a_slow_range_is_asked_for_again(proxy: FaultyProxy, s3_server: S3Server) -> None:
+    proxy.fail()
+    store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}", {"endpoint_url": proxy.endpoint})
+    store.put("there", DATA)
+    for _ in range(60):
+        store.get("there", 5, 9)
+    # 1. One slow answer of several: the second one comes first.
+    proxy.fail(Fault("late", times=1))
+    begun = time.monotonic()
+    assert store.get("there", 1000, 60_000) == DATA[1000:60_000]
+    assert time.monotonic() - begun < 5
+    assert proxy.seen == ["GET"] * 2
+    # 2. A server that is slow as a whole does not get each read twice.
+    proxy.fail(Fault("late", late_s=0.1))
+    for _ in range(20):
+        assert store.get("there", 5, 9) == DATA[5:9]
+    assert 20 <= len(proxy.seen) <= 28
 
 
 @pytest.mark.parametrize("kind", ["truncated", "short"])
@@ -137,7 +213,7 @@ def test_a_denied_request_is_not_tried_again_and_tells_no_secret(
         UnreachableError, match=r"access denied \((403|AccessDenied)\)\n.*check the credentials"
     ) as caught:
         OPERATIONS[operation](store)
-    assert len(proxy.seen) == 1
+    assert len(proxy.seen) == 1 + (operation == "range")  # by obstore, and then by s3fs, which can say why
     secrets = [os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"], "Signature"]
     assert not [secret for secret in secrets if secret in repr(caught.value) + str(caught.value)]
     assert caught.value.__suppress_context__
@@ -280,7 +356,9 @@ def test_credentials_come_from_a_profile(
     settings = {"store": url, "corpus": {"path": "x"}}
     # An option of their own makes these stores open a new connection, which looks for its credentials anew.
     config = parse_config({**settings, "storage": {"profile": "mine", "timeout_s": 4}})
-    open_store(config).put("x", b"1")
+    open_store(config).put("x", b"123")
+    with obstore_alone(monkeypatch):
+        assert open_store(config).get("x", 1, 3) == b"23"
     for storage, cause in [({"timeout_s": 5}, "no usable AWS credentials"), ({"profile": "other"}, "other")]:
         with pytest.raises(StoreError, match=cause):
             open_store(parse_config({**settings, "storage": storage})).put("x", b"1")
