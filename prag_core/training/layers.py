@@ -5,6 +5,9 @@ feed-forward network with its adapters is one operator, which keeps its input, g
 in the backward pass. A root-mean-square norm is torch's own, one kernel on CUDA. Attention needs no mask, since the
 padding is on the right.
 
+Rows of different lengths can be packed: their tokens one after the other, as one row without padding. Then the frozen
+weights see no padding; only attention and the products with the factors do, which are a small part of a step.
+
 A module is replaced only if its class's code is one that is known here; any other stays as it is, with the injector's
 hooks. Outside of `active`, and after `close`, the model computes as before.
 """
@@ -12,7 +15,10 @@ hooks. Outside of `active`, and after `close`, the model computes as before.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -30,6 +36,31 @@ _ATTENTION = "prag_causal"
 # memory grows with the square.
 _FEW_TOKENS = 512
 _TARGETS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the N tokens of packed rows belong in the padded rows `[rows, T]`.
+
+    `places` `[N]` are indices in the flattened padded rows. The tokens of a row are one after the other.
+    """
+
+    rows: int
+    length: int
+    places: Tensor
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """Return the padded rows `[rows, T, …]` of tokens `[N, …]`, with zeros for padding."""
+        padded = tokens.new_zeros(self.rows * self.length, *tokens.shape[1:])
+        return padded.index_copy_(0, self.places, tokens).view(self.rows, self.length, *tokens.shape[1:])
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Return the tokens `[N, …]` of padded rows `[rows, T, …]`."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+
+# transformers calls an attention by its name, and has no argument for this.
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
 class _FeedForward:
@@ -82,6 +113,7 @@ class TrainingLayers:
         self._config = model.get_decoder().config
         layout = injector.layout
         self._replaced: list[tuple[nn.Module, Any]] = []
+        fused = 0
         for name, module in model.named_modules():
             if _computes(module, _Norm.forward):
                 self._replace(module, self._norm(module))
@@ -89,6 +121,7 @@ class TrainingLayers:
                 place = place_of(f"{name}.gate_proj")
                 if place is not None and place[0] in layout.layers and set(_TARGETS) <= set(layout.targets):
                     self._replace(module, self._feed_forward(module, place[0]))
+                    fused += 1
         kinds = set(getattr(self._config, "layer_types", None) or ["full_attention"])
         # Other kinds of layers, capped scores, and other implementations than torch's need what transformers does for
         # them.
@@ -98,19 +131,32 @@ class TrainingLayers:
             and self._config._attn_implementation == "sdpa"
         )
         AttentionInterface.register(_ATTENTION, causal_attention)
+        # The injector's hooks, and attention with a mask, need padded rows.
+        self.can_pack = (
+            self._maskless
+            and set(layout.targets) == set(_TARGETS)
+            and fused == len(layout.layers)
+            and "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+        )
 
     @contextlib.contextmanager
-    def active(self, rows: RowAdapters | None) -> Iterator[None]:
-        """Train these rows' adapters in the forward passes within this context."""
+    def active(self, rows: RowAdapters | None, packing: Packing | None = None) -> Iterator[None]:
+        """Train these rows' adapters in the forward passes within this context.
+
+        With `packing` the model gets the tokens of all rows as one row, and each token's position in its own row as
+        `position_ids`. Only where `can_pack` is true.
+        """
         before = self._config._attn_implementation
         if self._maskless:
             # transformers makes no mask for an attention that it does not know. For its own it reads from the device
             # whether rows are packed, and the host waits.
             self._config._attn_implementation = _ATTENTION
+        token = _packing.set(packing)
         try:
             with self._injector.active(rows):
                 yield
         finally:
+            _packing.reset(token)
             self._config._attn_implementation = before
 
     def recompute_contexts(self) -> tuple[Any, Any]:
@@ -118,7 +164,7 @@ class TrainingLayers:
 
         On CUDA the backward pass runs in a thread of autograd, which does not see the caller's context.
         """
-        return contextlib.nullcontext(), self.active(self._injector.rows)
+        return contextlib.nullcontext(), self.active(self._injector.rows, _packing.get())
 
     def close(self) -> None:
         """Give the modules their own code again."""
@@ -151,7 +197,7 @@ class TrainingLayers:
             if rows is None:
                 return own(x)  # type: ignore[no-any-return]
             factors = [factor for target in _TARGETS for factor in rows.factors[layer, target]]
-            return GatedFeedForward.apply(x, module, *factors)  # type: ignore[no-untyped-call,no-any-return]
+            return GatedFeedForward.apply(x, module, _packing.get(), *factors)  # type: ignore[no-untyped-call,no-any-return]
 
         return feed_forward
 
@@ -162,14 +208,54 @@ def causal_attention(
     """Attend to all tokens before, or to those of the layer's sliding window.
 
     `query` is `[rows, heads, T, d]`; there may be fewer heads of keys and values. Returns `[rows, T, heads, d]`.
+    Packed rows, `[1, heads, N, d]`, are padded here, and packed again: returns `[1, N, heads, d]`.
     """
+    packing = _packing.get()
+    if packing is None:
+        return _padded_attention(module, query, key, value, attention_mask, **options), None
+    pad: Callable[[Tensor, Packing], Tensor] = _Pad.apply
+    pack: Callable[[Tensor, Packing], Tensor] = _Pack.apply
+    query, key, value = (pad(x[0].transpose(0, 1), packing).transpose(1, 2) for x in (query, key, value))
+    return pack(_padded_attention(module, query, key, value, attention_mask, **options), packing)[None], None
+
+
+class _Pad(torch.autograd.Function):
+    """`Packing.pad`, whose gradient is `pack`: without the sum that autograd makes of an `index_select`."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.pad(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.pack(gradients[0]), None
+
+
+class _Pack(torch.autograd.Function):
+    """`Packing.pack`, whose gradient is `pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.pack(padded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.pad(gradients[0]), None
+
+
+def _padded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Tensor:
     window, length = options.get("sliding_window"), query.shape[2]
     if window is not None and length > window:
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
         attention_mask = ones.tril().triu(1 - window)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= _FEW_TOKENS:
-        return _as_products(query, key, value, attention_mask, options["scaling"]), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _as_products(query, key, value, attention_mask, options["scaling"])
+    attended: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return attended
 
 
 def _as_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -192,8 +278,8 @@ class GatedFeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any, *factors: Tensor) -> Tensor:
-        """Return the output `[rows, T, H]` for x `[rows, T, H]`.
+    def forward(ctx: Any, x: Tensor, module: Any, packing: Packing | None, *factors: Tensor) -> Tensor:
+        """Return the output `[rows, T, H]` for x `[rows, T, H]`, or for packed rows the output `[1, N, H]`.
 
         `factors` are A `[R, r, inputs]` and the transpose of B `[R, r, outputs]`, times the scale, of gate, up and
         down. `rows` is a multiple of R: each adapter has as many rows, one after the other.
@@ -202,15 +288,15 @@ class GatedFeedForward(torch.autograd.Function):
         gate, up = _linear(module.gate_proj, x), _linear(module.up_proj, x)
         # One pass over x for both.
         a_in = torch.cat([a_gate, a_up], 1)
-        low = torch.bmm(_per_adapter(x, a_in), a_in.transpose(1, 2))
+        low = torch.bmm(_per_adapter(x, a_in, packing), a_in.transpose(1, 2))
         low_gate, low_up = torch.split(low, a_gate.shape[1], 2)
-        _per_adapter(gate, b_gate).baddbmm_(low_gate, b_gate)
-        _per_adapter(up, b_up).baddbmm_(low_up, b_up)
+        _add(gate, low_gate, b_gate, packing)
+        _add(up, low_up, b_up, packing)
         product = module.act_fn(gate) * up
         output = _linear(module.down_proj, product)
-        low_down = torch.bmm(_per_adapter(product, a_down), a_down.transpose(1, 2))
-        _per_adapter(output, b_down).baddbmm_(low_down, b_down)
-        ctx.module = module
+        low_down = torch.bmm(_per_adapter(product, a_down, packing), a_down.transpose(1, 2))
+        _add(output, low_down, b_down, packing)
+        ctx.module, ctx.packing = module, packing
         ctx.save_for_backward(x, gate, up, low, low_down, a_in, b_gate, b_up, a_down, b_down)
         return output
 
@@ -218,34 +304,34 @@ class GatedFeedForward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the factors."""
         x, gate, up, low, low_down, a_in, b_gate, b_up, a_down, b_down = ctx.saved_tensors
-        gradient, module = gradients[0], ctx.module
+        gradient, module, packing = gradients[0], ctx.module, ctx.packing
         # 1. Down. Its input is computed again.
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = module.act_fn(leaf)
         product = activated.detach() * up
-        d_output = _per_adapter(gradient, b_down)
+        d_output = _per_adapter(gradient, b_down, packing)
         d_low_down = torch.bmm(d_output, b_down.transpose(1, 2))
         d_b_down = torch.bmm(low_down.transpose(1, 2), d_output)
-        d_a_down = torch.bmm(d_low_down.transpose(1, 2), _per_adapter(product, a_down))
+        d_a_down = torch.bmm(d_low_down.transpose(1, 2), _per_adapter(product, a_down, packing))
         d_product = gradient @ module.down_proj.weight
-        _per_adapter(d_product, a_down).baddbmm_(d_low_down, a_down)
+        _add(d_product, d_low_down, a_down, packing)
         # 2. The gate.
         d_up = d_product * activated.detach()
         (d_gate,) = torch.autograd.grad(activated, leaf, d_product.mul_(up))
         # 3. Gate and up.
-        d_gates, d_ups = _per_adapter(d_gate, b_gate), _per_adapter(d_up, b_up)
+        d_gates, d_ups = _per_adapter(d_gate, b_gate, packing), _per_adapter(d_up, b_up, packing)
         d_low = torch.cat([torch.bmm(d_gates, b_gate.transpose(1, 2)), torch.bmm(d_ups, b_up.transpose(1, 2))], 2)
         rank = b_gate.shape[1]
         d_b_gate = torch.bmm(low[..., :rank].transpose(1, 2), d_gates)
         d_b_up = torch.bmm(low[..., rank:].transpose(1, 2), d_ups)
-        d_a_gate, d_a_up = torch.split(torch.bmm(d_low.transpose(1, 2), _per_adapter(x, a_in)), rank, 1)
+        d_a_gate, d_a_up = torch.split(torch.bmm(d_low.transpose(1, 2), _per_adapter(x, a_in, packing)), rank, 1)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = d_gate @ module.gate_proj.weight
             d_x.flatten(0, 1).addmm_(d_up.flatten(0, 1), module.up_proj.weight)
-            _per_adapter(d_x, a_in).baddbmm_(d_low, a_in)
-        return d_x, None, d_a_gate, d_b_gate, d_a_up, d_b_up, d_a_down, d_b_down
+            _add(d_x, d_low, a_in, packing)
+        return d_x, None, None, d_a_gate, d_b_gate, d_a_up, d_b_up, d_a_down, d_b_down
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -253,6 +339,16 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return functional.linear(x, module.weight, module.bias)
 
 
-def _per_adapter(x: Tensor, factor: Tensor) -> Tensor:
-    """View the rows of one adapter as one long row: `[n · R, T, size]` → `[R, n · T, size]`."""
+def _per_adapter(x: Tensor, factor: Tensor, packing: Packing | None) -> Tensor:
+    """Return the rows of each adapter as one long row: `[n · R, T, size]` → `[R, n · T, size]`; packed rows padded."""
+    if packing is not None:
+        x = packing.pad(x[0])
     return x.view(len(factor), -1, x.shape[-1])
+
+
+def _add(output: Tensor, low: Tensor, factor: Tensor, packing: Packing | None) -> None:
+    """Add the products of `low` `[R, n · T, r]` and a factor `[R, r, size]` to the rows of each adapter, in place."""
+    if packing is None:
+        _per_adapter(output, factor, None).baddbmm_(low, factor)
+    else:
+        output[0].add_(torch.bmm(low, factor).flatten(0, 1).index_select(0, packing.places))

@@ -1,7 +1,8 @@
 """Training the adapters of many passages in one forward pass, each as if it were trained alone.
 
 A stack of D passages keeps its factors side by side: for each target two tensors with the factors of all layers. Each
-step passes one example of each passage (or `recipe.examples_per_step`), padded to one length, through the frozen model.
+step passes one example of each passage (or `recipe.examples_per_step`) through the frozen model, packed into one row
+without padding where the model's layers allow it.
 The loss is the sum of each passage's mean, so each passage has its own gradient, and an elementwise AdamW over the
 stack is D independent optimizers. A passage's factors are copied out after its own last step; later updates of its row
 are ignored. The host waits for the device once a stack, at its end. See docs/trainer.md.
@@ -9,6 +10,7 @@ are ignored. The host waits for the device once a stack, at its end. See docs/tr
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -37,9 +39,12 @@ from prag_core.llm.memory import free_unused, is_out_of_memory
 from prag_core.recipe import TrainRecipe
 from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingExample, TrainingJob
-from prag_core.training.layers import TrainingLayers
+from prag_core.training.layers import Packing, TrainingLayers
 
 log = logging.getLogger(__name__)
+
+# Rows with a smaller share of padding are not packed: copying tokens to and fro would cost more than it saves.
+_LEAST_PADDING = 0.05
 
 # Called with the steps done of a stack, its steps in all, and its adapters.
 OnStep = Callable[[int, int, int], None]
@@ -52,7 +57,9 @@ StackedFactors = dict[str, tuple[Tensor, Tensor]]
 class _Step:
     """One step's examples on the device; N positions are scored, and position t predicts token t + 1."""
 
-    ids: Tensor  # [rows, T], padded on the right
+    ids: Tensor  # [rows, T], padded on the right, or [1, tokens] if packed
+    places: Tensor | None  # [1, tokens], each token's position in its row; None if padded
+    packing: Packing | None
     positions: Tensor  # [N], in the flattened ids
     targets: Tensor  # [N]
     adapters: Tensor  # [N], the position's adapter
@@ -282,8 +289,9 @@ class Trainer:
         for target, (a, b) in factors.items():
             layers = zip(a.to(dtype).unbind(1), (b * self.layout.scale).to(dtype).unbind(1), strict=True)
             active |= {(layer, target): pair for layer, pair in zip(self.layout.layers, layers, strict=True)}
-        with self._layers.active(RowAdapters(active, None)):
-            hidden = self._decoder(input_ids=step.ids, use_cache=False).last_hidden_state
+        with self._layers.active(RowAdapters(active, None), step.packing):
+            places = {} if step.places is None else {"position_ids": step.places}
+            hidden = self._decoder(input_ids=step.ids, **places, use_cache=False).last_hidden_state
         total, losses = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden.flatten(0, 1).index_select(0, step.positions),
             self._head.weight,
@@ -298,34 +306,51 @@ class Trainer:
         """Bring the examples to the device in one copy, for which the host does not wait."""
         # Each adapter gets as many rows as the one with the most examples; rows without an example are not scored.
         most = max(map(len, batch))
-        rows = [group[i].ids if i < len(group) else (0,) for group in batch for i in range(most)]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        rows = [torch.tensor(group[i].ids if i < len(group) else (0,)) for group in batch for i in range(most)]
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        is_packed = self._layers.can_pack and sum(lengths) < (1 - _LEAST_PADDING) * len(rows) * longest
         # Indices are computed on the host, which knows the lengths.
+        if is_packed:
+            ids = torch.cat(rows)
+            begins = [0, *itertools.accumulate(lengths)]
+            places = torch.cat([torch.arange(length) for length in lengths])
+            padded = places + torch.arange(0, len(rows) * longest, longest).repeat_interleave(torch.tensor(lengths))
+        else:
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            begins = [row * longest for row in range(len(rows))]
+            places = padded = torch.empty(0, dtype=torch.int64)
         positions, targets, counts, adapters, shares = [], [], [], [], []
         for adapter, group in enumerate(batch):
             for row, example in enumerate(group, start=adapter * most):
                 begin, end = example.scored_from, len(example.ids)
-                positions.append(torch.arange(begin - 1, end - 1) + row * ids.shape[1])
-                targets.append(ids[row, begin:end])
+                positions.append(torch.arange(begin - 1, end - 1) + begins[row])
+                targets.append(rows[row][begin:end])
                 counts.append(end - begin)
                 adapters.append(adapter)
                 shares.append(1.0 / ((end - begin) * len(group)))
-        lengths = torch.tensor(counts)
+        scored = torch.tensor(counts)
         parts = [
             ids.flatten(),
+            places,
+            padded,
             torch.cat(positions),
             torch.cat(targets),
-            torch.tensor(adapters).repeat_interleave(lengths),
+            torch.tensor(adapters).repeat_interleave(scored),
             # The bits of fp64 numbers travel as integers.
-            torch.tensor(shares, dtype=torch.float64).repeat_interleave(lengths).view(torch.int64),
+            torch.tensor(shares, dtype=torch.float64).repeat_interleave(scored).view(torch.int64),
         ]
         device = self.base.device
-        packed = torch.cat(parts)
+        copied = torch.cat(parts)
         if device.type == "cuda":
-            packed = packed.pin_memory()
+            copied = copied.pin_memory()
         sizes = [len(part) for part in parts]
-        flat, at, wanted, owners, bits = torch.split(packed.to(device, non_blocking=True), sizes)
-        return _Step(flat.view(ids.shape), at, wanted, owners, bits.view(torch.float64).to(self._precision))
+        flat, places, padded, at, wanted, owners, bits = torch.split(copied.to(device, non_blocking=True), sizes)
+        weights = bits.view(torch.float64).to(self._precision)
+        if is_packed:
+            packing = Packing(len(rows), longest, padded)
+            return _Step(flat[None], places[None], packing, at, wanted, owners, weights)
+        return _Step(flat.view(ids.shape), None, None, at, wanted, owners, weights)
 
 
 def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[TrainingJob]]:

@@ -15,7 +15,7 @@ from prag_core.llm.base_model import BaseModel
 from prag_core.llm.lora import Injector, RowAdapters
 from prag_core.recipe import RECIPES
 from prag_core.testing import FAMILIES, tiny_base_model
-from prag_core.training.layers import TrainingLayers, causal_attention
+from prag_core.training.layers import Packing, TrainingLayers, causal_attention
 
 RECIPE = RECIPES["recall"]
 IDS = torch.arange(3, 83).reshape(4, 20)
@@ -74,6 +74,38 @@ def test_values_and_gradients_are_those_of_the_model_s_own_layers(tmp_path: Path
     injector.close()
 
 
+# Layers whose gate and up are one module, capped scores.
+PADDED = {"phi3", "gemma2"}
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_have_the_values_and_gradients_of_padded_ones(tmp_path: Path, family: str, copies: int) -> None:
+    model = tiny_base_model(tmp_path, family=family).model
+    injector = Injector(model, RECIPE)
+    layers = TrainingLayers(model, injector)
+    assert layers.can_pack == (family not in PADDED)
+    if not layers.can_pack:
+        return
+    adapters, lengths = random_rows(injector.layout, 4 // copies), [20, 7, 13, 1]
+    places = [torch.arange(length) for length in lengths]
+    packing = Packing(4, 20, torch.cat([place + 20 * row for row, place in enumerate(places)]))
+    leaves = [leaf for pair in adapters.factors.values() for leaf in pair]
+    weights = torch.linspace(-1, 1, model.config.hidden_size)
+    found = []
+    for packed in (False, True):
+        with layers.active(adapters, packing if packed else None):
+            ids, at = (packing.pack(IDS)[None], torch.cat(places)[None]) if packed else (IDS, None)
+            hidden = model.get_decoder()(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state
+        hidden = hidden[0] if packed else packing.pack(hidden)
+        found.append((hidden.detach(), torch.autograd.grad((hidden * weights).sum(), leaves)))
+    (padded, expected), (packed, gradients) = found
+    assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-4)
+    for left, right in zip(gradients, expected, strict=True):
+        assert (left - right).norm() <= 1e-4 * right.norm()
+    assert torch.equal(packing.pack(packing.pad(packed)), packed)
+
+
 def test_a_layer_with_other_code_stays_as_it_is(tiny: BaseModel) -> None:
     mlp = tiny.model.model.layers[1].mlp
 
@@ -87,6 +119,7 @@ def test_a_layer_with_other_code_stays_as_it_is(tiny: BaseModel) -> None:
     expected, gradients, _ = run(tiny.model, injector.active, adapters)
     layers = TrainingLayers(tiny.model, injector)
     assert "forward" not in mlp.__dict__
+    assert not layers.can_pack
     assert "forward" in tiny.model.model.layers[0].mlp.__dict__
     found, same, _ = run(tiny.model, layers.active, adapters)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
