@@ -121,7 +121,8 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
         "store": work / name,
         "corpus.path": work / "corpus.jsonl",
         "augment.import_file": work / "augmentations.jsonl",
-        "augment.generator": "none",
+        # The packaged model's writer, whatever the base model is, adds pairs on what the given ones leave out.
+        "augment.model": "smollm2-135m-instruct",
         "model.name": model,
     }
     settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides

@@ -139,7 +139,13 @@ class AugmentConfig(_Strict):
         description="Requests in flight of each augmenting actor. By default 16 to an endpoint, 256 to vLLM, and in a "
         "local model's batch 16 rows on a CPU, on a GPU as many as its memory holds.",
     )
-    pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
+    complete_imports: bool = Field(
+        True,
+        description="Where an imported augmentation has few pairs, the generator adds some on what they leave out.",
+    )
+    pairs: int = Field(
+        0, ge=0, description="The most question-answer pairs per passage; 0: one for 5 words, from 12 to 24."
+    )
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")
@@ -403,6 +409,7 @@ def augment_recipe(config: AugmentConfig, generator_fingerprint: str, train: Tra
         seed=config.seed,
         imported=config.import_file is not None,
         cloze=config.cloze,
+        complete_imports=config.complete_imports and config.import_file is not None and config.generator != "none",
     )
 
 

@@ -13,7 +13,7 @@ from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
 from prag_core.records import Template
 
-RULE_VERSION = 3
+RULE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class AugmentRecipe:
     """The settings that decide an augmentation.
 
     `generator` is the fingerprint of the augmenting model's weights. With `cloze`, cloze questions on facts that no
-    pair asks about fill up the pairs.
+    pair asks about fill up the pairs. With `complete_imports`, the generator first adds pairs to imported ones.
     """
 
     generator: str
@@ -32,6 +32,7 @@ class AugmentRecipe:
     seed: int
     imported: bool
     cloze: bool = False
+    complete_imports: bool = False
     prompt_version: int = PROMPT_VERSION
     rule_version: int = RULE_VERSION
 
@@ -111,7 +112,7 @@ RECIPES: dict[str, TrainRecipe] = {
 
 # Fields that were added after adapters had been stored. At their defaults they are left out of the fingerprint, so that
 # older adapters keep theirs.
-_ADDED_TO_AUGMENT: dict[str, Any] = {"cloze": False}
+_ADDED_TO_AUGMENT: dict[str, Any] = {"cloze": False, "complete_imports": False}
 _ADDED_TO_TRAIN: dict[str, Any] = {"template": "direct", "without": "", "rate_width": 0, "examples_per_step": 1}
 
 

@@ -30,15 +30,15 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     Forgotten passages are left out.
 
     Returns:
-        Counts: the passages, those imported now and earlier, and those that the file lacks; then the file's records for
-        no passage of the corpus, and its bad ones.
+        Counts: the passages, those imported now and earlier, and those that are left to the next run, because the file
+        lacks them or has few pairs for them; then the file's records for no passage of the corpus, and its bad ones.
 
     Raises:
         InputError: when the file or the corpus cannot be read.
         LeaseError: when a run works on the store.
     """
     context = make_context(config, new_run_id())
-    # A passage that the file lacks is left to the next run, with the generator that is configured.
+    # What the file lacks, or has few pairs for, is left to the next run, with the generator that is configured.
     augment = config.augment.model_copy(update={"generator": "none"})
     importing = replace(context, config=config.model_copy(update={"augment": augment}))
     store, profile, run = context.store, context.profile, context.run
@@ -56,7 +56,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         "passages": report.taken,
         "imported": report.done - report.earlier,
         "there_before": report.earlier,
-        "not_in_file": report.rejected.get("not_imported", 0),
+        "left_to_next_run": report.rejected.get("not_imported", 0),
         "not_in_corpus": report.extra["import_not_in_corpus"],
         "bad_records": sum(report.extra["import_rejected"].values()),
     }

@@ -20,7 +20,7 @@ from pipelines.planning.estimate import Moments
 from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
 from pipelines.words import counted, duration
-from prag_core.augmentation.augment import augment, complete, wanted_pairs
+from prag_core.augmentation.augment import augment, complete, lacks_pairs, wanted_pairs
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.errors import ClusterError
 from prag_core.llm.base_model import load_base_model
@@ -142,15 +142,17 @@ def _augmentations(
     config, recipe = context.config, context.recipe
     file = config.augment.import_file
     imported = read_augmentations(file, config.storage) if file else None
-    found = {
-        passage.key: complete(passage, augmentation, recipe.augment)
-        for passage in passages
-        if imported and (augmentation := imported.find(passage)) is not None
-    }
+    found, given = {}, {}
+    for passage in passages:
+        if imported and (augmentation := imported.find(passage)) is not None:
+            if lacks_pairs(passage, augmentation, recipe.augment):
+                given[passage.key] = augmentation
+            else:
+                found[passage.key] = complete(passage, augmentation, recipe.augment)
     missing = [passage for passage in passages if passage.key not in found]
     batches: list[tuple[float, float]] = [(1.0, 0.0)] * len(found)
     if missing and config.augment.generator != "none":
-        results = augment(missing, make_generator(config, context.profile.train.gpus), recipe.augment)
+        results = augment(missing, make_generator(config, context.profile.train.gpus), recipe.augment, given)
         made = [result for result in results if isinstance(result, Augmentation)]
         size = config.run.augment_batch
         # `seconds` is the time since the augmentation before, so that of several together is theirs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
 from pipelines.settings import RunContext, writer_of
-from prag_core.augmentation.augment import augment_each, complete
+from prag_core.augmentation.augment import augment_each, complete, lacks_pairs
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import DEFAULT_CONCURRENCY, Config
 from prag_core.llm.base_model import load_base_model
@@ -92,15 +92,17 @@ class AugmentPassages:
         """Augment passages and yield one outcome each as they are stored; `heartbeat` is called in between."""
         self._heartbeat, self._share = heartbeat, 0.0
         made: list[Augmentation | Reject] = []
-        missing = []
+        missing, given = [], {}
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
-            if found is not None:
+            if found is not None and not lacks_pairs(passage, found, self._recipe):
                 made.append(complete(passage, found, self._recipe))
-            else:
-                missing.append(passage)
+                continue
+            missing.append(passage)
+            if found is not None:
+                given[passage.key] = found
         since, ended = time.monotonic(), len(made)
-        for results in self._generate(missing):
+        for results in self._generate(missing, given):
             made += results
             ended += len(results)
             self._share = ended / len(passages)
@@ -128,16 +130,23 @@ class AugmentPassages:
             ]
         )
 
-    def _generate(self, passages: list[Passage]) -> Iterator[list[Augmentation | Reject]]:
+    def _generate(
+        self, passages: list[Passage], given: Mapping[str, Augmentation]
+    ) -> Iterator[list[Augmentation | Reject]]:
         if not passages:
             return
         if self._config.augment.generator == "none":
-            detail = f"not in {self._config.augment.import_file}, and augment.generator is none"
-            yield [Reject("augment", "not_imported", detail, p.sources[0], p.key) for p in passages]
+            file = self._config.augment.import_file
+            lacking = f"{file} has few pairs for it, and the next run adds some"
+            missing = f"not in {file}, and augment.generator is none"
+            yield [
+                Reject("augment", "not_imported", lacking if p.key in given else missing, p.sources[0], p.key)
+                for p in passages
+            ]
             return
         if self._generator is None:
             self._generator = self._make_generator()
-        results = augment_each(passages, self._generator, self._recipe)
+        results = augment_each(passages, self._generator, self._recipe, given)
 
         async def following() -> list[Augmentation | Reject] | None:
             return await anext(results, None)

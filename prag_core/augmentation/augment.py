@@ -3,7 +3,7 @@
 Three strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
 section 3.1); with `lines`, it writes them one a line, in several drafts. With `writer`, a model of some hundred million
 parameters does what one adapter has taught it: it names facts, asks for them, and answers. Cloze questions, made by
-rules, can fill up the pairs of each strategy, and those of an imported augmentation.
+rules, can fill up the pairs of each strategy. An imported augmentation with few pairs can be filled up by all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from prag_core.augmentation.cloze import add_cloze_pairs
@@ -34,7 +34,12 @@ _STRATEGIES = {
 _MOST_FAILURES = 8
 
 
-def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRecipe) -> list[Augmentation | Reject]:
+def augment(
+    passages: Sequence[Passage],
+    generator: Generator,
+    recipe: AugmentRecipe,
+    given: Mapping[str, Augmentation] | None = None,
+) -> list[Augmentation | Reject]:
     """Augment some passages, and return the results in their order; see `augment_each`.
 
     Call it from a thread without a running event loop.
@@ -42,7 +47,8 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
 
     async def results() -> dict[str, Augmentation | Reject]:
         try:
-            return {result.key: result async for ended in augment_each(passages, generator, recipe) for result in ended}
+            ended = augment_each(passages, generator, recipe, given)
+            return {result.key: result async for results in ended for result in results}
         finally:
             await generator.close()
 
@@ -51,7 +57,10 @@ def augment(passages: Sequence[Passage], generator: Generator, recipe: AugmentRe
 
 
 async def augment_each(
-    passages: Iterable[Passage], generator: Generator, recipe: AugmentRecipe
+    passages: Iterable[Passage],
+    generator: Generator,
+    recipe: AugmentRecipe,
+    given: Mapping[str, Augmentation] | None = None,
 ) -> AsyncGenerator[list[Augmentation | Reject]]:
     """Make rewrites and question-answer pairs of passages, and yield the results as they come, in any order.
 
@@ -60,6 +69,8 @@ async def augment_each(
     asks for. A passage without any pair is a reject, with the reason `no_usable_pair`, `too_long_for_model` or
     `generation_failed`. `seconds` of an augmentation is the time since the one before it.
 
+    `given` are imported augmentations by the passage's key. Pairs are added to theirs, and none of them is a reject.
+
     Raises:
         GenerationError: when the generator cannot be used, or failed for each of several passages.
     """
@@ -67,7 +78,8 @@ async def augment_each(
     waiting = iter(passages)
     running: set[_Task] = set()
     finished: deque[_Task] = deque()
-    failed: list[tuple[Reject, GenerationError]] = []
+    failed: list[tuple[Augmentation | Reject, GenerationError]] = []
+    given = given or {}
     most, any_done, last = _MOST_FAILURES, False, time.monotonic()
 
     def finish(task: _Task) -> None:
@@ -77,7 +89,7 @@ async def augment_each(
     try:
         while True:
             while max(len(running), counted.open) < generator.concurrency and (passage := next(waiting, None)):
-                running.add(task := asyncio.create_task(_augment(passage, counted, recipe)))
+                running.add(task := asyncio.create_task(_augment(passage, counted, recipe, given.get(passage.key))))
                 task.add_done_callback(finish)
                 await asyncio.sleep(0)  # it asks before the next one is started
             most = max(most, len(running))
@@ -89,13 +101,13 @@ async def augment_each(
             while finished and not finished[0].exception():
                 running.remove(task := finished.popleft())
                 result, error = task.result()
-                if isinstance(result, Reject) and result.reason == "generation_failed" and error:
+                if error:
                     failed.append((result, error))
                     continue
                 if isinstance(result, Augmentation):
                     now = time.monotonic()
                     result, last = replace(result, seconds=now - last), now
-                results += [*(reject for reject, _ in failed), result]
+                results += [*(without for without, _ in failed), result]
                 any_done, failed = True, []
             if results:
                 yield results
@@ -107,7 +119,7 @@ async def augment_each(
         if len(failed) >= most or (len(failed) > 1 and not any_done):
             raise failed[0][1]
         if failed:
-            yield [reject for reject, _ in failed]
+            yield [without for without, _ in failed]
     finally:
         for task in running:
             task.cancel()
@@ -122,14 +134,22 @@ def complete(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe
     return replace(augmentation, pairs=tuple(draft.pairs), coverage=coverage(passage, draft.pairs))
 
 
+def lacks_pairs(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe) -> bool:
+    """Return whether the generator should add pairs to an imported augmentation."""
+    return recipe.complete_imports and len(augmentation.pairs) < wanted_pairs(passage, recipe.pairs)
+
+
 # How many pairs to make of a passage where the configuration does not say.
-_WORDS_PER_PAIR = 7
-_FEWEST_PAIRS = 8
+_WORDS_PER_PAIR = 5
+_FEWEST_PAIRS = 12
 MOST_PAIRS = 24
 
 
 def wanted_pairs(passage: Passage, pairs: int) -> int:
-    """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 7 words, from 8 to 24."""
+    """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 5 words, from 12 to 24.
+
+    No fact is asked about twice, so most passages have fewer.
+    """
     return pairs or min(MOST_PAIRS, max(_FEWEST_PAIRS, len(passage.text.split()) // _WORDS_PER_PAIR))
 
 
@@ -163,10 +183,14 @@ class _Counted:
 
 
 async def _augment(
-    passage: Passage, generator: Generator, recipe: AugmentRecipe
+    passage: Passage, generator: Generator, recipe: AugmentRecipe, given: Augmentation | None
 ) -> tuple[Augmentation | Reject, GenerationError | None]:
-    """Return the result for one passage, and the error of its last attempt."""
+    """Return the result for one passage, and the error of its last attempt if the generator has given nothing."""
     draft = Draft(passage, wanted_pairs(passage, recipe.pairs))
+    if given is not None:
+        # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs.
+        draft.pairs, draft.rewrites, recipe = list(given.pairs), list(given.rewrites), replace(recipe, rewrites=0)
+    before = len(draft.pairs)
     for attempt in range(recipe.attempts):
         if not _is_open(draft, recipe):
             break
@@ -175,10 +199,12 @@ async def _augment(
         await add_rewrites(draft, generator, recipe, attempt)
         if len(draft.pairs) < draft.wanted:
             await _STRATEGIES[recipe.strategy](draft, generator, recipe, attempt)
+    too_long = isinstance(draft.error, PromptTooLongError)
+    error = draft.error if len(draft.pairs) == before and not too_long else None
     # Rules must not hide that the generator failed.
-    if recipe.cloze and not draft.error:
+    if recipe.cloze and (given or not draft.error):
         add_cloze_pairs(draft)
-    return _result(draft), draft.error
+    return _result(draft, given), error
 
 
 def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
@@ -186,17 +212,17 @@ def _is_open(draft: Draft, recipe: AugmentRecipe) -> bool:
     return short and not isinstance(draft.error, PromptTooLongError)
 
 
-def _result(draft: Draft) -> Augmentation | Reject:
+def _result(draft: Draft, given: Augmentation | None) -> Augmentation | Reject:
     if draft.error:
         draft.refused["no_reply"] += 1
     refused = tuple(f"{reason}={count}" for reason, count in sorted(draft.refused.items()))
     passage = draft.passage
-    if draft.pairs and not isinstance(draft.error, PromptTooLongError):
+    if given or (draft.pairs and not isinstance(draft.error, PromptTooLongError)):
         return Augmentation(
             key=passage.key,
             rewrites=tuple(draft.rewrites),
             pairs=tuple(draft.pairs),
-            origin="generated",
+            origin="imported" if given else "generated",
             refused=refused,
             attempts=draft.attempts,
             coverage=coverage(passage, draft.pairs),

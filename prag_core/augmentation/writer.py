@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prag_core.augmentation.answer_rules import find_answers
-from prag_core.augmentation.filter import Draft, contains_text, fold_text
+from prag_core.augmentation.filter import Draft, contains_text, fold_text, is_same_fact
 from prag_core.augmentation.prompts import ask_prompt, name_facts_prompt, read_prompt
 from prag_core.augmentation.replies import TEMPERATURE, TOP_K, attempt_seed
 from prag_core.augmentation.sentences import sentences_of, topic_of
@@ -39,14 +39,20 @@ class _Fact:
 
 
 async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Ask for each fact of a draft, in other words in each later attempt, and add the pairs that are answered alike.
+    """Ask for each fact that no pair of the draft asks about, and add the pairs that are answered alike.
 
-    The facts are those that the model names, and then those that English rules find.
+    The facts are those that the model names, and then those that English rules find. Later attempts ask in other words.
     """
     topic, sentences = topic_of(draft.passage), sentences_of(draft.passage)
     # 1. Name the facts of each sentence.
     prompts = [name_facts_prompt(topic, sentence) for sentence in sentences]
-    facts = list(_facts(topic, sentences, await _replies(generator, draft, prompts, _FACTS_TOKENS)))
+    named = await _replies(generator, draft, prompts, _FACTS_TOKENS)
+    asked_about = [pair.answer for pair in draft.pairs]
+    facts = [
+        fact
+        for fact in _facts(topic, sentences, named)
+        if not any(is_same_fact(fact.answer, answer) for answer in asked_about)
+    ]
     # 2. Ask for each.
     prompts = [ask_prompt(topic, fact.sentence, fact.answer) for fact in facts]
     seed = attempt_seed(recipe, attempt, 0) if attempt else None

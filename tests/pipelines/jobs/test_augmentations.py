@@ -84,7 +84,7 @@ def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Pa
         "passages": 2,
         "imported": 2,
         "there_before": 0,
-        "not_in_file": 0,
+        "left_to_next_run": 0,
         "not_in_corpus": 1,
         "bad_records": 0,
     }

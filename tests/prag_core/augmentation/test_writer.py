@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from prag_core.augmentation.augment import augment
+from prag_core.augmentation.augment import augment, lacks_pairs
+from prag_core.augmentation.coverage import coverage
+from prag_core.augmentation.filter import is_same_fact
 from prag_core.augmentation.writer import writer_tasks
 from prag_core.errors import GenerationError
 from prag_core.identity import passage_key
 from prag_core.recipe import AugmentRecipe
-from prag_core.records import Augmentation, Passage, Reject
+from prag_core.records import Augmentation, Passage, QAPair, Reject
 from prag_core.testing import ScriptedGenerator
 
 TEXT = "The Zembla Tower is a stone beacon on Pelora. It was built in 1871 by Tadeo Quill. It is 43 metres tall."
@@ -55,6 +57,56 @@ def test_a_writer_that_fails_is_no_writer_of_nothing() -> None:
     (made,) = augment([TOWER], failing, replace(RECIPE, cloze=True))
     assert isinstance(made, Reject)
     assert made.reason == "generation_failed"
+
+
+def test_an_import_gets_pairs_on_what_it_leaves_out() -> None:
+    own = QAPair("How tall is Zembla Tower?", "43 metres", "It is 43 metres tall.")
+    given = Augmentation(TOWER.key, ("a rewrite",), (own,), "imported", attempts=0)
+    recipe = replace(RECIPE, complete_imports=True, imported=True, rewrites=1)
+    assert lacks_pairs(TOWER, given, recipe)
+    assert not lacks_pairs(TOWER, given, replace(recipe, pairs=1))
+    assert not lacks_pairs(TOWER, given, replace(recipe, complete_imports=False))
+    generator = ScriptedGenerator(reply)
+    (made,) = augment([TOWER], generator, recipe, {TOWER.key: given})
+    assert isinstance(made, Augmentation)
+    assert [pair.answer for pair in made.pairs] == ["43 metres", "1871"]
+    assert (made.origin, made.rewrites, made.attempts) == ("imported", ("a rewrite",), 1)
+    assert made.coverage > coverage(TOWER, [own])
+    # A fact that an imported pair asks about is not asked about again.
+    built = QAPair("Which year saw the Zembla Tower built?", "in 1871", BUILT)
+    (made,) = augment([TOWER], ScriptedGenerator(reply), recipe, {TOWER.key: replace(given, pairs=(built,))})
+    assert isinstance(made, Augmentation)
+    assert made.pairs == (built,)
+
+
+def test_an_import_is_never_a_reject_but_a_generator_that_is_down_is_told() -> None:
+    own = QAPair("How tall is Zembla Tower?", "43 metres", "It is 43 metres tall.")
+    texts = [TEXT, *(f"{TEXT} It has {n} steps." for n in range(2, 5))]
+    passages = [replace(TOWER, key=passage_key("Zembla Tower", text), text=text) for text in texts]
+    given = {passage.key: Augmentation(passage.key, (), (own,), "imported", attempts=0) for passage in passages}
+    down = ScriptedGenerator(lambda _: GenerationError("HTTP 500", "see what the server logs"))
+    with pytest.raises(GenerationError, match="HTTP 500"):
+        augment(passages, down, RECIPE, given)
+    (made,) = augment(passages[:1], down, replace(RECIPE, cloze=True), given)
+    assert isinstance(made, Augmentation)
+    assert made.pairs[0] == own
+    assert "no_reply=1" in made.refused
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("a poet", "Poet", True),
+        ("librarian and writer", "American librarian and writer", True),
+        ("May 6, 1910", "6 May 1910", True),
+        ("London", "8 September 1788 in London", False),
+        ("1871", "1872", False),
+        ("the", "The", True),
+        ("€", "$", False),
+    ],
+)
+def test_answers_with_the_same_words_are_one_fact(one: str, other: str, same: bool) -> None:
+    assert is_same_fact(one, other) == is_same_fact(other, one) == same
 
 
 def test_a_pair_is_learned_from_the_sentence_that_holds_its_answer() -> None:
