@@ -313,7 +313,7 @@ class RunConfig(_Strict):
     answer: ActorsConfig = Field(ActorsConfig(), description="What answers: replicas, canaries, an evaluation.")
     partitions: int | None = Field(None, ge=1, description="Blocks of a shuffle; by default 1 up to 20,000 passages.")
     augment_batch: int = Field(8, ge=1, description="The fewest augmentations to store together.")
-    train_batch: int = Field(8, ge=1, description="The fewest passages of a training task; the most fill one shard.")
+    train_batch: int = Field(16, ge=1, description="The fewest passages of a training task; the most fill one shard.")
     commit_every_s: float = Field(120.0, ge=0, description="Commit what is done this often, full shard or not.")
     tokens_per_step: int | None = Field(None, ge=64, description="Token budget of a training step, padding included.")
     checkpoint_activations: bool = Field(False, description="Saves memory; costs a second forward pass in training.")
