@@ -18,7 +18,7 @@ help:
 	@echo "make pages            write what the docs take from the code: settings, commands, exit codes, routes, the picture"
 	@echo "make test-long        soak tests: two days under load, and processes of a run killed at random moments (about forty minutes)"
 	@echo "make soak             seven days in an hour, or MINUTES: a service under load, a re-index each night, a kill each day"
-	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about half an hour on two cores)"
+	@echo "make bench-train      adapters trained a second: the paper's loop, PEFT, ours (about a quarter of an hour on two cores)"
 	@echo "make bench-gpu        checks and speed on a CUDA device, on random models of 1.2 and 8 billion parameters (nine minutes)"
 	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
