@@ -15,11 +15,12 @@ import pytest
 from pipelines.execution.outcomes import Outcome
 from pipelines.settings import make_context
 from pipelines.stages.augment import AugmentPassages, augment_task_size
+from prag_core.augmentation.formats import write_augmentations
 from prag_core.config_file import parse_config
 from prag_core.errors import GenerationError
 from prag_core.records import Augmentation, Passage, from_table, to_table
 from prag_core.store.objects import Store
-from tests.helpers.passages import make_passage
+from tests.helpers.passages import make_augmentation, make_passage
 
 PASSAGES = [make_passage(n) for n in range(40)]
 
@@ -61,7 +62,7 @@ def endpoint(status: Callable[[int], int]) -> Iterator[tuple[str, list[int]]]:
         server.server_close()
 
 
-def actor(folder: Path, model: Path, url: str, **run: Any) -> tuple[AugmentPassages, Store]:
+def actor(folder: Path, model: Path, url: str, augment: Any = None, **run: Any) -> tuple[AugmentPassages, Store]:
     config = parse_config(
         {
             "store": str(folder / "store"),
@@ -73,6 +74,7 @@ def actor(folder: Path, model: Path, url: str, **run: Any) -> tuple[AugmentPassa
                 "concurrency": 4,
                 "pairs": 1,
                 "cloze": False,
+                **(augment or {}),
             },
             "run": {"augment_batch": 8, **run},
         }
@@ -125,6 +127,30 @@ def test_a_long_pause_is_not_waited_for_a_whole_batch(tmp_path: Path, tiny_model
         augmenter, _ = actor(tmp_path, tiny_model_folder, url, commit_every_s=0)
         tables = list(augmenter(augmenter.prepare(to_table(Passage, PASSAGES[:6])), lambda share: None))
     assert len(tables) >= 2
+
+
+@pytest.mark.parametrize("generator", ["openai", "none"])
+def test_imports_with_few_pairs_are_left_to_the_generator(
+    tmp_path: Path, tiny_model_folder: Path, generator: str
+) -> None:
+    """p0 has both pairs that are wanted, p1 has one, and the file lacks p2."""
+    made = [make_augmentation(passage, pairs=2 - n) for n, passage in enumerate(PASSAGES[:2])]
+    file = tmp_path / "made.jsonl"
+    write_augmentations(PASSAGES[:2], {one.key: one for one in made}, file, "jsonl")
+    with endpoint(lambda _: 200) as (url, asked):
+        augmenter, store = actor(tmp_path, tiny_model_folder, url, {"import_file": str(file), "pairs": 2})
+        # As `prag import-augmentations` has it: the recipe of the configured generator, which is not asked.
+        config = augmenter._config.augment.model_copy(update={"generator": generator})
+        augmenter._config = augmenter._config.model_copy(update={"augment": config})
+        tables = augmenter(augmenter.prepare(to_table(Passage, PASSAGES[:3])), lambda share: None)
+        outcomes = {one.key: (one.rejected, one.pairs) for table in tables for one in from_table(Outcome, table)}
+    expected = {"openai": [("", 2), ("", 2), ("", 1)], "none": [("", 2), ("not_imported", 0), ("not_imported", 0)]}
+    assert [outcomes[passage.key] for passage in PASSAGES[:3]] == expected[generator]
+    assert asked[0] == {"openai": 4, "none": 0}[generator]  # three attempts for p2, whose pairs are all the same
+    rows = from_table(Augmentation, store.get_table(Augmentation, store.list("augmentations", ".parquet")))
+    pairs = {row.key: [pair.answer for pair in row.pairs] for row in rows}
+    assert pairs[PASSAGES[0].key] == ["thing 0", "thing 1"]
+    assert pairs.get(PASSAGES[1].key) == (["thing 0", "w1x1"] if generator == "openai" else None)
 
 
 @pytest.mark.parametrize(
