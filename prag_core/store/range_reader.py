@@ -122,9 +122,11 @@ class RangeReader:
     def _store(self) -> S3Store:
         session = botocore.session.Session(profile=self._options.get("profile"))
         meta = self._fs.s3.meta
-        config: dict[str, Any] = {"region": meta.region_name or "us-east-1"}
-        if not meta.endpoint_url.endswith(".amazonaws.com"):
-            config |= {"endpoint": meta.endpoint_url, "virtual_hosted_style_request": False}
+        config: dict[str, Any] = {
+            "region": meta.region_name or "us-east-1",
+            "endpoint": meta.endpoint_url,  # also Amazon's, which may be another one than its region's first
+            "virtual_hosted_style_request": False,
+        }
         if self._options.get("anon"):
             config["skip_signature"] = True
         else:
