@@ -2,7 +2,8 @@
 
 The folder holds `augmentations_qwen15.jsonl`, passages (`id`, `title`, `text`) with what a model wrote about them
 (`rewrite`, and `qa_raw`: replies in the form of the strategy `lines`), and `augmented_questions.jsonl`, questions about
-them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own.
+them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own. The run adds
+pairs of the packaged model's writer, and cloze questions.
 
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
 benchmark can be resumed. BM25 retrieves the best passage; in `prag3`, `rag3` and `combine3` the three best ones, whose
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ from prag_core.augmentation.lines import parse_lines
 from prag_core.data.files import read_text
 from prag_core.data.parsing import parse_json
 from prag_core.evaluation.metrics import f1
-from prag_core.records import LedgerRow, Passage
+from prag_core.identity import passage_key
+from prag_core.records import Augmentation, LedgerRow, Passage, QAPair, from_table
 from prag_core.store.adapters import open_adapters
 from prag_core.store.objects import Store
 from prag_core.store.snapshot import load_snapshot
@@ -89,7 +92,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> dict[str, float]:
     questions = [q for q in questions if set(q["gold_ids"]) <= set(gold)]
     for question in questions:
         pairs = [pair for id in question["gold_ids"] for pair in drafts[id].pairs]
-        question["covered"] = any(f1(pair.answer, question["answers"]) >= COVERED_F1 for pair in pairs)
+        question["covered"] = is_covered(question, pairs)
         question["type"] = "covered" if question["covered"] else "not covered"
     # With fewer gold passages, the corpus has as many others, so that BM25 has to choose.
     others = [p.key for p in passages if p.key not in gold][: len(gold) if arguments.passages else None]
@@ -128,7 +131,7 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
     settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides
     common = ["-c", "package://pipelines/examples/demo.yaml", *(part for s in settings for part in ("--set", s))]
     prag("run", *common)
-    asked = ["--dataset", f"jsonl:{work / 'questions.jsonl'}", "--top-k", arguments.top_k]
+    asked = ["--dataset", f"jsonl:{label(work, name)}", "--top-k", arguments.top_k]
     asked += ["--weights", arguments.weights]
     asked += ["--seeds", str(arguments.seeds), "--report", str(work / f"report-{name}")]
     line = evaluate(*common, *asked, "--controls", arguments.controls)
@@ -145,6 +148,27 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
         for values in ("delta", "ci"):
             line[values] |= {f"reader_{pair}": found for pair, found in read[values].items()}
     return {**line, **training_cost(work / name)}
+
+
+def label(work: Path, name: str) -> Path:
+    """Return a file of the questions with their type: a given pair covers it, one that the run has added, or none."""
+    store = Store(str(work / name))
+    adapters, _ = open_adapters(store, load_snapshot(store).recipe)
+    parts = store.list(f"augmentations/{adapters.recipe.augment.fingerprint}", ".parquet")
+    pairs = {made.key: made.pairs for made in from_table(Augmentation, store.get_table(Augmentation, parts))}
+    keys = {row["id"]: passage_key(row["title"], row["text"]) for row in read_rows(work / "corpus.jsonl")}
+    questions = read_rows(work / "questions.jsonl")
+    for question in questions:
+        made = [pair for id in question["gold_ids"] for pair in pairs.get(keys[id], ())]
+        if not question["covered"] and is_covered(question, made):
+            question["type"] = "covered by an added pair"
+    write_rows(work / f"questions-{name}.jsonl", questions)
+    return work / f"questions-{name}.jsonl"
+
+
+def is_covered(question: dict[str, Any], pairs: Iterable[QAPair]) -> bool:
+    """Return whether a pair has an accepted answer of the question."""
+    return any(f1(pair.answer, question["answers"]) >= COVERED_F1 for pair in pairs)
 
 
 def training_cost(folder: Path) -> dict[str, float]:
