@@ -703,14 +703,20 @@ def test_snapshots_change_while_requests_run(tiny_session: BaseModel, tmp_path) 
     async def run(service: Service) -> None:
         stop = asyncio.Event()
         users = [asyncio.create_task(user(service, stop)) for _ in range(12)]
+
+        def has_answered(count: int) -> bool:
+            for ended in (user for user in users if user.done()):
+                ended.result()  # raises, where nobody would answer any more
+            return len(got) > count
+
         for shift in range(1, 9):
             enough = len(got) + 40
-            await until(lambda enough=enough: len(got) > enough)
+            await until(lambda enough=enough: has_answered(enough))
             published = await asyncio.to_thread(world.publish, shift, recipes[shift % 4])
             # Of several at once, one swaps and the others find it done.
             assert sorted(await asyncio.gather(*(service.refresh() for _ in range(3)))) == [False, False, True]
             assert service.snapshot == published.id
-        await until(lambda: len(got) > enough + 60)
+        await until(lambda: has_answered(enough + 60))
         stop.set()
         await asyncio.gather(*users)
         assert not await service.refresh()
