@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The most bytes of a range. obstore's time limit is for a whole answer, so a slow line would not bring more in time.
+LARGEST_RANGE = 16 << 20
 # After a read that s3fs could do and obstore could not, so long only s3fs is asked.
 PAUSE_S = 60.0
 # botocore renews credentials that expire, ten minutes before they do. obstore asks it again five minutes before this

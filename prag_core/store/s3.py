@@ -20,7 +20,7 @@ from fsspec.asyn import sync
 from prag_core.config import s3_client_config
 from prag_core.store.backend import TooShortError
 from prag_core.store.filesystem import FilesystemBackend
-from prag_core.store.range_reader import RangeReader, can_read_ranges
+from prag_core.store.range_reader import LARGEST_RANGE, RangeReader, can_read_ranges
 
 FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
 
@@ -90,7 +90,7 @@ class S3Backend(FilesystemBackend):
         self._fs.pipe_file(self._path(name), data, chunksize=ONE_PUT_BYTES)
 
     def get(self, name: str, start: int | None = None, end: int | None = None) -> bytes | None:
-        if self._ranges is None or start is None or end is None:
+        if self._ranges is None or start is None or end is None or end - start > LARGEST_RANGE:
             return self._read(name, start, end)[0]
         data = self._ranges.read(self._fs.split_path(self._path(name))[1], start, end)
         if data is None:
