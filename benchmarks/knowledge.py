@@ -2,8 +2,7 @@
 
 The folder holds `augmentations_qwen15.jsonl`, passages (`id`, `title`, `text`) with what a model wrote about them
 (`rewrite`, and `qa_raw`: replies in the form of the strategy `lines`), and `augmented_questions.jsonl`, questions about
-them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own. The run adds
-pairs of the packaged model's writer, and cloze questions.
+them with their `answers` and `gold_ids`. The replies go through the same parser and filter as a run's own.
 
 Each model is `prag run` and `prag evaluate` on a store in the folder `--work`, with the default recipe, so a killed
 benchmark can be resumed. BM25 retrieves the best passage; in `prag3`, `rag3` and `combine3` the three best ones, whose
@@ -124,8 +123,7 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
         "store": work / name,
         "corpus.path": work / "corpus.jsonl",
         "augment.import_file": work / "augmentations.jsonl",
-        # The packaged model's writer, whatever the base model is, adds pairs on what the given ones leave out.
-        "augment.model": "smollm2-135m-instruct",
+        "augment.generator": "none",
         "model.name": model,
     }
     settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides

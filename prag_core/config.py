@@ -140,12 +140,10 @@ class AugmentConfig(_Strict):
         "local model's batch 16 rows on a CPU, on a GPU as many as its memory holds.",
     )
     complete_imports: bool = Field(
-        True,
+        False,
         description="Where an imported augmentation has few pairs, the generator adds some on what they leave out.",
     )
-    pairs: int = Field(
-        0, ge=0, description="The most question-answer pairs per passage; 0: one for 5 words, from 12 to 24."
-    )
+    pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")

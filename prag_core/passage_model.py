@@ -215,7 +215,7 @@ class PassageModel:
         return passage
 
     def _recipe(self, *, imported: bool) -> Recipe:
-        """Return the recipe that the pipeline would have with its defaults; given pairs are not added to by a model."""
+        """Return the recipe that the pipeline would have with its defaults."""
         generator = self._base.fingerprint if self._generator is None else self._generator.fingerprint
         augmenting = augment_recipe(AugmentConfig(), generator, self._train)
         if self._writer is not None:

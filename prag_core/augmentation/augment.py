@@ -140,16 +140,13 @@ def lacks_pairs(passage: Passage, augmentation: Augmentation, recipe: AugmentRec
 
 
 # How many pairs to make of a passage where the configuration does not say.
-_WORDS_PER_PAIR = 5
-_FEWEST_PAIRS = 12
+_WORDS_PER_PAIR = 7
+_FEWEST_PAIRS = 8
 MOST_PAIRS = 24
 
 
 def wanted_pairs(passage: Passage, pairs: int) -> int:
-    """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 5 words, from 12 to 24.
-
-    No fact is asked about twice, so most passages have fewer.
-    """
+    """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 7 words, from 8 to 24."""
     return pairs or min(MOST_PAIRS, max(_FEWEST_PAIRS, len(passage.text.split()) // _WORDS_PER_PAIR))
 
 

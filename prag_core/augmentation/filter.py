@@ -24,8 +24,9 @@ _KEPT_SHARE = 0.2
 # A rewrite with a smaller share of distinct three-word sequences repeats itself.
 _DISTINCT_SHARE = 0.7
 _LONG_WORD = re.compile(r"\w{5,}")
-# Two answers that share this part of their words are one fact. A second question on it would take the place, and the
-# training tokens, of a fact that nobody asks about.
+# How many questions with one answer a passage may have: a fact may be asked about in two wordings.
+_WORDINGS = 2
+# Two answers that share this part of their words are one fact.
 _SAME_FACT = 0.6
 # Words that an answer may have and its passage need not.
 _SMALL_WORDS = frozenset(
@@ -66,7 +67,7 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
 
     The reasons are `empty`, `no_question_mark`, `too_long`, `prompt_copy` (it has an invented name of the prompt's
     examples), `no_subject` (it can be understood only beside its passage), `answer_in_question`,
-    `answer_not_in_passage`, `duplicate_question` and `duplicate_answer` (another pair asks about this fact). The
+    `answer_not_in_passage`, `duplicate_question` and `duplicate_answer` (a third question with one answer). The
     strategies add `bad_json` (`paper`), `bad_line` (`lines`) and `answered_otherwise` (`writer`), `bad_rewrite` for a
     text that is no rewrite, and `no_reply` if the last attempt failed.
     """
@@ -91,7 +92,7 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
         return "answer_not_in_passage"
     if any(fold_text(other.question) == question for other in accepted):
         return "duplicate_question"
-    if any(is_same_fact(other.answer, answer) for other in accepted):
+    if sum(fold_text(other.answer) == answer for other in accepted) >= _WORDINGS:
         return "duplicate_answer"
     return None
 

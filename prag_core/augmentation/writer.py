@@ -39,15 +39,16 @@ class _Fact:
 
 
 async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentRecipe, attempt: int) -> None:
-    """Ask for each fact that no pair of the draft asks about, and add the pairs that are answered alike.
+    """Ask for each fact of a draft, in other words in each later attempt, and add the pairs that are answered alike.
 
-    The facts are those that the model names, and then those that English rules find. Later attempts ask in other words.
+    The facts are those that the model names, and then those that English rules find. The first attempt leaves out what
+    imported pairs ask about.
     """
     topic, sentences = topic_of(draft.passage), sentences_of(draft.passage)
     # 1. Name the facts of each sentence.
     prompts = [name_facts_prompt(topic, sentence) for sentence in sentences]
     named = await _replies(generator, draft, prompts, _FACTS_TOKENS)
-    asked_about = [pair.answer for pair in draft.pairs]
+    asked_about = [] if attempt else [pair.answer for pair in draft.pairs]
     facts = [
         fact
         for fact in _facts(topic, sentences, named)

@@ -79,7 +79,6 @@ def test_knowledge(tmp_path: Path) -> None:
     ]
     (data / "augmented_questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
     settings = ["--half", "all", "--controls", "wrong", "--seeds", "1", "--work", str(tmp_path / "work")]
-    settings += ["--set", "augment.generator=none"]  # cloze questions alone are added
     found = last_line("knowledge.py", "--data", str(data), "--model", f"tiny={tmp_path / 'tiny'}", *settings)
     assert (found["coverage"]["pairs"], found["coverage"]["questions"]) == (1.0, 0.5)
     assert found["tiny"]["n"] == 2

@@ -47,9 +47,7 @@ def text_of(number: int) -> str:
 def test_a_configuration_is_the_papers(file: Path) -> None:
     config = load_config(file)
     assert train_recipe(config.train) == RECIPES["paper"]
-    assert (config.augment.strategy, config.augment.pairs) == ("paper", 3)
-    assert not config.augment.cloze
-    assert not config.augment.complete_imports
+    assert (config.augment.strategy, config.augment.pairs, config.augment.cloze) == ("paper", 3, False)
     assert (config.answer.top_k, config.answer.weights, config.answer.combine_strength) == (3, "sum", 1)
     assert file.stem in MEANS
 

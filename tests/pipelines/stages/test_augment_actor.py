@@ -138,7 +138,9 @@ def test_imports_with_few_pairs_are_left_to_the_generator(
     file = tmp_path / "made.jsonl"
     write_augmentations(PASSAGES[:2], {one.key: one for one in made}, file, "jsonl")
     with endpoint(lambda _: 200) as (url, asked):
-        augmenter, store = actor(tmp_path, tiny_model_folder, url, {"import_file": str(file), "pairs": 2})
+        augmenter, store = actor(
+            tmp_path, tiny_model_folder, url, {"import_file": str(file), "pairs": 2, "complete_imports": True}
+        )
         # As `prag import-augmentations` has it: the recipe of the configured generator, which is not asked.
         config = augmenter._config.augment.model_copy(update={"generator": generator})
         augmenter._config = augmenter._config.model_copy(update={"augment": config})
