@@ -336,7 +336,7 @@ class StorageConfig(_Strict):
     timeout_s: float = Field(30.0, gt=0, description="How long to wait for a connection or an answer.")
     range_reads: Literal["obstore", "s3fs"] = Field(
         "obstore",
-        description="What reads an adapter from S3: obstore takes half the time, and leaves to s3fs what it cannot do.",
+        description="What reads an adapter from S3: obstore is faster, and leaves to s3fs what it cannot do.",
     )
     adapter_dtype: Literal["bfloat16", "float32", "int8"] = Field(
         "bfloat16", description="How new adapters are stored; each ledger row says which one it has."

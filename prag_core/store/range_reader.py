@@ -1,4 +1,4 @@
-"""Ranges of S3 objects, read through obstore: half the time of s3fs for an adapter of some hundred kilobytes.
+"""Ranges of S3 objects, read through obstore, which takes less time than s3fs for some hundred kilobytes.
 
 Only the fast path is here: a range whose ends are known, and one try. Whatever goes wrong is left to s3fs, which
 repeats requests and knows what an error means (`prag_core.store.s3`). A read that takes longer than 95 of 100 others is
@@ -72,7 +72,7 @@ class RangeReader:
         self._lock = threading.Lock()
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self._reads = 0
-        self.asked_again = 0
+        self._asked_again = 0
 
     def read(self, key: str, start: int, end: int) -> bytes | None:
         """Return the bytes `start` to `end` of an object, or None if obstore has not got them: then ask s3fs."""
@@ -116,8 +116,8 @@ class RangeReader:
 
     def _may_ask_again(self) -> bool:
         with self._lock:
-            allowed = self.asked_again < _MOST_AGAIN * self._reads
-            self.asked_again += allowed
+            allowed = self._asked_again < _MOST_AGAIN * self._reads
+            self._asked_again += allowed
         return allowed
 
     @cached_property
