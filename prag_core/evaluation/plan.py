@@ -24,7 +24,7 @@ ColumnControl = Literal["", "reader"] | Control
 Retrieval = Literal["bm25", "oracle"]
 WrongPassage = Literal["nearest", "random"]
 # Raise it when the same request would get another answer.
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 
 
 @dataclass(frozen=True)

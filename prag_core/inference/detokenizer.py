@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prag_core.llm.decode_request import DecodeRequest
 from prag_core.prompts import final_answer, reasons
 from prag_core.records import Template
 
@@ -18,13 +19,13 @@ class StreamingDetokenizer:
 
     Args:
         tokenizer: The model's tokenizer.
-        stop: The texts that end the answer.
+        request: What is decoded; it says where the answer ends.
         template: How the question was asked.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), template: Template = "direct") -> None:
+    def __init__(self, tokenizer: Any, request: DecodeRequest, template: Template = "direct") -> None:
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._request = request
         self._template = template
         self._sent = ""
 
@@ -33,9 +34,8 @@ class StreamingDetokenizer:
         if reasons(self._template):
             return ""
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
-        for stop in self._stop:
-            text = text.split(stop)[0]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        text = self._request.until_stop(text)
+        held = max((_overlap(text, stop) for stop in self._request.stop_strings), default=0)
         return self._send(final_answer(text[: len(text) - held]))
 
     def end(self, text: str) -> str:

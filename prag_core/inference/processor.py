@@ -35,8 +35,6 @@ from prag_core.store.ledger import AdapterLocation
 
 # The most passages to retrieve in search of some that the asker may read.
 _MAX_HITS = 1024
-# An answer is one line. Its end is looked for in the text: tokens that hold a line end may hold other text as well.
-_LINE_END = "\n"
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,8 @@ class RequestProcessor:
             prompt,
             request.max_new_tokens or self.max_new_tokens,
             stop_ids=frozenset() if request.ignore_eos else self._end_ids,
-            stop_strings=request.stop if request.ignore_eos else (_LINE_END, *request.stop),
+            stop_strings=request.stop,
+            one_line=not request.ignore_eos,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,

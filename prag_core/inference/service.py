@@ -219,10 +219,7 @@ class Service:
             prepared.milliseconds["fetch"] = fetch_ms
             # 3. Decode. If the sum of the adapters is too large for the model, decode again with all passages in the
             # prompt, unless a part of the text was already sent.
-            text, sent = (
-                StreamingDetokenizer(self._tokenizer, prepared.decode.stop_strings, snapshot.processor.template),
-                False,
-            )
+            text, sent = StreamingDetokenizer(self._tokenizer, prepared.decode, snapshot.processor.template), False
             while True:
                 tokens: list[int] = []
                 async with contextlib.aclosing(self._decode(snapshot, prepared, deadline, stream)) as events:

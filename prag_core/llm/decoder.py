@@ -206,7 +206,7 @@ class Decoder:
                 continue
             row.tokens.append(token)
             result = None
-            if self._has_stop_string(row):
+            if self._has_stopped(row):
                 result = self._result(row, "stop", now)
             elif len(row.tokens) == row.request.max_new_tokens:
                 result = self._result(row, "length", now)
@@ -218,19 +218,21 @@ class Decoder:
             self._leave(slot)
         return events
 
-    def _has_stop_string(self, row: Row) -> bool:
-        stops = row.request.stop_strings
+    def _has_stopped(self, row: Row) -> bool:
+        stops = (*row.request.stop_strings, *(("\n",) if row.request.one_line else ()))
         if not stops:
             return False
         # A token has at least one byte. A few more tokens, since a tokenizer may decode the first one differently.
         window = max(len(stop.encode()) for stop in stops) + 8
         text = self._base.tokenizer.decode(row.tokens[-window:], skip_special_tokens=True)
-        return any(stop in text for stop in stops)
+        if not any(stop in text for stop in stops):
+            return False
+        whole: str = self._base.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return row.request.until_stop(whole) != whole
 
     def _result(self, row: Row, finish: DecodeFinish, now: float) -> Decoded:
         text = self._base.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        for stop in row.request.stop_strings:
-            text = text.split(stop)[0]
+        text = row.request.until_stop(text)
         # A character of several tokens that the limit cuts off is no character.
         text = _CUT_OFF.sub("", text) if finish == "length" else text
         return Decoded(

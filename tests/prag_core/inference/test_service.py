@@ -33,6 +33,7 @@ from prag_core.inference.processor import Found, PreparedRequest, RequestProcess
 from prag_core.inference.request import Request
 from prag_core.inference.service import Service
 from prag_core.llm.base_model import BaseModel
+from prag_core.llm.decode_request import DecodeRequest
 from prag_core.llm.decoder import Decoder
 from prag_core.llm.lora import Injector
 from prag_core.prompts import final_answer
@@ -352,9 +353,10 @@ def test_the_pieces_of_a_stream_are_the_answer(world: World, service: Service) -
 @pytest.mark.parametrize("template", ["direct", "chain_of_thought"])
 def test_no_piece_ever_has_to_be_changed(tiny_session: BaseModel, template: str) -> None:
     reasoned = " so. The answer is x. So the answer is Mora STOP no"
-    for text in ("One. Two is é 東. And 3.5", " : One: two.", reasoned, "STSTOP", "a ST"):
+    asked = DecodeRequest([1], 99, stop_strings=("STOP", "no"), one_line=True)
+    for text in ("One. Two is é 東. And 3.5", " : One: two.", reasoned, "STSTOP", "a ST", ":\n\n One"):
         ids = tiny_session.tokenizer.encode(text, add_special_tokens=False)
-        stream = StreamingDetokenizer(tiny_session.tokenizer, ("STOP", "no"), template)
+        stream = StreamingDetokenizer(tiny_session.tokenizer, asked, template)
         pieces = [stream.add(ids[:end]) for end in range(1, len(ids) + 1)]
         whole = final_answer(text.split("no")[0].split("STOP")[0], template)
         assert "".join([*pieces, stream.end(whole)]) == whole

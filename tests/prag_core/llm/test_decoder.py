@@ -255,18 +255,35 @@ def test_a_row_ends_at_a_stop_token_a_stop_string_or_its_limit(tiny_session: Bas
     assert ended[0].text == "".join(letters[:stop])
 
 
-def test_a_limit_within_a_character_leaves_no_part_of_it(tiny: BaseModel) -> None:
-    text = "hé, 😀"
-    tokens = tiny.tokenizer.encode(text, add_special_tokens=False)
-    assert len(tokens) == len(text.encode())
+def say(base: BaseModel, text: str) -> list[int]:
+    """Make the model say a text, token by token; return those said. Where the list is cleared, the text begins anew."""
+    tokens = base.tokenizer.encode(text, add_special_tokens=False)
     made: list[int] = []
 
     def say_the_text(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         made.append(tokens[len(made)])
         return torch.zeros_like(logits).index_fill_(-1, torch.tensor(made[-1:]), 1.0)
 
-    tiny.model.get_output_embeddings().register_forward_hook(say_the_text)
-    for limit in range(1, len(tokens) + 1):
+    base.model.get_output_embeddings().register_forward_hook(say_the_text)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [("Mora\nand on", "Mora"), (":\n\n Mora\nand on", ":\n\n Mora"), ("\n€\nand on", "\n€"), (":\n\n", ":\n\n")],
+)
+def test_an_answer_of_one_line_may_begin_below_a_colon(tiny: BaseModel, said: str, text: str) -> None:
+    made = say(tiny, said)
+    request = DecodeRequest([5], len(tiny.tokenizer.encode(said)), one_line=True)
+    (decoded,) = Decoder(tiny, Injector(tiny.model, RECIPE)).run([request])
+    assert (decoded.text, decoded.finish) == (text, "stop" if text != said else "length")
+    assert tiny.tokenizer.decode(made) == (f"{text}\n" if text != said else text)  # it ended at once
+
+
+def test_a_limit_within_a_character_leaves_no_part_of_it(tiny: BaseModel) -> None:
+    text = "hé, 😀"
+    made = say(tiny, text)
+    for limit in range(1, len(text.encode()) + 1):
         made.clear()
         (decoded,) = Decoder(tiny, Injector(tiny.model, RECIPE)).run([DecodeRequest([5], limit)])
         assert (decoded.text, decoded.finish) == (text.encode()[:limit].decode(errors="ignore"), "length")
