@@ -5,6 +5,7 @@ const MODES = {
   prag: "Passages in the weights",
   rag: "Passages in the prompt",
   closed: "Bare model, no passages",
+  auto: "One of these, as the search decides",
 };
 const MOST_RECENT = 10;
 
@@ -86,6 +87,7 @@ class Column {
     const find = (selector) => this.root.querySelector(selector);
     this.answer = find(".answer");
     this.shownProblem = find(".problem");
+    this.why = find(".why");
     this.times = find(".times");
     this.button = find("button");
     this.passages = find(".passages");
@@ -157,7 +159,7 @@ class Column {
     this.problem = null;
     this.answer.textContent = "";
     this.answer.classList.remove("none");
-    for (const part of [this.shownProblem, this.times, this.passages, this.steps]) part.hidden = true;
+    for (const part of [this.shownProblem, this.why, this.times, this.passages, this.steps]) part.hidden = true;
   }
 
   #offer(label) {
@@ -172,6 +174,8 @@ class Column {
     this.answer.classList.toggle("none", !whole.answer);
     this.times.textContent = `${inSeconds(total)}${first ? `, first text after ${inSeconds(first)}` : ""}`;
     this.times.hidden = false;
+    this.why.textContent = whole.why;
+    this.why.hidden = !whole.why;
     if (this.button === document.activeElement) byId("question").focus();
     this.button.hidden = true;
 
@@ -246,10 +250,12 @@ const chosen = new Map();
 let stopping = new AbortController();
 let following = 0;
 
-for (const mode of Object.keys(MODES)) {
+for (const { mode, root } of columns) {
   const box = document.createElement("input");
   box.type = "checkbox";
-  box.checked = true;
+  // `auto` repeats the answer of another column, so it is asked where the user or the server's default wants it.
+  box.checked = mode !== "auto";
+  root.hidden = !box.checked;
   const label = document.createElement("label");
   label.append(box, ` ${mode}`);
   byId("modes").append(label);
@@ -314,9 +320,12 @@ async function greet() {
     const about = await (await send("v1/about")).json();
     for (const [mode, box] of chosen) {
       box.disabled = !about.modes.includes(mode);
-      box.checked &&= about.modes.includes(mode);
+      box.checked = about.modes.includes(mode) && (box.checked || mode === about.mode);
     }
-    for (const column of columns) column.badge.hidden = column.mode !== about.mode;
+    for (const column of columns) {
+      column.badge.hidden = column.mode !== about.mode;
+      column.root.hidden = !chosen.get(column.mode).checked;
+    }
     byId("service").textContent = `${about.model}: one question, answered in each mode side by side.`;
     const examples = about.example_questions.map((question) => {
       const button = element("button", question);
@@ -370,4 +379,5 @@ byId("key-form").addEventListener("submit", async (event) => {
   if (refused.length) follow(refused, refused[0].body);
 });
 
-greet();
+// Not the attribute `autofocus`: the key's field may have the focus before the browser comes to it.
+if ((await greet()) && document.activeElement === document.body) byId("question").focus();

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 WAIT_S = 60
 # The modes in the order of the page.
-SHOWN = ("combine", "prag", "rag", "closed")
+SHOWN = ("combine", "prag", "rag", "closed", "auto")
 EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script></li>"""
 EVIL_TITLE = f"{EVIL} Quorl 77"
 EVIL_TEXT = "Quorl 77 is a hill of another kind."
@@ -103,7 +103,7 @@ class Page:
         self.until(lambda: not self.find("#key-form").is_displayed(), "the key was taken")
 
     def ask(self, question: str, *modes: str) -> None:
-        """Ask in these modes (default: all) and wait until each has ended."""
+        """Ask in these modes (default: all but `auto`) and wait until each has ended."""
         self.begin(question, *modes)
         self.until(lambda: not self.find("#stop").is_enabled(), "all had ended")
 
@@ -113,7 +113,7 @@ class Page:
         boxes = self.browser.chrome.find_elements("css selector", "#modes input")
         for box, mode in zip(boxes, SHOWN, strict=True):
             assert box.accessible_name == mode
-            if box.is_selected() != (not modes or mode in modes):
+            if box.is_selected() != (mode in (modes or MODES)):
                 box.click()
         self.find("#question").clear()
         self.find("#question").send_keys(question, Keys.ENTER)
@@ -176,7 +176,7 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
     # The first change empties the column and the last one sets the whole; between them come the pieces.
     assert page.browser.run("return pieces") > 4
     # Side by side: all columns begin at the same height.
-    tops = {round(one.rect["y"]) for one in page.browser.chrome.find_elements("css selector", "article")}
+    tops = {round(one.rect["y"]) for one in page.browser.chrome.find_elements("css selector", "article:not([hidden])")}
     assert len(tops) == 1
     # On with Tab: to the passages of `rag`, which Space opens.
     wanted = "[aria-labelledby=mode-rag] .passages"
@@ -186,6 +186,20 @@ def test_the_four_modes_side_by_side_by_keyboard_alone(page: Page, world: World)
             break
     page.press(Keys.SPACE)
     page.until(lambda: page.find(f"{wanted} li").is_displayed(), "the passages were open")
+    assert page.browser.complaints() == []
+
+
+def test_auto_is_asked_where_it_is_chosen_and_says_why(page: Page, world: World) -> None:
+    page.let_in(world.key)
+    column, question = "[aria-labelledby=mode-auto]", "What is Quorl 4?"
+    assert not page.find(column).is_displayed()
+    page.ask(question, "auto", "closed")
+    assert page.find(column).is_displayed()
+    expected = world.answer(question, "auto")
+    assert expected["why"].startswith(f"{expected['mode']}: ")
+    assert page.text(f"{column} .answer") == expected["answer"]
+    assert page.find(f"{column} .why").text == expected["why"]
+    assert not page.find("[aria-labelledby=mode-closed] .why").is_displayed()
     assert page.browser.complaints() == []
 
 
