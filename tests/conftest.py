@@ -31,15 +31,18 @@ from prag_core.testing import tiny_base_model
 
 # The files of tests that take longest, longest first. Two processes take the files in this order (`make slow`).
 LONG_FILES = (
-    "cluster/test_cluster.py",
     "pipelines/serving/test_deployment.py",
+    "benchmarks/test_benchmarks.py",
+    "cluster/test_cluster.py",
     "pipelines/jobs/test_run.py",
     "pipelines/jobs/test_warmup.py",
+    "examples/test_paper.py",
+    "pipelines/cli/test_stopping.py",
     "pipelines/jobs/test_submit.py",
-    "benchmarks/test_benchmarks.py",
-    "pipelines/serving/test_page.py",
+    "pipelines/test_defaults.py",
     "pipelines/jobs/test_reindex.py",
     "pipelines/cli/test_store.py",
+    "pipelines/serving/test_page.py",
     "pipelines/evaluation/test_run.py",
     "pipelines/execution/test_isolation.py",
     "prag_core/store/test_s3.py",

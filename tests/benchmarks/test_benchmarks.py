@@ -33,8 +33,8 @@ def run(name: str, *arguments: str, limit_s: float = 300, **environment: str) ->
     return done.stdout.splitlines()
 
 
-def last_line(name: str, *arguments: str, limit_s: float = 300) -> dict:
-    return json.loads(run(name, *arguments, limit_s=limit_s)[-1])
+def last_line(name: str, *arguments: str, limit_s: float = 300, **environment: str) -> dict:
+    return json.loads(run(name, *arguments, limit_s=limit_s, **environment)[-1])
 
 
 def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_knowledge(tmp_path: Path) -> None:
+def test_knowledge(tmp_path: Path, ray_here: str) -> None:
     write_tiny_model(tmp_path / "tiny")
     data = tmp_path / "data"
     data.mkdir()
@@ -79,7 +79,8 @@ def test_knowledge(tmp_path: Path) -> None:
     ]
     (data / "augmented_questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
     settings = ["--half", "all", "--controls", "wrong", "--seeds", "1", "--work", str(tmp_path / "work")]
-    found = last_line("knowledge.py", "--data", str(data), "--model", f"tiny={tmp_path / 'tiny'}", *settings)
+    settings += ["--model", f"tiny={tmp_path / 'tiny'}"]
+    found = last_line("knowledge.py", "--data", str(data), *settings, RAY_ADDRESS=ray_here)
     assert (found["coverage"]["pairs"], found["coverage"]["questions"]) == (1.0, 0.5)
     assert found["tiny"]["n"] == 2
     assert {"closed", "wrong", "wrong_rag", "prag", "prag3", "rag", "combine", "combine3"} <= set(found["tiny"]["f1"])

@@ -185,6 +185,7 @@ def test_from_published_files_to_the_table(tmp_path: Path, ray_here: str) -> Non
         "augment.generator": "none",
         "augment.import_file": tmp_path / "augmentations.json",
         "run.profile": "laptop",
+        "answer.max_new_tokens": 8,  # an untrained model would always make the most
     }
     chosen = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     work = tmp_path / "work"

@@ -172,7 +172,7 @@ def test_whoever_watches_a_run_may_stop_watching(work: Workspace) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_stopped_while_it_trains_and_then_continues(work: Workspace) -> None:
-    work.configure(train={"epochs": 40}, run={"train_batch": 4, "augment_batch": 8, "commit_every_s": 0})
+    work.configure(train={"epochs": 15}, run={"train_batch": 4, "augment_batch": 8, "commit_every_s": 0})
     store = Store(str(work.folder / "store"))
     with process(work.folder, "-m", "pipelines.cli", "run", "-c", "config.yaml") as command:
         wait_for(work.folder / "err", "train: 24 to do")
