@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from prag_core.errors import ConfigError
-from prag_core.recipe import RECIPES, AugmentRecipe, TrainRecipe
+from prag_core.recipe import RECIPES, AugmentRecipe, Schedule, TrainRecipe
 from prag_core.records import (
     ASKED_MODES,
     DEFAULT_COMBINE_STRENGTH,
@@ -179,6 +179,11 @@ class TrainConfig(_Strict):
     weight_decay: float | None = Field(None, ge=0, description="AdamW's.")
     epochs: int | None = Field(None, ge=1, description="How often each example is trained.")
     examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
+    schedule: Schedule | None = Field(
+        None,
+        description="The rate is the same in all of a passage's steps ('constant'), or falls in a straight line, "
+        "from the whole rate in the first of n steps to 1/n of it in the last ('linear').",
+    )
     examples: Literal["paper", "questions"] | None = Field(
         None, description="'questions' asks each question alone, 'paper' half of them with the passage or a rewrite."
     )

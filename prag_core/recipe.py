@@ -7,13 +7,15 @@ size, device, number of actors, paths) never enter a recipe. Raise `RULE_VERSION
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
 from prag_core.records import Template
 
-RULE_VERSION = 3
+RULE_VERSION = 4
+
+Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,12 @@ class TrainRecipe:
     `examples` is `paper` or `questions`, see `prag_core.training.examples.training_examples`. `template` is how
     questions are asked, see `prag_core.prompts`. `eos` ends each target with the model's end-of-turn token. The `loss`
     counts `all` tokens of an example, as in the paper, or its `answer` and end alone. With `rate_width`, the
-    `learning_rate` is for a model of this hidden size, see `rate_for`. Each step trains `examples_per_step` of a
-    passage's examples. `last_layers` is how many layers are adapted, counted from the output, or None for all; with
-    fewer, adapters are smaller and no backward pass goes below them. `start` is the fingerprint of the factors that all
-    adapters start from, such as a warm-up's; if empty, they start from random factors of `seed`. `without` is the
-    paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
+    `learning_rate` is for a model of this hidden size, see `rate_for`. By its `schedule`, the rate is the same in all
+    steps (`constant`), or falls in a straight line over a passage's own steps (`linear`). Each step trains
+    `examples_per_step` of a passage's examples. `last_layers` is how many layers are adapted, counted from the output,
+    or None for all; with fewer, adapters are smaller and no backward pass goes below them. `start` is the fingerprint
+    of the factors that all adapters start from, such as a warm-up's; if empty, they start from random factors of
+    `seed`. `without` is the paper's ablation: leave out the `rewrites`, the `qa` pairs, or `both`.
     """
 
     # Field names are part of the fingerprint and of the stored JSON. So `start` and `without` keep theirs, although the
@@ -65,6 +68,7 @@ class TrainRecipe:
     targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     learning_rate: float = 3e-4
     rate_width: int = 0
+    schedule: Schedule = "constant"
     weight_decay: float = 0.01
     epochs: int = 1
     examples_per_step: int = 1
@@ -106,6 +110,7 @@ RECIPES: dict[str, TrainRecipe] = {
         eos=True,
         learning_rate=1e-3,
         rate_width=576,
+        schedule="linear",
         epochs=5,
     ),
 }
@@ -113,7 +118,13 @@ RECIPES: dict[str, TrainRecipe] = {
 # Fields that were added after adapters had been stored. At their defaults they are left out of the fingerprint, so that
 # older adapters keep theirs.
 _ADDED_TO_AUGMENT: dict[str, Any] = {"cloze": False, "complete_imports": False}
-_ADDED_TO_TRAIN: dict[str, Any] = {"template": "direct", "without": "", "rate_width": 0, "examples_per_step": 1}
+_ADDED_TO_TRAIN: dict[str, Any] = {
+    "template": "direct",
+    "without": "",
+    "rate_width": 0,
+    "examples_per_step": 1,
+    "schedule": "constant",
+}
 
 
 def _without(fields: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:

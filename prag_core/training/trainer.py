@@ -4,8 +4,9 @@ A stack of D passages keeps its factors side by side: for each target two tensor
 step passes one example of each passage (or `recipe.examples_per_step`) through the frozen model, packed into one row
 without padding where the model's layers allow it.
 The loss is the sum of each passage's mean, so each passage has its own gradient, and an elementwise AdamW over the
-stack is D independent optimizers. A passage's factors are copied out after its own last step; later updates of its row
-are ignored. The host waits for the device once a stack, at its end. See docs/trainer.md.
+stack is D independent optimizers, each with the learning rate of its passage's own step. A passage's factors are copied
+out after its own last step; later updates of its row are ignored. The host waits for the device once a stack, at its
+end. See docs/trainer.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from prag_core.llm.lora import (
     initial_factors,
 )
 from prag_core.llm.memory import free_unused, is_out_of_memory
-from prag_core.recipe import TrainRecipe
+from prag_core.recipe import Schedule, TrainRecipe
 from prag_core.training.cross_entropy import ChunkedCrossEntropy
 from prag_core.training.examples import TrainingExample, TrainingJob
 from prag_core.training.layers import Packing, TrainingLayers
@@ -224,6 +225,8 @@ class Trainer:
         size = recipe.examples_per_step
         groups = [[job.examples[i : i + size] for i in range(0, len(job.examples), size)] for job in jobs]
         steps = [len(epoch) * recipe.epochs for epoch in groups]
+        shares = rate_shares(recipe.schedule, steps)
+        left_out = (1 - shares).to(device, self._precision)[..., None, None, None]
         means: list[Tensor] = []
         # A GPU writes to pinned memory while the host goes on.
         factors = {
@@ -238,7 +241,11 @@ class Trainer:
             total, mean = self.loss(batch, {target: (a[:rows], b[:rows]) for target, (a, b) in stacked.items()})
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
+            before = [leaf.detach()[:rows].clone() for leaf in leaves] if recipe.schedule == "linear" else []
             optimizer.step()
+            # AdamW's update is proportional to the rate, so a part of it is taken back where the rate is to be lower.
+            for leaf, old in zip(leaves, before, strict=False):
+                leaf.detach()[:rows].lerp_(old, left_out[step, :rows])
             means.append(mean)
             done = slice(sum(1 for count in steps if step + 1 < count), rows)
             if done.start < done.stop:
@@ -246,7 +253,8 @@ class Trainer:
                 for name, factor in made.items():
                     factors[name][done].copy_(factor, non_blocking=True)
                 finite[done] = _all_finite(made)
-                learned[done] = _learned(made, start, (1 - rate * recipe.weight_decay) ** (step + 1))
+                kept = 1 - rate * recipe.weight_decay * shares[: step + 1, done.start]
+                learned[done] = _learned(made, start, float(kept.prod()))
             if on_step is not None:
                 on_step(step + 1, max(steps), len(jobs))
 
@@ -351,6 +359,18 @@ class Trainer:
             packing = Packing(len(rows), longest, padded)
             return _Step(flat[None], places[None], packing, at, wanted, owners, weights)
         return _Step(flat.view(ids.shape), None, None, at, wanted, owners, weights)
+
+
+def rate_shares(schedule: Schedule, steps: Sequence[int]) -> Tensor:
+    """Return the learning rate of each step of D passages, `[most steps, D]` in fp64, as a share of the recipe's.
+
+    `linear` goes from 1 in a passage's first step to 1/n in the last of its n, as the schedule of that name in
+    transformers does without warm-up.
+    """
+    if schedule == "constant":
+        return torch.ones(max(steps), len(steps), dtype=torch.float64)
+    step = torch.arange(max(steps), dtype=torch.float64)[:, None]
+    return (1 - step / torch.tensor(steps)).clamp(min=0)
 
 
 def make_stacks(jobs: Sequence[TrainingJob], tokens_per_step: int) -> list[list[TrainingJob]]:

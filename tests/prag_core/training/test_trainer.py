@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from transformers import get_scheduler
 
 from prag_core.config import ModelConfig
 from prag_core.errors import AdapterError, ModelError
@@ -93,7 +94,9 @@ def train_alone_with_peft(
     rate = recipe.rate_for(base.model.config.hidden_size)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay)
     size = recipe.examples_per_step
-    for begin in [*range(0, len(job.examples), size)] * recipe.epochs:
+    begins = [*range(0, len(job.examples), size)] * recipe.epochs
+    schedule = get_scheduler(recipe.schedule, optimizer, num_warmup_steps=0, num_training_steps=len(begins))
+    for begin in begins:
         optimizer.zero_grad()
         group = job.examples[begin : begin + size]
         for example in group:
@@ -103,6 +106,7 @@ def train_alone_with_peft(
             scores = model(input_ids=ids).logits[0, example.scored_from - 1 : -1].double()
             (torch.nn.functional.cross_entropy(scores, ids[0, example.scored_from :]) / len(group)).backward()
         optimizer.step()
+        schedule.step()
     return {name: module.get_delta_weight("default").detach() for name, module in adapted.items()}
 
 
@@ -282,6 +286,7 @@ def test_any_recipe_equals_peft(tiny_session: BaseModel, data: st.DataObject) ->
         learning_rate=data.draw(st.sampled_from([1e-4, 1e-3])),
         weight_decay=data.draw(st.sampled_from([0.0, 0.1])),
         epochs=data.draw(st.integers(1, 3)),
+        schedule=data.draw(st.sampled_from(["constant", "linear"])),
     )
     shapes = data.draw(st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=3), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
