@@ -123,7 +123,6 @@ def measure(arguments: argparse.Namespace, work: Path, name: str, model: str) ->
         "store": work / name,
         "corpus.path": work / "corpus.jsonl",
         "augment.import_file": work / "augmentations.jsonl",
-        "augment.generator": "none",
         "model.name": model,
     }
     settings = [f"{key}={value}" for key, value in chosen.items()] + arguments.overrides

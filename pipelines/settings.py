@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.resources import PROFILES, Actors, Profile
-from prag_core.config import ActorsConfig, Config, augment_recipe, train_recipe
+from prag_core.config import ActorsConfig, Config, ModelConfig, augment_recipe, train_recipe
 from prag_core.errors import ConfigError
 from prag_core.identity import is_checksum
 from prag_core.llm.checkpoint import resolve_model
@@ -66,7 +66,7 @@ def describe(config: Config) -> tuple[Recipe, LoraLayout]:
     generator, writer = generator_fingerprint(config, facts.fingerprint), writer_of(config, facts.fingerprint)
     augmenting = augment_recipe(config.augment, generator, train)
     if writer is not None:
-        augmenting = writer.augment_recipe(augmenting)
+        augmenting = writer.augment_recipe(augmenting, complete_imports=config.augment.complete_imports)
     return Recipe(facts.fingerprint, augmenting, train), layout
 
 
@@ -87,7 +87,21 @@ def generator_fingerprint(config: Config, base_model: str) -> str:
         return "none"
     if settings.generator == "openai":
         return f"openai:{settings.endpoint.model}"
-    return model_fingerprint(resolve_model(settings.model)) if settings.model else base_model
+    name = augmenting_model(config)
+    return base_model if name == config.model.name else model_fingerprint(resolve_model(name))
+
+
+def augmenting_model(config: Config) -> str:
+    """Return the name of the local model that augments.
+
+    By default it is the base model. Where imports are to be completed, it is the packaged model, which has a writer,
+    unless the configuration names a writer of the base model.
+    """
+    settings = config.augment
+    completes = settings.import_file is not None and settings.complete_imports and settings.generator == "transformers"
+    if settings.model is None and completes and settings.strategy in (None, "writer") and settings.writer is None:
+        return str(ModelConfig.model_fields["name"].default)
+    return settings.model or config.model.name
 
 
 def writer_of(config: Config, base_model: str) -> Writer | None:

@@ -126,7 +126,11 @@ class AugmentConfig(_Strict):
         None, description="A writer, as `prag warmup --asking` names it; by default the packaged model's own."
     )
     import_file: str | None = Field(None, description="Augmentations made elsewhere, used before any is generated.")
-    model: str | None = Field(None, description="The augmenting model; by default the base model.")
+    model: str | None = Field(
+        None,
+        description="The augmenting model. By default the base model, or where imports are to be completed the "
+        "packaged model, which has a writer.",
+    )
     endpoint: EndpointConfig = EndpointConfig()
     vllm: str = Field(
         "vllm",
@@ -140,8 +144,7 @@ class AugmentConfig(_Strict):
         "local model's batch 16 rows on a CPU, on a GPU as many as its memory holds.",
     )
     complete_imports: bool = Field(
-        False,
-        description="Where an imported augmentation has few pairs, the generator adds some on what they leave out.",
+        True, description="Where the augmenting model has a writer, it asks about what imported pairs leave out."
     )
     pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
@@ -176,14 +179,14 @@ class TrainConfig(_Strict):
     learning_rate: float | None = Field(
         None, gt=0, description="AdamW's. A rate that is given here counts as it is, whatever the width of the model."
     )
-    weight_decay: float | None = Field(None, ge=0, description="AdamW's.")
-    epochs: int | None = Field(None, ge=1, description="How often each example is trained.")
-    examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
     schedule: Schedule | None = Field(
         None,
         description="The rate is the same in all of a passage's steps ('constant'), or falls in a straight line, "
         "from the whole rate in the first of n steps to 1/n of it in the last ('linear').",
     )
+    weight_decay: float | None = Field(None, ge=0, description="AdamW's.")
+    epochs: int | None = Field(None, ge=1, description="How often each example is trained.")
+    examples_per_step: int | None = Field(None, ge=1, description="Examples of a passage in one optimizer step.")
     examples: Literal["paper", "questions"] | None = Field(
         None, description="'questions' asks each question alone, 'paper' half of them with the passage or a rewrite."
     )
@@ -399,7 +402,8 @@ def check_defaults(config: Config, max_new_tokens: int | None = None) -> None:
 def augment_recipe(config: AugmentConfig, generator_fingerprint: str, train: TrainRecipe) -> AugmentRecipe:
     """Return the augment recipe of a configuration and an augmenting model, for adapters of the recipe `train`.
 
-    Where the configuration names no strategy, it is `lines`.
+    Where the configuration names no strategy, it is `lines`. A writer makes a recipe of its own of it
+    (`prag_core.store.writers.Writer.augment_recipe`).
     """
     # A recipe of questions alone never reads a rewrite, and writing one takes as long as several pairs.
     rewrites = 0 if train.examples == "questions" else 1
@@ -412,7 +416,6 @@ def augment_recipe(config: AugmentConfig, generator_fingerprint: str, train: Tra
         seed=config.seed,
         imported=config.import_file is not None,
         cloze=config.cloze,
-        complete_imports=config.complete_imports and config.import_file is not None and config.generator != "none",
     )
 
 

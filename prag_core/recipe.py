@@ -23,7 +23,7 @@ class AugmentRecipe:
     """The settings that decide an augmentation.
 
     `generator` is the fingerprint of the augmenting model's weights. With `cloze`, cloze questions on facts that no
-    pair asks about fill up the pairs. With `complete_imports`, the generator first adds pairs to imported ones.
+    pair asks about fill up the pairs. With `complete_imports`, the writer first adds pairs to imported ones.
     """
 
     generator: str

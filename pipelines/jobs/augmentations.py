@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,22 +24,19 @@ from prag_core.store.snapshot import forgotten_now, load_snapshot
 
 
 def import_into_store(config: Config, console: Console) -> dict[str, int]:
-    """Store the augmentations that `augment.import_file` holds for passages of the corpus; generate none.
+    """Store the augmentations that `augment.import_file` holds for passages of the corpus, completed as in a run.
 
-    Forgotten passages are left out.
+    Passages that the file lacks are left to the next run. Forgotten ones are left out.
 
     Returns:
-        Counts: the passages, those imported now and earlier, and those that are left to the next run, because the file
-        lacks them or has few pairs for them; then the file's records for no passage of the corpus, and its bad ones.
+        Counts: the passages, those imported now and earlier, and those that are left to the next run; then the file's
+        records for no passage of the corpus, and its bad ones.
 
     Raises:
         InputError: when the file or the corpus cannot be read.
         LeaseError: when a run works on the store.
     """
     context = make_context(config, new_run_id())
-    # What the file lacks, or has few pairs for, is left to the next run, with the generator that is configured.
-    augment = config.augment.model_copy(update={"generator": "none"})
-    importing = replace(context, config=config.model_copy(update={"augment": augment}))
     store, profile, run = context.store, context.profile, context.run
     progress = RunProgress(store, run, console)
     with hold_lease(store, run), progress.running(), ray_session(profile):
@@ -51,7 +47,8 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         def take_survey() -> Survey:
             return survey(store, passages, corpus.count, context.recipe, profile)
 
-        report = run_augment(importing, passages, take_survey(), take_survey, Budget(corpus.count, 1.0), progress)
+        budget = Budget(corpus.count, 1.0)
+        report = run_augment(context, passages, take_survey(), take_survey, budget, progress, only_imports=True)
     return {
         "passages": report.taken,
         "imported": report.done - report.earlier,

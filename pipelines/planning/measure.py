@@ -145,7 +145,7 @@ def _augmentations(
     found, given = {}, {}
     for passage in passages:
         if imported and (augmentation := imported.find(passage)) is not None:
-            if lacks_pairs(passage, augmentation, recipe.augment):
+            if lacks_pairs(augmentation, recipe.augment):
                 given[passage.key] = augmentation
             else:
                 found[passage.key] = complete(passage, augmentation, recipe.augment)

@@ -18,7 +18,7 @@ from pipelines.execution.progress import RunProgress, follow_outcomes
 from pipelines.execution.recovery import resume_until_done, retry_on_loss
 from pipelines.execution.survey import Survey, with_passages
 from pipelines.execution.tables import map_blocks
-from pipelines.settings import RunContext, writer_of
+from pipelines.settings import RunContext, augmenting_model, writer_of
 from prag_core.augmentation.augment import augment_each, complete, lacks_pairs
 from prag_core.augmentation.formats import ImportedAugmentations, names_of, read_augmentations
 from prag_core.config import DEFAULT_CONCURRENCY, Config
@@ -47,7 +47,7 @@ def make_generator(config: Config, gpus: float, on_progress: Callable[[], None] 
     if config.augment.generator == "openai":
         concurrency = config.augment.concurrency or DEFAULT_CONCURRENCY
         return OpenAIGenerator(config.augment.endpoint, concurrency=concurrency, on_progress=on_progress)
-    model = config.model.model_copy(update={"name": config.augment.model or config.model.name})
+    model = config.model.model_copy(update={"name": augmenting_model(config)})
     if config.augment.generator == "vllm":
         requests = config.augment.concurrency or DEFAULT_REQUESTS
         return VllmGenerator(
@@ -68,8 +68,9 @@ def make_generator(config: Config, gpus: float, on_progress: Callable[[], None] 
 class AugmentPassages:
     """The actor of this stage: it holds the generator, and stores its augmentations before it reports them."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, only_imports: bool = False) -> None:
         config = context.config
+        self._only_imports = only_imports or config.augment.generator == "none"
         self._config = config
         self._store = context.store
         self._recipe = context.recipe.augment
@@ -82,7 +83,7 @@ class AugmentPassages:
         # What the generator opens in this loop (connections) is kept from one task to the next.
         self._loop = asyncio.Runner()
         # Loading a model has no time limit here; but none is needed if all augmentations are imported.
-        self._generator = None if file or config.augment.generator == "none" else self._make_generator()
+        self._generator = None if file or self._only_imports else self._make_generator()
 
     def prepare(self, table: pa.Table) -> list[Passage]:
         """Return the passages of a batch."""
@@ -95,7 +96,7 @@ class AugmentPassages:
         missing, given = [], {}
         for passage in passages:
             found = self._imported.find(passage) if self._imported else None
-            if found is not None and not lacks_pairs(passage, found, self._recipe):
+            if found is not None and not lacks_pairs(found, self._recipe):
                 made.append(complete(passage, found, self._recipe))
                 continue
             missing.append(passage)
@@ -133,16 +134,12 @@ class AugmentPassages:
     def _generate(
         self, passages: list[Passage], given: Mapping[str, Augmentation]
     ) -> Iterator[list[Augmentation | Reject]]:
+        if self._only_imports:
+            why = f"not in {self._config.augment.import_file}, and nothing is generated"
+            lacking = [passage for passage in passages if passage.key not in given]
+            yield [Reject("augment", "not_imported", why, passage.sources[0], passage.key) for passage in lacking]
+            passages = [passage for passage in passages if passage.key in given]
         if not passages:
-            return
-        if self._config.augment.generator == "none":
-            file = self._config.augment.import_file
-            lacking = f"{file} has few pairs for it, and the next run adds some"
-            missing = f"not in {file}, and augment.generator is none"
-            yield [
-                Reject("augment", "not_imported", lacking if p.key in given else missing, p.sources[0], p.key)
-                for p in passages
-            ]
             return
         if self._generator is None:
             self._generator = self._make_generator()
@@ -184,11 +181,14 @@ def run_augment(
     take_survey: Callable[[], Survey],
     budget: Budget,
     progress: RunProgress,
+    *,
+    only_imports: bool = False,
 ) -> StageReport:
     """Augment the passages that a survey found missing. In = done (now and earlier) + rejected (now and earlier).
 
     `take_survey` is called again if a part of the cluster is lost. `budget` limits the rejects; those that a survey
-    found are counted too.
+    found are counted too. With `only_imports`, a passage that the import file lacks is a reject (`not_imported`), as it
+    is where the configuration has no generator.
     """
     begun, config = time.perf_counter(), context.config
     # Read here too: a bad file stops the run before any actor starts, and its bad lines are counted once.
@@ -214,7 +214,8 @@ def run_augment(
         missing = with_passages(survey, "to_augment", passages, context.profile)
         size = augment_task_size(total, context)
         shown = replace(stage_run, board=progress.board)
-        outcomes = run_actors(AugmentPassages, (context,), missing, size, context.profile.augment, shown)
+        arguments = (context, only_imports)
+        outcomes = run_actors(AugmentPassages, arguments, missing, size, context.profile.augment, shown)
         return follow_outcomes(outcomes, total, "augment", progress, budget.after(survey.rejected))
 
     last, tally = resume_until_done("augment", "to_augment", first, take_survey, work, progress)

@@ -3,7 +3,7 @@
 Three strategies make the questions. With `paper`, an instruction-following model writes them as JSON (Su et al. 2025,
 section 3.1); with `lines`, it writes them one a line, in several drafts. With `writer`, a model of some hundred million
 parameters does what one adapter has taught it: it names facts, asks for them, and answers. Cloze questions, made by
-rules, can fill up the pairs of each strategy. An imported augmentation with few pairs can be filled up by all of them.
+rules, can fill up the pairs of each strategy. A writer can add pairs on what an imported augmentation leaves out.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ def complete(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe
     return replace(augmentation, pairs=tuple(draft.pairs), coverage=coverage(passage, draft.pairs))
 
 
-def lacks_pairs(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe) -> bool:
-    """Return whether the generator should add pairs to an imported augmentation."""
-    return recipe.complete_imports and len(augmentation.pairs) < wanted_pairs(passage, recipe.pairs)
+def lacks_pairs(augmentation: Augmentation, recipe: AugmentRecipe) -> bool:
+    """Return whether the writer should add pairs to an imported augmentation."""
+    return recipe.complete_imports and len(augmentation.pairs) < (recipe.pairs or MOST_PAIRS)
 
 
 # How many pairs to make of a passage where the configuration does not say.
@@ -185,8 +185,10 @@ async def _augment(
     """Return the result for one passage, and the error of its last attempt if the generator has given nothing."""
     draft = Draft(passage, wanted_pairs(passage, recipe.pairs))
     if given is not None:
-        # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs.
-        draft.pairs, draft.rewrites, recipe = list(given.pairs), list(given.rewrites), replace(recipe, rewrites=0)
+        # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs. There is room for
+        # all that it leaves out, and one attempt, since a later one would ask about its facts again.
+        draft.pairs, draft.rewrites = list(given.pairs), list(given.rewrites)
+        draft.wanted, recipe = recipe.pairs or MOST_PAIRS, replace(recipe, rewrites=0, attempts=1)
     before = len(draft.pairs)
     for attempt in range(recipe.attempts):
         if not _is_open(draft, recipe):

@@ -1,7 +1,8 @@
 """Cloze questions: sentences of a passage that ask for one of their facts, as "The tower was built in what year?".
 
 An adapter holds hardly anything that no pair asks about, and models leave many facts out. These questions are made by
-rules, at no model's cost, for the facts that no other pair asks about (decision 90 in docs/decisions).
+rules, at no model's cost, for the facts that no other pair asks about (decision 90 in docs/decisions): those that rules
+find, and those that a writer has named without a good question.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _IS_A = re.compile(
 def add_cloze_pairs(draft: Draft) -> None:
     """Add cloze pairs about the facts that no pair of the draft asks about, up to the number that it should have.
 
-    The facts are what the passage's subject is, and the names, dates and numbers that English rules find.
+    The facts are what the passage's subject is, the names, dates and numbers that English rules find, and those that a
+    writer has named.
     """
     for pair in _pairs(draft):
         if len(draft.pairs) >= draft.wanted:
@@ -44,7 +46,8 @@ def _pairs(draft: Draft) -> Iterator[QAPair]:
         before = found.string[: found.start()]
         if len(before.split()) <= _WORDS_BEFORE and any(contains_text(before, word) for word in subject.split()):
             yield QAPair(f"What {found[1]} {subject}?", found[2].strip(), sentences[0])
-    for candidate in find_answers(topic, sentences):
+    named = [AnswerCandidate(answer, "what", sentence) for answer, sentence in draft.unasked if answer in sentence]
+    for candidate in [*find_answers(topic, sentences), *named]:
         question = _question(candidate)
         if subject and not contains_text(question, subject):
             question = f"{subject}: {question}"

@@ -152,7 +152,8 @@ def _trigrams(words: list[str]) -> list[tuple[str, ...]]:
 class Draft:
     """The augmentation of one passage while it is made. `wanted` is how many pairs it should have.
 
-    `error` is the last attempt's. `reasons` says that a reply was cut off in its reasoning, so later ones need room.
+    `unasked` are facts for which the writer has no good question, each as (answer, sentence). `error` is the last
+    attempt's. `reasons` says that a reply was cut off in its reasoning, so later ones need room.
     """
 
     passage: Passage
@@ -160,14 +161,16 @@ class Draft:
     rewrites: list[str] = field(default_factory=list)
     pairs: list[QAPair] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
+    unasked: list[tuple[str, str]] = field(default_factory=list)
     attempts: int = 0
     error: GenerationError | None = None
     reasons: bool = False
 
-    def offer(self, pair: QAPair) -> None:
-        """Accept the pair, its subject named, or count the reason for refusing it."""
+    def offer(self, pair: QAPair) -> bool:
+        """Accept the pair, its subject named, or count the reason for refusing it; return whether it is accepted."""
         pair = replace(pair, question=name_subject(pair.question, self.passage))
         if reason := refusal(pair, self.passage, self.pairs):
             self.refused[reason] += 1
-        else:
-            self.pairs.append(pair)
+            return False
+        self.pairs.append(pair)
+        return True

@@ -1,7 +1,8 @@
 """The strategy `writer`: pairs from a model of some hundred million parameters that has learned to write them.
 
 `prag warmup --asking` trains one adapter for three short tasks, each about one sentence: to name the facts that one can
-ask for, to ask for one of them, and to answer a question. A question is kept if the writer then answers it alike.
+ask for, to ask for one of them, and to answer a question. A question is kept if the writer then answers it alike. Facts
+without such a question are left to cloze questions.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentR
     for (fact, question), answer in zip(questions, answers, strict=True):
         if len(draft.pairs) >= draft.wanted:
             return
-        if _same(answer, fact.answer):
-            draft.offer(QAPair(question, fact.answer, fact.sentence))
-        else:
+        if not _same(answer, fact.answer):
             draft.refused["answered_otherwise"] += 1
+        elif draft.offer(QAPair(question, fact.answer, fact.sentence)):
+            continue
+        draft.unasked.append((fact.answer, fact.sentence))
 
 
 def writer_tasks(passage: Passage, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:

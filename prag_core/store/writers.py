@@ -39,9 +39,17 @@ class Writer:
         except AdapterError as error:
             raise ConfigError(f"augment.writer = {self.name!r}: {error.message}", WRITER_REMEDY) from None
 
-    def augment_recipe(self, recipe: AugmentRecipe) -> AugmentRecipe:
-        """Return the recipe of augmentations that this writer makes; it is a part of the model that augments."""
-        return replace(recipe, strategy="writer", generator=fingerprint([recipe.generator, self.name]))
+    def augment_recipe(self, recipe: AugmentRecipe, *, complete_imports: bool = False) -> AugmentRecipe:
+        """Return the recipe of augmentations that this writer makes; it is a part of the model that augments.
+
+        `complete_imports` says whether it adds pairs to imported ones.
+        """
+        return replace(
+            recipe,
+            strategy="writer",
+            generator=fingerprint([recipe.generator, self.name]),
+            complete_imports=complete_imports and recipe.imported,
+        )
 
 
 def find_writer(store: Store, name: str, model: str) -> Writer:

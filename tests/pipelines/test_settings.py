@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.resources import PROFILES
-from pipelines.settings import describe, profile_of, writer_of
+from pipelines.settings import augmenting_model, describe, profile_of, writer_of
 from prag_core.config_file import parse_config
 from prag_core.errors import ConfigError
 from prag_core.store.adapters import get_start
@@ -95,6 +97,13 @@ def test_the_packaged_model_has_a_writer() -> None:
     assert recipe.generator != lines.generator
     # An endpoint or a file knows nothing of a writer.
     assert [augmenting(generator=name)[0].strategy for name in ("openai", "none")] == ["lines", "lines"]
+    # It completes imports, whatever the base model is, unless something else is named.
+    assert augmenting(import_file="f.jsonl")[0] == replace(recipe, imported=True, complete_imports=True)
+    config = {"store": "s", "corpus": {"path": "c"}, "model": {"name": "another"}, "augment": {"import_file": "f"}}
+    assert augmenting_model(parse_config(config)) == "smollm2-135m-instruct"
+    for other in ({"complete_imports": False}, {"strategy": "lines"}, {"writer": "ab"}, {"generator": "vllm"}):
+        changed = parse_config({**config, "augment": {"import_file": "f", **other}})
+        assert augmenting_model(changed) == "another"
     with pytest.raises(ConfigError, match=r"augment.writer = 'ab': .*starts/ab.json"):
         augmenting(writer="ab")
     with pytest.raises(ConfigError, match="there is no writer of this model"):

@@ -15,12 +15,14 @@ import pytest
 from pipelines.execution.outcomes import Outcome
 from pipelines.settings import make_context
 from pipelines.stages.augment import AugmentPassages, augment_task_size
+from prag_core.augmentation.filter import is_same_fact
 from prag_core.augmentation.formats import write_augmentations
 from prag_core.config_file import parse_config
 from prag_core.errors import GenerationError
-from prag_core.records import Augmentation, Passage, from_table, to_table
+from prag_core.identity import passage_key
+from prag_core.records import Augmentation, Passage, QAPair, from_table, to_table
 from prag_core.store.objects import Store
-from tests.helpers.passages import make_augmentation, make_passage
+from tests.helpers.passages import make_passage
 
 PASSAGES = [make_passage(n) for n in range(40)]
 
@@ -129,30 +131,46 @@ def test_a_long_pause_is_not_waited_for_a_whole_batch(tmp_path: Path, tiny_model
     assert len(tables) >= 2
 
 
-@pytest.mark.parametrize("generator", ["openai", "none"])
-def test_imports_with_few_pairs_are_left_to_the_generator(
-    tmp_path: Path, tiny_model_folder: Path, generator: str
+ROUTE = "The Vellan Canal joins Mora to the port of Sild. It was dug between 1842 and 1849 under Edda Roskvist."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only_imports", [False, True])
+def test_the_packaged_writer_completes_imports_whatever_the_base_model_is(
+    tmp_path: Path, tiny_model_folder: Path, only_imports: bool
 ) -> None:
-    """p0 has both pairs that are wanted, p1 has one, and the file lacks p2."""
-    made = [make_augmentation(passage, pairs=2 - n) for n, passage in enumerate(PASSAGES[:2])]
+    """The file has one pair about the first passage, and lacks the second one."""
+    passages = [
+        Passage(passage_key("Vellan Canal", text), "Vellan Canal", text, (f"p{n}",))
+        for n, text in enumerate((ROUTE, f"{ROUTE} It is 31 kilometres long."))
+    ]
+    own = QAPair("Which port does the Vellan Canal reach?", "Sild", ROUTE)
+    given = Augmentation(passages[0].key, (), (own,), "imported", attempts=0)
     file = tmp_path / "made.jsonl"
-    write_augmentations(PASSAGES[:2], {one.key: one for one in made}, file, "jsonl")
-    with endpoint(lambda _: 200) as (url, asked):
-        augmenter, store = actor(
-            tmp_path, tiny_model_folder, url, {"import_file": str(file), "pairs": 2, "complete_imports": True}
-        )
-        # As `prag import-augmentations` has it: the recipe of the configured generator, which is not asked.
-        config = augmenter._config.augment.model_copy(update={"generator": generator})
-        augmenter._config = augmenter._config.model_copy(update={"augment": config})
-        tables = augmenter(augmenter.prepare(to_table(Passage, PASSAGES[:3])), lambda share: None)
-        outcomes = {one.key: (one.rejected, one.pairs) for table in tables for one in from_table(Outcome, table)}
-    expected = {"openai": [("", 2), ("", 2), ("", 1)], "none": [("", 2), ("not_imported", 0), ("not_imported", 0)]}
-    assert [outcomes[passage.key] for passage in PASSAGES[:3]] == expected[generator]
-    assert asked[0] == {"openai": 4, "none": 0}[generator]  # three attempts for p2, whose pairs are all the same
-    rows = from_table(Augmentation, store.get_table(Augmentation, store.list("augmentations", ".parquet")))
-    pairs = {row.key: [pair.answer for pair in row.pairs] for row in rows}
-    assert pairs[PASSAGES[0].key] == ["thing 0", "thing 1"]
-    assert pairs.get(PASSAGES[1].key) == (["thing 0", "w1x1"] if generator == "openai" else None)
+    write_augmentations(passages[:1], {given.key: given}, file, "jsonl")
+    config = parse_config(
+        {
+            "store": str(tmp_path / "store"),
+            "corpus": {"path": "unused"},
+            "model": {"name": str(tiny_model_folder)},
+            "augment": {"import_file": str(file)},
+        }
+    )
+    context = make_context(config, "run")
+    augmenter = AugmentPassages(context, only_imports)
+    tables = augmenter(augmenter.prepare(to_table(Passage, passages)), lambda share: None)
+    outcomes = {one.key: one for table in tables for one in from_table(Outcome, table)}
+    first, second = (outcomes[passage.key] for passage in passages)
+    parts = context.store.list("augmentations", ".parquet")
+    stored = {one.key: one for one in from_table(Augmentation, context.store.get_table(Augmentation, parts))}
+    pairs = stored[passages[0].key].pairs
+    assert first.pairs == len(pairs)
+    assert pairs[0].answer == "Sild"
+    # What the import leaves out is asked about by the writer, before cloze questions are.
+    written = [pair for pair in pairs if pair.question.startswith(("Who", "When", "In what", "In which"))]
+    assert {pair.answer for pair in written} & {"Edda Roskvist", "1842 and 1849", "1842", "1849"}
+    assert sum(is_same_fact(pair.answer, "Sild") for pair in pairs) == 1
+    assert (second.rejected, second.pairs > 0) == (("not_imported", False) if only_imports else ("", True))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,27 @@ def test_a_question_is_kept_if_it_is_answered_alike() -> None:
     assert made.refused == ("answered_otherwise=1",)
 
 
+def test_a_fact_without_a_good_question_is_left_to_a_cloze_question() -> None:
+    """The writer names a fact that no rule finds, and answers its own question with another one."""
+    lamp = "Its lamp burned whale oil for years."
+    tower = replace(TOWER, text=f"{TEXT} {lamp}")
+
+    def named(prompt: str) -> str:
+        if lamp not in prompt:
+            return ""
+        if prompt.endswith("Answers:"):
+            return " whale oil | Whale Oil"
+        return " What is it?" if prompt.endswith("Question:") else " a tower"
+
+    recipe = replace(RECIPE, cloze=True, pairs=24)
+    (plain,) = augment([tower], ScriptedGenerator(lambda _: ""), recipe)
+    (made,) = augment([tower], ScriptedGenerator(named), recipe)
+    assert isinstance(plain, Augmentation)
+    assert isinstance(made, Augmentation)
+    (more,) = [pair for pair in made.pairs if pair not in plain.pairs]
+    assert (more.question, more.answer) == ("Zembla Tower: Its lamp burned what for years?", "whale oil")
+
+
 def test_nothing_is_kept_of_a_writer_that_answers_nothing() -> None:
     (made,) = augment([TOWER], ScriptedGenerator(lambda _: ""), RECIPE)
     assert isinstance(made, Reject)
@@ -62,10 +83,10 @@ def test_a_writer_that_fails_is_no_writer_of_nothing() -> None:
 def test_an_import_gets_pairs_on_what_it_leaves_out() -> None:
     own = QAPair("How tall is Zembla Tower?", "43 metres", "It is 43 metres tall.")
     given = Augmentation(TOWER.key, ("a rewrite",), (own,), "imported", attempts=0)
-    recipe = replace(RECIPE, complete_imports=True, imported=True, rewrites=1)
-    assert lacks_pairs(TOWER, given, recipe)
-    assert not lacks_pairs(TOWER, given, replace(recipe, pairs=1))
-    assert not lacks_pairs(TOWER, given, replace(recipe, complete_imports=False))
+    recipe = replace(RECIPE, complete_imports=True, imported=True, rewrites=1, attempts=3)
+    assert lacks_pairs(given, recipe)
+    assert not lacks_pairs(given, replace(recipe, pairs=1))
+    assert not lacks_pairs(given, replace(recipe, complete_imports=False))
     generator = ScriptedGenerator(reply)
     (made,) = augment([TOWER], generator, recipe, {TOWER.key: given})
     assert isinstance(made, Augmentation)
