@@ -146,7 +146,12 @@ class AugmentConfig(_Strict):
     complete_imports: bool = Field(
         True, description="Where the augmenting model has a writer, it asks about what imported pairs leave out."
     )
-    pairs: int = Field(0, ge=0, description="Question-answer pairs per passage; 0: one for 7 words, from 8 to 24.")
+    pairs: int = Field(
+        0,
+        ge=0,
+        description="Question-answer pairs per passage. 0: one for 7 words, from 8 to 24; with a writer and cloze "
+        "questions up to 24.",
+    )
     cloze: bool = Field(True, description="Fill up the pairs with cloze questions on facts that none asks about.")
     rewrites: int | None = Field(None, ge=0, description="Rewrites per passage; by default those that training uses.")
     attempts: int = Field(3, ge=1, description="Attempts per passage; then it is accepted with fewer, or rejected.")

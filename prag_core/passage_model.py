@@ -102,8 +102,8 @@ class PassageModel:
 
         Args:
             passage: A passage, or its text.
-            pairs: Questions and answers about it, to which cloze questions are added as to imported ones; by default
-                the generator writes them.
+            pairs: Questions and answers about it, to which cloze questions are added as to imported ones, and nothing
+                by a writer; by default the generator writes them.
             title: The title of a passage that is given as a text. A question alone should make clear what it is about,
                 so a title helps where the text speaks of "he" or "the bridge".
 

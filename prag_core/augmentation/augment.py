@@ -200,6 +200,9 @@ async def _augment(
             await _STRATEGIES[recipe.strategy](draft, generator, recipe, attempt)
     too_long = isinstance(draft.error, PromptTooLongError)
     error = draft.error if len(draft.pairs) == before and not too_long else None
+    if recipe.strategy == "writer":
+        # It names more facts than it finds good questions for, and cloze questions ask for the others.
+        draft.wanted = recipe.pairs or MOST_PAIRS
     # Rules must not hide that the generator failed.
     if recipe.cloze and (given or not draft.error):
         add_cloze_pairs(draft)

@@ -41,7 +41,7 @@ def test_it_trains_the_adapter_that_the_pipeline_trains(
             "store": str(tmp_path / "store"),
             "corpus": {"path": "corpus.jsonl"},
             "model": {"name": str(tiny_model_folder), "dtype": "float32", "device": "cpu"},
-            "augment": {"import_file": "augmentations.jsonl"},
+            "augment": {"import_file": "augmentations.jsonl", "complete_imports": False},
             "storage": {"adapter_dtype": "float32"},
         }
     )

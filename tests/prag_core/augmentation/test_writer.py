@@ -59,6 +59,10 @@ def test_a_fact_without_a_good_question_is_left_to_a_cloze_question() -> None:
     assert isinstance(plain, Augmentation)
     assert isinstance(made, Augmentation)
     (more,) = [pair for pair in made.pairs if pair not in plain.pairs]
+    # There is room for it even where a passage of this length has fewer pairs.
+    (roomy,) = augment([tower], ScriptedGenerator(named), replace(recipe, pairs=0))
+    assert isinstance(roomy, Augmentation)
+    assert roomy.pairs == made.pairs
     assert (more.question, more.answer) == ("Zembla Tower: Its lamp burned what for years?", "whale oil")
 
 
