@@ -28,7 +28,7 @@ def import_augmentations(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Store augmentations made elsewhere, for the passages of the configured corpus.
+    """Store augmentations made elsewhere, for the passages of the configured corpus, completed as in a run.
 
     A later `prag run` uses them if `augment.import_file` names the same file.
     """
