@@ -135,7 +135,9 @@ class AugmentPassages:
         self, passages: list[Passage], given: Mapping[str, Augmentation]
     ) -> Iterator[list[Augmentation | Reject]]:
         if self._only_imports:
-            why = f"not in {self._config.augment.import_file}, and nothing is generated"
+            settings = self._config.augment
+            why = "augment.generator is none" if settings.generator == "none" else "the next run generates some"
+            why = f"not in {settings.import_file}, and {why}"
             lacking = [passage for passage in passages if passage.key not in given]
             yield [Reject("augment", "not_imported", why, passage.sources[0], passage.key) for passage in lacking]
             passages = [passage for passage in passages if passage.key in given]
