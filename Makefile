@@ -83,7 +83,7 @@ browser:
 
 # The files with the longest tests come first (tests/conftest.py), so that both processes end at about the same time.
 slow: setup browser
-	$(PYTEST) -m "slow and not long" --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "slow and not long" --dist loadfile --no-loadscope-reorder --durations 25
 
 # Fast checks first: a typo fails in seconds.
 test: check docs slow

@@ -135,11 +135,10 @@ ROUTE = "The Vellan Canal joins Mora to the port of Sild. It was dug between 184
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only_imports", [False, True])
 def test_the_packaged_writer_completes_imports_whatever_the_base_model_is(
-    tmp_path: Path, tiny_model_folder: Path, only_imports: bool
+    tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    """The file has one pair about the first passage, and lacks the second one."""
+    """The file has one pair about the first passage, and lacks the second one, which is left to a run."""
     passages = [
         Passage(passage_key("Vellan Canal", text), "Vellan Canal", text, (f"p{n}",))
         for n, text in enumerate((ROUTE, f"{ROUTE} It is 31 kilometres long."))
@@ -157,7 +156,7 @@ def test_the_packaged_writer_completes_imports_whatever_the_base_model_is(
         }
     )
     context = make_context(config, "run")
-    augmenter = AugmentPassages(context, only_imports)
+    augmenter = AugmentPassages(context, only_imports=True)
     tables = augmenter(augmenter.prepare(to_table(Passage, passages)), lambda share: None)
     outcomes = {one.key: one for table in tables for one in from_table(Outcome, table)}
     first, second = (outcomes[passage.key] for passage in passages)
@@ -170,7 +169,7 @@ def test_the_packaged_writer_completes_imports_whatever_the_base_model_is(
     written = [pair for pair in pairs if pair.question.startswith(("Who", "When", "In what", "In which"))]
     assert {pair.answer for pair in written} & {"Edda Roskvist", "1842 and 1849", "1842", "1849"}
     assert sum(is_same_fact(pair.answer, "Sild") for pair in pairs) == 1
-    assert (second.rejected, second.pairs > 0) == (("not_imported", False) if only_imports else ("", True))
+    assert (second.rejected, second.pairs) == ("not_imported", 0)
 
 
 @pytest.mark.parametrize(
