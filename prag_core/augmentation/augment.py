@@ -136,7 +136,7 @@ def complete(passage: Passage, augmentation: Augmentation, recipe: AugmentRecipe
 
 def lacks_pairs(augmentation: Augmentation, recipe: AugmentRecipe) -> bool:
     """Return whether the writer should add pairs to an imported augmentation."""
-    return recipe.complete_imports and len(augmentation.pairs) < (recipe.pairs or MOST_PAIRS)
+    return recipe.complete_imports and len(augmentation.pairs) < _most_pairs(recipe)
 
 
 # How many pairs to make of a passage where the configuration does not say.
@@ -148,6 +148,11 @@ MOST_PAIRS = 24
 def wanted_pairs(passage: Passage, pairs: int) -> int:
     """Return how many pairs to make of a passage: `pairs`, or if it is 0 one for each 7 words, from 8 to 24."""
     return pairs or min(MOST_PAIRS, max(_FEWEST_PAIRS, len(passage.text.split()) // _WORDS_PER_PAIR))
+
+
+def _most_pairs(recipe: AugmentRecipe) -> int:
+    """Return how many pairs a passage may have where a writer has named its facts."""
+    return recipe.pairs or MOST_PAIRS
 
 
 _Task = asyncio.Task[tuple[Augmentation | Reject, GenerationError | None]]
@@ -188,7 +193,7 @@ async def _augment(
         # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs. There is room for
         # all that it leaves out, and one attempt, since a later one would ask about its facts again.
         draft.pairs, draft.rewrites = list(given.pairs), list(given.rewrites)
-        draft.wanted, recipe = recipe.pairs or MOST_PAIRS, replace(recipe, rewrites=0, attempts=1)
+        draft.wanted, recipe = _most_pairs(recipe), replace(recipe, rewrites=0, attempts=1)
     before = len(draft.pairs)
     for attempt in range(recipe.attempts):
         if not _is_open(draft, recipe):
@@ -202,7 +207,7 @@ async def _augment(
     error = draft.error if len(draft.pairs) == before and not too_long else None
     if recipe.strategy == "writer":
         # It names more facts than it finds good questions for, and cloze questions ask for the others.
-        draft.wanted = recipe.pairs or MOST_PAIRS
+        draft.wanted = _most_pairs(recipe)
     # Rules must not hide that the generator failed.
     if recipe.cloze and (given or not draft.error):
         add_cloze_pairs(draft)
