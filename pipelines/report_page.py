@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # One colour a mode, in every plot; they can be told apart by people who see colours otherwise (Okabe and Ito).
-COLOURS = {"closed": "#8c8c8c", "rag": "#d98c00", "prag": "#0072b2", "combine": "#009e73"}
+COLOURS = {"closed": "#8c8c8c", "rag": "#d98c00", "prag": "#0072b2", "combine": "#009e73", "auto": "#cc79a7"}
 CONTROL_COLOUR = "#b9b9b9"
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--text:#1b1c1f;--quiet:#55585f;--line:#cfd2d8;--panel:#f4f5f7;

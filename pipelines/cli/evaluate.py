@@ -17,7 +17,7 @@ from pipelines.cli import options
 from pipelines.cli.terminal import out, print_json, progress_to, result_only
 from pipelines.words import counted
 from prag_core.errors import ConfigError
-from prag_core.records import MAX_STRENGTH, MODES, MergeRule
+from prag_core.records import ASKED_MODES, MAX_STRENGTH, MODES, MergeRule
 
 if TYPE_CHECKING:
     from prag_core.config import Config, StorageConfig
@@ -40,7 +40,7 @@ def evaluate(
     dataset: Annotated[
         str, typer.Option(help="A file of questions; FORM:FILE if the file does not show its form; or `atlas`.")
     ] = "atlas",
-    modes: Annotated[str, typer.Option(help="Some of closed, rag, prag, combine.")] = ",".join(MODES),
+    modes: Annotated[str, typer.Option(help="Some of closed, rag, prag, combine, auto.")] = ",".join(MODES),
     controls: Annotated[str, typer.Option(help="Some of wrong, random, task, da.")] = "",
     retrieval: Annotated[
         Literal["bm25", "oracle"], typer.Option(help="`oracle` takes the gold passages instead of searching.")
@@ -82,7 +82,8 @@ def evaluate(
     one JSON object: n, F1 by column, differences and their 95 % intervals.
 
     With --fit-auto, a new snapshot with the thresholds of `auto` takes the place of the evaluated one. Give questions
-    that are like those to come, and of which you report no results.
+    that are like those to come, and of which you report no results. Other questions then show what they are worth:
+    --modes closed,rag,prag,combine,auto.
     """
     settings = options.settings_of(config, set_)
 
@@ -100,7 +101,7 @@ def evaluate(
     from prag_core.store.objects import open_store
 
     plan = EvaluationPlan(
-        modes=_names("modes", modes, MODES),
+        modes=_names("modes", modes, ASKED_MODES),
         controls=_names("controls", controls, CONTROLS),
         retrieval=retrieval,
         top_k=_numbers("top-k", top_k or str(settings.answer.top_k), int, 20),

@@ -24,7 +24,7 @@ from pipelines.report_page import (
 from pipelines.words import counted, duration
 from prag_core.evaluation.conclusions import conclusions
 from prag_core.evaluation.summary import STEPS
-from prag_core.records import MODES
+from prag_core.records import ASKED_MODES
 
 _LOG_WIDTH = 200
 _Rows = list[list[str]]
@@ -42,6 +42,7 @@ _TERMS = {
     "rag": "the passages in the prompt",
     "prag": "the passages' adapters in the weights, and no passage in the prompt",
     "combine": "the passages in the prompt and in the weights",
+    "auto": "for each question the mode that the snapshot's thresholds choose by the scores of the search",
     **_CONTROL_TERMS,
     "F1": "words that an answer shares with the best accepted answer, from 0 to 1 (SQuAD)",
     "EM": "share of the answers that equal an accepted one (SQuAD)",
@@ -110,7 +111,7 @@ def html_page(report: Mapping[str, Any]) -> str:
 
 
 def _is_used(term: str, report: Mapping[str, Any]) -> bool:
-    return term not in (*MODES, *_CONTROL_TERMS) or term in report["columns"]
+    return term not in (*ASKED_MODES, *_CONTROL_TERMS) or term in report["columns"]
 
 
 # ---- tables
@@ -274,7 +275,7 @@ def _plots(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             axes.legend(frameon=False)
 
         # 5. F1 by question type: the modes alone, or the bars would be too many to tell apart.
-        kinds, modes = report["types"], [name for name in MODES if name in columns]
+        kinds, modes = report["types"], [name for name in ASKED_MODES if name in columns]
         if len(kinds) > 1 and modes:
             axes = new_axes("F1 by question type", 4.0, "", "F1")
             width = 0.8 / len(modes)

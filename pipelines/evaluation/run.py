@@ -69,6 +69,7 @@ def run_evaluation(
     run_context = RunContext(config, store, profile, adapters.recipe, adapters.layout)
     if open_reader(store, config, adapters.layout) is not None:
         plan = replace(plan, reader=f"{config.answer.reader} x{config.answer.reader_strength:g}")
+    plan = replace(plan, route=snapshot.route)
     wanted = columns(plan)
     with ray_session(profile):
         # 1. Find the gold passages, and choose the questions.
@@ -158,8 +159,8 @@ def _complete(
     contexts: list[QuestionContext],
     console: Console,
 ) -> list[QuestionContext]:
-    """Add to each question's context what the controls need; train the task adapters that are missing."""
-    if not plan.controls:
+    """Add to each question's context what controls and `auto` need; train the task adapters that are missing."""
+    if not plan.controls and "auto" not in plan.modes:
         return contexts
     store, partitions = run_context.store, run_context.profile.partitions
     k = max(plan.top_k)

@@ -14,7 +14,15 @@ from typing import Literal, get_args
 from prag_core.data.questions import Question
 from prag_core.errors import InputError
 from prag_core.identity import fingerprint
-from prag_core.records import DEFAULT_COMBINE_STRENGTH, DEFAULT_TOP_K, DEFAULT_WEIGHTS, Hit, MergeRule, Mode
+from prag_core.records import (
+    DEFAULT_COMBINE_STRENGTH,
+    DEFAULT_TOP_K,
+    DEFAULT_WEIGHTS,
+    AskedMode,
+    Hit,
+    MergeRule,
+    Route,
+)
 
 # The controls that a plan may name: see `prag_core.evaluation.requests`.
 Control = Literal["wrong", "random", "task", "da"]
@@ -35,7 +43,7 @@ class EvaluationPlan:
     modes that it affects.
     """
 
-    modes: tuple[Mode, ...] = ("closed", "rag", "prag", "combine")
+    modes: tuple[AskedMode, ...] = ("closed", "rag", "prag", "combine")
     controls: tuple[Control, ...] = ()
     retrieval: Retrieval = "bm25"  # `oracle` takes the gold passages
     top_k: tuple[int, ...] = (DEFAULT_TOP_K,)  # how many passages a question retrieves
@@ -44,6 +52,7 @@ class EvaluationPlan:
         DEFAULT_COMBINE_STRENGTH,
     )  # the adapters' weights are multiplied by it in the mode `combine`
     reader: str = ""  # the reader that is added where passages are in the prompt, and its weight; empty for none
+    route: Route | None = None  # the thresholds of the evaluated snapshot, by which `auto` chooses a mode
     wrong: WrongPassage = "nearest"  # the passage whose adapter the control `wrong` takes
     seeds: int = 3  # how many times everything random is drawn
     task_passages: int = 8  # how many passages train a task adapter
@@ -60,7 +69,7 @@ class Column:
     """One way to ask every question: a column of the report's table. Scores are averaged over `seeds`."""
 
     name: str
-    mode: Mode
+    mode: AskedMode
     top_k: int
     weights: MergeRule
     control: ColumnControl = ""
@@ -120,23 +129,28 @@ def columns(plan: EvaluationPlan) -> list[Column]:
     """Return the columns of an evaluation, in the order of its table.
 
     Raises:
-        InputError: when there are several `top_k` and the gold passages are taken, whose number is fixed.
+        InputError: when there are several `top_k` and the gold passages are taken, whose number is fixed, or `auto` is
+            asked of the gold passages, which have no scores.
     """
     k, weights = plan.top_k[0], plan.weights[0]
     if plan.retrieval == "oracle" and len(plan.top_k) > 1:
         raise InputError("with the gold passages, top_k has no effect", "give one --top-k, or use --retrieval bm25")
+    if plan.retrieval == "oracle" and "auto" in plan.modes:
+        raise InputError("auto chooses by the scores of a search", "leave it out of --modes, or use --retrieval bm25")
     made = [Column(mode, mode, k, weights) for mode in plan.modes]
     for control in plan.controls:
         made += _control_columns(control, plan)
     if plan.reader and (plan.controls or "rag" in plan.modes):
         made.append(Column("reader_rag", "rag", k, weights, "reader"))
     for mode in plan.modes:
-        if mode != "closed":
+        # The thresholds of `auto` hold for the k that they were fitted to.
+        if mode not in ("closed", "auto"):
             made += [Column(f"{mode}_k{other}", mode, other, weights) for other in plan.top_k[1:]]
     for mode in plan.modes:
         if mode in ("prag", "combine"):
             made += [Column(f"{mode}_{other}", mode, k, other) for other in plan.weights[1:]]
-    made = [replace(column, strength=plan.strengths[0]) if column.mode == "combine" else column for column in made]
+    combining = ("combine", "auto")  # `auto` may choose `combine`, and asks as it does
+    made = [replace(column, strength=plan.strengths[0]) if column.mode in combining else column for column in made]
     if "combine" in plan.modes:
         made += [Column(f"combine_x{x:g}", "combine", k, weights, strength=x) for x in plan.strengths[1:]]
     return made

@@ -21,6 +21,7 @@ from prag_core.evaluation.controls import ZERO_ADAPTER, random_name, task_name
 from prag_core.evaluation.metrics import contains
 from prag_core.evaluation.plan import Column, EvaluationPlan, EvaluationRequest
 from prag_core.identity import fingerprint
+from prag_core.inference.route import choose
 from prag_core.prompts import passage_text
 from prag_core.records import Augmentation, Hit, Passage
 
@@ -29,7 +30,7 @@ from prag_core.records import Augmentation, Hit, Passage
 class QuestionContext:
     """What is known of one question before it is asked.
 
-    The controls need the last four fields.
+    The controls need the last four fields, and `auto` needs `trained`.
     """
 
     ranked: tuple[Hit, ...]  # the retrieved passages, best first
@@ -43,15 +44,29 @@ class QuestionContext:
 def make_request(
     question: Question, column: Column, seed: int, context: QuestionContext, plan: EvaluationPlan
 ) -> EvaluationRequest:
-    """Return the request that asks a question as a column does.
+    """Return the request that asks a question as a column does; for `auto`, that of the mode which it chooses.
 
     Raises:
         InputError: when the control `wrong` has too few passages to choose from.
     """
+    if column.mode == "auto":
+        column = _chosen(column, context, plan)
     hits = _hits(question, column, seed, context, plan) if column.mode != "closed" else ()
     bare = column.mode == "closed" or (column.mode == "rag" and column.control != "reader")
     reader = "" if bare else plan.reader
     return EvaluationRequest(question.question, column.mode, column.weights, hits, column.strength, reader)
+
+
+def _chosen(column: Column, context: QuestionContext, plan: EvaluationPlan) -> Column:
+    """Return the column that answers in the mode which `auto` chooses for a question, as in service."""
+    trained = bool(context.ranked) and context.ranked[0].passage.key in context.trained
+    mode, _ = choose(plan.route, [hit.score for hit in context.ranked], trained)
+    return replace(
+        column,
+        mode=mode,
+        control="reader" if mode == "rag" and plan.reader else "",
+        strength=column.strength if mode == "combine" else 1.0,
+    )
 
 
 def _hits(

@@ -36,6 +36,7 @@ DIFFERENCES = (
     *(("prag", other) for other in ("closed", "wrong", "random", "task")),
     *(("combine", other) for other in ("rag", "task_rag", "wrong_rag", "reader_rag", "da_rag")),
     ("task_rag", "rag"),
+    *(("auto", other) for other in ("prag", "combine")),
 )
 _EXAMPLES = 5
 # An answer with a lower F1 counts as wrong.

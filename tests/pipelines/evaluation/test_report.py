@@ -65,6 +65,18 @@ def test_a_log_gets_whole_numbers() -> None:
     assert row[1] == "combine_mean_8"
 
 
+def test_auto_is_a_column_of_the_page() -> None:
+    plain = evaluation()
+    chosen = Column("auto", "auto", 1, plain.plan.weights[0])
+    ids = {**plain.request_ids, "auto": plain.request_ids["prag"]}
+    made = summarize(replace(plain, columns=(*plain.columns, chosen), request_ids=ids), {"name": "x"}, "")
+    page = html_page(made)
+    assert made["columns"]["auto"]["f1"] == made["columns"]["prag"]["f1"]
+    assert '<th scope="row">auto − prag</th><td>+0.000</td>' in page
+    assert "the mode that the snapshot" in page
+    assert "the mode that the snapshot" not in html_page(report())
+
+
 def test_f1_against_k_is_drawn() -> None:
     plain = evaluation()
     more = Column("prag_k3", "prag", 3, plain.plan.weights[0])

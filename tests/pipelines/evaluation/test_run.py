@@ -97,9 +97,11 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path, ray_here: str) ->
     (folder,) = parts.iterdir()
     store.put_table(f"evaluations/{folder.name}/replies", to_table(EvaluationReply, timed))
     old = load_snapshot(store)
-    out = work.run(*command[:-2], "--fit-auto")
+    out = work.run(*command[:-2], "--fit-auto", "--modes", "closed,rag,prag,combine,auto")
     assert replies(tmp_path) == timed  # nothing was asked again
     line = json.loads(out.strip().splitlines()[-1])
+    assert line["f1"]["auto"] == line["f1"]["combine"]  # the snapshot had no thresholds
+    assert line["delta"]["auto_combine"] == 0.0
     fitted = load_snapshot(store)
     assert asdict(fitted.route) == line["auto"]["route"]
     assert fitted == replace(old, id=fitted.id, created=fitted.created, route=fitted.route)

@@ -11,7 +11,7 @@ from prag_core.errors import InputError
 from prag_core.evaluation.controls import ZERO_ADAPTER, random_name, task_name
 from prag_core.evaluation.plan import EvaluationPlan, EvaluationRequest, columns
 from prag_core.evaluation.requests import QuestionContext, make_request
-from prag_core.records import Hit, from_table, to_table
+from prag_core.records import MODES, Hit, Mode, Route, from_table, to_table
 from tests.helpers.passages import make_augmentation, make_passage
 
 PASSAGES = [make_passage(n) for n in range(8)]
@@ -39,6 +39,34 @@ def asked(column: str, seed: int = 0, plan: EvaluationPlan | None = None, **chan
 
 def keys(ask: EvaluationRequest) -> list[str]:
     return [hit.passage.key for hit in ask.hits]
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "plan"),
+    [
+        ("prag", {}, {"route": Route(5.0, 9.0, 0.9, "combine")}),
+        ("combine", {}, {"route": Route(5.0, 9.0, 0.8, "combine")}),
+        ("combine", {}, {"route": None}),
+        ("rag", {}, {"route": Route(5.0, 9.0, 0.8, "rag")}),
+        ("closed", {}, {"route": Route(9.5, 9.0, 0.9, "combine")}),
+        ("closed", {"ranked": ()}, {"route": None}),
+        ("rag", {"trained": frozenset(KEYS[1:6])}, {"route": None}),
+    ],
+)
+@pytest.mark.parametrize("reader", ["", "a reader x1"])
+def test_auto_asks_as_the_mode_that_it_chooses(mode: Mode, changes: dict, plan: dict, reader: str) -> None:
+    # The best passage scores 9, and the next one 8/9 of it.
+    changes = {"ranked": tuple(Hit(PASSAGES[i], 9.0 - i) for i in range(3)), **changes}
+    made = EvaluationPlan((*MODES, "auto"), strengths=(0.5,), reader=reader, **plan)
+    chosen = "reader_rag" if mode == "rag" and reader else mode
+    assert asked("auto", plan=made, **changes) == asked(chosen, plan=made, **changes)
+
+
+def test_auto_has_one_column_and_needs_scores() -> None:
+    plan = EvaluationPlan(("auto", "prag"), top_k=(3, 1), weights=("score", "sum"), strengths=(0.5, 1.0))
+    assert [c.name for c in columns(plan)] == ["auto", "prag", "prag_k1", "prag_sum"]
+    with pytest.raises(InputError, match="auto chooses by the scores of a search"):
+        columns(replace(plan, retrieval="oracle", top_k=(1,)))
 
 
 def test_columns() -> None:
