@@ -13,7 +13,7 @@ from prag_core.identity import fingerprint
 from prag_core.prompts import PROMPT_VERSION
 from prag_core.records import Template
 
-RULE_VERSION = 4
+RULE_VERSION = 5
 
 Schedule = Literal["constant", "linear"]
 

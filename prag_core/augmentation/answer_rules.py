@@ -65,11 +65,13 @@ class AnswerCandidate:
     """A possible answer in a sentence, and the words that, in its place, ask for it.
 
     `place` is "who", "what place", "what date", "what year", "how much", "how many", "what percentage" or "what".
+    The answer begins at the position `start` of the sentence.
     """
 
     answer: str
     place: str
     sentence: str
+    start: int
 
 
 def find_answers(topic: str, sentences: list[str]) -> list[AnswerCandidate]:
@@ -99,7 +101,7 @@ def _candidates(topic: str, sentence: str) -> Iterator[AnswerCandidate]:
         if overlaps or not answer or shared or contains_text(topic, answer):
             continue
         taken.append((start, end))
-        yield AnswerCandidate(answer, place, sentence)
+        yield AnswerCandidate(answer, place, sentence, sentence.index(answer, start))
 
 
 _Match = tuple[int, int, int, str]

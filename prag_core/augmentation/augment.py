@@ -193,6 +193,9 @@ async def _augment(
         # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs. There is room for
         # all that it leaves out, and one attempt, since a later one would ask about its facts again.
         draft.pairs, draft.rewrites = list(given.pairs), list(given.rewrites)
+        for entry in given.refused:
+            reason, _, count = entry.partition("=")
+            draft.refused[reason] += int(count)
         draft.wanted, recipe = _most_pairs(recipe), replace(recipe, rewrites=0, attempts=1)
     before = len(draft.pairs)
     for attempt in range(recipe.attempts):

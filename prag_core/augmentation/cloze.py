@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from prag_core.augmentation.answer_rules import AnswerCandidate, find_answers
-from prag_core.augmentation.filter import Draft, contains_text
+from prag_core.augmentation.filter import Draft, contains_text, find_text
 from prag_core.augmentation.sentences import sentences_of, topic_of
 from prag_core.records import QAPair
 
@@ -46,16 +46,24 @@ def _pairs(draft: Draft) -> Iterator[QAPair]:
         before = found.string[: found.start()]
         if len(before.split()) <= _WORDS_BEFORE and any(contains_text(before, word) for word in subject.split()):
             yield QAPair(f"What {found[1]} {subject}?", found[2].strip(), sentences[0])
-    named = [AnswerCandidate(answer, "what", sentence) for answer, sentence in draft.unasked if answer in sentence]
-    for candidate in [*find_answers(topic, sentences), *named]:
+    for candidate in [*find_answers(topic, sentences), *_named(draft)]:
         question = _question(candidate)
         if subject and not contains_text(question, subject):
             question = f"{subject}: {question}"
         yield QAPair(question, candidate.answer, candidate.sentence)
 
 
+def _named(draft: Draft) -> Iterator[AnswerCandidate]:
+    """Yield the facts that a writer has named without a good question, as their sentences write them."""
+    for answer, sentence in draft.unasked:
+        if place := find_text(sentence, answer):
+            start, end = place
+            yield AnswerCandidate(sentence[start:end], "what", sentence, start)
+
+
 def _question(candidate: AnswerCandidate) -> str:
-    before, _, behind = candidate.sentence.partition(candidate.answer)
+    sentence, start = candidate.sentence, candidate.start
+    before, behind = sentence[:start], sentence[start + len(candidate.answer) :]
     kept = [*before.split()[-_WORDS_BEFORE:], candidate.place, *behind.split()[:_WORDS_BEHIND]]
     text = " ".join(kept).rstrip(" .,;:?!")
     return f"{text[0].upper()}{text[1:]}?"

@@ -26,8 +26,9 @@ _DISTINCT_SHARE = 0.7
 _LONG_WORD = re.compile(r"\w{5,}")
 # How many questions with one answer a passage may have: a fact may be asked about in two wordings.
 _WORDINGS = 2
-# Two answers that share this part of their words are one fact.
+# Two answers that share this part of their words are one fact. Where each has words of its own, it must be more.
 _SAME_FACT = 0.6
+_SAME_FACT_IN_OTHER_WORDS = 0.8
 # Words that an answer may have and its passage need not.
 _SMALL_WORDS = frozenset(
     ("a", "an", "the", "of", "in", "on", "at", "to", "for", "and", "or", "by", "with", "from", "as")
@@ -60,6 +61,15 @@ def contains_text(text: str, part: str) -> bool:
     before = r"(?<!\w)" if part[0].isalnum() else ""
     after = r"(?!\w)" if part[-1].isalnum() else ""
     return re.search(before + re.escape(part) + after, fold_text(text)) is not None
+
+
+def find_text(text: str, part: str) -> tuple[int, int] | None:
+    """Return where `part` begins and ends in `text`, as whole words and numbers, ignoring case and white space."""
+    words = r"\s+".join(map(re.escape, part.split()))
+    before = r"(?<!\w)(?<!\d[.,])" if part[:1].isalnum() else ""
+    after = r"(?!\w|[.,]\d)" if part[-1:].isalnum() else ""
+    found = re.search(f"{before}{words}{after}", text, re.IGNORECASE) if words else None
+    return found.span() if found else None
 
 
 def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str | None:
@@ -98,9 +108,13 @@ def refusal(pair: QAPair, passage: Passage, accepted: Sequence[QAPair]) -> str |
 
 
 def is_same_fact(one: str, other: str) -> bool:
-    """Return whether two answers about one passage are the same but for a few words, such as "a poet" and "poet"."""
+    """Return whether two answers about one passage are the same but for a few words, such as "a poet" and "poet".
+
+    Two days of one month, or two people of one family, are not the same.
+    """
     left, right = (_words(answer) - _SMALL_WORDS or _words(answer) or {fold_text(answer)} for answer in (one, other))
-    return 2 * len(left & right) >= _SAME_FACT * (len(left) + len(right))
+    least = _SAME_FACT if left <= right or right <= left else _SAME_FACT_IN_OTHER_WORDS
+    return 2 * len(left & right) >= least * (len(left) + len(right))
 
 
 def name_subject(question: str, passage: Passage) -> str:

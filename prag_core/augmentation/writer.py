@@ -27,6 +27,7 @@ _QUESTION_TOKENS = 32
 _ANSWER_TOKENS = 24
 _BETWEEN_FACTS = " | "
 _WORD = re.compile(r"\w{3,}")
+_NUMBER = re.compile(r"\w*\d\w*")
 # A question is kept if its answer and the fact share at least this part of their words.
 _SAME_SHARE = 0.5
 
@@ -60,13 +61,14 @@ async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentR
     seed = attempt_seed(recipe, attempt, 0) if attempt else None
     asked = await _replies(generator, draft, prompts, _QUESTION_TOKENS, seed)
     questions = [(fact, text) for fact, text in zip(facts, asked, strict=True) if text]
+    draft.unasked += [(fact.answer, fact.sentence) for fact, text in zip(facts, asked, strict=True) if not text]
     # 3. Answer each question, and keep those that are answered alike.
     prompts = [read_prompt(topic, fact.sentence, text) for fact, text in questions]
     answers = await _replies(generator, draft, prompts, _ANSWER_TOKENS)
     for (fact, question), answer in zip(questions, answers, strict=True):
         if len(draft.pairs) >= draft.wanted:
-            return
-        if not _same(answer, fact.answer):
+            pass  # there may still be room for cloze questions
+        elif not _same(answer, fact.answer):
             draft.refused["answered_otherwise"] += 1
         elif draft.offer(QAPair(question, fact.answer, fact.sentence)):
             continue
@@ -137,5 +139,10 @@ async def _replies(
 
 
 def _same(answer: str, fact: str) -> bool:
-    one, other = (set(_WORD.findall(fold_text(text))) or {fold_text(text)} for text in (answer, fact))
+    """Return whether an answer is the fact: no other number, and half of their long words."""
+    answer, fact = fold_text(answer), fold_text(fact)
+    numbers, others = set(_NUMBER.findall(answer)), set(_NUMBER.findall(fact))
+    if not (numbers <= others or others <= numbers):
+        return False
+    one, other = {*_WORD.findall(answer), *numbers} or {answer}, {*_WORD.findall(fact), *others} or {fact}
     return len(one & other) >= _SAME_SHARE * len(one | other)

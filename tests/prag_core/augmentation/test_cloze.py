@@ -51,6 +51,23 @@ def test_the_subject_is_only_what_the_first_sentence_says_of_it() -> None:
     assert made(passage=replace(PASSAGE, text="", title="")) == {}
 
 
+def test_a_fact_is_asked_for_where_it_stands_as_a_word_of_its_own() -> None:
+    text = (
+        "The network of Dorn has grown and its members built two towers. "
+        "In 1915 the guild opened a hall with 15 looms. Marta of Holl founded the school of art."
+    )
+    other = replace(PASSAGE, title="Dorn", text=text)
+    asked = made(passage=other, wanted=24)
+    assert asked["two"] == "The network of Dorn has grown and its members built how many towers?"
+    assert asked["15"] == "Dorn: In 1915 the guild opened a hall with how many looms?"
+    # A writer may name a fact in other letters.
+    draft = Draft(other, 24, unasked=[("Art", "Marta of Holl founded the school of art."), ("rk", text)])
+    add_cloze_pairs(draft)
+    (pair,) = [pair for pair in draft.pairs if pair.answer == "art"]
+    assert pair.question == "Dorn: Marta of Holl founded the school of what?"
+    assert not [pair for pair in draft.pairs if pair.answer == "rk"]
+
+
 def test_an_imported_augmentation_is_filled_up() -> None:
     own = QAPair("Who built the lighthouse?", "Tadeo Quillasco", "Tadeo Quillasco built it.")
     imported = Augmentation("k", (), (own,), "imported", (), 0)

@@ -66,6 +66,50 @@ def test_a_fact_without_a_good_question_is_left_to_a_cloze_question() -> None:
     assert (more.question, more.answer) == ("Zembla Tower: Its lamp burned what for years?", "whale oil")
 
 
+@pytest.mark.parametrize(
+    ("fact", "answer", "kept"),
+    [
+        ("12 steps", "15 steps", False),
+        ("12 steps", "12 steps", True),
+        ("3 June", "7 June", False),
+        ("3 June 1901", "June 1901", True),
+    ],
+)
+def test_an_answer_with_another_number_is_another_answer(fact: str, answer: str, kept: bool) -> None:
+    text = f"The stair of the Zembla Tower has {fact} in all."
+    tower = Passage(passage_key("Zembla Tower", text), "Zembla Tower", text, ("tower",))
+
+    def said(prompt: str) -> str:
+        if prompt.endswith("Answers:"):
+            return fact
+        return answer if prompt.endswith("Answer:") else "What has the stair of the Zembla Tower?"
+
+    (made,) = augment([tower], ScriptedGenerator(said), RECIPE)
+    assert isinstance(made, Augmentation if kept else Reject)
+
+
+@pytest.mark.parametrize("asked", [10, 1], ids=["more than it has room for", "most without a question"])
+def test_each_fact_that_was_named_gets_a_cloze_question_at_least(asked: int) -> None:
+    facts = ["red", "green", "blue", "black", "white", "brown", "orange", "purple", "yellow", "grey"]
+    text = f"Its rooms are {', '.join(facts)}."
+    tower = Passage(passage_key("Zembla Tower", text), "Zembla Tower", text, ("tower",))
+
+    def said(prompt: str) -> str:
+        if prompt.endswith("Answers:"):
+            return " | ".join(facts)
+        last = prompt.splitlines()[-2]
+        if prompt.endswith("Question:"):
+            number = facts.index(last.removeprefix("Answer: "))
+            return f"What is room {number} of the Zembla Tower?" if number < asked else ""
+        return facts[int(last.split()[4])]
+
+    recipe = replace(RECIPE, pairs=0, cloze=True)
+    (made,) = augment([tower], ScriptedGenerator(said), recipe)
+    assert isinstance(made, Augmentation)
+    assert {pair.answer for pair in made.pairs} >= set(facts)
+    assert sum(pair.question.startswith("What is room") for pair in made.pairs) == min(asked, 8)
+
+
 def test_nothing_is_kept_of_a_writer_that_answers_nothing() -> None:
     (made,) = augment([TOWER], ScriptedGenerator(lambda _: ""), RECIPE)
     assert isinstance(made, Reject)
@@ -86,7 +130,7 @@ def test_a_writer_that_fails_is_no_writer_of_nothing() -> None:
 
 def test_an_import_gets_pairs_on_what_it_leaves_out() -> None:
     own = QAPair("How tall is Zembla Tower?", "43 metres", "It is 43 metres tall.")
-    given = Augmentation(TOWER.key, ("a rewrite",), (own,), "imported", attempts=0)
+    given = Augmentation(TOWER.key, ("a rewrite",), (own,), "imported", refused=("bad_json=2",), attempts=0)
     recipe = replace(RECIPE, complete_imports=True, imported=True, rewrites=1, attempts=3)
     assert lacks_pairs(given, recipe)
     assert not lacks_pairs(given, replace(recipe, pairs=1))
@@ -96,6 +140,8 @@ def test_an_import_gets_pairs_on_what_it_leaves_out() -> None:
     assert isinstance(made, Augmentation)
     assert [pair.answer for pair in made.pairs] == ["43 metres", "1871"]
     assert (made.origin, made.rewrites, made.attempts) == ("imported", ("a rewrite",), 1)
+    # What was refused of the import stays counted, beside what is refused of the writer.
+    assert made.refused == ("answered_otherwise=1", "bad_json=2")
     assert made.coverage > coverage(TOWER, [own])
     # A fact that an imported pair asks about is not asked about again.
     built = QAPair("Which year saw the Zembla Tower built?", "in 1871", BUILT)
@@ -126,6 +172,10 @@ def test_an_import_is_never_a_reject_but_a_generator_that_is_down_is_told() -> N
         ("May 6, 1910", "6 May 1910", True),
         ("London", "8 September 1788 in London", False),
         ("1871", "1872", False),
+        ("3 June 1901", "17 June 1901", False),
+        ("King Olaf II of Dorn", "King Olaf III of Dorn", False),
+        ("John Smith Holl", "Mary Smith Holl", False),
+        ("the great hall of the old guild", "the great hall of the guild", True),
         ("the", "The", True),
         ("€", "$", False),
     ],
