@@ -12,21 +12,17 @@ from prag_core.llm.layout import LoraLayout
 from prag_core.llm.lora import Factors, check_factors
 from prag_core.records import from_table
 from prag_core.store.objects import Store
-from prag_core.store.snapshot import Snapshot
+from prag_core.store.snapshot import Snapshot, answers_of
 
 
 def evaluation_folder(config: Config, store: Store, snapshot: Snapshot) -> str:
     """Return the folder of all replies that a snapshot's adapters give; write its `about.json` if it is new.
 
-    Evaluations of snapshots with the same base model, recipe and adapters share it.
+    Evaluations of snapshots with the same base model, recipe, adapters and forgotten passages share it. `prag gc`
+    removes it with the last of these snapshots.
     """
-    about = {
-        "version": EVALUATION_VERSION,
-        "base_model": snapshot.base_model,
-        "recipe": snapshot.recipe,
-        "ledger_parts": snapshot.ledger_parts,
-        "max_new_tokens": config.answer.max_new_tokens,
-    }
+    settings = {"version": EVALUATION_VERSION, "max_new_tokens": config.answer.max_new_tokens}
+    about = {**settings, "answers_of": answers_of(snapshot)}
     folder = f"evaluations/{fingerprint(about)}"
     if not store.exists(f"{folder}/about.json"):
         store.put_json(f"{folder}/about.json", about)

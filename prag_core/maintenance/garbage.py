@@ -2,9 +2,10 @@
 
 Needed are the objects that a kept snapshot names, all ledger parts of the recipes of these snapshots that have not
 been replaced, and everything from which the newest run, or a run that has written within the grace period, would
-resume. Augmentations, rejects and the folders of runs are never garbage: they are small, and augmentations cost the
-most to make again. A compaction (`prag_core.maintenance.compaction`) comes first. It takes out single ledger rows and
-adapters that nobody needs, and leaves whole parts and shards for the collection.
+resume. Evaluations of kept snapshots are needed too: others have answers that nobody can ask for again, perhaps about
+forgotten passages. Augmentations, rejects and the folders of runs are never garbage: they are small, and augmentations
+cost the most to make again. A compaction (`prag_core.maintenance.compaction`) comes first. It takes out single ledger
+rows and adapters that nobody needs, and leaves whole parts and shards for the collection.
 """
 
 from __future__ import annotations
@@ -25,12 +26,25 @@ from prag_core.store.ledger import compactions, replaced_parts
 from prag_core.store.objects import Store
 from prag_core.store.pins import PINS, pinned
 from prag_core.store.runs import RunInputs
-from prag_core.store.snapshot import CURRENT, Snapshot, current_id, document_name, load_snapshot, snapshot_id
+from prag_core.store.snapshot import (
+    CURRENT,
+    Snapshot,
+    answers_of,
+    current_id,
+    document_name,
+    load_snapshot,
+    snapshot_id,
+)
 
 # The order of removal. A document goes before the objects that it names, so that after a kill no document names an
 # object that is gone. But the record of a compaction goes after the parts that it replaced: without it they would
 # count again.
-_ORDER = ("snapshots", "corpus", "indexes", "ledger", "compactions", "recipes", "starts", "shards", "scratch")
+_ORDER = (
+    *("snapshots", "evaluations", "corpus", "indexes", "ledger", "compactions", "recipes", "starts", "shards"),
+    "scratch",
+)
+# The folder of a judge's verdicts: they name what was judged by hashes alone, for all evaluations.
+_VERDICTS = "verdicts"
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,7 @@ def find_garbage(store: Store, objects: Sequence[StoredObject], kept: Collection
         "indexes": _indexes(store, keep, corpora, objects) if runs else None,
         "recipes": recipes if runs else None,
         "starts": _starts(store, recipes, objects),
+        "evaluations": _evaluations(store, keep, objects),
         "compactions": _effective_compactions(store, recipes, remaining),
     }
     chosen = []
@@ -256,6 +271,20 @@ def _starts(store: Store, recipes: Collection[str], objects: Sequence[StoredObje
         return starts | {posixpath.basename(name).removesuffix(".json") for name in named}
     except (DamagedError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _evaluations(store: Store, keep: Sequence[Snapshot], objects: Sequence[StoredObject]) -> set[str]:
+    """Return the folders of the evaluations of kept snapshots, and that of the verdicts."""
+    wanted = [answers_of(snapshot) for snapshot in keep]
+    needed = {_VERDICTS}
+    for item in objects:
+        if object_kind(item.name) == "evaluations" and posixpath.basename(item.name) == "about.json":
+            try:
+                if store.get_json(item.name).get("answers_of") in wanted:
+                    needed.add(item.name.split("/")[1])
+            except (DamagedError, AttributeError):
+                continue  # nobody knows what it evaluated
+    return needed
 
 
 def _indexes(

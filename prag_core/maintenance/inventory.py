@@ -60,7 +60,7 @@ def object_kind(name: str) -> str:
     """Return the kind of an object, by its name.
 
     The kinds are corpus, augmentations, shards, ledger, compactions, recipes, starts, indexes, snapshots (CURRENT and
-    PINS too), rejects, runs, scratch (left by a killed writer) and other.
+    PINS too), rejects, runs, evaluations, scratch (left by a killed writer) and other.
     """
     top, base = name.split("/")[0], posixpath.basename(name)
     if base.endswith(".tmp") or base.startswith(".probe-"):
@@ -69,7 +69,7 @@ def object_kind(name: str) -> str:
         return next((kind for kind in ("shards", "ledger", "compactions") if f"/{kind}/" in name), "recipes")
     if name in (CURRENT, PINS):
         return "snapshots"
-    return top if top in (*RECORDS, "starts", "indexes", "snapshots", "runs") else "other"
+    return top if top in (*RECORDS, "starts", "indexes", "snapshots", "runs", "evaluations") else "other"
 
 
 def check_snapshots(store: Store) -> tuple[list[Snapshot], list[Finding]]:

@@ -50,6 +50,19 @@ def created_now(snapshot: Snapshot) -> Snapshot:
     return with_id(replace(snapshot, created=datetime.now(UTC).isoformat(timespec="microseconds")))
 
 
+def answers_of(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the part of a snapshot that its answers to given passages depend on, and what is forgotten in it.
+
+    Evaluations of snapshots that are alike in it share their stored answers.
+    """
+    return {
+        "base_model": snapshot.base_model,
+        "recipe": snapshot.recipe,
+        "ledger_parts": list(snapshot.ledger_parts),
+        "tombstones": list(snapshot.tombstones),
+    }
+
+
 def with_tombstones(snapshot: Snapshot, keys: Iterable[str]) -> Snapshot:
     """Return a new snapshot in which the passages of these keys are forgotten too."""
     return created_now(replace(snapshot, tombstones=tuple(sorted({*snapshot.tombstones, *keys}))))

@@ -27,6 +27,7 @@ from prag_core.store.pins import pin, pinned
 from prag_core.store.runs import RunInputs, acquire_lease, put_inputs
 from prag_core.store.shard_codec import pack_shard
 from prag_core.store.snapshot import (
+    answers_of,
     current_id,
     load_snapshot,
     publish,
@@ -113,6 +114,26 @@ def test_objects_that_only_an_old_snapshot_named_go_with_it(store: Store, layout
     assert all(VERSION in n or INDEX in n.split("/") or RECIPE.fingerprint in n or str(old) in n for n in gone)
     assert verify(store) == []
     assert set(served(store)) == set(SEEDS)
+
+
+def test_answers_of_an_evaluation_go_with_the_last_snapshot_that_gives_them(store: Store) -> None:
+    old = load_snapshot(store)
+    names = {}
+    for name, snapshot in {"old": old, "forgotten": with_tombstones(old, [PASSAGES[0].key])}.items():
+        store.put_json(f"evaluations/{name}/about.json", {"version": 3, "answers_of": answers_of(snapshot)})
+        store.put(f"evaluations/{name}/replies/part-1.parquet", b"x")
+        names[name] = {f"evaluations/{name}/about.json", f"evaluations/{name}/replies/part-1.parquet"}
+    store.put("evaluations/verdicts/ab/part-1.parquet", b"x")
+    store.put("evaluations/unknown/replies/part-1.parquet", b"x")
+    other = with_route(old, Route(closed_below=1.5, prag_score=4.0, prag_next=0.3, otherwise="combine"))
+    publish(store, other)
+    assert collect_objects(store, {other.id}, grace_s=3600) == set()
+    # Other thresholds give the same answers. One passage less does not: it may be named in an answer.
+    gone = {name for name in collect_objects(store, {other.id}) if name.startswith("evaluations/")}
+    assert gone == names["forgotten"] | {"evaluations/unknown/replies/part-1.parquet"}
+    publish(store, with_tombstones(other, [PASSAGES[0].key]))
+    gone = {name for name in collect_objects(store, {str(current_id(store))}) if name.startswith("evaluations/")}
+    assert gone == names["old"]
 
 
 def test_objects_of_recent_runs_and_kept_snapshots_stay(store: Store, layout: LoraLayout) -> None:
