@@ -68,7 +68,12 @@ def _answers(config: Config, question: str, modes: Sequence[AskedMode], snapshot
 
     engine = open_engine(open_store(config), config, snapshot)
     top_k, weights = config.answer.top_k, config.answer.weights
-    return [engine.answer(Request(question, mode, top_k, weights)) for mode in modes]
+    answers: list[Answer] = []
+    for mode in modes:
+        # What `auto` has chosen is not asked again.
+        if mode not in {answer.mode for answer in answers}:
+            answers.append(engine.answer(Request(question, mode, top_k, weights)))
+    return answers
 
 
 def _show_answers(answers: Sequence[Answer], *, whole: bool = False) -> None:

@@ -112,6 +112,8 @@ def evaluate(
         task_passages=task_passages,
         task_rounds=task_rounds,
     )
+    if not plan.modes:
+        raise ConfigError("--modes names none", f"known are {', '.join(ASKED_MODES)}")
     if fit_auto:
         _check_fit(plan, settings, url)
     questions = read_question_set(dataset, settings.storage)
@@ -139,12 +141,15 @@ def evaluate(
         if judge_url is not None:
             generator = OpenAIGenerator(EndpointConfig(url=judge_url, model=judge_model))
             evaluation = judge(store, "evaluations", evaluation, generator, progress_to)
-    fitted = auto.fit_auto(store, evaluation) if fit_auto else None
-    command = shlex.join(["prag", *sys.argv[1:]])
-    summary = summarize(evaluation, described, command, asdict(fitted) if fitted else None)
-    write_report(summary, report)
-    print_report(summary, out)
-    out.print(f"written: {report / 'report.json'} and {report / 'report.html'}")
+    fitted = None
+    try:
+        fitted = auto.fit_auto(store, evaluation) if fit_auto else None
+    finally:  # the report is worth having, also where no thresholds are good enough
+        command = shlex.join(["prag", *sys.argv[1:]])
+        summary = summarize(evaluation, described, command, asdict(fitted) if fitted else None)
+        write_report(summary, report)
+        print_report(summary, out)
+        out.print(f"written: {report / 'report.json'} and {report / 'report.html'}")
     if fitted:
         out.print(auto_conclusion(summary["auto"]).text, highlight=False)
         id, serving = auto.store_route(store, evaluation, fitted.route)

@@ -67,8 +67,10 @@ def evaluate_server(
                 "mode": column.mode,
                 "top_k": column.top_k,
                 "weights": column.weights,
-                "strength": column.strength,
             }
+            # `auto` answers as its server is set: only `combine` has another strength than 1.
+            if column.mode == "combine":
+                body["strength"] = column.strength
             return _answer(client, body if max_tokens is None else {**body, "max_tokens": max_tokens})
 
         for (column, i), answer in zip(todo, pool.map(ask, todo), strict=True):

@@ -22,6 +22,9 @@ from prag_core.records import MODES, Mode, Route
 # The most that the mean answer of `auto` may take, as a share of the time of `combine`.
 TIME_SHARE = 0.7
 FOLDS = 5
+# A least score that no question reaches, however long it is and however large a corpus grows: `prag` is left to
+# `otherwise`.
+_NEVER = 1e9
 _OTHERWISE: tuple[Literal["rag", "prag", "combine"], ...] = ("prag", "rag", "combine")
 _Floats = npt.NDArray[np.float64]
 
@@ -156,10 +159,8 @@ def _grid(best_scores: Sequence[float]) -> list[Route]:
     """Return the routes to choose from. Only scores are looked at, no answers."""
     deciles = np.quantile(best_scores or [0.0], np.arange(0.1, 0.95, 0.1))
     scores = sorted({0.0, *(round(max(float(value), 0.0), 4) for value in deciles)})
-    # With a least score above all that occur, `prag` is left to `otherwise`.
-    never = round(max(best_scores, default=0.0), 4) + 1.0
     shares = [tenth / 10 for tenth in range(1, 11)]
-    leads = [(never, 1.0), *((score, share) for score in scores for share in shares)]
+    leads = [(_NEVER, 0.0), *((score, share) for score in scores for share in shares)]
     return [
         Route(closed_below=closed_below, prag_score=score, prag_next=share, otherwise=otherwise)
         for closed_below in scores

@@ -139,11 +139,14 @@ class RequestProcessor:
         if self._find is None:
             raise ValueError("mode 'auto' needs a snapshot, which knows the passages with an adapter; name a mode")
         # How far the best passage leads is seen only beside the next one.
-        hits = self._hits(request, max(request.top_k, 2))
+        hits = self._hits(replace(request, min_score=0.0), max(request.top_k, 2))
         best = max(hits, key=lambda hit: hit.score, default=None)
         trained = best is not None and self._find(best.passage.key) is not None
-        mode, why = choose(self._route, sorted((hit.score for hit in hits), reverse=True), trained)
-        used = hits if request.hits is not None else hits[: request.top_k]
+        used = hits
+        if request.hits is None:
+            used = tuple(hit for hit in hits[: request.top_k] if hit.score >= request.min_score)
+        scores = sorted((hit.score for hit in hits), reverse=True) if used else ()
+        mode, why = choose(self._route, scores, trained)
         return Found(request, () if mode == "closed" else used, mode, why, _ms_since(begun))
 
     def _hits(self, request: Request, count: int) -> tuple[Hit, ...]:

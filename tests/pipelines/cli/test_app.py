@@ -154,6 +154,7 @@ def test_without_java_nothing_starts(folder: Path) -> None:
         (("--retrieval", "dense"), 2, "'dense' is not one of 'bm25', 'oracle'"),
         (("--dataset", "none.jsonl"), 3, "none.jsonl"),
         (("--modes", ","), 2, "--modes ',': names none"),
+        (("--modes", ""), 2, "--modes names none"),
         (("--split", "trian"), 2, "atlas has no split 'trian' → it has 'dev', 'test'"),
     ],
 )

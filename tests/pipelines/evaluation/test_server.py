@@ -78,7 +78,7 @@ def test_what_is_sent_and_what_becomes_of_it() -> None:
 
     evaluation = evaluate(serve, key="secret", max_tokens=7)
     assert {(path, key) for path, key, _ in sent} == {("/v1/answer", "Bearer secret")}
-    where = {"question": "Where?", "weights": "score", "strength": 1.0, "max_tokens": 7}
+    where = {"question": "Where?", "weights": "score", "max_tokens": 7}
     asked = [body for _, _, body in sent if body["question"] == "Where?"]
     assert asked == [
         {**where, "mode": "closed", "top_k": 2},
@@ -97,6 +97,19 @@ def test_what_is_sent_and_what_becomes_of_it() -> None:
     # The second passage is a piece of the record that is gold for the first question.
     assert evaluation.retrieved == (("k9", "p1"), ("k9", "k1"))
     assert report["retrieval"]["recall"] == {"1": 0.0, "2": 0.5, "3": 0.5, "5": 0.5}
+
+
+def test_auto_is_asked_as_it_is_served() -> None:
+    sent = []
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content))
+        return httpx.Response(200, json=answered(sent[-1]))
+
+    plan = EvaluationPlan(modes=("prag", "combine", "auto"), strengths=(0.5,))
+    evaluate(serve, plan=plan)
+    # At a server, `auto` may answer with `prag`, whose strength is 1.
+    assert {body["mode"]: body.get("strength") for body in sent} == {"prag": None, "combine": 0.5, "auto": None}
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

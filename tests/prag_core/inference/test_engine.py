@@ -145,6 +145,19 @@ def test_auto_answers_in_the_mode_that_it_chooses(tiny_session: BaseModel) -> No
     engine.close()
 
 
+def test_a_least_score_leaves_passages_out_and_not_what_auto_compares(tiny_session: BaseModel) -> None:
+    class Filtered(Scores):
+        def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
+            return [hit for hit in super().search(question, top_k) if hit.score >= min_score]
+
+    route = Route(closed_below=1.0, prag_score=5.0, prag_next=0.8, otherwise="combine")
+    location = AdapterLocation(PASSAGES[0].key, "s", 0, 1, "c", "float32", 5, 0.5, 0.1)
+    processor = RequestProcessor(tiny_session, Filtered(10.0, 9.5), find=lambda key: location, route=route)
+    for least, mode, used in ((0.0, "combine", 2), (9.8, "combine", 1), (11.0, "closed", 0)):
+        found = processor.search(Request("Who?", "auto", 2, min_score=least))
+        assert (found.mode, len(found.hits)) == (mode, used)
+
+
 def test_auto_knows_nothing_of_what_its_asker_may_not_read(tiny_session: BaseModel) -> None:
     class Guarded(Scores):
         def search(self, question: str, top_k: int, min_score: float = 0.0) -> list[Hit]:
