@@ -29,8 +29,9 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
     Passages that the file lacks are left to the next run. Forgotten ones are left out.
 
     Returns:
-        Counts: the passages, those imported now and earlier, and those that are left to the next run; then the file's
-        records for no passage of the corpus, and its bad ones.
+        Counts: the passages, those imported now and earlier, those that are left to the next run, and those that were
+        rejected while their imports were completed; then the file's records for no passage of the corpus, and its bad
+        ones.
 
     Raises:
         InputError: when the file or the corpus cannot be read.
@@ -54,6 +55,7 @@ def import_into_store(config: Config, console: Console) -> dict[str, int]:
         "imported": report.done - report.earlier,
         "there_before": report.earlier,
         "left_to_next_run": report.rejected.get("not_imported", 0),
+        "rejected": sum(n for reason, n in report.rejected.items() if reason != "not_imported"),
         "not_in_corpus": report.extra["import_not_in_corpus"],
         "bad_records": sum(report.extra["import_rejected"].values()),
     }

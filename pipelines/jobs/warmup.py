@@ -125,7 +125,8 @@ def run_warmup(
 
 def _recipe(context: RunContext, settings: WarmupSettings) -> TrainRecipe:
     train = context.recipe.train
-    return replace(train, rank=settings.rank or train.rank)
+    # `train_warmup` keeps one rate, whatever the recipe of the passages' adapters does.
+    return replace(train, rank=settings.rank or train.rank, schedule="constant")
 
 
 def pairs_of_the_example() -> list[Question]:

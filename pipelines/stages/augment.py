@@ -82,8 +82,9 @@ class AugmentPassages:
         self._share = 0.0
         # What the generator opens in this loop (connections) is kept from one task to the next.
         self._loop = asyncio.Runner()
-        # Loading a model has no time limit here; but none is needed if all augmentations are imported.
-        self._generator = None if file or self._only_imports else self._make_generator()
+        # Loading a model has no time limit here. It waits if imports are taken as they are: they may be all.
+        imports_alone = bool(file) or self._only_imports
+        self._generator = None if imports_alone and not self._recipe.complete_imports else self._make_generator()
 
     def prepare(self, table: pa.Table) -> list[Passage]:
         """Return the passages of a batch."""
@@ -204,6 +205,9 @@ def run_augment(
             f"augment: {len(unmatched)} of {len(imported.by_name)} imported augmentations are for no passage of the "
             f"corpus, such as {example!r} at {imported.places[example]}"
         )
+    writes = bool(first.counts["to_augment"]) and config.augment.generator == "transformers" and not only_imports
+    if writes and (name := augmenting_model(config)) != config.model.name:
+        progress.console.print(f"augment: {name} writes pairs, not {config.model.name}")
     # An endpoint may take as long as its own limit says.
     silence_s = max(config.run.passage_timeout_s, 2 * config.augment.endpoint.timeout_s)
     recipe = context.recipe.augment.fingerprint

@@ -96,7 +96,7 @@ class RangeReader:
     def pause(self) -> None:
         """Read nothing for a minute: s3fs had what this reader had not."""
         if time.monotonic() >= self._paused_until:
-            log.info("bucket %s: obstore has failed where s3fs has not; s3fs alone for %g s", self._bucket, PAUSE_S)
+            log.warning("bucket %s: obstore has failed where s3fs has not; s3fs alone for %g s", self._bucket, PAUSE_S)
             self._paused_until = time.monotonic() + PAUSE_S
 
     def _read(self, key: str, start: int, end: int) -> bytes | None:
