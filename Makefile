@@ -23,17 +23,17 @@ help:
 	@echo "make bench-plan-gpu   what a GPU would do with the trainer, counted without one (two minutes)"
 	@echo "make bench-precision  training in bf16 against fp32: adapters and answers"
 	@echo "make bench-augment    the batched generator against transformers' generate, tokens/s (about ten minutes)"
-	@echo "make bench-first-answer  seconds from twelve passages of one's own to the first answer (three minutes)"
+	@echo "make bench-first-answer  seconds from twelve passages without augmentations to the first answer (three minutes)"
 	@echo "make bench-quality    modes and controls on the held-out atlas and on DATA=FOLDER's SQuAD and PopQA questions (hours)"
 	@echo "make bench-knowledge  what adapters hold of DATA=FOLDER's real passages, alone and as a sum of three (an hour)"
 	@echo "make bench-retrieval  a search in the replica that answers, against one in a separate deployment (two minutes)"
 	@echo "make bench-scale      the pipeline's own cost: a trainer that sleeps, a million rows planned (about a quarter of an hour)"
 	@echo "make bench-peers      serving beside VLLM=FOLDER, an environment with vLLM (about a quarter of an hour)"
-	@echo "make bench-serve      latency, tokens/s and overload of serving with adapters on S3; the paper's way (about eight minutes)"
+	@echo "make bench-serve      latency, tokens/s and overload of serving with adapters on S3; the paper's way (about three minutes)"
 	@echo "make bench-store      bytes an adapter, fetching and storing, opening and planning a million (about four minutes)"
 	@echo "make browser          install Chromium for the test of the page, if you are root on a Debian system (make test does it)"
 	@echo "make s3               start a real S3 server on the folder s3-data, and print what to export to use it"
-	@echo "make clean            remove the environment and the demo's store"
+	@echo "make clean            remove the environment, the demo's store, the site, and what eval, bench-quality and bench-knowledge made"
 
 setup: $(STAMP)
 
