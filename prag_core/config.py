@@ -262,7 +262,11 @@ class ServeConfig(_Strict):
     batch_tokens: int = Field(32_768, ge=1024, description="The most tokens in all slots together; bounds memory.")
     cache_bytes: int = Field(1_000_000_000, ge=0, description="Memory for adapters, in bytes.")
     disk_cache_bytes: int = Field(10_000_000_000, ge=0, description="Local disk for adapters, in bytes; 0 for none.")
-    fetch_timeout_s: float = Field(2.0, gt=0, description="How long an adapter may take to arrive; after that, its passage goes into the prompt instead.")
+    fetch_timeout_s: float = Field(
+        2.0,
+        gt=0,
+        description="How long an adapter may take to arrive; after that, its passage goes into the prompt instead.",
+    )
     fetch_threads: int = Field(16, ge=1, description="Adapters fetched at the same time.")
     negative_ttl_s: float = Field(10.0, ge=0, description="How long to wait before retrying an adapter that failed.")
     refresh_s: float = Field(10.0, gt=0, description="How often to check the store for a new snapshot.")

@@ -35,6 +35,7 @@ from pipelines.settings import profile_of
 from prag_core.config import Config
 from prag_core.config_file import dump_config, parse_config
 from prag_core.errors import PragError, PreflightError
+from prag_core.llm import checkpoint
 from prag_core.store.objects import Store
 from tests.helpers.http_files import serve_folder
 from tests.helpers.passages import make_passage
@@ -143,6 +144,24 @@ def test_an_input_that_only_this_process_has_is_refused(config: Config) -> None:
     fsspec.filesystem("memory").pipe(url, b'{"id": "a", "text": "A", "qa": []}\n')
     found = check_here(changed(config, corpus__path=url, augment__import_file=url))
     assert [f.check for f in found.findings if "by this process alone" in f.detail] == ["corpus", "augmentations"]
+
+
+def test_the_model_that_completes_imports_must_be_on_each_node(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made.jsonl"
+    made.write_text('{"id": "1", "qa": [{"question": "Who?", "answer": "Ada", "full_answer": "Ada."}]}\n')
+    completed = changed(config, augment__import_file=str(made), augment__generator="transformers")
+    assert [f.detail for f in check_node(completed, "") if f.outcome == "failed"] == []
+    # As where the project was installed without the small model's package.
+    monkeypatch.setitem(checkpoint.PACKAGED, "smollm2-135m-instruct", ("no_such_package", "model.gguf"))
+    monkeypatch.setenv("PRAG_CACHE", str(tmp_path / "cache"))
+    (failed,) = [f for f in check_node(completed, "") if f.outcome == "failed"]
+    assert failed.check == "model"
+    assert "the package no_such_package is not installed" in failed.detail
+    assert "augment.complete_imports = false" in failed.remedy
+    for does_without in (config, changed(completed, augment__complete_imports=False)):
+        assert [f.detail for f in check_node(does_without, "") if f.outcome == "failed"] == []
 
 
 def test_the_first_record_of_each_kind_of_file_is_read(config: Config, tmp_path: Path) -> None:

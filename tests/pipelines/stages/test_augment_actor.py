@@ -157,6 +157,8 @@ def test_the_packaged_writer_completes_imports_whatever_the_base_model_is(
     )
     context = make_context(config, "run")
     augmenter = AugmentPassages(context, only_imports=True)
+    # No passage pays for loading the model with its time.
+    assert augmenter._generator is not None
     tables = augmenter(augmenter.prepare(to_table(Passage, passages)), lambda share: None)
     outcomes = {one.key: one for table in tables for one in from_table(Outcome, table)}
     first, second = (outcomes[passage.key] for passage in passages)
