@@ -54,7 +54,7 @@ def test_quality_draws_questions_and_their_gold_passages(tmp_path: Path, monkeyp
     assert {row["id"] for row in corpus} == {id for row in questions for id in row["gold_ids"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a minute, for code that changes rarely
 def test_knowledge(tmp_path: Path, ray_here: str) -> None:
     write_tiny_model(tmp_path / "tiny")
     data = tmp_path / "data"

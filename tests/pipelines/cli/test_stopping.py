@@ -151,7 +151,7 @@ def test_a_command_that_is_awaited_ends_by_itself(tmp_path: Path) -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path, [make_passage(n) for n in range(24)])
+    return Workspace(tmp_path, [make_passage(n) for n in range(12)])
 
 
 def test_whoever_watches_a_run_may_stop_watching(work: Workspace) -> None:
@@ -175,7 +175,7 @@ def test_a_run_is_stopped_while_it_trains_and_then_continues(work: Workspace) ->
     work.configure(train={"epochs": 15}, run={"train_batch": 4, "augment_batch": 8, "commit_every_s": 0})
     store = Store(str(work.folder / "store"))
     with process(work.folder, "-m", "pipelines.cli", "run", "-c", "config.yaml") as command:
-        wait_for(work.folder / "err", "train: 24 to do")
+        wait_for(work.folder / "err", "train: 12 to do")
         deadline = time.monotonic() + WAIT_S
         while not (before := store.list("adapters", ".parquet")):
             assert time.monotonic() < deadline
@@ -196,5 +196,5 @@ def test_a_run_is_stopped_while_it_trains_and_then_continues(work: Workspace) ->
     assert progress["state"] == "stopped"
     # The same command goes on with what is missing.
     trained = stage(json.loads(work.run_alone("run", "-c", "config.yaml", "--json")), "train")
-    assert trained["done"] == 24
+    assert trained["done"] == 12
     assert trained["earlier"] >= len(before)

@@ -85,6 +85,7 @@ def test_augmentations_are_exported_and_imported_into_another_store(tmp_path: Pa
         "imported": 2,
         "there_before": 0,
         "left_to_next_run": 0,
+        "rejected": 0,
         "not_in_corpus": 1,
         "bad_records": 0,
     }
