@@ -20,7 +20,7 @@ from pipelines.planning.estimate import Moments
 from pipelines.settings import RunContext
 from pipelines.stages.augment import make_generator
 from pipelines.words import counted, duration
-from prag_core.augmentation.augment import augment, complete, lacks_pairs, wanted_pairs
+from prag_core.augmentation.augment import augment, complete, expected_pairs, lacks_pairs
 from prag_core.augmentation.formats import read_augmentations
 from prag_core.errors import ClusterError
 from prag_core.llm.base_model import load_base_model
@@ -51,7 +51,7 @@ def planned(passage: Passage, recipe: Recipe) -> Augmentation:
     """Return a typical augmentation: each rewrite is as long as the passage, each question has 15 words."""
     # The key makes each passage's examples its own, without which they would be trained once for all.
     pair = QAPair(f"{passage.key} " + "word " * 14, "word " * 3, "")
-    pairs = (pair,) * wanted_pairs(passage, recipe.augment.pairs)
+    pairs = (pair,) * expected_pairs(passage, recipe.augment)
     return Augmentation(passage.key, (passage.text,) * recipe.augment.rewrites, pairs, "planned")
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from prag_core.augmentation.augment import augment, lacks_pairs
+from prag_core.augmentation.augment import augment, expected_pairs, lacks_pairs
 from prag_core.augmentation.coverage import coverage
 from prag_core.augmentation.filter import is_same_fact
 from prag_core.augmentation.writer import writer_tasks
@@ -108,6 +108,16 @@ def test_each_fact_that_was_named_gets_a_cloze_question_at_least(asked: int) -> 
     assert isinstance(made, Augmentation)
     assert {pair.answer for pair in made.pairs} >= set(facts)
     assert sum(pair.question.startswith("What is room") for pair in made.pairs) == min(asked, 8)
+
+
+@pytest.mark.parametrize(("words", "plain", "written"), [(30, 8, 11), (105, 15, 18), (400, 24, 24)])
+def test_a_plan_expects_more_pairs_where_a_writer_names_the_facts(words: int, plain: int, written: int) -> None:
+    passage = replace(TOWER, text="word " * words)
+    recipe = replace(RECIPE, pairs=0, cloze=True)
+    assert expected_pairs(passage, recipe) == written
+    for other in (replace(recipe, strategy="lines"), replace(recipe, cloze=False)):
+        assert expected_pairs(passage, other) == plain
+    assert expected_pairs(passage, replace(recipe, pairs=5)) == 5
 
 
 def test_nothing_is_kept_of_a_writer_that_answers_nothing() -> None:
