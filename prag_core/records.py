@@ -11,6 +11,7 @@ import functools
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
@@ -87,6 +88,15 @@ class Augmentation:
     def digest(self) -> str:
         """The hash of rewrites and pairs. Augmentations that train the same adapter have the same digest."""
         return fingerprint([self.rewrites, [dataclasses.asdict(pair) for pair in self.pairs]])
+
+
+def count_refused(refused: Iterable[str]) -> Counter[str]:
+    """Return the counts in `Augmentation.refused` by reason."""
+    counts: Counter[str] = Counter()
+    for entry in refused:
+        reason, _, count = entry.partition("=")
+        counts[reason] += int(count)
+    return counts
 
 
 @dataclass(frozen=True, slots=True)

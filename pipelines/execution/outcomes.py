@@ -13,7 +13,7 @@ import ray.data
 
 from pipelines.execution.tables import iter_blocks
 from prag_core.errors import BudgetError
-from prag_core.records import from_table, to_table
+from prag_core.records import count_refused, from_table, to_table
 
 # A column that an actor gets: the name of the batch that Ray handed out. A part of a batch keeps its name.
 TASK = "task"
@@ -66,9 +66,7 @@ class Tally:
             self.tokens += outcome.tokens
             self.coverage += outcome.coverage
             self.pairs[outcome.pairs] += 1
-            for entry in outcome.refused:
-                reason, _, count = entry.partition("=")
-                self.refused[reason] += int(count)
+            self.refused += count_refused(outcome.refused)
 
 
 def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:

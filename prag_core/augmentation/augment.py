@@ -23,7 +23,7 @@ from prag_core.augmentation.writer import add_written_pairs
 from prag_core.errors import GenerationError, PromptTooLongError
 from prag_core.llm.generator import Generator, Prompt
 from prag_core.recipe import AugmentRecipe
-from prag_core.records import Augmentation, Passage, Reject
+from prag_core.records import Augmentation, Passage, Reject, count_refused
 
 _STRATEGIES = {
     "lines": add_line_pairs,
@@ -203,9 +203,7 @@ async def _augment(
         # An import is taken as it is: it gets no rewrite, and the filter refuses none of its pairs. There is room for
         # all that it leaves out, and one attempt, since a later one would ask about its facts again.
         draft.pairs, draft.rewrites = list(given.pairs), list(given.rewrites)
-        for entry in given.refused:
-            reason, _, count = entry.partition("=")
-            draft.refused[reason] += int(count)
+        draft.refused = count_refused(given.refused)
         draft.wanted, recipe = _most_pairs(recipe), replace(recipe, rewrites=0, attempts=1)
     before = len(draft.pairs)
     for attempt in range(recipe.attempts):

@@ -66,13 +66,15 @@ async def add_written_pairs(draft: Draft, generator: Generator, recipe: AugmentR
     prompts = [read_prompt(topic, fact.sentence, text) for fact, text in questions]
     answers = await _replies(generator, draft, prompts, _ANSWER_TOKENS)
     for (fact, question), answer in zip(questions, answers, strict=True):
-        if len(draft.pairs) >= draft.wanted:
-            pass  # there may still be room for cloze questions
-        elif not _same(answer, fact.answer):
-            draft.refused["answered_otherwise"] += 1
-        elif draft.offer(QAPair(question, fact.answer, fact.sentence)):
-            continue
-        draft.unasked.append((fact.answer, fact.sentence))
+        kept = False
+        # Where there is no room for a question, there may still be for a cloze question.
+        if len(draft.pairs) < draft.wanted:
+            if kept := _same(answer, fact.answer):
+                kept = draft.offer(QAPair(question, fact.answer, fact.sentence))
+            else:
+                draft.refused["answered_otherwise"] += 1
+        if not kept:
+            draft.unasked.append((fact.answer, fact.sentence))
 
 
 def writer_tasks(passage: Passage, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:

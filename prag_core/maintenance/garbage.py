@@ -40,7 +40,15 @@ from prag_core.store.snapshot import (
 # object that is gone. But the record of a compaction goes after the parts that it replaced: without it they would
 # count again.
 _ORDER = (
-    *("snapshots", "evaluations", "corpus", "indexes", "ledger", "compactions", "recipes", "starts", "shards"),
+    "snapshots",
+    "evaluations",
+    "corpus",
+    "indexes",
+    "ledger",
+    "compactions",
+    "recipes",
+    "starts",
+    "shards",
     "scratch",
 )
 # The folder of a judge's verdicts: they name what was judged by hashes alone, for all evaluations.
